@@ -1,0 +1,18 @@
+"""A call in a few words, so that the choice of a back end can be tested without the hardware."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What `choose` knows of a call."""
+
+    device: str  # "cpu" or "cuda"
+    dtype: torch.dtype  # of the keys
+    batch: int  # B
+    rows: int  # N
+    key_dim: int  # D

@@ -1,0 +1,572 @@
+"""The codebook: keys, values, radii and labels of every edit, one writer, any number of readers.
+
+Keys and values sit in append-only slots at fixed addresses. What may change of a row (radius, liveness,
+which key, value and label slot) sits in pages of 4 096 rows that are copied when they are written. So a
+`Snapshot` is a row count and a tuple of pages: it never changes, costs nothing to take, and readers need
+no lock. A `Draft` is the writer's; nothing of it is seen until it is published by one store, and a draft
+that is dropped leaves no trace.
+
+A row's number is its order of creation. It decides ties, and is never given to another row.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_fast.memory import Rows, reserve
+
+PAGE_ROWS = 4096
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Page:
+    """The part of 4 096 rows that may change; copied before it is written once it was published."""
+
+    radius: Tensor  # [4096] float32, on the codebook's device
+    live: Tensor  # [4096] bool, on the codebook's device
+    key_slot: Tensor  # [4096] int64, on the host
+    value_slot: Tensor  # [4096] int64, on the host
+    label_slot: Tensor  # [4096] int64, on the host
+
+    @staticmethod
+    def empty(device: torch.device) -> Page:
+        """Return a page whose rows are not yet in use."""
+        host = torch.zeros(3, PAGE_ROWS, dtype=torch.int64)
+        radius = torch.zeros(PAGE_ROWS, device=device)
+        live = torch.zeros(PAGE_ROWS, dtype=torch.bool, device=device)
+        return Page(radius, live, host[0], host[1], host[2])
+
+    def copy(self) -> Page:
+        """Return a page of its own memory with the same rows."""
+        return Page(
+            self.radius.clone(),
+            self.live.clone(),
+            self.key_slot.clone(),
+            self.value_slot.clone(),
+            self.label_slot.clone(),
+        )
+
+
+@dataclass(frozen=True)
+class _Counts:
+    rows: int = 0  # removed rows included
+    live: int = 0
+    keys: int = 0  # slots in use; more than rows once a key has moved
+    values: int = 0
+    labels: int = 0
+    key_moves: int = 0  # how often the key of a row changed: what is derived from keys starts anew
+    value_moves: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The codebook at one version. Fields indexed by row hold the removed rows too."""
+
+    version: int
+    counts: _Counts
+    pages: tuple[Page, ...]
+    key_slots: Tensor  # [capacity, D]
+    value_slots: Tensor  # [capacity, V]
+    _label_slots: list[Tensor | None] = field(repr=False)
+    _ids: Tensor = field(repr=False)  # [capacity, 1] int64
+
+    def __len__(self) -> int:
+        return self.counts.live
+
+    @property
+    def rows(self) -> int:
+        """The number of rows ever made, removed ones included."""
+        return self.counts.rows
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of keys and values."""
+        return self.key_slots.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self.key_slots.device
+
+    @property
+    def key_dim(self) -> int:
+        """D, the width of a key and of a query."""
+        return self.key_slots.shape[1]
+
+    @property
+    def value_dim(self) -> int:
+        """V, the width of a value."""
+        return self.value_slots.shape[1]
+
+    def _per_row(self, name: str) -> Tensor:
+        pages: list[Tensor] = [getattr(page, name) for page in self.pages]
+        if not pages:
+            return getattr(Page.empty(self.device), name)[:0]  # type: ignore[no-any-return]
+        joined = pages[0] if len(pages) == 1 else torch.cat(pages)
+        return joined[: self.rows]
+
+    @cached_property
+    def radii(self) -> Tensor:
+        """[N] float32; negative for a dead key."""
+        return self._per_row("radius")
+
+    @cached_property
+    def live(self) -> Tensor:
+        """[N] bool, False for a removed row."""
+        return self._per_row("live")
+
+    @cached_property
+    def ids(self) -> Tensor:
+        """[N] int64, ascending."""
+        return self._ids[: self.rows, 0]
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[N, D]; a view of the store, or a gather once a key has moved."""
+        if not self.counts.key_moves:
+            return self.key_slots[: self.rows]
+        return self.key_slots[self.key_slot.to(self.device)]
+
+    @cached_property
+    def key_slot(self) -> Tensor:
+        """[N] int64, where in the store each row's key is."""
+        return self._per_row("key_slot")
+
+    @cached_property
+    def values(self) -> Tensor:
+        """[N, V]; a view of the store, or a gather once a value was trained again."""
+        if not self.counts.value_moves:
+            return self.value_slots[: self.rows]
+        return self.value_slots[self._per_row("value_slot").to(self.device)]
+
+    @cached_property
+    def labels(self) -> list[Tensor | None]:
+        """The label of each row, None where it has none."""
+        return [self._label_slots[slot] for slot in self._per_row("label_slot").tolist()]
+
+    def _page(self, row: int) -> tuple[Page, int]:
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row must be in [0, {self.rows}), got {row}")
+        return self.pages[row // PAGE_ROWS], row % PAGE_ROWS
+
+    def key_of(self, row: int) -> Tensor:
+        """Return the key of one row, [D]."""
+        page, offset = self._page(row)
+        return self.key_slots[int(page.key_slot[offset])]
+
+    def value_of(self, row: int) -> Tensor:
+        """Return the value of one row, [V]."""
+        return self.value_slots[self.value_slot_of(row)]
+
+    def values_of(self, rows: Tensor) -> Tensor:
+        """Return the values of rows [B], as [B, V]; row 0's for -1, to be masked by the caller."""
+        rows = rows.clamp(min=0)
+        if not self.counts.value_moves:
+            return self.value_slots[rows]
+        return self.value_slots[self._gather("value_slot", rows).to(self.device)]
+
+    def radii_of(self, rows: Tensor) -> Tensor:
+        """Return the radii of rows [B], as [B] float32; -1 for row -1."""
+        found = self._gather("radius", rows.clamp(min=0))
+        return found.masked_fill(rows.to(found.device) < 0, -1.0)
+
+    def _gather(self, name: str, rows: Tensor) -> Tensor:
+        if len(self.pages) == 1:
+            column: Tensor = getattr(self.pages[0], name)
+            return column[rows.to(column.device)]
+        picked = [getattr(self.pages[r // PAGE_ROWS], name)[r % PAGE_ROWS] for r in rows.tolist()]
+        return torch.stack(picked)
+
+    def value_slot_of(self, row: int) -> int:
+        """Return the slot that holds the value of one row."""
+        page, offset = self._page(row)
+        return int(page.value_slot[offset])
+
+    def key_slot_of(self, row: int) -> int:
+        """Return the slot that holds the key of one row."""
+        page, offset = self._page(row)
+        return int(page.key_slot[offset])
+
+    def label_slot_of(self, row: int) -> int:
+        """Return the slot that holds the label of one row."""
+        page, offset = self._page(row)
+        return int(page.label_slot[offset])
+
+    def radius_of(self, row: int) -> float:
+        """Return the radius of one row."""
+        page, offset = self._page(row)
+        return float(page.radius[offset])
+
+    def label_of(self, row: int) -> Tensor | None:
+        """Return the label of one row."""
+        return self._label_slots[self.label_slot_of(row)]
+
+    def row_of(self, key_id: int) -> int:
+        """Return the live row of an id.
+
+        Raises: KeyError where no live row has it.
+        """
+        row = int(torch.searchsorted(self.ids, key_id)) if self.rows else 0
+        if row >= self.rows or int(self.ids[row]) != key_id:
+            raise KeyError(f"no key has the id {key_id}")
+        page, offset = self._page(row)
+        if not page.live[offset]:
+            raise KeyError(f"the key with the id {key_id} was removed")
+        return row
+
+
+class Draft:
+    """A writer's next version. Only `Codebook.writing` makes one."""
+
+    def __init__(self, book: Codebook) -> None:
+        base = book.snapshot()
+        self._book = book
+        self._base_version = base.version
+        self._pages = list(base.pages)
+        self._mine: set[int] = set()  # pages that no snapshot shares
+        self.counts = base.counts
+        del book._label_slots[base.counts.labels :]  # what a dropped draft left behind
+
+    @property
+    def rows(self) -> int:
+        """The number of rows, removed ones included."""
+        return self.counts.rows
+
+    def _set(self, **counts: int) -> None:
+        self.counts = _Counts(**{**vars(self.counts), **counts})
+
+    def append(
+        self, keys: Tensor, values: Tensor, radii: Tensor, labels: Sequence[Tensor | None] | None
+    ) -> range:
+        """Add checked rows at the end; return their numbers."""
+        book, added = self._book, len(keys)
+        first, key_first, value_first = self.rows, self.counts.keys, self.counts.values
+        book._ids.commit(first + added)
+        key_slots = self._store(book._keys, key_first, keys)
+        value_slots = self._store(book._values, value_first, values)
+        book._ids.tensor[first : first + added, 0] = torch.arange(
+            book._next_id, book._next_id + added
+        )
+        label_first = self.counts.labels
+        if labels is None:
+            labels = [None] * added
+        book._label_slots.extend(labels)
+        at = 0
+        while at < added:
+            row = first + at
+            if row == len(self._pages) * PAGE_ROWS:
+                self._pages.append(Page.empty(book.device))
+                self._mine.add(len(self._pages) - 1)
+            # Rows past the count of every snapshot: written in place, no reader looks there.
+            page, offset = self._pages[row // PAGE_ROWS], row % PAGE_ROWS
+            here = min(added - at, PAGE_ROWS - offset)
+            rows, part = slice(offset, offset + here), slice(at, at + here)
+            page.radius[rows] = radii[part]
+            page.live[rows] = True
+            page.key_slot[rows] = key_slots[part]
+            page.value_slot[rows] = value_slots[part]
+            page.label_slot[rows] = torch.arange(label_first + at, label_first + at + here)
+            at += here
+        book._next_id += added
+        self._set(
+            rows=first + added,
+            live=self.counts.live + added,
+            keys=key_first + added,
+            values=value_first + added,
+            labels=label_first + added,
+            # A slot that is not its row's number makes `keys` a gather.
+            key_moves=self.counts.key_moves or int(key_first != first),
+            value_moves=self.counts.value_moves or int(value_first != first),
+        )
+        return range(first, first + added)
+
+    @staticmethod
+    def _store(store: Rows, first: int, rows: Tensor) -> Tensor:
+        store.commit(first + len(rows))
+        store.tensor[first : first + len(rows)] = rows
+        return torch.arange(first, first + len(rows))
+
+    def _writable(self, row: int) -> tuple[Page, int]:
+        if not 0 <= row < self.rows:
+            raise IndexError(f"row must be in [0, {self.rows}), got {row}")
+        number = row // PAGE_ROWS
+        if number not in self._mine:
+            self._pages[number] = self._pages[number].copy()
+            self._mine.add(number)
+        return self._pages[number], row % PAGE_ROWS
+
+    def set_radius(self, row: int, radius: float) -> None:
+        """Give one row another radius."""
+        page, offset = self._writable(row)
+        page.radius[offset] = radius
+
+    def set_key(self, row: int, key: Tensor) -> None:
+        """Move the key of one row, into a new slot."""
+        slot = self.counts.keys
+        self._store(self._book._keys, slot, key[None])
+        self._set(keys=slot + 1)
+        self.point_key(row, slot)
+
+    def point_key(self, row: int, slot: int) -> None:
+        """Let one row's key be that of a slot in use."""
+        page, offset = self._writable(row)
+        page.key_slot[offset] = slot
+        self._set(key_moves=self.counts.key_moves + 1)
+
+    def set_value(self, row: int, value: Tensor) -> None:
+        """Give one row another value, in a new slot."""
+        slot = self.counts.values
+        self._store(self._book._values, slot, value[None])
+        self._set(values=slot + 1)
+        self.point_value(row, slot)
+
+    def point_value(self, row: int, slot: int) -> None:
+        """Let one row's value be that of a slot in use."""
+        page, offset = self._writable(row)
+        page.value_slot[offset] = slot
+        self._set(value_moves=self.counts.value_moves + 1)
+
+    def set_label(self, row: int, label: Tensor | None) -> None:
+        """Give one row another label."""
+        slot = self.counts.labels
+        self._book._label_slots.append(label)
+        self._set(labels=slot + 1)
+        self.point_label(row, slot)
+
+    def point_label(self, row: int, slot: int) -> None:
+        """Let one row's label be that of a slot in use."""
+        page, offset = self._writable(row)
+        page.label_slot[offset] = slot
+
+    def remove(self, row: int) -> None:
+        """Take one live row out: it never wins again, and its number stays its own."""
+        page, offset = self._writable(row)
+        if not page.live[offset]:
+            raise KeyError(f"row {row} was removed already")
+        page.live[offset] = False
+        self._set(live=self.counts.live - 1)
+
+    def snapshot(self) -> Snapshot:
+        """Return what has been drafted so far, to look up in before it is published."""
+        self._mine.clear()  # the snapshot shares the pages now
+        book = self._book
+        return Snapshot(
+            self._base_version + 1,
+            self.counts,
+            tuple(self._pages),
+            book._keys.tensor,
+            book._values.tensor,
+            book._label_slots,
+            book._ids.tensor,
+        )
+
+
+class Codebook:
+    """Keys [N, D], values [N, V], radii [N], labels and ids of edits, in one element type.
+
+    `len` counts the live rows; everything indexed by row holds the removed ones too (`live` tells).
+    `reserve_rows` is how many rows fit without a new address: by default 128 GiB of each array.
+
+    Raises: ValueError for a width below 1 or an element type other than fp32, bf16 and fp16.
+    """
+
+    def __init__(
+        self,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        reserve_rows: int | None = None,
+    ) -> None:
+        for name, width in (("key_dim", key_dim), ("value_dim", value_dim)):
+            if not isinstance(width, int) or width < 1:
+                raise ValueError(f"{name} must be a whole number >= 1, got {width!r}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
+        self.key_dim, self.value_dim, self.dtype = key_dim, value_dim, dtype
+        self.device = torch.device(device)
+        self._keys = reserve(key_dim, dtype, self.device, reserve_rows)
+        self._values = reserve(value_dim, dtype, self.device, reserve_rows)
+        self._ids = reserve(1, torch.int64, torch.device("cpu"), reserve_rows)
+        self._next_id = 0
+        self._label_slots: list[Tensor | None] = []
+        self._writer = threading.RLock()
+        self._draft: Draft | None = None
+        self._derived: dict[str, tuple[Snapshot, Any]] = {}
+        self._current = Snapshot(
+            0,
+            _Counts(),
+            (),
+            self._keys.tensor,
+            self._values.tensor,
+            self._label_slots,
+            self._ids.tensor,
+        )
+
+    def snapshot(self) -> Snapshot:
+        """Return the codebook as it is now; what is edited later does not change it."""
+        return self._current
+
+    @contextmanager
+    def writing(self) -> Iterator[Draft]:
+        """Open a draft, published as one new version at the end and dropped where anything is raised.
+
+        Inside another `writing` of the same thread it is the same draft.
+        """
+        with self._writer:
+            if self._draft is not None:
+                yield self._draft
+                return
+            next_id = self._next_id
+            self._draft = draft = Draft(self)
+            try:
+                yield draft
+                self._current = draft.snapshot()
+            except BaseException:
+                self._next_id = next_id
+                raise
+            finally:
+                self._draft = None
+
+    def append(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        radii: Tensor,
+        labels: Sequence[Tensor | None] | Tensor | None = None,
+    ) -> Tensor:
+        """Add M rows and return their stable ids, [M] int64.
+
+        keys: [M, D], values: [M, V], both finite; radii: [M], finite, negative for a dead key;
+        labels: M tensors of label ids, or one tensor [M] or [M, L] of them.
+
+        Raises: ValueError for another width, element type or count, TypeError for no tensor,
+        MemoryError where the rows cannot be had. The codebook is as before then.
+        """
+        keys = self._checked("keys", keys, self.key_dim)
+        values = self._checked("values", values, self.value_dim)
+        radii = _checked_radii(radii)
+        if not len(keys) == len(values) == len(radii):
+            raise ValueError(
+                "keys, values and radii must have as many rows, "
+                f"got {len(keys)}, {len(values)} and {len(radii)}"
+            )
+        listed = None if labels is None else [_checked_label(label) for label in labels]
+        if listed is not None and len(listed) != len(keys):
+            raise ValueError(f"labels must be {len(keys)}, one for each key, got {len(listed)}")
+        with self.writing() as draft:
+            rows = draft.append(keys, values, radii, listed)
+            return self._ids.tensor[rows.start : rows.stop, 0].clone()
+
+    def remove(self, key_id: int) -> None:
+        """Take the row of an id out; its number and id are not given again.
+
+        Raises: KeyError where no live row has the id.
+        """
+        with self.writing() as draft:
+            draft.remove(self._current.row_of(int(key_id)))
+
+    def _checked(self, name: str, rows: Tensor, width: int) -> Tensor:
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"{name} must be a tensor [M, {width}], got {type(rows).__name__}")
+        if rows.ndim != 2 or rows.shape[1] != width:
+            raise ValueError(f"{name} must be [M, {width}], got {tuple(rows.shape)}")
+        # bf16 and fp16 fit fp32 exactly; anything else would store another key than was given.
+        if rows.dtype != self.dtype and not (
+            self.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
+        ):
+            raise ValueError(f"{name} must be {self.dtype} like the codebook, got {rows.dtype}")
+        finite = rows.isfinite().all(dim=1)
+        if not finite.all():
+            row = int((~finite).nonzero()[0])
+            raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+        return rows.detach().to(self.device, self.dtype)
+
+    def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
+        """Return what a back end computes from the keys, kept up to date with the codebook.
+
+        `build(snapshot, previous)` is called once a version; `previous` is what it returned for an
+        earlier version with the same keys at the front, or None when it has to start anew (a key
+        moved). Readers may build the same thing at once; the last one stays.
+        """
+        snapshot = self._current
+        known = self._derived.get(name)
+        if known is not None and known[0] is snapshot:
+            return known[1]
+        previous = None
+        if known is not None and known[0].counts.key_moves == snapshot.counts.key_moves:
+            previous = known[1]
+        built = build(snapshot, previous)
+        self._derived[name] = (snapshot, built)
+        return built
+
+    def __len__(self) -> int:
+        return len(self._current)
+
+    def __repr__(self) -> str:
+        return (
+            f"Codebook({len(self)} keys, key_dim={self.key_dim}, value_dim={self.value_dim}, "
+            f"dtype={self.dtype}, device={str(self.device)!r}, version={self.version})"
+        )
+
+    @property
+    def version(self) -> int:
+        """A number that grows by one with every published change."""
+        return self._current.version
+
+    @property
+    def keys(self) -> Tensor:
+        """[N, D], removed rows included."""
+        return self._current.keys
+
+    @property
+    def values(self) -> Tensor:
+        """[N, V], removed rows included."""
+        return self._current.values
+
+    @property
+    def radii(self) -> Tensor:
+        """[N] float32, removed rows included."""
+        return self._current.radii
+
+    @property
+    def labels(self) -> list[Tensor | None]:
+        """N label tensors, removed rows included."""
+        return self._current.labels
+
+    @property
+    def ids(self) -> Tensor:
+        """[N] int64, ascending, removed rows included."""
+        return self._current.ids
+
+    @property
+    def live(self) -> Tensor:
+        """[N] bool, False for a removed row."""
+        return self._current.live
+
+
+def _checked_radii(radii: Tensor) -> Tensor:
+    if not isinstance(radii, Tensor):
+        radii = torch.as_tensor(radii)
+    if radii.ndim != 1 or not radii.dtype.is_floating_point:
+        raise ValueError(f"radii must be floats [M], got {radii.dtype} {tuple(radii.shape)}")
+    narrow = radii.detach().to(torch.float32)
+    if not narrow.isfinite().all():
+        row = int((~narrow.isfinite()).nonzero()[0])
+        raise ValueError(f"radii must be finite in float32, got {radii[row]} in row {row}")
+    return narrow
+
+
+def _checked_label(label: Tensor | None) -> Tensor | None:
+    if label is None:
+        return None
+    return torch.as_tensor(label).detach().to("cpu").reshape(-1)

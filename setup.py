@@ -1,0 +1,24 @@
+"""The compiled parts of grace_fast; everything else about the package is in pyproject.toml.
+
+A machine without a C++ compiler still gets a package that is right: the extension is optional, and
+`grace_fast.backends.cpu` says once that it is missing.
+"""
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import setup
+
+# The law forbids fused multiply-adds: -ffp-contract=off must stay.
+FLAGS = ["-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+setup(
+    ext_modules=[
+        Pybind11Extension(
+            "grace_fast._cpu",
+            ["csrc/bindings.cpp", "csrc/cpu/portable.cpp"],
+            depends=["csrc/lookup.h"],
+            cxx_std=17,
+            extra_compile_args=FLAGS,
+            optional=True,
+        )
+    ]
+)
