@@ -1,10 +1,10 @@
 """The codebook: keys, values, radii and labels of every edit, one writer, any number of readers.
 
-Keys and values sit in append-only slots at fixed addresses. What may change of a row (radius, liveness,
-which key, value and label slot) sits in pages of 4 096 rows that are copied when they are written. So a
-`Snapshot` is a row count and a tuple of pages: it never changes, costs nothing to take, and readers need
-no lock. A `Draft` is the writer's; nothing of it is seen until it is published by one store, and a draft
-that is dropped leaves no trace.
+Keys and values sit in append-only slots at fixed addresses. What may change of a row (radius,
+liveness, which key, value and label slot) sits in pages of 4 096 rows that are copied when they are
+written. So a `Snapshot` is a row count and a tuple of pages: it never changes, costs nothing to
+take, and readers need no lock. A `Draft` is the writer's; nothing of it is seen until it is
+published by one store, and a draft that is dropped leaves no trace.
 
 A row's number is its order of creation. It decides ties, and is never given to another row.
 """
@@ -12,9 +12,9 @@ A row's number is its order of creation. It decides ties, and is never given to 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -107,7 +107,8 @@ class Snapshot:
         """V, the width of a value."""
         return self.value_slots.shape[1]
 
-    def _per_row(self, name: str) -> Tensor:
+    def column(self, name: str) -> Tensor:
+        """Return one field of the pages for all rows, [N]."""
         pages: list[Tensor] = [getattr(page, name) for page in self.pages]
         if not pages:
             return getattr(Page.empty(self.device), name)[:0]  # type: ignore[no-any-return]
@@ -117,12 +118,12 @@ class Snapshot:
     @cached_property
     def radii(self) -> Tensor:
         """[N] float32; negative for a dead key."""
-        return self._per_row("radius")
+        return self.column("radius")
 
     @cached_property
     def live(self) -> Tensor:
         """[N] bool, False for a removed row."""
-        return self._per_row("live")
+        return self.column("live")
 
     @cached_property
     def ids(self) -> Tensor:
@@ -139,19 +140,23 @@ class Snapshot:
     @cached_property
     def key_slot(self) -> Tensor:
         """[N] int64, where in the store each row's key is."""
-        return self._per_row("key_slot")
+        return self.column("key_slot")
+
+    def stored_labels(self) -> list[Tensor | None]:
+        """Return the labels by slot."""
+        return self._label_slots[: self.counts.labels]
 
     @cached_property
     def values(self) -> Tensor:
         """[N, V]; a view of the store, or a gather once a value was trained again."""
         if not self.counts.value_moves:
             return self.value_slots[: self.rows]
-        return self.value_slots[self._per_row("value_slot").to(self.device)]
+        return self.value_slots[self.column("value_slot").to(self.device)]
 
     @cached_property
     def labels(self) -> list[Tensor | None]:
         """The label of each row, None where it has none."""
-        return [self._label_slots[slot] for slot in self._per_row("label_slot").tolist()]
+        return [self._label_slots[slot] for slot in self.column("label_slot").tolist()]
 
     def _page(self, row: int) -> tuple[Page, int]:
         if not 0 <= row < self.rows:
@@ -230,7 +235,7 @@ class Draft:
     def __init__(self, book: Codebook) -> None:
         base = book.snapshot()
         self._book = book
-        self._base_version = base.version
+        self._base_version, self._base_rows = base.version, base.rows
         self._pages = list(base.pages)
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = base.counts
@@ -242,7 +247,7 @@ class Draft:
         return self.counts.rows
 
     def _set(self, **counts: int) -> None:
-        self.counts = _Counts(**{**vars(self.counts), **counts})
+        self.counts = replace(self.counts, **counts)
 
     def append(
         self, keys: Tensor, values: Tensor, radii: Tensor, labels: Sequence[Tensor | None] | None
@@ -323,7 +328,11 @@ class Draft:
         self._set(key_moves=self.counts.key_moves + 1)
 
     def set_value(self, row: int, value: Tensor) -> None:
-        """Give one row another value, in a new slot."""
+        """Give one row another value: in place where the row is this draft's, else in a new slot."""
+        page, offset = self._writable(row)
+        if row >= self._base_rows:
+            self._store(self._book._values, int(page.value_slot[offset]), value[None])
+            return
         slot = self.counts.values
         self._store(self._book._values, slot, value[None])
         self._set(values=slot + 1)
@@ -411,6 +420,51 @@ class Codebook:
             self._label_slots,
             self._ids.tensor,
         )
+
+    @classmethod
+    def restore(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        labels: list[Tensor | None],
+        columns: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> Codebook:
+        """Return a codebook from its checked parts: slots, and one column for each field of a page."""
+        book = cls(keys.shape[1], values.shape[1], keys.dtype, device)
+        count = len(columns["id"])
+        for store, rows in ((book._keys, keys), (book._values, values)):
+            store.commit(len(rows))
+            store.tensor[: len(rows)] = rows
+        book._ids.commit(count)
+        book._ids.tensor[:count, 0] = columns["id"]
+        book._next_id = int(columns["id"][-1]) + 1 if count else 0
+        book._label_slots.extend(labels)
+        pages = []
+        for start in range(0, count, PAGE_ROWS):
+            page = Page.empty(book.device)
+            here = slice(0, min(PAGE_ROWS, count - start))
+            for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):
+                getattr(page, name)[here] = columns[name][start : start + PAGE_ROWS]
+            pages.append(page)
+        in_order = torch.arange(count)
+        counts = _Counts(
+            rows=count,
+            live=int(columns["live"].sum()),
+            keys=len(keys),
+            values=len(values),
+            labels=len(labels),
+            key_moves=int(not torch.equal(columns["key_slot"], in_order)),
+            value_moves=int(not torch.equal(columns["value_slot"], in_order)),
+        )
+        book._current = replace(
+            book._current,
+            counts=counts,
+            pages=tuple(pages),
+            key_slots=book._keys.tensor,
+            value_slots=book._values.tensor,
+        )
+        return book
 
     def snapshot(self) -> Snapshot:
         """Return the codebook as it is now; what is edited later does not change it."""
@@ -569,4 +623,7 @@ def _checked_radii(radii: Tensor) -> Tensor:
 def _checked_label(label: Tensor | None) -> Tensor | None:
     if label is None:
         return None
-    return torch.as_tensor(label).detach().to("cpu").reshape(-1)
+    ids = torch.as_tensor(label)
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"labels must be whole numbers, got {ids.dtype}")
+    return ids.detach().to("cpu", torch.int64).reshape(-1)
