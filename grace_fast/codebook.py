@@ -131,6 +131,11 @@ class Snapshot:
         return self._ids[: self.rows, 0]
 
     @cached_property
+    def device_key_slot(self) -> Tensor | None:
+        """[N] int64 on the codebook's device; None as long as row i's key is in slot i."""
+        return self.key_slot.to(self.device) if self.counts.key_moves else None
+
+    @cached_property
     def keys(self) -> Tensor:
         """[N, D]; a view of the store, or a gather once a key has moved."""
         if not self.counts.key_moves:
