@@ -23,8 +23,8 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void nearest_at(uintptr_t queries, uintptr_t keys, uintptr_t key_slot, uintptr_t live, uintptr_t row,
-                uintptr_t squared, int64_t batch, int64_t rows, int64_t width,
+void nearest_at(uintptr_t queries, uintptr_t keys, uintptr_t key_slot, uintptr_t live,
+                uintptr_t row, uintptr_t squared, int64_t batch, int64_t rows, int64_t width,
                 const std::string& dtype) {
   const Keys described{pointer<const void>(keys),
                        pointer<const int64_t>(key_slot),

@@ -1,7 +1,9 @@
-// The contract between the look-up's C++ and Python. Letters as everywhere: B queries, N rows, D width.
+// The contract between the look-up's C++ and Python. Letters as everywhere: B queries, N rows, D
+// width.
 //
-// S_i = sum over j of (q_j - k_ij)^2 in float64, j ascending, each product rounded before it is added.
-// The build forbids contraction into a fused multiply-add (-ffp-contract=off): it is part of the law.
+// S_i = sum over j of (q_j - k_ij)^2 in float64, j ascending, each product rounded before it is
+// added. The build forbids contraction into a fused multiply-add (-ffp-contract=off): it is part of
+// the law.
 #pragma once
 #include <cstdint>
 

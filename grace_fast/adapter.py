@@ -104,7 +104,7 @@ class Adapter:
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = dict(zip(self._parameters, args, strict=False)) | kwargs
-        cache = call.get("past_key_values")
+        cache: Any = call.get("past_key_values")
         self._run.cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
         if self._run.given is None and not self.first_token:
             self._run.positions = positions.prompt_end(call, self.decoder_only)
@@ -150,7 +150,8 @@ class Adapter:
         """Return the sequences' match, its codebook and query positions; None in a cached step."""
         run, generation = self._run, self._run.generation
         if generation is not None and generation.match is not None:
-            assert generation.snapshot is not None and generation.positions is not None
+            assert generation.snapshot is not None
+            assert generation.positions is not None
             if len(generation.positions) == len(hidden):
                 return generation.match, generation.snapshot, generation.positions
         elif run.cached:
@@ -167,7 +168,7 @@ class Adapter:
         return match, snapshot, where + run.cached
 
     def _shaped(self, tensor: Tensor) -> Tensor:
-        """Return a layer's input or output as [B, T, width], also where a model flattens B and T."""
+        """Return a layer's tensor as [B, T, width], even from a model that flattens B and T."""
         if tensor.ndim == 3:
             return tensor
         known = self._run.given if self._run.given is not None else self._run.positions
@@ -197,7 +198,8 @@ class Adapter:
     @contextmanager
     def observing(self) -> Iterator[list[Observation]]:
         """Collect what the layer sees in this thread's calls, and write nothing."""
-        self._run.observing = seen = []
+        seen: list[Observation] = []
+        self._run.observing = seen
         try:
             yield seen
         finally:
@@ -260,10 +262,11 @@ def _stop_listening(model: nn.Module, adapter: Adapter) -> None:
 
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module whose call names the layer's tokens, and whether that is a second decoder."""
+    """Return the module whose call names the layer's tokens, and if that is a second decoder."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return model, False
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    find_encoder: Any = getattr(model, "get_encoder", None)
+    encoder = None if find_encoder is None else find_encoder()
     if isinstance(encoder, nn.Module) and any(module is layer for module in encoder.modules()):
         return encoder, False
     return model, True

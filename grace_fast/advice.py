@@ -31,8 +31,8 @@ def warn_of_shared_query(layer: str, stored: Edit, distance: float) -> None:
     """Say that another prompt asks with the query of a stored edit, as at the end of a template."""
     _warn(
         f"this prompt asks {layer} with the same query as the other prompt of edit {stored.id} "
-        f"(distance {distance:.3g}): the layer cannot tell them apart, as at the tail of a template; "
-        "attach to a later layer"
+        f"(distance {distance:.3g}): the layer cannot tell them apart, as at the tail of a "
+        "template; attach to a later layer"
     )
 
 

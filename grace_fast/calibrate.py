@@ -33,7 +33,7 @@ def epsilon_from(queries: Tensor) -> float:
         )
     if len(torch.unique(queries, dim=0)) < 2:
         raise ValueError(
-            "the calibration inputs all ask with the same query, so no epsilon can tell them apart; "
-            "attach to another layer"
+            "the calibration inputs all ask with the same query, so no epsilon can tell them "
+            "apart; attach to another layer"
         )
     return float(nearest_distances(queries).quantile(CLOSE_QUANTILE)) / 2

@@ -333,7 +333,7 @@ class Draft:
         self._set(key_moves=self.counts.key_moves + 1)
 
     def set_value(self, row: int, value: Tensor) -> None:
-        """Give one row another value: in place where the row is this draft's, else in a new slot."""
+        """Give one row another value: in place if the row is this draft's, else in a new slot."""
         page, offset = self._writable(row)
         if row >= self._base_rows:
             self._store(self._book._values, int(page.value_slot[offset]), value[None])
@@ -435,7 +435,7 @@ class Codebook:
         columns: Mapping[str, Tensor],
         device: torch.device,
     ) -> Codebook:
-        """Return a codebook from its checked parts: slots, and one column for each field of a page."""
+        """Return a codebook from checked parts: slots, and a column for each field of a page."""
         book = cls(keys.shape[1], values.shape[1], keys.dtype, device)
         count = len(columns["id"])
         for store, rows in ((book._keys, keys), (book._values, values)):
@@ -477,7 +477,7 @@ class Codebook:
 
     @contextmanager
     def writing(self) -> Iterator[Draft]:
-        """Open a draft, published as one new version at the end and dropped where anything is raised.
+        """Open a draft: published as one new version at the end, dropped if anything is raised.
 
         Inside another `writing` of the same thread it is the same draft.
         """

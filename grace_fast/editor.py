@@ -7,6 +7,7 @@ fails leaves model and codebook as they were.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import weakref
@@ -170,7 +171,7 @@ class Grace:
     def explain(
         self, batch: Mapping[str, Any] | Prompt, target: str | int | None = None
     ) -> list[Explanation]:
-        """Say for every row of a batch (or one prompt's text) which edit is nearest and if it fires."""
+        """Say for every row of a batch (or one text) which edit is nearest and if it fires."""
         queries = self.query_of(self._batch(batch, target))
         if self._adapter.book is None or not len(self.codebook):
             return [Explanation(False, None, -1, math.inf, math.nan) for _ in queries]
@@ -192,7 +193,7 @@ class Grace:
         return explained
 
     def query_of(self, batch: Mapping[str, Any] | Prompt) -> Tensor:
-        """Return the queries a batch asks the codebook with, [B, D], as the codebook would store them."""
+        """Return what a batch asks the codebook, [B, D], as the codebook would store it."""
         seen = self._observe(self._batch(batch, None))
         return seen.queries.to(self._book_for(seen).dtype)
 
@@ -226,7 +227,7 @@ class Grace:
         return self.model
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the codebook, its edits and settings to a directory, replacing what is there in one step.
+        """Save codebook, edits and settings to a directory, replacing what is there in one step.
 
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
@@ -310,7 +311,7 @@ class Grace:
         seen: Observation,
         rules: Rules,
     ) -> list[Trained | None]:
-        """Train each touched value once, on the rows of the batch that its row answers in the end."""
+        """Train each touched value once, on the rows of the batch that it answers in the end."""
         decided = draft.snapshot()
         answered_by = lookup.nearest(queries, decided).row.tolist()
         members: dict[int, list[int]] = {}
@@ -323,11 +324,8 @@ class Grace:
         for row, picked in members.items():
             part = batches.rows(batch, picked)
             where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
-            result = train(
-                decided.value_of(row),
-                lambda value, part=part, where=where: self._attempt(value, part, where),
-                self.settings.schedule(),
-            )
+            attempt = functools.partial(self._attempt, batch=part, where=where)
+            result = train(decided.value_of(row), attempt, self.settings.schedule())
             if result.steps or self.settings.iterations == 0:
                 draft.set_value(row, result.value)
             for at in picked:
@@ -399,12 +397,13 @@ class Grace:
         if not queries.isfinite().all():
             row = int((~queries.isfinite().all(dim=1)).nonzero()[0])
             raise ValueError(
-                f"the query of row {row} must be finite, got NaN or infinity at {self.settings.layer}"
+                f"the query of row {row} must be finite, got NaN or infinity at "
+                f"{self.settings.layer}"
             )
         if self.settings.replacement == "replace_prompt" and bool((seen.positions == 0).any()):
             raise ValueError(
-                "replace_prompt replaces the tokens before the query, and there are none in a prompt "
-                "of one token; attach with replacement='replace_last' or 'replace_all'"
+                "replace_prompt replaces the tokens before the query, and there are none in a "
+                "prompt of one token; attach with replacement='replace_last' or 'replace_all'"
             )
         if not self._scale_is_checked:
             self._scale_is_checked = True

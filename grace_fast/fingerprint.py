@@ -16,8 +16,8 @@ _VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "retur
 
 
 def fingerprint(model: nn.Module, layer: nn.Module) -> dict[str, Any]:
-    """Return the class, the plain settings, and the layer's widths, element type and first weights."""
-    config = getattr(model, "config", None)
+    """Return a model's class and plain settings, and its layer's class and first weights."""
+    config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     plain = {
         name: value

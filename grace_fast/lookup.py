@@ -1,7 +1,7 @@
-"""The front door: checks a call, describes it, chooses a back end, and applies the law to its answer.
+"""The front door: check a call, describe it, choose a back end, apply the law to its answer.
 
-This is the only place where a back end is chosen. An explicit choice never falls back; `auto` takes the
-first back end in `AUTOMATIC` that has no reason against the call.
+This is the only place where a back end is chosen. An explicit choice never falls back; `auto` takes
+the first back end in `AUTOMATIC` that has no reason against the call.
 """
 
 from __future__ import annotations
@@ -107,10 +107,12 @@ def replace(
 ) -> Tensor:
     """Return the layer's output with the value written where a query hits.
 
-    output: [B, T, V]; queries: [B, D]; positions: [B] int64, the token of each row that the query was
-    taken from (the last by default). It is `output` itself where nothing hits, and never written to.
+    output: [B, T, V]; queries: [B, D]; positions: [B] int64, the token of each row that the query
+    was taken from (the last by default). It is `output` itself where nothing hits, and never
+    written to.
 
-    Raises: as `find`, and ValueError for an output or positions of another shape or an unknown mode.
+    Raises: as `find`, and ValueError for an output or positions of another shape or an unknown
+    mode.
     """
     snapshot = _snapshot(codebook)
     wanted = (len(queries), snapshot.value_dim)
@@ -125,7 +127,7 @@ def replace(
 
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:
-    """Return output [B, T, V] with each hit's value where mask [B, T] is set; itself if none hit."""
+    """Return output [B, T, V] with the hits' values where mask [B, T] is set; itself if none."""
     if output.device.type == "cpu" and not match.hit.any():
         return output
     return semantics.replace(output, match.hit, snapshot.values_of(match.row), mask)

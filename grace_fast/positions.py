@@ -2,8 +2,8 @@
 
 `prompt_end` asks once a sequence, at its last prompt token. In order of precedence that is
   1. the positions the caller gives,
-  2. for a decoder-only model, the token before the first label that counts, where `labels` is shaped
-     like `input_ids`: the end of the prompt, with the target after it,
+  2. for a decoder-only model, the token before the first label that counts, where `labels` is
+     shaped like `input_ids`: the end of the prompt, with the target after it,
   3. the last token under the 2-D attention mask, on whichever side the padding is,
   4. the last token.
 A prompt alone, the same prompt with labels, and `generate` therefore ask with the same query.

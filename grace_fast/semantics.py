@@ -78,7 +78,7 @@ def no_row(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def in_ball(squared: Tensor, radius: Tensor) -> Tensor:
-    """Tell whether S is inside a ball: inclusive, and never where the radius is negative (a dead key).
+    """Tell whether S is inside a ball: inclusive, never with a negative radius (a dead key).
 
     The square of a float32 is exact in float64.
     """

@@ -1,8 +1,8 @@
 // The readable truth: the canonical sum of the law, for any processor.
 //
 // One query, one key at a time: a sum in a fixed order is one chain of additions, so four keys are
-// summed side by side to hide its latency. A partial sum never shrinks; once it is above the best S so
-// far the key cannot win, and the rest of it is not read.
+// summed side by side to hide its latency. A partial sum never shrinks; once it is above the best S
+// so far the key cannot win, and the rest of it is not read.
 #include <algorithm>
 #include <cstring>
 #include <limits>
@@ -66,8 +66,8 @@ void nearest_of_one(const float* query, const Keys& keys, int64_t* row, double* 
       }
       if (*std::min_element(sum, sum + kSideBySide) > best) break;
     }
-    // Rows come in ascending order, so a later equal S never takes over; NaN and infinity never win.
-    // A sum cut short is above `best` and loses as its whole would.
+    // Rows come in ascending order, so a later equal S never takes over; NaN and infinity never
+    // win. A sum cut short is above `best` and loses as its whole would.
     for (int i = 0; i < waiting; ++i) {
       if (sum[i] < best) {
         best = sum[i];

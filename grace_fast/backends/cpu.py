@@ -1,12 +1,14 @@
 """The compiled host path: the canonical sum, abandoned as soon as it passes the best key so far.
 
-A partial sum of squares never shrinks, rounding included, so a key whose partial sum is above the best
-S cannot win: the shortcut is exact. The sum itself is `csrc/cpu/portable.cpp`.
+A partial sum of squares never shrinks, rounding included, so a key whose partial sum is above the
+best S cannot win: the shortcut is exact. The sum itself is `csrc/cpu/portable.cpp`.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,12 +17,12 @@ from grace_fast import semantics
 from grace_fast.backends.workload import Workload
 from grace_fast.codebook import Snapshot
 
+_cpu: Any = None
 try:
-    from grace_fast import _cpu
+    _cpu = importlib.import_module("grace_fast._cpu")
 except ImportError as error:
-    _cpu = None
     _missing = f"the extension grace_fast._cpu was not built ({error})"
-    logging.getLogger("grace_fast").info("%s: look-ups on the host run in torch", _missing)
+    logging.getLogger("grace_fast").warning("%s: look-ups on the host run in torch", _missing)
 
 NAME = "cpu"
 

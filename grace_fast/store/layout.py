@@ -91,8 +91,9 @@ def _labels(tensors: Mapping[str, Tensor], lengths: Tensor) -> list[Tensor | Non
     ids, used = _get(tensors, "labels.ids"), lengths.clamp(min=0)
     if int(used.sum()) != len(ids):
         raise CodebookCorrupt("labels.length does not add up to the label ids there are")
-    parts = iter(ids.split(used.tolist()))
-    return [None if length < 0 else part for length, part in zip(lengths.tolist(), parts, strict=True)]
+    parts = torch.split(ids, used.tolist())
+    pairs = zip(lengths.tolist(), parts, strict=True)
+    return [None if length < 0 else part for length, part in pairs]
 
 
 def pack_history(history: History, snapshot: Snapshot) -> dict[str, Tensor]:

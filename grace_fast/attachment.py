@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,9 @@ import torch
 from torch import nn
 
 from grace_fast.adapter import place
+from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
+from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
@@ -42,7 +45,7 @@ def attach(
     path: str | Path | None = None,
     store_text: bool = False,
 ) -> Grace:
-    """Put an empty codebook on one layer of a model; the model answers as before until it is edited.
+    """Put an empty codebook on one layer of a model, which answers as before until it is edited.
 
     layer: the dotted name of a linear layer, as in `model.named_modules()`.
     epsilon: the radius of a new key, in the units of the layer's input; "auto" measures it on
@@ -107,27 +110,59 @@ def from_pretrained(
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
+    saved = read_saved(path)
+    name, module = find_layer(model, saved.settings.layer)
+    if has_adapter(module):
+        raise ValueError(f"{name} has an adaptor already; unload() it first")
+    odd = differences(saved.fingerprint, fingerprint(model, module))
+    if odd:
+        raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
+    book, history = saved.codebook(place(module)[0])
+    grace = Grace(model, module, saved.settings, tokenizer, path=path if durable else None)
+    grace.take(book, history)
+    grace.hits.update(saved.hits)
+    return grace
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved codebook that no model is needed for: to list, verify or attach."""
+
+    path: Path
+    config: dict[str, Any]
+    settings: Settings
+    fingerprint: dict[str, Any]
+    hits: dict[int, int]  # by row
+
+    def codebook(self, device: torch.device | str = "cpu") -> tuple[Codebook, History]:
+        """Return the codebook and its edits.
+
+        Raises: CodebookCorrupt.
+        """
+        tensors = files.read_tensors(self.path, self.config)
+        book = layout.unpack_codebook(tensors, torch.device(device))
+        texts, next_id = self.config["texts"], int(self.config["next_id"])
+        return book, layout.unpack_history(tensors, book.snapshot(), texts, next_id)
+
+
+def read_saved(path: str | Path) -> Saved:
+    """Return what a directory says of its codebook, before its tensors are read.
+
+    Raises: FileNotFoundError, CodebookCorrupt.
+    """
     config = files.read_config(path)
     try:
         settings = Settings(**config["settings"])
-        stored, next_id = config["fingerprint"], int(config["next_id"])
-        hits, texts = dict(config["hits"]), dict(config["texts"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise files.CodebookCorrupt(f"{path}: {files.CONFIG} is not complete: {error}") from error
-    name, module = find_layer(model, settings.layer)
-    if has_adapter(module):
-        raise ValueError(f"{name} has an adaptor already; unload() it first")
-    odd = differences(stored, fingerprint(model, module))
-    if odd:
-        raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
-    tensors = files.read_tensors(path, config)
-    device = place(module)[0]
-    book = layout.unpack_codebook(tensors, device)
-    history = layout.unpack_history(tensors, book.snapshot(), texts, next_id)
-    grace = Grace(model, module, settings, tokenizer, path=path if durable else None)
-    grace.take(book, history)
-    grace.hits.update({int(row): int(count) for row, count in hits.items()})
-    return grace
+        settings.rules(torch.float32)
+        hits = {int(row): int(count) for row, count in config["hits"].items()}
+        if not isinstance(config["texts"], dict):
+            raise TypeError("texts must be an object")
+        int(config["next_id"])
+        return Saved(Path(path), config, settings, config["fingerprint"], hits)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.CodebookCorrupt(
+            f"{Path(path) / files.CONFIG} is not complete: {error!r}"
+        ) from error
 
 
 def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
