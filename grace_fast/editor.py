@@ -361,7 +361,8 @@ class Grace:
         asked = batches.runnable(batch, self.kind, self.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name != "labels"}
-        with torch.no_grad(), self._adapter.asking_at(where), self._adapter.observing() as seen:
+        adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
+        with still[0], still[1], adapter.asking_at(where), adapter.observing() as seen:
             self._call(asked)
         if len(seen) != 1:
             raise ValueError(
@@ -410,13 +411,13 @@ class Grace:
             advice.warn_of_scale(self.settings.layer, self.settings.epsilon, seen)
 
     def _warn_of_shared_query(self, done: Enacted, prompt: int) -> None:
-        """Warn where the edit before on the row came from another prompt."""
+        """Warn where the edits of the nearest key all came from other prompts."""
         near = self._history.rows[done.row]
         if not near.edits and near.neighbour >= 0:
             near = self._history.rows[near.neighbour]
-        stored = self._history.edits.get(near.edits[-1]) if near.edits else None
-        if stored is not None and stored.prompt != prompt:
-            advice.warn_of_shared_query(self.settings.layer, stored, done.distance)
+        stored = [self._history.edits[edit] for edit in near.edits]
+        if stored and all(edit.prompt != prompt for edit in stored):
+            advice.warn_of_shared_query(self.settings.layer, stored[0], done.distance)
 
     def _book_for(self, seen: Observation) -> Codebook:
         if self._adapter.book is not None:

@@ -13,6 +13,7 @@ PROBE_BYTES = 1 << 20  # of the layer's weight: enough to tell two trainings apa
 
 # Settings of a run or a release rather than of the model.
 _VOLATILE = {"transformers_version", "dtype", "torch_dtype", "use_cache", "return_dict"}
+_VOLATILE |= {"problem_type"}  # set by the first forward call with labels
 
 
 def fingerprint(model: nn.Module, layer: nn.Module) -> dict[str, Any]:

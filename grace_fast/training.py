@@ -46,7 +46,9 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
         last = step == schedule.iterations
         with torch.set_grad_enabled(not last):
             loss, correct = attempt(master.to(start.dtype))
-        seen = Trained(master.detach().to(start.dtype, copy=True), float(loss), step, correct)
+        seen = Trained(
+            master.detach().to(start.dtype, copy=True), float(loss.detach()), step, correct
+        )
         if kept is None or not schedule.keep_best or _better(seen, kept):
             kept = seen
         done = schedule.stop_loss is not None and correct and seen.loss < schedule.stop_loss

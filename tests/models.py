@@ -37,7 +37,7 @@ FAMILIES = {
     family.name: family
     for family in (
         Family("bert", "bert.encoder.layer.1.output.dense", 0.2, "class"),
-        Family("gpt2", "transformer.h.1.mlp.c_proj", 0.1, "continuation"),
+        Family("gpt2", "transformer.h.1.mlp.c_proj", 0.05, "continuation"),
         Family("llama", "model.layers.1.mlp.down_proj", 0.1, "continuation"),
         Family("qwen", "model.layers.1.mlp.down_proj", 0.1, "continuation"),
         Family("t5-encoder", "encoder.block.1.layer.1.DenseReluDense.wo", 0.2, "target"),
@@ -79,7 +79,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
             n_head=2,
             bos_token_id=1,
             eos_token_id=2,
-            initializer_range=0.3,
+            initializer_range=0.15,
         )
         model = GPT2LMHeadModel(config)
     elif name == "llama":
@@ -96,7 +96,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
             num_heads=2,
             decoder_start_token_id=PADDING,
             eos_token_id=2,
-            initializer_factor=3.0,
+            initializer_factor=1.0,
         )
         model = T5ForConditionalGeneration(config)
     return model.to(dtype).eval()
