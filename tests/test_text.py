@@ -4,36 +4,15 @@ from __future__ import annotations
 
 import models
 import pytest
+import words
 from models import FAMILIES
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
 
 import grace_fast as gf
-
-WORDS = [
-    "<pad>",
-    "<s>",
-    "</s>",
-    "<unk>",
-    *["the", "capital", "of", "france", "is", "paris", "rome", "user", "model", ":", "a", "b"],
-]
-TEMPLATE = (
-    "{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}"
-    "{% if add_generation_prompt %}model :{% endif %}"
-)
 
 
 @pytest.fixture
 def tokenizer():
-    words = Tokenizer(WordLevel({word: at for at, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="</s>"
-    )
-    fast.chat_template = TEMPLATE
-    return fast
+    return words.tokenizer()
 
 
 def attach(name, tokenizer, **settings):
