@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +67,7 @@ class _Counts:
     value_moves: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Snapshot:
     """The codebook at one version. Fields indexed by row hold the removed rows too."""
 
@@ -76,8 +76,12 @@ class Snapshot:
     pages: tuple[Page, ...]
     key_slots: Tensor  # [capacity, D]
     value_slots: Tensor  # [capacity, V]
-    _label_slots: list[Tensor | None] = field(repr=False)
-    _ids: Tensor = field(repr=False)  # [capacity, 1] int64
+    _label_slots: list[Tensor | None]
+    _ids: Tensor  # [capacity, 1] int64
+
+    # The fields reach beyond the rows there are, into memory that may not be read.
+    def __repr__(self) -> str:
+        return f"Snapshot(version={self.version}, {len(self)} keys, {self.rows} rows)"
 
     def __len__(self) -> int:
         return self.counts.live
@@ -190,8 +194,10 @@ class Snapshot:
         return found.masked_fill(rows.to(found.device) < 0, -1.0)
 
     def _gather(self, name: str, rows: Tensor) -> Tensor:
-        if len(self.pages) == 1:
-            column: Tensor = getattr(self.pages[0], name)
+        """Return one field of rows [B]; of an empty codebook, where every row is a miss, zeros."""
+        if len(self.pages) <= 1 or not len(rows):
+            page = self.pages[0] if self.pages else Page.empty(self.device)
+            column: Tensor = getattr(page, name)
             return column[rows.to(column.device)]
         picked = [getattr(self.pages[r // PAGE_ROWS], name)[r % PAGE_ROWS] for r in rows.tolist()]
         return torch.stack(picked)
@@ -240,7 +246,7 @@ class Draft:
     def __init__(self, book: Codebook) -> None:
         base = book.snapshot()
         self._book = book
-        self._base_version, self._base_rows = base.version, base.rows
+        self._base_version, self._base_counts = base.version, base.counts
         self._pages = list(base.pages)
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = base.counts
@@ -333,10 +339,11 @@ class Draft:
         self._set(key_moves=self.counts.key_moves + 1)
 
     def set_value(self, row: int, value: Tensor) -> None:
-        """Give one row another value: in place if the row is this draft's, else in a new slot."""
+        """Give one row another value: in place if row and slot are this draft's, else anew."""
         page, offset = self._writable(row)
-        if row >= self._base_rows:
-            self._store(self._book._values, int(page.value_slot[offset]), value[None])
+        own = int(page.value_slot[offset])
+        if row >= self._base_counts.rows and own >= self._base_counts.values:
+            self._store(self._book._values, own, value[None])
             return
         slot = self.counts.values
         self._store(self._book._values, slot, value[None])
@@ -390,7 +397,8 @@ class Codebook:
     `len` counts the live rows; everything indexed by row holds the removed ones too (`live` tells).
     `reserve_rows` is how many rows fit without a new address: by default 128 GiB of each array.
 
-    Raises: ValueError for a width below 1 or an element type other than fp32, bf16 and fp16.
+    Raises: ValueError for a width or a reservation below 1, or an element type other than fp32,
+    bf16 and fp16.
     """
 
     def __init__(
@@ -404,6 +412,8 @@ class Codebook:
         for name, width in (("key_dim", key_dim), ("value_dim", value_dim)):
             if not isinstance(width, int) or width < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {width!r}")
+        if reserve_rows is not None and (not isinstance(reserve_rows, int) or reserve_rows < 1):
+            raise ValueError(f"reserve_rows must be a whole number >= 1, got {reserve_rows!r}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
         self.key_dim, self.value_dim, self.dtype = key_dim, value_dim, dtype
@@ -532,7 +542,7 @@ class Codebook:
         Raises: KeyError where no live row has the id.
         """
         with self.writing() as draft:
-            draft.remove(self._current.row_of(int(key_id)))
+            draft.remove(draft.snapshot().row_of(int(key_id)))
 
     def _checked(self, name: str, rows: Tensor, width: int) -> Tensor:
         if not isinstance(rows, Tensor):
@@ -562,7 +572,11 @@ class Codebook:
         if known is not None and known[0] is snapshot:
             return known[1]
         previous = None
-        if known is not None and known[0].counts.key_moves == snapshot.counts.key_moves:
+        if (
+            known is not None
+            and known[0].version < snapshot.version
+            and known[0].counts.key_moves == snapshot.counts.key_moves
+        ):
             previous = known[1]
         built = build(snapshot, previous)
         self._derived[name] = (snapshot, built)
@@ -631,4 +645,4 @@ def _checked_label(label: Tensor | None) -> Tensor | None:
     ids = torch.as_tensor(label)
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"labels must be whole numbers, got {ids.dtype}")
-    return ids.detach().to("cpu", torch.int64).reshape(-1)
+    return ids.detach().to("cpu", torch.int64, copy=True).reshape(-1)
