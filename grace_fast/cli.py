@@ -51,7 +51,7 @@ def demo(
     try:
         from grace_fast.demo import run
     except ModuleNotFoundError as error:
-        _fail(f"the demo needs {error.name}: pip install 'grace_fast[demo]'")
+        _fail(str(error))
     figures = run(out, seed=seed, as_json=as_json)
     if as_json:
         typer.echo(json.dumps(figures))
