@@ -32,7 +32,12 @@ class Match:
 
     hit: Tensor  # [B] bool, the query is in the ball of its nearest key
     row: Tensor  # [B] int64, the row that hit, the lowest on a tie; -1 where missed
-    distance: Tensor  # [B] float32, to that row; inf where missed
+    squared_distance: Tensor  # [B] float64, S in the canonical order; inf where missed
+
+    @property
+    def distance(self) -> Tensor:
+        """[B] float32, to the row that hit; inf where missed."""
+        return self.squared_distance.sqrt().float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +89,14 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     BackendUnavailable.
     """
     snapshot = _snapshot(codebook)
-    row, squared = _nearest(_checked(queries, snapshot), snapshot, backend)
+    queries = _checked(queries, snapshot)
+    module = choose(_workload(queries, snapshot), backend)
+    if hasattr(module, "find"):
+        hit, row, squared = module.find(queries, snapshot)
+        return Match(hit, row, squared)
+    row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
-    return Match(
-        hit=hit,
-        row=row.masked_fill(~hit, -1),
-        distance=squared.sqrt().float().masked_fill(~hit, torch.inf),
-    )
+    return Match(hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
 
 
 def replace(
@@ -128,11 +134,15 @@ def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Ten
 
 
 def _nearest(queries: Tensor, snapshot: Snapshot, backend: str) -> tuple[Tensor, Tensor]:
-    workload = Workload(
+    module = choose(_workload(queries, snapshot), backend)
+    found: tuple[Tensor, Tensor] = module.nearest(queries, snapshot)
+    return found
+
+
+def _workload(queries: Tensor, snapshot: Snapshot) -> Workload:
+    return Workload(
         snapshot.device.type, snapshot.dtype, len(queries), snapshot.rows, snapshot.key_dim
     )
-    found: tuple[Tensor, Tensor] = choose(workload, backend).nearest(queries, snapshot)
-    return found
 
 
 def _snapshot(codebook: Codebook | Snapshot) -> Snapshot:
