@@ -29,6 +29,23 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
 }
 
+// The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool. Tensors are made of it
+// when they are read; three of them cost more than the look-up.
+template <typename Find>
+py::tuple answered(int64_t batch, const Find& find) {
+  const auto buffer = py::reinterpret_steal<py::object>(
+      PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(17 * batch)));
+  if (!buffer) throw py::error_already_set();
+  char* squared = PyByteArray_AS_STRING(buffer.ptr());
+  int64_t hits;
+  {
+    const py::gil_scoped_release unlocked;
+    hits = find(reinterpret_cast<bool*>(squared + 16 * batch),
+                reinterpret_cast<int64_t*>(squared + 8 * batch), reinterpret_cast<double*>(squared));
+  }
+  return py::make_tuple(hits, buffer);
+}
+
 struct Book {
   Keys keys;
   Book(Address slots, Address slot_pages, Address live_pages, Address radius_pages, int64_t rows,
@@ -50,11 +67,12 @@ struct Book {
     grace_fast::nearest(queries(first, stride, dtype, batch), keys, threads, pointer<int64_t>(row),
                         pointer<double>(squared));
   }
-  int64_t find(Address first, int64_t stride, int dtype, int64_t batch, int threads, float widest,
-               Address hit, Address row, Address squared) const {
-    const py::gil_scoped_release unlocked;
-    return find_dense(queries(first, stride, dtype, batch), keys, widest, threads,
-                      pointer<bool>(hit), pointer<int64_t>(row), pointer<double>(squared));
+  py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads,
+                 float widest) const {
+    return answered(batch, [&](bool* hit, int64_t* row, double* squared) {
+      return find_dense(queries(first, stride, dtype, batch), keys, widest, threads, hit, row,
+                        squared);
+    });
   }
 };
 
@@ -88,21 +106,20 @@ struct Plan {
                                  pointer<const float>(super_reach),
                                  pointer<const uint8_t>(isolated)});
   }
-  int64_t find(const Book& book, Address first, int64_t stride, int dtype, int64_t batch,
-               int threads, Address hit, Address row, Address squared) const {
-    const py::gil_scoped_release unlocked;
-    return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate, threads,
-                          pointer<bool>(hit), pointer<int64_t>(row), pointer<double>(squared),
-                          nullptr);
+  py::tuple find(const Book& book, Address first, int64_t stride, int dtype, int64_t batch,
+                 int threads) const {
+    return answered(batch, [&](bool* hit, int64_t* row, double* squared) {
+      return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate,
+                            threads, hit, row, squared, nullptr);
+    });
   }
-  py::dict effort(const Book& book, Address first, int64_t stride, int dtype, int64_t batch,
-                  int threads, Address hit, Address row, Address squared) const {
+  py::dict effort(const Book& book, Address first, int64_t stride, int dtype,
+                  int64_t batch) const {
     Effort effort{};
-    {
-      const py::gil_scoped_release unlocked;
-      find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate, threads,
-                     pointer<bool>(hit), pointer<int64_t>(row), pointer<double>(squared), &effort);
-    }
+    answered(batch, [&](bool* hit, int64_t* row, double* squared) {
+      return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate, 1,
+                            hit, row, squared, &effort);
+    });
     py::dict read;
     read["boxes"] = effort.boxes;
     read["codes"] = effort.codes;
@@ -134,7 +151,7 @@ PYBIND11_MODULE(_cpu, module) {
            arg("rows"), arg("width"), arg("dtype"))
       .def("nearest", &Book::nearest, "queries, stride, dtype, batch, threads, row, squared")
       .def("find", &Book::find,
-           "queries, stride, dtype, batch, threads, widest, hit, row, squared; the number of hits");
+           "queries, stride, dtype, batch, threads, widest; (number of hits, answers)");
   py::class_<Plan>(module, "Plan", "A certificate as one version sees it.")
       .def(py::init<>())
       .def("set_map", &Plan::set_map, py::kw_only(), arg("centre"), arg("rows"), arg("turn"),
@@ -145,8 +162,8 @@ PYBIND11_MODULE(_cpu, module) {
            arg("far"), arg("reach"), arg("near_residual"), arg("far_residual"), arg("leaf_boxes"),
            arg("super_boxes"), arg("super_reach"), arg("isolated"))
       .def("find", &Plan::find,
-           "book, queries, stride, dtype, batch, threads, hit, row, squared; the number of hits")
-      .def("effort", &Plan::effort, "What `find` of the same arguments reads.")
+           "book, queries, stride, dtype, batch, threads; (number of hits, answers)")
+      .def("effort", &Plan::effort, "book, queries, stride, dtype, batch; what `find` reads for them")
       .def("isolated", &Plan::isolated, py::kw_only(), arg("book"), arg("part"), arg("positions"),
            arg("count"), arg("bits"));
   module.def("kd_order", &kd_order_at, py::kw_only(), arg("points"), arg("count"), arg("order"),

@@ -2,7 +2,7 @@
 
 from grace_fast._version import __version__
 from grace_fast.codebook import Codebook
-from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
+from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, prepare, replace
 
 __all__ = [
     "BackendUnavailable",
@@ -12,5 +12,6 @@ __all__ = [
     "__version__",
     "find",
     "nearest",
+    "prepare",
     "replace",
 ]

@@ -419,11 +419,8 @@ class _Build:
         rows = torch.linspace(0, snapshot.rows - 1, count).long()
         slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
         queries = snapshot.key_slots[slots].float().contiguous()
-        hit, row = torch.empty(count, dtype=torch.bool), torch.empty(count, dtype=torch.int64)
-        squared = torch.empty(count, dtype=torch.float64)
-        out = (hit.data_ptr(), row.data_ptr(), squared.data_ptr())
         width = snapshot.key_dim
-        read = view.plan.effort(view.book, queries.data_ptr(), width, 0, count, 1, *out)
+        read = view.plan.effort(view.book, queries.data_ptr(), width, 0, count)
         total = 64 * read["boxes"] + codes.NEAR * read["codes"] + codes.FAR * read["survivors"]
         # A key finds itself; every other recheck misses the cache, so it counts twice.
         others = max(0, read["rechecks"] - count)

@@ -26,18 +26,48 @@ class BackendUnavailable(RuntimeError):
     """No back end can take the call; the message lists every reason."""
 
 
-@dataclass(frozen=True, slots=True)
 class Match:
-    """The answer of `find` for a batch of queries."""
+    """The answer of `find` for a batch of queries; fields are made when they are read."""
 
-    hit: Tensor  # [B] bool, the query is in the ball of its nearest key
-    row: Tensor  # [B] int64, the row that hit, the lowest on a tie; -1 where missed
-    squared_distance: Tensor  # [B] float64, S in the canonical order; inf where missed
+    __slots__ = ("_answers", "_batch", "_fields", "hits")
+
+    def __init__(
+        self,
+        hits: int | None,
+        answers: bytearray,
+        batch: int,
+        fields: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        self.hits = hits  # how many hit; None where a device has yet to say
+        self._answers, self._batch, self._fields = answers, batch, fields
+
+    def _made(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._fields is None:
+            self._fields = cpu.unpack(self._answers, self._batch)
+        return self._fields
+
+    @property
+    def hit(self) -> Tensor:
+        """[B] bool, the query is in the ball of its nearest key."""
+        return self._made()[0]
+
+    @property
+    def row(self) -> Tensor:
+        """[B] int64, the row that hit, the lowest on a tie; -1 where missed."""
+        return self._made()[1]
+
+    @property
+    def squared_distance(self) -> Tensor:
+        """[B] float64, S of that row in the canonical order; inf where missed."""
+        return self._made()[2]
 
     @property
     def distance(self) -> Tensor:
-        """[B] float32, to the row that hit; inf where missed."""
+        """[B] float32, to that row; inf where missed."""
         return self.squared_distance.sqrt().float()
+
+    def __repr__(self) -> str:
+        return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +120,72 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     """
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
-    module = choose(_workload(queries, snapshot), backend)
+    module = _chosen(queries, snapshot, backend)
+    if module is cpu:
+        return Match(*cpu.find_packed(queries, snapshot), len(queries))
     if hasattr(module, "find"):
-        hit, row, squared = module.find(queries, snapshot)
-        return Match(hit, row, squared)
+        return Match(None, bytearray(), len(queries), module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
-    return Match(hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
+    fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
+    return Match(None, bytearray(), len(queries), fields)
+
+
+class Prepared:
+    """`find` for one codebook, for callers that ask again and again: see `prepare`."""
+
+    __slots__ = ("_book", "_certificate", "_snapshot", "_view", "_width")
+
+    def __init__(self, codebook: Codebook) -> None:
+        self._book, self._width = codebook, codebook.key_dim
+        self._snapshot: Snapshot | None = None
+        self._view: cpu.View | None = None
+        self._certificate: cpu.Certificate | None = None
+
+    def __call__(self, queries: Tensor) -> Match:
+        """Return what `find(queries, codebook)` returns, and raise what it raises."""
+        snapshot, view = self._snapshot, self._view
+        if (
+            view is None
+            or self._book.snapshot() is not snapshot
+            or not self._certificate.is_current(view)  # type: ignore[union-attr]
+        ):
+            view = self._renew()
+        shape = queries.shape
+        if (
+            view is None
+            or len(shape) != 2
+            or shape[1] != self._width
+            or not shape[0]
+            or queries.dtype not in cpu.DTYPE_NUMBERS
+            or not queries.is_cpu
+            or queries.stride(1) != 1
+        ):
+            return find(queries, self._book)
+        return Match(*cpu.read(queries, view), shape[0])
+
+    def _renew(self) -> cpu.View | None:
+        self._snapshot = snapshot = self._book.snapshot()
+        workload = Workload(
+            snapshot.device.type, snapshot.dtype, 1, snapshot.rows, snapshot.key_dim
+        )
+        self._view = None
+        if choose(workload) is cpu:
+            self._certificate = cpu.certificate_of(snapshot)
+            self._view = cpu.view_of(snapshot)
+        return self._view
+
+
+def prepare(codebook: Codebook, wait: bool = True) -> Prepared:
+    """Return `find` for one codebook with everything chosen once a version; it sees later edits.
+
+    With `wait`, what can be computed from the keys that are there is computed first.
+    """
+    prepared = Prepared(codebook)
+    prepared._renew()
+    if wait and prepared._certificate is not None:
+        prepared._certificate.settle()
+    return prepared
 
 
 def replace(
@@ -128,21 +217,29 @@ def replace(
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:
     """Return output [B, T, V] with each hit's value where mask [B, T] is set; itself if none hit."""
-    if output.device.type == "cpu" and not match.hit.any():
+    if match.hits == 0 or (output.device.type == "cpu" and not match.hit.any()):
         return output
     return semantics.replace(output, match.hit, snapshot.values_of(match.row), mask)
 
 
 def _nearest(queries: Tensor, snapshot: Snapshot, backend: str) -> tuple[Tensor, Tensor]:
-    module = choose(_workload(queries, snapshot), backend)
-    found: tuple[Tensor, Tensor] = module.nearest(queries, snapshot)
+    found: tuple[Tensor, Tensor] = _chosen(queries, snapshot, backend).nearest(queries, snapshot)
     return found
 
 
-def _workload(queries: Tensor, snapshot: Snapshot) -> Workload:
-    return Workload(
-        snapshot.device.type, snapshot.dtype, len(queries), snapshot.rows, snapshot.key_dim
+def _chosen(queries: Tensor, snapshot: Snapshot, backend: str) -> ModuleType:
+    keys = snapshot.key_slots
+    return _choose(
+        keys.device.type, keys.dtype, queries.shape[0], snapshot.rows, keys.shape[1], backend
     )
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    device: str, dtype: torch.dtype, batch: int, rows: int, key_dim: int, backend: str
+) -> ModuleType:
+    # A Workload takes longer to make than to choose for.
+    return choose(Workload(device, dtype, batch, rows, key_dim), backend)
 
 
 def _snapshot(codebook: Codebook | Snapshot) -> Snapshot:
@@ -169,4 +266,4 @@ def _checked(queries: Tensor, snapshot: Snapshot) -> Tensor:
         raise ValueError(
             f"queries must be on the codebook's device {snapshot.device}, got {queries.device}"
         )
-    return queries.detach()
+    return queries.detach() if queries.requires_grad else queries

@@ -39,15 +39,23 @@ class Lookup {
         band_(keys.width),
         memory_(scratch()),
         encoder_(certificate.map, keys.width, &memory_.centred),
-        query_(memory_.query.resized(padded_width(keys.width))),
+        wide_(memory_.query.resized(padded_width(keys.width))),
         candidates_(memory_.candidates) {}
 
   Best find(const Queries& queries, int64_t index) {
-    if (!widen_query(queries, index, keys_.width, query_)) return Best{};
     const double widest = certificate_.widest;
     if (widest < 0) return Best{};  // every key is dead
+    query_ = as_it_is(queries, index, keys_.width);
+    if (!query_) {
+      widen_query(queries, index, keys_.width, wide_);
+      query_ = wide_;
+    }
     candidates_.start(keys_, band_.above(widest * widest));
-    if (!encoder_.near(query_, &encoded_)) return read_all();
+    if (!encoder_.near(query_, &encoded_)) {  // too large for float32, or not finite
+      if (!widen_query(queries, index, keys_.width, wide_)) return Best{};
+      query_ = wide_;
+      return read_all();
+    }
     far_known_ = false;
     for (size_t part = 0; part < certificate_.parts.size(); ++part) {
       const Part& codes = certificate_.parts[part];
@@ -66,7 +74,8 @@ class Lookup {
     const int64_t self = certificate_.parts[part].row[position];
     const Queries key{key_of(keys_, self), 0, keys_.dtype, 1};
     const double apart = 2.0 * radius_of(keys_, self);
-    if (apart < 0 || !widen_query(key, 0, keys_.width, query_)) return false;
+    if (apart < 0 || !widen_query(key, 0, keys_.width, wide_)) return false;
+    query_ = wide_;
     candidates_.start(keys_, std::numeric_limits<float>::infinity());
     if (!encoder_.near(query_, &encoded_)) return false;
     far_known_ = false;
@@ -204,7 +213,8 @@ class Lookup {
   const Band band_;
   Scratch& memory_;
   Encoder encoder_;
-  float* query_;
+  float* wide_;                   // room for a query as float32
+  const float* query_ = nullptr;  // the query, wherever it is
   Candidates& candidates_;
   Encoded encoded_;
   bool far_known_ = false;

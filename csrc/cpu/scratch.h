@@ -25,6 +25,12 @@ class Floats {
 
 inline int64_t padded_width(int64_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
 
+// The address of query `index` where it needs neither widening nor padding, else null.
+inline const float* as_it_is(const Queries& queries, int64_t index, int64_t width) {
+  if (queries.dtype != Dtype::float32 || width % kPadding) return nullptr;
+  return static_cast<const float*>(queries.first) + index * queries.stride;
+}
+
 // Write query `index` as float32, padded with zeros; tell whether it is finite.
 inline bool widen_query(const Queries& queries, int64_t index, int64_t width, float* to) {
   with_type(queries.dtype, [&](auto element) {

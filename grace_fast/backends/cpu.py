@@ -53,13 +53,24 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
-    batch = len(queries)
-    hit = torch.empty(batch, dtype=torch.bool)
-    row = torch.empty(batch, dtype=torch.int64)
-    squared = torch.empty(batch, dtype=torch.float64)
-    if batch:
-        outputs = (hit.data_ptr(), row.data_ptr(), squared.data_ptr())
-        read(_in_rows(queries), view_of(snapshot), outputs)
+    return unpack(find_packed(queries, snapshot)[1], len(queries))
+
+
+def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
+    """Return the number of hits and the answers, to be unpacked by whoever reads them."""
+    if not len(queries):
+        return 0, bytearray()
+    return read(_in_rows(queries), view_of(snapshot))
+
+
+def unpack(answers: bytearray, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hit, row and S as tensors over the answers' own memory."""
+    if not batch:
+        row, squared = semantics.no_row(0, torch.device("cpu"))
+        return row.bool(), row, squared
+    squared = torch.frombuffer(answers, dtype=torch.float64, count=batch)
+    row = torch.frombuffer(answers, dtype=torch.int64, count=batch, offset=8 * batch)
+    hit = torch.frombuffer(answers, dtype=torch.bool, count=batch, offset=16 * batch)
     return hit, row, squared
 
 
@@ -75,19 +86,19 @@ def read_nearest(queries: Tensor, view: View, outputs: tuple[int, int]) -> None:
     )
 
 
-def read(queries: Tensor, view: View, outputs: tuple[int, int, int]) -> int:
-    """Write hit, row and S of queries [B, D], B >= 1, whose elements are side by side.
-
-    Returns the number of hits.
-    """
-    batch, dtype = len(queries), DTYPE_NUMBERS[queries.dtype]
-    threads = torch.get_num_threads()
-    address, stride = queries.data_ptr(), queries.stride(0)
+def read(queries: Tensor, view: View) -> tuple[int, bytearray]:
+    """Return the number of hits and the answers to queries [B, D], B >= 1, elements side by side."""
+    batch = queries.shape[0]
+    asked = (
+        queries.data_ptr(),
+        queries.stride(0),
+        DTYPE_NUMBERS[queries.dtype],
+        batch,
+        torch.get_num_threads(),
+    )
     if view.certified_pays(batch):
-        hits: int = view.plan.find(view.book, address, stride, dtype, batch, threads, *outputs)
-    else:
-        hits = view.book.find(address, stride, dtype, batch, threads, view.widest, *outputs)
-    return hits
+        return view.plan.find(view.book, *asked)  # type: ignore[no-any-return]
+    return view.book.find(*asked, view.widest)  # type: ignore[no-any-return]
 
 
 def view_of(snapshot: Snapshot) -> View:
@@ -113,4 +124,4 @@ def _keep(snapshot: Snapshot, previous: Any) -> list[Any]:
 
 
 def _in_rows(queries: Tensor) -> Tensor:
-    return queries if queries.stride(1) == 1 or queries.shape[1] == 1 else queries.contiguous()
+    return queries if queries.stride(1) == 1 else queries.contiguous()
