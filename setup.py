@@ -4,6 +4,7 @@ A machine without a C++ compiler still gets a package that is right: the extensi
 `grace_fast.backends.cpu` says once that it is missing.
 """
 
+import os
 from glob import glob
 
 from pybind11.setup_helpers import Pybind11Extension
@@ -12,6 +13,10 @@ from setuptools import setup
 # The law forbids fused multiply-adds: -ffp-contract=off must stay. OpenMP is torch's own libgomp at run
 # time, so torch's thread setting and ours meet in one pool.
 FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+# GRACE_FAST_EMULATE_AVX512=1, for tests on a processor without AVX-512: its kernels through SIMDe.
+if os.environ.get("GRACE_FAST_EMULATE_AVX512") == "1":
+    FLAGS.append("-DGRACE_FAST_EMULATE_AVX512")
 
 setup(
     ext_modules=[

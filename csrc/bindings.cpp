@@ -1,7 +1,8 @@
 // Python's view of the look-up: addresses in, answers written in place, no torch in the link.
 //
-// What is described once a version (`Book`, `Plan`) takes names; the calls made for every query take the
-// same few addresses by position, because names cost more than a look-up in a small codebook.
+// What is described once a version (`Book`, `Plan`) takes names; the calls made for every query
+// take the same few addresses by position, because names cost more than a look-up in a small
+// codebook.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -29,8 +30,8 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
 }
 
-// The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool. Tensors are made of it
-// when they are read; three of them cost more than the look-up.
+// The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool. Tensors are
+// made of it when they are read; three of them cost more than the look-up.
 template <typename Find>
 py::tuple answered(int64_t batch, const Find& find) {
   const auto buffer = py::reinterpret_steal<py::object>(
@@ -40,8 +41,9 @@ py::tuple answered(int64_t batch, const Find& find) {
   int64_t hits;
   {
     const py::gil_scoped_release unlocked;
-    hits = find(reinterpret_cast<bool*>(squared + 16 * batch),
-                reinterpret_cast<int64_t*>(squared + 8 * batch), reinterpret_cast<double*>(squared));
+    hits =
+        find(reinterpret_cast<bool*>(squared + 16 * batch),
+             reinterpret_cast<int64_t*>(squared + 8 * batch), reinterpret_cast<double*>(squared));
   }
   return py::make_tuple(hits, buffer);
 }
@@ -99,12 +101,11 @@ struct Plan {
   void add_part(int64_t count, Address row, Address near, Address far, Address reach,
                 double near_residual, double far_residual, Address leaf_boxes, Address super_boxes,
                 Address super_reach, Address isolated) {
-    certificate.parts.push_back({count, pointer<const int32_t>(row), pointer<const uint8_t>(near),
-                                 pointer<const uint8_t>(far), pointer<const float>(reach),
-                                 near_residual, far_residual, pointer<const int16_t>(leaf_boxes),
-                                 pointer<const int16_t>(super_boxes),
-                                 pointer<const float>(super_reach),
-                                 pointer<const uint8_t>(isolated)});
+    certificate.parts.push_back(
+        {count, pointer<const int32_t>(row), pointer<const uint8_t>(near),
+         pointer<const uint8_t>(far), pointer<const float>(reach), near_residual, far_residual,
+         pointer<const int16_t>(leaf_boxes), pointer<const int16_t>(super_boxes),
+         pointer<const float>(super_reach), pointer<const uint8_t>(isolated)});
   }
   py::tuple find(const Book& book, Address first, int64_t stride, int dtype, int64_t batch,
                  int threads) const {
@@ -113,8 +114,7 @@ struct Plan {
                             threads, hit, row, squared, nullptr);
     });
   }
-  py::dict effort(const Book& book, Address first, int64_t stride, int dtype,
-                  int64_t batch) const {
+  py::dict effort(const Book& book, Address first, int64_t stride, int dtype, int64_t batch) const {
     Effort effort{};
     answered(batch, [&](bool* hit, int64_t* row, double* squared) {
       return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate, 1,
@@ -163,7 +163,8 @@ PYBIND11_MODULE(_cpu, module) {
            arg("super_boxes"), arg("super_reach"), arg("isolated"))
       .def("find", &Plan::find,
            "book, queries, stride, dtype, batch, threads; (number of hits, answers)")
-      .def("effort", &Plan::effort, "book, queries, stride, dtype, batch; what `find` reads for them")
+      .def("effort", &Plan::effort,
+           "book, queries, stride, dtype, batch; what `find` reads for them")
       .def("isolated", &Plan::isolated, py::kw_only(), arg("book"), arg("part"), arg("positions"),
            arg("count"), arg("bits"));
   module.def("kd_order", &kd_order_at, py::kw_only(), arg("points"), arg("count"), arg("order"),

@@ -1,11 +1,14 @@
-// The contract between the look-up's C++ and Python. Letters as everywhere: B queries, N rows, D width.
+// The contract between the look-up's C++ and Python. Letters as everywhere: B queries, N rows, D
+// width.
 //
-// S_i = sum over j of (q_j - k_ij)^2 in float64, j ascending, each product rounded before it is added.
-// The build forbids contraction into a fused multiply-add (-ffp-contract=off): it is part of the law.
-// Everything faster only finds candidates; what is within its rounding of a decision is summed again so.
+// S_i = sum over j of (q_j - k_ij)^2 in float64, j ascending, each product rounded before it is
+// added. The build forbids contraction into a fused multiply-add (-ffp-contract=off): it is part of
+// the law. Everything faster only finds candidates; what is within its rounding of a decision is
+// summed again so.
 //
-// The certificate (grace_fast/codes.py has the proof): phi is 1-Lipschitz up to `lipschitz`, z_k and z_q
-// are the integers nearest phi / step on a torus of 256, and a key within radius r of the query has
+// The certificate (grace_fast/codes.py has the proof): phi is 1-Lipschitz up to `lipschitz`, z_k
+// and z_q are the integers nearest phi / step on a torus of 256, and a key within radius r of the
+// query has
 //   sum (z_q - z_k)^2 <= ((lipschitz * r + delta) / step + e_q + e_k)^2.
 #pragma once
 #include <cstdint>
@@ -54,14 +57,14 @@ struct Map {
 
 // Codes of some rows: a run in kd order under two levels of boxes, or the tail in order of arrival.
 struct Part {
-  int64_t count;               // positions in use
-  const int32_t* row;          // [count]
-  const uint8_t* near;         // [blocks][kNear / 4][16][4]
-  const uint8_t* far;          // [count][kFar]
-  const float* reach;          // [leaves], >= every radius of the leaf; only ever grows
-  double near_residual;        // >= e_k of the near slots, in steps
-  double far_residual;         // >= e_k of all slots, in steps
-  const int16_t* leaf_boxes;   // [leaves / 16][8 slot pairs][low, high][16 boxes][2]; null: no order
+  int64_t count;              // positions in use
+  const int32_t* row;         // [count]
+  const uint8_t* near;        // [blocks][kNear / 4][16][4]
+  const uint8_t* far;         // [count][kFar]
+  const float* reach;         // [leaves], >= every radius of the leaf; only ever grows
+  double near_residual;       // >= e_k of the near slots, in steps
+  double far_residual;        // >= e_k of all slots, in steps
+  const int16_t* leaf_boxes;  // [leaves / 16][8 slot pairs][low, high][16 boxes][2]; null: no order
   const int16_t* super_boxes;  // the same of 64 leaves each
   const float* super_reach;    // [supers]
   const uint8_t* isolated;     // [count / 8] bits: no other key of the part within 2 radii; or null
@@ -91,7 +94,8 @@ int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int t
 int64_t find_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
                        int threads, bool* hit, int64_t* row, double* squared, Effort* effort);
 
-// Set the isolated bit of the positions of a part whose rows have no other key of it within 2 radii.
+// Set the isolated bit of the positions of a part whose rows have no other key of it within 2
+// radii.
 void find_isolated(const Keys& keys, const Certificate& certificate, int64_t part,
                    const int64_t* positions, int64_t count, uint8_t* isolated);
 

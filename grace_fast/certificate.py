@@ -69,7 +69,7 @@ class View:
     """One version, ready to be looked up: what the extension reads and what keeps it alive."""
 
     def __init__(self, cpu: Any, snapshot: Snapshot, other: View | None) -> None:
-        self.table = PageTable(snapshot, other.table if other is not None else None)
+        self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
         self.pages = snapshot.pages
         self.keys = snapshot.key_slots
         self.book = self.table.book(cpu, snapshot)
@@ -297,9 +297,7 @@ class Certificate:
                 return
             self._publish(snapshot, state, built, made)
 
-    def _publish(
-        self, snapshot: Snapshot, state: _State | None, built: _Build, made: Part
-    ) -> None:
+    def _publish(self, snapshot: Snapshot, state: _State | None, built: _Build, made: Part) -> None:
         """Put a run in the place of what it was made from; edits meanwhile are kept."""
         if state is not None and state is not self._state:
             return self._build_if_needed()  # the codes were given up meanwhile

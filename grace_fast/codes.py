@@ -239,7 +239,7 @@ def lower_bounds(phi: Map, queries: Codes, keys: Codes, far: bool = False) -> Te
     apart = code_distances(phi, queries, keys, far).double().sqrt()
     name = "far_error" if far else "near_error"
     errors = getattr(queries, name)[:, None] + getattr(keys, name)[None, :] + SLACK_STEPS
-    bound = (apart - errors) * phi.step / (phi.lipschitz * (1 + 1e-6))
+    bound: Tensor = (apart - errors) * phi.step / (phi.lipschitz * (1 + 1e-6))
     return bound.clamp(min=0)
 
 

@@ -34,7 +34,7 @@ class Match:
     def __init__(
         self,
         hits: int | None,
-        answers: bytearray,
+        answers: bytearray | None,
         batch: int,
         fields: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
@@ -43,6 +43,7 @@ class Match:
 
     def _made(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._fields is None:
+            assert self._answers is not None
             self._fields = cpu.unpack(self._answers, self._batch)
         return self._fields
 
@@ -120,72 +121,15 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     """
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
-    module = _chosen(queries, snapshot, backend)
+    module = chosen(snapshot, len(queries), backend)
     if module is cpu:
         return Match(*cpu.find_packed(queries, snapshot), len(queries))
     if hasattr(module, "find"):
-        return Match(None, bytearray(), len(queries), module.find(queries, snapshot))
+        return Match(None, None, len(queries), module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
-    return Match(None, bytearray(), len(queries), fields)
-
-
-class Prepared:
-    """`find` for one codebook, for callers that ask again and again: see `prepare`."""
-
-    __slots__ = ("_book", "_certificate", "_snapshot", "_view", "_width")
-
-    def __init__(self, codebook: Codebook) -> None:
-        self._book, self._width = codebook, codebook.key_dim
-        self._snapshot: Snapshot | None = None
-        self._view: cpu.View | None = None
-        self._certificate: cpu.Certificate | None = None
-
-    def __call__(self, queries: Tensor) -> Match:
-        """Return what `find(queries, codebook)` returns, and raise what it raises."""
-        snapshot, view = self._snapshot, self._view
-        if (
-            view is None
-            or self._book.snapshot() is not snapshot
-            or not self._certificate.is_current(view)  # type: ignore[union-attr]
-        ):
-            view = self._renew()
-        shape = queries.shape
-        if (
-            view is None
-            or len(shape) != 2
-            or shape[1] != self._width
-            or not shape[0]
-            or queries.dtype not in cpu.DTYPE_NUMBERS
-            or not queries.is_cpu
-            or queries.stride(1) != 1
-        ):
-            return find(queries, self._book)
-        return Match(*cpu.read(queries, view), shape[0])
-
-    def _renew(self) -> cpu.View | None:
-        self._snapshot = snapshot = self._book.snapshot()
-        workload = Workload(
-            snapshot.device.type, snapshot.dtype, 1, snapshot.rows, snapshot.key_dim
-        )
-        self._view = None
-        if choose(workload) is cpu:
-            self._certificate = cpu.certificate_of(snapshot)
-            self._view = cpu.view_of(snapshot)
-        return self._view
-
-
-def prepare(codebook: Codebook, wait: bool = True) -> Prepared:
-    """Return `find` for one codebook with everything chosen once a version; it sees later edits.
-
-    With `wait`, what can be computed from the keys that are there is computed first.
-    """
-    prepared = Prepared(codebook)
-    prepared._renew()
-    if wait and prepared._certificate is not None:
-        prepared._certificate.settle()
-    return prepared
+    return Match(None, None, len(queries), fields)
 
 
 def replace(
@@ -223,15 +167,16 @@ def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Ten
 
 
 def _nearest(queries: Tensor, snapshot: Snapshot, backend: str) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = _chosen(queries, snapshot, backend).nearest(queries, snapshot)
+    found: tuple[Tensor, Tensor] = chosen(snapshot, len(queries), backend).nearest(
+        queries, snapshot
+    )
     return found
 
 
-def _chosen(queries: Tensor, snapshot: Snapshot, backend: str) -> ModuleType:
+def chosen(snapshot: Snapshot, batch: int = 1, backend: str = "auto") -> ModuleType:
+    """Return the back end that takes a batch of queries for a version."""
     keys = snapshot.key_slots
-    return _choose(
-        keys.device.type, keys.dtype, queries.shape[0], snapshot.rows, keys.shape[1], backend
-    )
+    return _choose(keys.device.type, keys.dtype, batch, snapshot.rows, keys.shape[1], backend)
 
 
 @lru_cache(maxsize=4096)

@@ -120,9 +120,7 @@ class Encoded:
     def room(count: int) -> Encoded:
         """Return room for `count` keys."""
         points = np.empty((count, NEAR), np.int16)
-        return Encoded(
-            points, np.empty((count, NEAR), np.uint8), np.empty((count, FAR), np.uint8)
-        )
+        return Encoded(points, np.empty((count, NEAR), np.uint8), np.empty((count, FAR), np.uint8))
 
     def put(self, at: int, codes: Codes) -> None:
         """Take the codes of some keys in, from row `at` on."""

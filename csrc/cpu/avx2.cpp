@@ -145,9 +145,9 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
       alignas(32) int32_t apart[16];
       _mm256_store_si256(reinterpret_cast<__m256i*>(apart), low);
       _mm256_store_si256(reinterpret_cast<__m256i*>(apart + 8), high);
-      unsigned within =
-          static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(low_past))) |
-          static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(high_past))) << 8;
+      unsigned within = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(low_past))) |
+                        static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(high_past)))
+                            << 8;
       for (within = ~within & 0xffffu; within; within &= within - 1) {
         const int lane = __builtin_ctz(within);
         position[kept] = static_cast<int32_t>(at + lane);
@@ -179,7 +179,8 @@ int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, 
       total -= size < 127 ? size * size : 127 * 127;
     }
     const __m256i end = _mm256_zextsi128_si256(Lanes::half(far + 32));
-    total += sum_of(_mm256_add_epi32(apart_squared(wide(far), query), apart_squared(end, query_end)));
+    total +=
+        sum_of(_mm256_add_epi32(apart_squared(wide(far), query), apart_squared(end, query_end)));
     if (total <= cut.at(part.reach[at / kLeaf])) position[kept++] = position[i];
   }
   return kept;

@@ -2,10 +2,7 @@
 //
 // No standard templates in here: what this file compiles runs only on processors that have AVX-512.
 #if defined(GRACE_FAST_EMULATE_AVX512)  // the test program: the same source, each intrinsic in C
-#define SIMDE_ENABLE_NATIVE_ALIASES
-#include <simde/x86/avx512.h>
-#include <simde/x86/f16c.h>
-#include <simde/x86/fma.h>
+#include "emulated_avx512.inl"
 #elif defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -15,7 +12,7 @@
 #if defined(__x86_64__)
 #if defined(GRACE_FAST_EMULATE_AVX512)
 #elif defined(__clang__)
-#pragma clang attribute push( \
+#pragma clang attribute push(                                                               \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c"))), \
     apply_to = function)
 #else
@@ -47,7 +44,8 @@ struct Lanes {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half(from)), 16));
   }
   static Vector load(const Float16* from) { return _mm512_cvtph_ps(half(from)); }
-  // 32 elements in the order in which load_rows spreads 32 packed ones: 0-7 and 16-23, then the others.
+  // 32 elements in the order in which load_rows spreads 32 packed ones: 0-7 and 16-23, then the
+  // others.
   static void store_for_rows(float* to, Vector a, Vector b) {
     _mm512_store_ps(to, _mm512_shuffle_f32x4(a, b, 0x44));
     _mm512_store_ps(to + kCount, _mm512_shuffle_f32x4(a, b, 0xee));
@@ -154,7 +152,7 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
 int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, Cut cut,
                          int64_t count, int32_t* position, const int32_t* sum) {
   constexpr int64_t kAhead = 8;
-  const __mmask64 far_slots = (uint64_t{1} << kFar) - 1;
+  constexpr uint64_t far_slots = (uint64_t{1} << kFar) - 1;
   const __m512i query = _mm512_maskz_loadu_epi8(far_slots, code + kNear);
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {

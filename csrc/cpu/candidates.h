@@ -1,7 +1,8 @@
 // From float32 candidates to the law's decision.
 //
-// A float32 S is within `slack` of its own value, relatively, and `tiny` absolutely. A key whose float32 S
-// is above `above(S of another)` has a larger canonical S and cannot win; the others are summed again.
+// A float32 S is within `slack` of its own value, relatively, and `tiny` absolutely. A key whose
+// float32 S is above `above(S of another)` has a larger canonical S and cannot win; the others are
+// summed again.
 #pragma once
 #include <limits>
 #include <vector>
@@ -49,8 +50,7 @@ inline float radius_of(const Keys& keys, int64_t row) {
 }
 
 inline const char* key_of(const Keys& keys, int64_t row) {
-  const int64_t slot =
-      keys.slot_pages ? keys.slot_pages[row / kPageRows][row % kPageRows] : row;
+  const int64_t slot = keys.slot_pages ? keys.slot_pages[row / kPageRows][row % kPageRows] : row;
   const int64_t bytes = keys.dtype == Dtype::float32 ? 4 : 2;
   return static_cast<const char*>(keys.slots) + slot * keys.width * bytes;
 }
@@ -87,7 +87,8 @@ class Candidates {
   void merge(const Band& band, const Candidates& others) {
     for (const Candidate& other : others.kept_) offer(band, other);
   }
-  // The nearest row and its S, the lowest row on a tie. With `balls`, none unless it is in its ball.
+  // The nearest row and its S, the lowest row on a tie. With `balls`, none unless it is in its
+  // ball.
   Best settle(const float* query, const Band& band, bool balls);
 
  private:

@@ -1,7 +1,7 @@
 // The law's own sum, and the decision from it.
 //
-// A sum in a fixed order is one chain of additions, so four keys are summed side by side to hide its
-// latency. No instruction set may change a bit of this: it is compiled once, for the baseline.
+// A sum in a fixed order is one chain of additions, so four keys are summed side by side to hide
+// its latency. No instruction set may change a bit of this: it is compiled once, for the baseline.
 #include <algorithm>
 
 #include "candidates.h"

@@ -2,8 +2,8 @@
 //
 //   super boxes -> leaf boxes -> near codes -> far codes -> float32 S -> canonical S
 // Each step drops only keys that are farther than the reach of their leaf, so the nearest key among
-// those left is the nearest of all if it is in its ball within `floor`, which every reach is at least.
-// A hit farther than that is looked up once more, everywhere, at its own distance.
+// those left is the nearest of all if it is in its ball within `floor`, which every reach is at
+// least. A hit farther than that is looked up once more, everywhere, at its own distance.
 #include <algorithm>
 
 #include "encode.h"
@@ -103,8 +103,7 @@ class Lookup {
     const bool alone = bits && (bits[best.position / 8] >> best.position % 8 & 1);
     for (size_t part = 0; part < parts.size(); ++part) {
       if (alone && static_cast<int32_t>(part) == best.part) continue;
-      const Cut cut =
-          encoder_.cut_within(distance, encoded_.near_error, parts[part].near_residual);
+      const Cut cut = encoder_.cut_within(distance, encoded_.near_error, parts[part].near_residual);
       if (!collect(static_cast<int32_t>(part), cut, nullptr)) return read_all();
     }
     return candidates_.settle(query_, band_, true);
@@ -142,8 +141,9 @@ class Lookup {
     int64_t touched = 0;
     for (int64_t i = 0; i < wide; ++i) {
       const int64_t first = memory_.supers[i] * kLeaf;
-      touched += kernels().boxes(part.leaf_boxes, part.reach, first, std::min(first + kLeaf, leaves),
-                                 encoded_.point, cut, memory_.leaves.data() + touched);
+      touched +=
+          kernels().boxes(part.leaf_boxes, part.reach, first, std::min(first + kLeaf, leaves),
+                          encoded_.point, cut, memory_.leaves.data() + touched);
     }
     effort.boxes += supers + wide * kLeaf;
     return touched;
@@ -162,10 +162,9 @@ class Lookup {
     if (!far_known_) encoder_.far(&encoded_);
     far_known_ = true;
     // The same radius, with the errors of all slots in the place of those of the near ones.
-    const Cut cut{near_cut.slope,
-                  static_cast<float>(near_cut.offset * (1 + 1e-6) +
-                                     (encoded_.far_error - encoded_.near_error) +
-                                     (part.far_residual - part.near_residual))};
+    const Cut cut{near_cut.slope, static_cast<float>(near_cut.offset * (1 + 1e-6) +
+                                                     (encoded_.far_error - encoded_.near_error) +
+                                                     (part.far_residual - part.near_residual))};
     return kernels().refine(part, certificate_.map.norm_slot, encoded_.code, cut, count,
                             memory_.positions.data(), memory_.sums.data());
   }

@@ -9,6 +9,9 @@ namespace {
 bool runs_here(const Kernels& set) {
 #if defined(__x86_64__)
   if (&set == &avx512vnni_kernels) {
+#if defined(GRACE_FAST_EMULATE_AVX512)
+    return true;
+#endif
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni");

@@ -9,8 +9,8 @@
 namespace grace_fast {
 namespace {
 
-constexpr int64_t kGroup = 4;                // queries of a tile
-constexpr int64_t kTileBytes = 1 << 17;      // keys that are met by every group before the next ones
+constexpr int64_t kGroup = 4;            // queries of a tile
+constexpr int64_t kTileBytes = 1 << 17;  // keys that are met by every group before the next ones
 constexpr int64_t kSerialElements = 1 << 20;  // differences below which one thread is faster
 
 struct Task {
@@ -98,7 +98,8 @@ class Dense {
     for (size_t i = 0; i < rows.size(); i += 2) {
       const int64_t pair[2] = {rows[i], rows[std::min(i + 1, rows.size() - 1)]};
       float sums[2 * kGroup];
-      tile(query(first), stride_, key_of(keys_, pair[0]), key_of(keys_, pair[1]), keys_.width, sums);
+      tile(query(first), stride_, key_of(keys_, pair[0]), key_of(keys_, pair[1]), keys_.width,
+           sums);
       const int64_t keys_here = pair[0] == pair[1] ? 1 : 2;
       for (int64_t b = 0; b < count; ++b) {
         for (int64_t k = 0; k < keys_here; ++k) {

@@ -57,10 +57,10 @@ bool Encoder::near(const float* query, Encoded* out) {
   near_residual_ = residual;
   double error = norm_ * (std::sqrt(slots) * rounding_ * map_.row_norm + kUnit * map_.lipschitz);
   if (map_.norm_slot) {
-    const double wrong = 1.001 * ((rounding_ + 4 * kUnit) * norm_ * norm_ +
-                                  2 * std::sqrt(inside) * error + error * error +
-                                  2 * map_.eta * inside) +
-                         1e-30;
+    const double wrong =
+        1.001 * ((rounding_ + 4 * kUnit) * norm_ * norm_ + 2 * std::sqrt(inside) * error +
+                 error * error + 2 * map_.eta * inside) +
+        1e-30;
     const double left = std::sqrt(std::max(0.0, square_ - inside));
     const double apart = wrong / std::max(left, std::sqrt(wrong)) + left * 0x1p-23;
     residual += encode_slot(left, map_.step, out->code + slots, integers + slots);

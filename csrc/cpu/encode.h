@@ -36,7 +36,7 @@ class Encoder {
   const int64_t padded_;
   const double rounding_;  // of a dot product, relative to the norms
   const double slope_;     // steps for a unit of radius
-  float* x_;  // the centred query
+  float* x_;               // the centred query
   double norm_ = 0, square_ = 0;
   double near_residual_ = 0;  // squared, of the near slots that rows fill
 };

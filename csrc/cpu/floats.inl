@@ -1,10 +1,12 @@
 // The floating-point kernels, once, over `Lanes`: the including file says what a vector is.
 //
-// Included inside an anonymous namespace and under the file's own target, so that no two instruction
-// sets share a function. Lanes has: kCount; Vector; zero, load (float, BFloat16, Float16), store, add,
-// sub, multiply_add, sum; and load_rows, which spreads packed bfloat16 rows over two vectors.
+// Included inside an anonymous namespace and under the file's own target, so that no two
+// instruction sets share a function. Lanes has: kCount; Vector; zero, load (float, BFloat16,
+// Float16), store, add, sub, multiply_add, sum; and load_rows, which spreads packed bfloat16 rows
+// over two vectors.
 
-constexpr int64_t kStretch = 256;  // elements between two reductions: keeps chains of roundings short
+constexpr int64_t kStretch =
+    256;  // elements between two reductions: keeps chains of roundings short
 
 float centre_query(const float* query, const float* centre, int64_t padded, float* x) {
   float total = 0;
@@ -13,8 +15,8 @@ float centre_query(const float* query, const float* centre, int64_t padded, floa
     Lanes::Vector sum0 = Lanes::zero(), sum1 = Lanes::zero();
     for (int64_t j = begin; j < end; j += 2 * Lanes::kCount) {
       const auto x0 = Lanes::sub(Lanes::load(query + j), Lanes::load(centre + j));
-      const auto x1 =
-          Lanes::sub(Lanes::load(query + j + Lanes::kCount), Lanes::load(centre + j + Lanes::kCount));
+      const auto x1 = Lanes::sub(Lanes::load(query + j + Lanes::kCount),
+                                 Lanes::load(centre + j + Lanes::kCount));
       sum0 = Lanes::multiply_add(x0, x0, sum0);
       sum1 = Lanes::multiply_add(x1, x1, sum1);
       Lanes::store_for_rows(x + j, x0, x1);
@@ -71,8 +73,8 @@ float squared_of(const float* query, const void* stored, int64_t width, float li
   for (int64_t j = 0; j < whole; j += kStep) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      const auto difference =
-          Lanes::sub(Lanes::load(query + j + i * Lanes::kCount), Lanes::load(key + j + i * Lanes::kCount));
+      const auto difference = Lanes::sub(Lanes::load(query + j + i * Lanes::kCount),
+                                         Lanes::load(key + j + i * Lanes::kCount));
       sum[i] = Lanes::multiply_add(difference, difference, sum[i]);
     }
     if (j + kStep >= look) {
@@ -82,7 +84,8 @@ float squared_of(const float* query, const void* stored, int64_t width, float li
       if (partial > limit) return partial;
     }
   }
-  const float total = Lanes::sum(Lanes::add(Lanes::add(sum[0], sum[1]), Lanes::add(sum[2], sum[3])));
+  const float total =
+      Lanes::sum(Lanes::add(Lanes::add(sum[0], sum[1]), Lanes::add(sum[2], sum[3])));
   // At most 4 * kCount - 1 elements are left: their chain is inside the promise of kernels.h only
   // because it is cut in eights here.
   float rest = 0;
@@ -113,7 +116,8 @@ void tile_of(const float* queries, int64_t stride, const void* stored0, const vo
   for (int i = 0; i < 8; ++i) {
     float rest = 0;
     for (int64_t j = whole; j < width; j += 8) {
-      rest += rest_of_squared(queries + i / 2 * stride, key[i % 2], j, j + 8 < width ? j + 8 : width);
+      rest +=
+          rest_of_squared(queries + i / 2 * stride, key[i % 2], j, j + 8 < width ? j + 8 : width);
     }
     squared[i] = Lanes::sum(sum[i / 2][i % 2]) + rest;
   }

@@ -1,8 +1,10 @@
 // What one instruction set provides: straight loops over memory, no decisions.
 //
-// Floating point here is a filter. Its promise is a bound on rounding, u = 2^-24, whatever the order:
+// Floating point here is a filter. Its promise is a bound on rounding, u = 2^-24, whatever the
+// order:
 //   project, centre: each dot product is within dot_roundings(D) * u of sum |w_j x_j|;
-//   squared, tile:   each S is within (D / 8 + 16) * u of its own value (differences, so no cancellation),
+//   squared, tile:   each S is within (D / 8 + 16) * u of its own value (differences, so no
+//   cancellation),
 //                    and D * 2^-120 where numbers are denormal.
 #pragma once
 #include <cstdint>
@@ -44,9 +46,11 @@ struct Kernels {
   int64_t (*boxes)(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
                    const int16_t* point, Cut cut, int32_t* found);
 
-  // Append the positions of `count` leaves within the cut and their sums. `leaves` null: from leaf 0.
+  // Append the positions of `count` leaves within the cut and their sums. `leaves` null: from leaf
+  // 0.
   int64_t (*scan)(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
-                  const float* reach, const uint8_t* code, Cut cut, int32_t* position, int32_t* sum);
+                  const float* reach, const uint8_t* code, Cut cut, int32_t* position,
+                  int32_t* sum);
 
   // Keep those of `count` positions whose near and far sum is within the cut. Returns how many.
   int64_t (*refine)(const Part& part, bool norm_slot, const uint8_t* code, Cut cut, int64_t count,

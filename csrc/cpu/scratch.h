@@ -34,7 +34,8 @@ inline const float* as_it_is(const Queries& queries, int64_t index, int64_t widt
 // Write query `index` as float32, padded with zeros; tell whether it is finite.
 inline bool widen_query(const Queries& queries, int64_t index, int64_t width, float* to) {
   with_type(queries.dtype, [&](auto element) {
-    const auto* from = static_cast<const decltype(element)*>(queries.first) + index * queries.stride;
+    const auto* from =
+        static_cast<const decltype(element)*>(queries.first) + index * queries.stride;
     for (int64_t j = 0; j < width; ++j) to[j] = widen_exactly(from[j]);
   });
   const int64_t padded = padded_width(width);
