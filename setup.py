@@ -10,8 +10,8 @@ from glob import glob
 from pybind11.setup_helpers import Pybind11Extension
 from setuptools import setup
 
-# The law forbids fused multiply-adds: -ffp-contract=off must stay. OpenMP is torch's own libgomp at run
-# time, so torch's thread setting and ours meet in one pool.
+# The law forbids fused multiply-adds: -ffp-contract=off must stay. OpenMP is torch's own libgomp at
+# run time, so torch's thread setting and ours meet in one pool.
 FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 # GRACE_FAST_EMULATE_AVX512=1, for tests on a processor without AVX-512: its kernels through SIMDe.

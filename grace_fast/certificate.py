@@ -1,13 +1,13 @@
 """The certificate of one codebook: its map and codes, kept up to date beside the edits.
 
-A look-up never waits. `view` takes small edits in at once (a few appended keys, changed radii, moved keys);
-what takes longer (the first fit, a refit when the codebook has doubled, sorting the tail into a run,
-merging runs) happens in a thread and is published by one store. Rows that have no code yet are read as they
-are, so every version is answered exactly at every moment.
+A look-up never waits. `view` takes small edits in at once (a few appended keys, changed radii,
+moved keys); what takes longer (the first fit, a refit when the codebook has doubled, sorting the
+tail into a run, merging runs) happens in a thread and is published by one store. Rows that have no
+code yet are read as they are, so every version is answered exactly at every moment.
 
-Everything kept is a bound that stays true when it is too wide: a reach only grows, an isolated bit is only
-cleared, a moved key keeps its old code beside the new one, and later rows are skipped by their number. So
-one certificate serves all the versions it has seen.
+Everything kept is a bound that stays true when it is too wide: a reach only grows, an isolated bit
+is only cleared, a moved key keeps its old code beside the new one, and later rows are skipped by
+their number. So one certificate serves all the versions it has seen.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class View:
     def certified_pays(self, batch: int) -> bool:
         """Tell whether the certificate is predicted to read less than all keys.
 
-        A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as one
-        keeps the memory (Zen 3, N = 1e5, D = 1536).
+        A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
+        one keeps the memory (Zen 3, N = 1e5, D = 1536).
         """
         dense_bytes = self.rows * self.key_bytes / min(batch, 12)
         return self.plan is not None and self.predicted_bytes < dense_bytes

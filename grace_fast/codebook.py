@@ -1,10 +1,10 @@
 """The codebook: keys, values, radii and labels of every edit, one writer, any number of readers.
 
-Keys and values sit in append-only slots at fixed addresses. What may change of a row (radius, liveness,
-which key, value and label slot) sits in pages of 4 096 rows that are copied when they are written. So a
-`Snapshot` is a row count and a tuple of pages: it never changes, costs nothing to take, and readers need
-no lock. A `Draft` is the writer's; nothing of it is seen until it is published by one store, and a draft
-that is dropped leaves no trace.
+Keys and values sit in append-only slots at fixed addresses. What may change of a row (radius,
+liveness, which key, value and label slot) sits in pages of 4 096 rows that are copied when they are
+written. So a `Snapshot` is a row count and a tuple of pages: it never changes, costs nothing to
+take, and readers need no lock. A `Draft` is the writer's; nothing of it is seen until it is
+published by one store, and a draft that is dropped leaves no trace.
 
 A row's number is its order of creation. It decides ties, and is never given to another row.
 """
@@ -12,9 +12,9 @@ A row's number is its order of creation. It decides ties, and is never given to 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -67,7 +67,7 @@ class _Counts:
     value_moves: int = 0
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Snapshot:
     """The codebook at one version. Fields indexed by row hold the removed rows too."""
 
@@ -76,11 +76,15 @@ class Snapshot:
     pages: tuple[Page, ...]
     key_slots: Tensor  # [capacity, D]
     value_slots: Tensor  # [capacity, V]
-    _label_slots: list[Tensor | None] = field(repr=False)
-    _ids: Tensor = field(repr=False)  # [capacity, 1] int64
-    # What back ends keep, shared by the published versions of a codebook; None for a draft, whose rows
-    # may yet be dropped and given to other keys.
-    _derived: dict[str, tuple[Snapshot, Any]] | None = field(default=None, repr=False)
+    _label_slots: list[Tensor | None]
+    _ids: Tensor  # [capacity, 1] int64
+    # What back ends keep, shared by the published versions of a codebook; None for a draft, whose
+    # rows may yet be dropped and given to other keys.
+    _derived: dict[str, tuple[Snapshot, Any]] | None = None
+
+    # The fields reach beyond the rows there are, into memory that may not be read.
+    def __repr__(self) -> str:
+        return f"Snapshot(version={self.version}, {len(self)} keys, {self.rows} rows)"
 
     def __len__(self) -> int:
         return self.counts.live
@@ -88,8 +92,9 @@ class Snapshot:
     def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
         """Return what a back end computes from the keys, kept with the codebook; None for a draft.
 
-        `build(snapshot, previous)` is called once a version; `previous` is what it returned for another
-        version of the same codebook, or None. Readers may build the same at once; the last one stays.
+        `build(snapshot, previous)` is called once a version; `previous` is what it returned for
+        another version of the codebook, earlier or later, or None. What may be kept of it is for
+        the back end to say. Readers may build the same at once; the last one stays.
         """
         if self._derived is None:
             return None
@@ -125,7 +130,8 @@ class Snapshot:
         """V, the width of a value."""
         return self.value_slots.shape[1]
 
-    def _per_row(self, name: str) -> Tensor:
+    def column(self, name: str) -> Tensor:
+        """Return one field of the pages for all rows, [N]."""
         pages: list[Tensor] = [getattr(page, name) for page in self.pages]
         if not pages:
             return getattr(Page.empty(self.device), name)[:0]  # type: ignore[no-any-return]
@@ -135,17 +141,22 @@ class Snapshot:
     @cached_property
     def radii(self) -> Tensor:
         """[N] float32; negative for a dead key."""
-        return self._per_row("radius")
+        return self.column("radius")
 
     @cached_property
     def live(self) -> Tensor:
         """[N] bool, False for a removed row."""
-        return self._per_row("live")
+        return self.column("live")
 
     @cached_property
     def ids(self) -> Tensor:
         """[N] int64, ascending."""
         return self._ids[: self.rows, 0]
+
+    @cached_property
+    def device_key_slot(self) -> Tensor | None:
+        """[N] int64 on the codebook's device; None as long as row i's key is in slot i."""
+        return self.key_slot.to(self.device) if self.counts.key_moves else None
 
     @cached_property
     def keys(self) -> Tensor:
@@ -157,19 +168,23 @@ class Snapshot:
     @cached_property
     def key_slot(self) -> Tensor:
         """[N] int64, where in the store each row's key is."""
-        return self._per_row("key_slot")
+        return self.column("key_slot")
+
+    def stored_labels(self) -> list[Tensor | None]:
+        """Return the labels by slot."""
+        return self._label_slots[: self.counts.labels]
 
     @cached_property
     def values(self) -> Tensor:
         """[N, V]; a view of the store, or a gather once a value was trained again."""
         if not self.counts.value_moves:
             return self.value_slots[: self.rows]
-        return self.value_slots[self._per_row("value_slot").to(self.device)]
+        return self.value_slots[self.column("value_slot").to(self.device)]
 
     @cached_property
     def labels(self) -> list[Tensor | None]:
         """The label of each row, None where it has none."""
-        return [self._label_slots[slot] for slot in self._per_row("label_slot").tolist()]
+        return [self._label_slots[slot] for slot in self.column("label_slot").tolist()]
 
     def _page(self, row: int) -> tuple[Page, int]:
         if not 0 <= row < self.rows:
@@ -198,8 +213,10 @@ class Snapshot:
         return found.masked_fill(rows.to(found.device) < 0, -1.0)
 
     def _gather(self, name: str, rows: Tensor) -> Tensor:
-        if len(self.pages) == 1:
-            column: Tensor = getattr(self.pages[0], name)
+        """Return one field of rows [B]; of an empty codebook, where every row is a miss, zeros."""
+        if len(self.pages) <= 1 or not len(rows):
+            page = self.pages[0] if self.pages else Page.empty(self.device)
+            column: Tensor = getattr(page, name)
             return column[rows.to(column.device)]
         picked = [getattr(self.pages[r // PAGE_ROWS], name)[r % PAGE_ROWS] for r in rows.tolist()]
         return torch.stack(picked)
@@ -248,7 +265,7 @@ class Draft:
     def __init__(self, book: Codebook) -> None:
         base = book.snapshot()
         self._book = book
-        self._base_version = base.version
+        self._base_version, self._base_counts = base.version, base.counts
         self._pages = list(base.pages)
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = base.counts
@@ -260,7 +277,7 @@ class Draft:
         return self.counts.rows
 
     def _set(self, **counts: int) -> None:
-        self.counts = _Counts(**{**vars(self.counts), **counts})
+        self.counts = replace(self.counts, **counts)
 
     def append(
         self, keys: Tensor, values: Tensor, radii: Tensor, labels: Sequence[Tensor | None] | None
@@ -341,7 +358,12 @@ class Draft:
         self._set(key_moves=self.counts.key_moves + 1)
 
     def set_value(self, row: int, value: Tensor) -> None:
-        """Give one row another value, in a new slot."""
+        """Give one row another value: in place if row and slot are this draft's, else anew."""
+        page, offset = self._writable(row)
+        own = int(page.value_slot[offset])
+        if row >= self._base_counts.rows and own >= self._base_counts.values:
+            self._store(self._book._values, own, value[None])
+            return
         slot = self.counts.values
         self._store(self._book._values, slot, value[None])
         self._set(values=slot + 1)
@@ -394,7 +416,8 @@ class Codebook:
     `len` counts the live rows; everything indexed by row holds the removed ones too (`live` tells).
     `reserve_rows` is how many rows fit without a new address: by default 128 GiB of each array.
 
-    Raises: ValueError for a width below 1 or an element type other than fp32, bf16 and fp16.
+    Raises: ValueError for a width or a reservation below 1, or an element type other than fp32,
+    bf16 and fp16.
     """
 
     def __init__(
@@ -408,6 +431,8 @@ class Codebook:
         for name, width in (("key_dim", key_dim), ("value_dim", value_dim)):
             if not isinstance(width, int) or width < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {width!r}")
+        if reserve_rows is not None and (not isinstance(reserve_rows, int) or reserve_rows < 1):
+            raise ValueError(f"reserve_rows must be a whole number >= 1, got {reserve_rows!r}")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
         self.key_dim, self.value_dim, self.dtype = key_dim, value_dim, dtype
@@ -431,13 +456,58 @@ class Codebook:
             self._derived,
         )
 
+    @classmethod
+    def restore(
+        cls,
+        keys: Tensor,
+        values: Tensor,
+        labels: list[Tensor | None],
+        columns: Mapping[str, Tensor],
+        device: torch.device,
+    ) -> Codebook:
+        """Return a codebook from checked parts: slots, and a column for each field of a page."""
+        book = cls(keys.shape[1], values.shape[1], keys.dtype, device)
+        count = len(columns["id"])
+        for store, rows in ((book._keys, keys), (book._values, values)):
+            store.commit(len(rows))
+            store.tensor[: len(rows)] = rows
+        book._ids.commit(count)
+        book._ids.tensor[:count, 0] = columns["id"]
+        book._next_id = int(columns["id"][-1]) + 1 if count else 0
+        book._label_slots.extend(labels)
+        pages = []
+        for start in range(0, count, PAGE_ROWS):
+            page = Page.empty(book.device)
+            here = slice(0, min(PAGE_ROWS, count - start))
+            for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):
+                getattr(page, name)[here] = columns[name][start : start + PAGE_ROWS]
+            pages.append(page)
+        in_order = torch.arange(count)
+        counts = _Counts(
+            rows=count,
+            live=int(columns["live"].sum()),
+            keys=len(keys),
+            values=len(values),
+            labels=len(labels),
+            key_moves=int(not torch.equal(columns["key_slot"], in_order)),
+            value_moves=int(not torch.equal(columns["value_slot"], in_order)),
+        )
+        book._current = replace(
+            book._current,
+            counts=counts,
+            pages=tuple(pages),
+            key_slots=book._keys.tensor,
+            value_slots=book._values.tensor,
+        )
+        return book
+
     def snapshot(self) -> Snapshot:
         """Return the codebook as it is now; what is edited later does not change it."""
         return self._current
 
     @contextmanager
     def writing(self) -> Iterator[Draft]:
-        """Open a draft, published as one new version at the end and dropped where anything is raised.
+        """Open a draft: published as one new version at the end, dropped if anything is raised.
 
         Inside another `writing` of the same thread it is the same draft.
         """
@@ -492,7 +562,7 @@ class Codebook:
         Raises: KeyError where no live row has the id.
         """
         with self.writing() as draft:
-            draft.remove(self._current.row_of(int(key_id)))
+            draft.remove(draft.snapshot().row_of(int(key_id)))
 
     def _checked(self, name: str, rows: Tensor, width: int) -> Tensor:
         if not isinstance(rows, Tensor):
@@ -509,6 +579,10 @@ class Codebook:
             row = int((~finite).nonzero()[0])
             raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
         return rows.detach().to(self.device, self.dtype)
+
+    def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
+        """Return what a back end computes from the keys of this version; see `Snapshot.derived`."""
+        return self._current.derived(name, build)
 
     def __len__(self) -> int:
         return len(self._current)
@@ -570,4 +644,7 @@ def _checked_radii(radii: Tensor) -> Tensor:
 def _checked_label(label: Tensor | None) -> Tensor | None:
     if label is None:
         return None
-    return torch.as_tensor(label).detach().to("cpu").reshape(-1)
+    ids = torch.as_tensor(label)
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"labels must be whole numbers, got {ids.dtype}")
+    return ids.detach().to("cpu", torch.int64, copy=True).reshape(-1)

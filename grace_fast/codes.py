@@ -2,18 +2,18 @@
 
     phi(x) = (W (x - centre), c(x))     W: rows fitted on the keys, kept in bfloat16, the near ones
                                         turned by a 16 x 16 matrix so that they are orthonormal
-    c(x)   = norm of what the first 15 rows leave over of x - centre; the last near slot, where it helps
+    c(x)   = norm of what the first 15 rows leave over of x - centre; the last near slot, if it helps
     z(x)   = round(clamp(phi(x) / step)) mod 256,  e(x) >= |phi(x) / step - z(x)|
 
-phi never stretches a distance by more than `lipschitz`; clamping, and wrapping onto a circle of 256,
-stretch nothing. Hence, for a query q and a key k within radius r of it,
+phi never stretches a distance by more than `lipschitz`; clamping, and wrapping onto a circle of
+256, stretch nothing. Hence, for a query q and a key k within radius r of it,
 
     |z(q) - z(k)| <= (lipschitz * r) / step + e(q) + e(k)        differences taken around the circle
 
-and a key whose sum of squared code differences is larger than `cut` is farther than r. The left side is an
-integer: no floating point is to be trusted there. e holds everything else: the rounding to whole steps, the
-arithmetic of W (x - centre) (float64 for keys, float32 for queries) and what `eta` does to c. How well W
-fits the keys decides how much is proved, never whether it is true.
+and a key whose sum of squared code differences is larger than `cut` is farther than r. The left
+side is an integer: no floating point is to be trusted there. e holds everything else: the rounding
+to whole steps, the arithmetic of W (x - centre) (float64 for keys, float32 for queries) and what
+`eta` does to c. How well W fits the keys decides how much is proved, never whether it is true.
 
 The first 16 slots (near) are read for every key of a leaf that is touched, the other 48 (far) for
 survivors; the far sum leaves the slot of c out, because the far rows look at what c measures.
@@ -101,7 +101,7 @@ def _padded(width: int) -> int:
 def fit(keys: Tensor, scale: float) -> Map | None:
     """Fit phi on keys [n, D], with a step for radii of about `scale`; None where no step will do.
 
-    The rows are the principal directions of the keys, as far as the keys have any, then random ones.
+    The rows are the principal directions of the keys, as far as they have any, then random ones.
     """
     if not (len(keys) and scale > 0):
         return None
@@ -124,7 +124,7 @@ def fit(keys: Tensor, scale: float) -> Map | None:
 
 
 def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal directions [m, D], those of largest variance first, and the projections."""
+    """Return orthonormal directions [m, D], largest variance first, and the projections."""
     width = centred.shape[1]
     generator = torch.Generator().manual_seed(0)  # never the caller's
     basis = torch.randn(width, min(_BASIS, width), generator=generator)
@@ -139,7 +139,7 @@ def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _norm_helps(centred: Tensor, projected: Tensor, step: float) -> bool:
-    """Tell whether c tells more keys apart than one more row, and float32 gets it to half a step."""
+    """Tell whether c says more than one more row would, and float32 gets it to half a step."""
     if centred.shape[1] <= NEAR:
         return False
     inside = projected[:, : NEAR - 1].square().sum(dim=1)
@@ -219,7 +219,7 @@ def _encode(phi: Map, slots: Tensor, norm: Tensor, rounding: Tensor, relative: f
 
 
 def code_distances(phi: Map, queries: Codes, keys: Codes, far: bool = False) -> Tensor:
-    """Return the sums of squared circular code differences, [B, N] int64; of all slots where `far`."""
+    """Return sums of squared circular code differences, [B, N] int64; of all slots if `far`."""
     slots = torch.arange(SLOTS if far else NEAR)
     if far and phi.norm_slot:
         slots = slots[slots != NEAR - 1]
@@ -244,7 +244,7 @@ def lower_bounds(phi: Map, queries: Codes, keys: Codes, far: bool = False) -> Te
 
 
 def scale_of(radii: Tensor, keys: Tensor) -> float:
-    """Return the radius that a step should suit: the median one, or half the spacing of the keys."""
+    """Return the radius that a step should suit: the median one, or less than the keys' spacing."""
     positive = radii[radii > 0]
     if len(positive):
         return float(positive.median())

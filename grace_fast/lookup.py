@@ -1,7 +1,7 @@
-"""The front door: checks a call, describes it, chooses a back end, and applies the law to its answer.
+"""The front door: check a call, describe it, choose a back end, apply the law to its answer.
 
-This is the only place where a back end is chosen. An explicit choice never falls back; `auto` takes the
-first back end, in the order below, that has no reason against the call.
+This is the only place where a back end is chosen. An explicit choice never falls back; `auto` takes
+the first back end in `AUTOMATIC` that has no reason against the call.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.backends import cpu, reference
+from grace_fast.backends import cpu, reference, triton
 from grace_fast.backends.workload import Workload
 from grace_fast.codebook import Codebook, Snapshot
 
-# In the order of choice: the first that can take a call does.
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, reference)}
+
+# What `auto` tries, in this order, by where the keys are; elsewhere there is only the reference.
+# Triton takes keys on the host only when interpreted, which is for tests: it has to be named.
+AUTOMATIC = {"cpu": (cpu, reference), "cuda": (triton, reference)}
 
 
 class BackendUnavailable(RuntimeError):
@@ -86,10 +89,11 @@ def choose(workload: Workload, backend: str = "auto") -> ModuleType:
 
     Raises: ValueError for a name that does not exist, BackendUnavailable with every reason.
     """
+    candidates: tuple[ModuleType, ...]
     if backend == "auto":
-        candidates = list(BACKENDS.values())
+        candidates = AUTOMATIC.get(workload.device, (reference,))
     elif backend in BACKENDS:
-        candidates = [BACKENDS[backend]]
+        candidates = (BACKENDS[backend],)
     else:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     reasons = []
@@ -142,10 +146,12 @@ def replace(
 ) -> Tensor:
     """Return the layer's output with the value written where a query hits.
 
-    output: [B, T, V]; queries: [B, D]; positions: [B] int64, the token of each row that the query was
-    taken from (the last by default). It is `output` itself where nothing hits, and never written to.
+    output: [B, T, V]; queries: [B, D]; positions: [B] int64, the token of each row that the query
+    was taken from (the last by default). It is `output` itself where nothing hits, and never
+    written to.
 
-    Raises: as `find`, and ValueError for an output or positions of another shape or an unknown mode.
+    Raises: as `find`, and ValueError for an output or positions of another shape or an unknown
+    mode.
     """
     snapshot = _snapshot(codebook)
     wanted = (len(queries), snapshot.value_dim)
@@ -160,7 +166,7 @@ def replace(
 
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:
-    """Return output [B, T, V] with each hit's value where mask [B, T] is set; itself if none hit."""
+    """Return output [B, T, V] with the hits' values where mask [B, T] is set; itself if none."""
     if match.hits == 0 or (output.device.type == "cpu" and not match.hit.any()):
         return output
     return semantics.replace(output, match.hit, snapshot.values_of(match.row), mask)

@@ -1,8 +1,8 @@
 """Memory that grows in place: address space is reserved once and committed as rows arrive.
 
-The first row keeps its address for life, so compiled graphs, snapshots and pointers stay valid while
-edits arrive, and an append never copies what is there. On the host a reservation costs nothing until it
-is committed (PROT_NONE, then mprotect); refusal comes at the commit, as ENOMEM.
+The first row keeps its address for life, so compiled graphs, snapshots and pointers stay valid
+while edits arrive, and an append never copies what is there. On the host a reservation costs
+nothing until it is committed (PROT_NONE, then mprotect); refusal comes at the commit, as ENOMEM.
 """
 
 from __future__ import annotations
@@ -11,18 +11,22 @@ import ctypes
 import mmap
 import os
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-# 128 GiB an array: 22 million fp32 keys of width 1536, and 500 codebooks fit a 47-bit address space.
+# 128 GiB an array: 22 million fp32 keys of width 1536, and 500 codebooks fit 47 bits of address.
 RESERVED_BYTES = 1 << 37
 COMMIT_STEP = 1 << 20  # bytes; a commit also grows by an eighth, so commits stay rare
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_int),
+    ctypes.c_long,
+)
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_NONE = 0
@@ -43,7 +47,7 @@ class Rows(Protocol):
 
 
 def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Rows:
-    """Return an empty array of rows of `width` elements; on the host its address is fixed for life."""
+    """Return an empty array of rows of `width` elements, on the host at one address for life."""
     if device.type == "cpu":
         return ReservedRows(width, dtype, rows)
     return GrowingRows(width, dtype, device)
@@ -57,7 +61,7 @@ class ReservedRows:
         self.committed_bytes = 0
         wanted = RESERVED_BYTES if rows is None else max(rows * self.row_bytes, COMMIT_STEP)
         self.address, self.reserved_bytes = _reserve_address_space(wanted, rows is not None)
-        region_type = type(
+        region_type: Any = type(
             "Region", (ctypes.Array,), {"_type_": ctypes.c_char, "_length_": self.reserved_bytes}
         )
         region = region_type.from_address(self.address)

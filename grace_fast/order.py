@@ -1,9 +1,9 @@
 """Where the codes of keys are kept: runs in kd order under two levels of boxes, and a tail.
 
-A run is made once and only its bounds move afterwards: a reach (the largest radius of a leaf of 64) may
-grow and an isolated bit may be cleared while readers look, because either only makes them read more. The
-tail takes single keys at its end, where no reader of an earlier version looks. `csrc/lookup.h` has the
-layouts.
+A run is made once and only its bounds move afterwards: a reach (the largest radius of a leaf of 64)
+may grow and an isolated bit may be cleared while readers look, because either only makes them read
+more. The tail takes single keys at its end, where no reader of an earlier version looks.
+`csrc/lookup.h` has the layouts.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def tail(capacity: int, floor: float) -> Part:
 
 
 def append(part: Part, codes: Codes, rows: Array, radii: Array, floor: float) -> Part | None:
-    """Return the tail with keys added, itself or a larger one; None where a key cannot be bounded."""
+    """Return the tail with keys added, itself or a larger one; None if a key cannot be bounded."""
     if float(codes.near_error.max()) > part.near_error or (
         float(codes.far_error.max()) > part.far_error
     ):

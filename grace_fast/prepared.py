@@ -1,9 +1,9 @@
 """`find` for callers that ask again and again, in eager mode and in compiled graphs.
 
-In eager mode a prepared look-up goes from the queries to the extension in one call; what depends on the
-codebook's version only is looked at again when there is a new version. Under `torch.compile` it is the
-registered op `grace_fast::find`, which takes the codebook as an integer: edits and growth change neither
-the graph nor its guards.
+In eager mode a prepared look-up goes from the queries to the extension in one call; what depends on
+the codebook's version only is looked at again when there is a new version. Under `torch.compile` it
+is the registered op `grace_fast::find`, which takes the codebook as an integer: edits and growth
+change neither the graph nor its guards.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Prepared:
 def prepare(codebook: Codebook, wait: bool = True) -> Prepared:
     """Return `find` for one codebook with everything chosen once a version; it sees later edits.
 
-    With `wait`, what can be computed from the keys that are there is computed first; without, the first
-    look-ups may read all keys.
+    With `wait`, what can be computed from the keys that are there is computed first; without, the
+    first look-ups may read all keys.
     """
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")

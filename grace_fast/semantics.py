@@ -6,9 +6,10 @@ A codebook row is a key k, a value v, a radius and a label. A query q asks one q
     i*  = argmin S_i                        the lowest row among equal S
     hit = radius[i*] >= 0 and S[i*] <= radius[i*]^2
 
-Every back end and every shortcut returns exactly this. The order of the sum is part of the law: other
-orders round otherwise, and an edit whose radius equals a distance is then lost. These functions are the
-documentation, the last fallback and the oracle of the tests; nothing in here has state.
+Every back end and every shortcut returns exactly this. The order of the sum is part of the law:
+other orders round otherwise, and an edit whose radius equals a distance is then lost. These
+functions are the documentation, the last fallback and the oracle of the tests; nothing in here has
+state.
 
 Source: Hartvigsen et al., "Aging with GRACE", NeurIPS 2023.
 """
@@ -77,7 +78,7 @@ def no_row(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def in_ball(squared: Tensor, radius: Tensor) -> Tensor:
-    """Tell whether S is inside a ball: inclusive, and never where the radius is negative (a dead key).
+    """Tell whether S is inside a ball: inclusive, never with a negative radius (a dead key).
 
     The square of a float32 is exact in float64.
     """
@@ -88,8 +89,8 @@ def in_ball(squared: Tensor, radius: Tensor) -> Tensor:
 def replacement_mask(mode: Replacement, positions: Tensor, length: int) -> Tensor:
     """Tell which tokens a hit replaces, given each row's query position.
 
-    positions: [B] int64, the query token t. Returns [B, T] bool: every token (`replace_all`), token t
-    (`replace_last`), or the tokens before t (`replace_prompt`, which leaves t itself alone).
+    positions: [B] int64, the query token t. Returns [B, T] bool: every token (`replace_all`), token
+    t (`replace_last`), or the tokens before t (`replace_prompt`, which leaves t itself alone).
     """
     token = torch.arange(length, device=positions.device)[None, :]
     if mode == "replace_all":
@@ -114,8 +115,8 @@ def replace(output: Tensor, hit: Tensor, values: Tensor, mask: Tensor) -> Tensor
 class Rules:
     """How edits are decided: the epsilon of new keys and the variant of the edit table.
 
-    `paper` is the native mode. `reference` reproduces the authors' code: labels match by their mean,
-    expanded radii have no margin, and an exact repeat with a new label kills both keys.
+    `paper` is the native mode. `reference` reproduces the authors' code: labels match by their
+    mean, expanded radii have no margin, and an exact repeat with a new label kills both keys.
     """
 
     epsilon: float  # radius of a new key, in the units of the layer's input
@@ -194,7 +195,8 @@ def label_ids(labels: Tensor, padding: int | None = None) -> Tensor:
 def same_label(rules: Rules, one: Tensor, other: Tensor) -> bool:
     """Tell whether two stored labels call for the same answer.
 
-    `paper` compares ids; `reference` compares means, as the authors' code does ([1, 9] equals [4, 6]).
+    `paper` compares ids; `reference` compares means, as the authors' code does ([1, 9] equals [4,
+    6]).
     """
     if rules.semantics == "reference":
         return bool(one.float().mean() == other.float().mean())

@@ -1,1 +1,1 @@
-"""Triton kernels of grace_fast, one file per kernel; import them by module, this file stays empty."""
+"""Triton kernels, one file each, imported by module. This file stays empty."""

@@ -1,13 +1,14 @@
 """The compiled host path: the certified look-up, and every key read where that does not pay.
 
-`find` proves most misses from a few code bytes (`certificate`, `codes`); `nearest` needs the distance even
-of a far key and reads all of them in float32. Either way what is within a rounding of the decision is
-summed again in the canonical order (csrc/cpu/canonical.cpp). The choice between the two is by predicted
-bytes; the decision is the same.
+`find` proves most misses from a few code bytes (`certificate`, `codes`); `nearest` needs the
+distance even of a far key and reads all of them in float32. Either way what is within a rounding of
+the decision is summed again in the canonical order (csrc/cpu/canonical.cpp). The choice between the
+two is by predicted bytes; the decision is the same.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
@@ -19,12 +20,12 @@ from grace_fast.backends.workload import Workload
 from grace_fast.certificate import Certificate, View
 from grace_fast.codebook import Snapshot
 
+_cpu: Any = None
 try:
-    from grace_fast import _cpu
+    _cpu = importlib.import_module("grace_fast._cpu")
 except ImportError as error:
-    _cpu = None
     _missing = f"the extension grace_fast._cpu was not built ({error})"
-    logging.getLogger("grace_fast").info("%s: look-ups on the host run in torch", _missing)
+    logging.getLogger("grace_fast").warning("%s: look-ups on the host run in torch", _missing)
 
 NAME = "cpu"
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lookup.h, Dtype
@@ -87,7 +88,7 @@ def read_nearest(queries: Tensor, view: View, outputs: tuple[int, int]) -> None:
 
 
 def read(queries: Tensor, view: View) -> tuple[int, bytearray]:
-    """Return the number of hits and the answers to queries [B, D], B >= 1, elements side by side."""
+    """Return the number of hits and the answers to queries [B, D], B >= 1, as in `read_nearest`."""
     batch = queries.shape[0]
     asked = (
         queries.data_ptr(),

@@ -1,7 +1,7 @@
 """The law itself, in torch: on any device, for any shape, slow and the measure of the others.
 
-A float64 pass in any order brackets every S; only keys inside that bracket of the smallest are summed
-again in the canonical order.
+A float64 pass in any order brackets every S; only keys inside that bracket of the smallest are
+summed again in the canonical order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
 def _nearest_of_one(query: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     keys, width = snapshot.keys, snapshot.key_dim
     step = max(1, _CHUNK_ELEMENTS // width)
-    rough = torch.cat([(query - part.double()).square().sum(dim=1) for part in keys.split(step)])
+    rough = torch.cat(
+        [(query - part.double()).square().sum(dim=1) for part in torch.split(keys, step)]
+    )
     rough = rough.masked_fill(~(snapshot.live & rough.isfinite()), math.inf)
     # Each S, in either order, is within (D + 2) roundings of the exact sum.
     slack = 1 + 4 * (width + 2) * 2.0**-53

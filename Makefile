@@ -1,0 +1,49 @@
+# Everything a contributor runs. Each target sets up what it needs in .venv and nothing else.
+export PYTHONSAFEPATH := 1
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := setup.py pyproject.toml constraints.txt $(shell find csrc -name '*.*' 2>/dev/null)
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu')
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.demo  ## repair real mistakes of a real model, offline, in a few minutes
+	$(BIN)/grace-fast demo
+
+test: .venv/.test  ## the tests, all but the slow ones
+	$(BIN)/python -m pytest -q -m "not slow"
+
+slow: .venv/.test  ## the slow tests
+	$(BIN)/python -m pytest -q -m slow
+
+check: .venv/.dev  ## format, lint, types, imports and spelling; changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell grace_fast kernels csrc tests benchmarks docs *.md
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
+	rm -rf build/laid-out && mkdir -p build/laid-out
+	cp -r pyproject.toml grace_fast build/laid-out && cp -r kernels build/laid-out/grace_fast/kernels
+	cd build/laid-out && ../../$(BIN)/mypy
+	cd build/laid-out && PYTHONPATH=. ../../$(BIN)/lint-imports --no-logo
+
+fix: .venv/.dev  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/clang-format -i $(NATIVE)
+
+clean:  ## drop what was built
+	rm -rf .venv build dist *.egg-info grace_fast/*.so
+
+# torch goes first: alone it is the small build for hosts, as a dependency it brings a CUDA toolkit.
+.venv/.python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --upgrade pip
+	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
+	touch $@
+
+.venv/.demo .venv/.test .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
+	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
+	touch $@
+
+.PHONY: help demo test slow check fix clean

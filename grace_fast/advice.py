@@ -1,0 +1,41 @@
+"""Warnings: an edit was made, but the set-up makes it unlikely to serve."""
+
+from __future__ import annotations
+
+import warnings
+
+from grace_fast.adapter import Observation
+from grace_fast.edits import Edit
+
+
+class GraceWarning(UserWarning):
+    """An edit was made, but something about the set-up makes it unlikely to serve."""
+
+
+def warn_of_scale(layer: str, epsilon: float, seen: Observation) -> None:
+    """Compare epsilon with how far apart the tokens of the first prompt are at a layer."""
+    others = seen.hidden[0, : int(seen.positions[0])].float()
+    if not len(others):
+        return
+    scale = float((others - seen.queries[0].float()).norm(dim=1).median())
+    if epsilon > scale or epsilon < 1e-3 * scale:
+        effect = "unrelated prompts" if epsilon > scale else "nothing but exact repeats"
+        _warn(
+            f"epsilon {epsilon:g} is far off the scale of {layer}: tokens of one prompt are about "
+            f"{scale:.3g} apart there, so an edit would catch {effect}; measure it with "
+            'epsilon="auto"'
+        )
+
+
+def warn_of_shared_query(layer: str, stored: Edit, distance: float) -> None:
+    """Say that another prompt asks with the query of a stored edit, as at the end of a template."""
+    _warn(
+        f"this prompt asks {layer} with the same query as the other prompt of edit {stored.id} "
+        f"(distance {distance:.3g}): the layer cannot tell them apart, as at the tail of a "
+        "template; attach to a later layer"
+    )
+
+
+def _warn(message: str) -> None:
+    # The line of the caller's `edit`, past warn_of_*, and the steps of the edit.
+    warnings.warn(message, GraceWarning, stacklevel=7)

@@ -1,0 +1,179 @@
+"""Where an editor comes from: a layer of a model and an empty codebook, or one that was saved."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from grace_fast.adapter import place
+from grace_fast.codebook import Codebook
+from grace_fast.editor import Grace, has_adapter
+from grace_fast.edits import History
+from grace_fast.fingerprint import differences, fingerprint
+from grace_fast.semantics import Expand, Replacement, Semantics
+from grace_fast.settings import Settings, ValueInit
+from grace_fast.store import files, layout
+
+
+class CodebookMismatch(ValueError):
+    """A codebook was made for another model than it is attached to."""
+
+
+def attach(
+    model: nn.Module,
+    layer: str,
+    epsilon: float | Literal["auto"] = 1.0,
+    tokenizer: Any = None,
+    *,
+    semantics: Semantics = "paper",
+    replacement: Replacement = "replace_prompt",
+    iterations: int = 100,
+    learning_rate: float = 1.0,
+    expand: Expand = "coverage",
+    expand_margin: float | None = None,
+    value_init: ValueInit = "cold",
+    query: Literal["prompt_end"] = "prompt_end",
+    stop_loss: float | None = None,
+    calibration_inputs: Iterable[Mapping[str, Any] | str] | None = None,
+    path: str | Path | None = None,
+    store_text: bool = False,
+) -> Grace:
+    """Put an empty codebook on one layer of a model, which answers as before until it is edited.
+
+    layer: the dotted name of a linear layer, as in `model.named_modules()`.
+    epsilon: the radius of a new key, in the units of the layer's input; "auto" measures it on
+        `calibration_inputs`, at least 8 unrelated batches or texts.
+    replacement: the tokens that a hit replaces: `replace_prompt` (those before the query token),
+        `replace_last` (the query token) or `replace_all`. A decoder beside an encoder asks at its
+        start token, which has none before it: there `replace_prompt` becomes `replace_last`.
+    expand_margin: m in radius = distance * (1 + m) of an expanded ball; by default what the element
+        type needs for the same prompt in another batch.
+    stop_loss: training stops below this loss once the prediction is right; .1 by default, never in
+        `reference` semantics.
+    path: a directory; every edit is saved there before the call returns, and a codebook that is
+    there
+        already is opened.
+    store_text: keep prompts and targets of edits made by text, for `info`; they may be personal
+    data.
+
+    Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor, or a
+    setting that does not exist; CodebookMismatch for a codebook of another model.
+    """
+    name, module = find_layer(model, layer)
+    if has_adapter(module):
+        raise ValueError(f"{name} has an adaptor already; unload() it first")
+    if path is not None and files.holds_codebook(path):
+        return from_pretrained(model, path, tokenizer=tokenizer, durable=True)
+    auto = epsilon == "auto"
+    settings = Settings(
+        layer=name,
+        epsilon=1.0 if auto else float(epsilon),
+        semantics=semantics,
+        replacement=replacement,
+        iterations=iterations,
+        learning_rate=learning_rate,
+        expand=expand,
+        expand_margin=expand_margin,
+        value_init=value_init,
+        query=query,
+        stop_loss=stop_loss,
+        store_text=store_text,
+    )
+    settings.rules(torch.float32)  # refuses what no codebook could be edited with
+    if auto and calibration_inputs is None:
+        raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
+    grace = Grace(model, module, settings, tokenizer, path=path)
+    if auto:
+        assert calibration_inputs is not None
+        try:
+            grace.calibrate(calibration_inputs)
+        except BaseException:
+            grace.unload()
+            raise
+    return grace
+
+
+def from_pretrained(
+    model: nn.Module, path: str | Path, tokenizer: Any = None, *, durable: bool = False
+) -> Grace:
+    """Attach a saved codebook to its model.
+
+    durable: save every further edit to the same directory.
+
+    Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
+    `attach`. The model is as before then.
+    """
+    saved = read_saved(path)
+    name, module = find_layer(model, saved.settings.layer)
+    if has_adapter(module):
+        raise ValueError(f"{name} has an adaptor already; unload() it first")
+    odd = differences(saved.fingerprint, fingerprint(model, module))
+    if odd:
+        raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
+    book, history = saved.codebook(place(module)[0])
+    grace = Grace(model, module, saved.settings, tokenizer, path=path if durable else None)
+    grace.take(book, history)
+    grace.hits.update(saved.hits)
+    return grace
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved codebook that no model is needed for: to list, verify or attach."""
+
+    path: Path
+    config: dict[str, Any]
+    settings: Settings
+    fingerprint: dict[str, Any]
+    hits: dict[int, int]  # by row
+
+    def codebook(self, device: torch.device | str = "cpu") -> tuple[Codebook, History]:
+        """Return the codebook and its edits.
+
+        Raises: CodebookCorrupt.
+        """
+        tensors = files.read_tensors(self.path, self.config)
+        book = layout.unpack_codebook(tensors, torch.device(device))
+        texts, next_id = self.config["texts"], int(self.config["next_id"])
+        return book, layout.unpack_history(tensors, book.snapshot(), texts, next_id)
+
+
+def read_saved(path: str | Path) -> Saved:
+    """Return what a directory says of its codebook, before its tensors are read.
+
+    Raises: FileNotFoundError, CodebookCorrupt.
+    """
+    config = files.read_config(path)
+    try:
+        settings = Settings(**config["settings"])
+        settings.rules(torch.float32)
+        hits = {int(row): int(count) for row, count in config["hits"].items()}
+        if not isinstance(config["texts"], dict):
+            raise TypeError("texts must be an object")
+        int(config["next_id"])
+        return Saved(Path(path), config, settings, config["fingerprint"], hits)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.CodebookCorrupt(
+            f"{Path(path) / files.CONFIG} is not complete: {error!r}"
+        ) from error
+
+
+def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
+    """Return a layer and its dotted name; `h[3]` and a trailing `.weight` are understood.
+
+    Raises: ValueError naming the layers that are spelt most alike.
+    """
+    name = re.sub(r"\[(\d+)\]", r".\1", str(layer))
+    name = re.sub(r"\.(weight|bias)$", "", name)
+    modules = dict(model.named_modules())
+    if name and name in modules:
+        return name, modules[name]
+    alike = difflib.get_close_matches(name, [known for known in modules if known], n=3, cutoff=0.3)
+    raise ValueError(f"the model has no layer {layer!r}; the nearest names are {alike}")

@@ -1,0 +1,255 @@
+"""The command line: try it, edit a model from a file, look at a codebook, verify one.
+
+Every command prints a table, or with `--json` one object, and ends with a code other than 0 where
+something is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+import grace_fast as gf
+from grace_fast.attachment import read_saved
+from grace_fast.edits import Edit
+
+app = typer.Typer(
+    help="GRACE: lifelong edits of a language model, found again exactly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+FAILED = 1
+
+
+@app.callback()
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """GRACE: lifelong edits of a language model, found again exactly."""
+    if show:
+        typer.echo(gf.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Where the codebook, table and plot go.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the classifier and the order of edits.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Repair the real mistakes of a real model, offline, and show what it cost."""
+    try:
+        from grace_fast.demo import run
+    except ModuleNotFoundError as error:
+        _fail(str(error))
+    figures = run(out, seed=seed, as_json=as_json)
+    if as_json:
+        typer.echo(json.dumps(figures))
+    if not figures["passed"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def edit(
+    model: Annotated[str, typer.Argument(help="A transformers model: a directory or a hub name.")],
+    layer: Annotated[str, typer.Option(help="Dotted name of the layer to edit.")],
+    edits: Annotated[Path, typer.Option(help='JSON lines: {"prompt": ..., "target": ...}.')],
+    out: Annotated[Path, typer.Option(help="Directory for the codebook.")],
+    epsilon: Annotated[float, typer.Option(help="Radius of a new key.")] = 1.0,
+    replacement: Annotated[
+        str, typer.Option(help="replace_prompt, replace_last or replace_all.")
+    ] = "replace_prompt",
+    iterations: Annotated[int, typer.Option(help="Most training steps of one edit.")] = 100,
+    learning_rate: Annotated[float, typer.Option(help="Of Adam on the value.")] = 1.0,
+    value_init: Annotated[str, typer.Option(help="cold or warm.")] = "cold",
+    store_text: Annotated[
+        bool, typer.Option(help="Keep prompts and targets beside the codebook.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Edit a model with every line of a file and save the codebook."""
+    wanted = _read_edits(edits)
+    loaded, tokenizer = _load(model)
+    settings: dict[str, Any] = {
+        "epsilon": epsilon,
+        "replacement": replacement,
+        "iterations": iterations,
+        "learning_rate": learning_rate,
+        "value_init": value_init,
+        "store_text": store_text,
+    }
+    try:
+        grace = gf.attach(loaded, layer, tokenizer=tokenizer, **settings)
+        made = [
+            grace.edit(line.get("messages", line.get("prompt")), line["target"])
+            for line in tqdm(wanted, desc="edits", unit="edit", disable=None)
+        ]
+        verification = grace.verify()
+        grace.save_pretrained(out)
+    except (ValueError, TypeError, OSError) as error:
+        _fail(str(error))
+    wrong = [report.id for report in made if not report.correct]
+    figures = {
+        "edits": len(made),
+        "keys": len(grace.codebook),
+        "not_learnt": wrong,
+        "broken": verification.broken,
+        "superseded": len(verification.superseded),
+        "out": str(out),
+    }
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        Console().print(_edit_table(made, {}))
+        typer.echo(f"{len(made)} edits on {figures['keys']} keys saved to {out}")
+        if wrong:
+            typer.echo(f"not learnt: edits {wrong}; try more iterations or another layer", err=True)
+    if wrong or not verification.ok:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def info(
+    directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
+) -> None:
+    """List the edits of a codebook: radii, hits, and the text where it was stored."""
+    try:
+        saved = read_saved(directory)
+        book, history = saved.codebook()
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    listed = list(history.edits.values())
+    if as_json:
+        rows = [_edit_fields(edit, saved.hits) for edit in listed]
+        settings = saved.config["settings"]
+        typer.echo(json.dumps({"settings": settings, "keys": len(book), "edits": rows}))
+        return
+    typer.echo(f"{directory}: {len(listed)} edits on {len(book)} keys at {saved.settings.layer}")
+    Console().print(_edit_table(listed, saved.hits))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
+) -> None:
+    """Check every checksum of a codebook and look every stored query up again."""
+    try:
+        saved = read_saved(directory)
+        book, history = saved.codebook()
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    verification = history.verify(book, saved.settings.rules(book.dtype))
+    if as_json:
+        figures = {
+            "ok": verification.ok,
+            "fires": len(verification.fires),
+            "superseded": {str(old): new for old, new in verification.superseded.items()},
+            "broken": verification.broken,
+        }
+        typer.echo(json.dumps(figures))
+    else:
+        typer.echo(
+            f"{len(verification.fires)} edits fire, {len(verification.superseded)} are superseded, "
+            f"{len(verification.broken)} are broken"
+        )
+        for old, new in verification.superseded.items():
+            typer.echo(f"edit {old} is superseded by edit {new}")
+    if not verification.ok:
+        typer.echo(f"broken: edits {verification.broken}", err=True)
+        raise typer.Exit(FAILED)
+
+
+def _edit_fields(edit: Edit, hits: Mapping[int, int]) -> dict[str, Any]:
+    return {
+        "id": edit.id,
+        "outcome": edit.outcome,
+        "row": edit.row,
+        "radius": edit.radius,
+        "distance": None if edit.distance == float("inf") else edit.distance,
+        "loss": None if edit.loss != edit.loss else edit.loss,
+        "correct": edit.correct,
+        "hits": hits.get(edit.row, 0),
+        "text": None if edit.text is None else list(edit.text),
+    }
+
+
+def _edit_table(edits: Iterable[Edit], hits: Mapping[int, int]) -> Table:
+    table = Table("edit", "outcome", "row", "radius", "distance", "loss", "right", "hits", "text")
+    for edit in edits:
+        table.add_row(
+            str(edit.id),
+            edit.outcome,
+            str(edit.row),
+            f"{edit.radius:.4g}",
+            f"{edit.distance:.4g}",
+            f"{edit.loss:.3g}",
+            "yes" if edit.correct else "no",
+            str(hits.get(edit.row, 0)),
+            "" if edit.text is None else f"{edit.text[0]} -> {edit.text[1]}",
+        )
+    return table
+
+
+def _read_edits(path: Path) -> list[dict[str, Any]]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        _fail(f"cannot read the edits: {error}")
+    wanted = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            _fail(f"{path}, line {number} is not JSON: {error}")
+        if not isinstance(fields, dict) or "target" not in fields:
+            _fail(f"{path}, line {number} must be an object with a prompt and a target")
+        if "prompt" not in fields and "messages" not in fields:
+            _fail(f"{path}, line {number} must have a prompt or messages, got {sorted(fields)}")
+        wanted.append(fields)
+    if not wanted:
+        _fail(f"{path} holds no edits")
+    return wanted
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Return a transformers model, of the class its config names, and its tokenizer."""
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        _fail("editing a model needs transformers: pip install 'grace_fast[models]'")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if named is None:
+            fallback = transformers.AutoModelForCausalLM
+            named = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else fallback
+        return named.from_pretrained(name).eval(), tokenizer
+    except (OSError, ValueError, KeyError) as error:
+        _fail(f"cannot load the model {name!r}: {error}")
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(FAILED)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,464 @@
+"""GRACE on a model: attach to one layer, edit mistakes away, explain, undo, verify, save.
+
+One edit = run the model once and take its query, decide against the codebook, train one value,
+publish. The model's weights never change. Until the last step nothing is published, so an edit that
+fails leaves model and codebook as they were.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from grace_fast import advice, batches, calibrate, lookup, positions, semantics
+from grace_fast._version import __version__
+from grace_fast.adapter import Adapter, Observation, declared_codebook, stack_of
+from grace_fast.batches import Batch, Prompt
+from grace_fast.codebook import DTYPES, Codebook, Draft
+from grace_fast.edits import Edit, Enacted, History, Verification
+from grace_fast.fingerprint import fingerprint
+from grace_fast.semantics import Rules
+from grace_fast.settings import Settings
+from grace_fast.store import files, layout
+from grace_fast.training import Trained, frozen, train
+
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a layer takes one adaptor
+
+
+def has_adapter(layer: nn.Module) -> bool:
+    """Tell whether an editor is attached to a layer."""
+    return layer in _attached
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why one prompt is answered as it is."""
+
+    fires: bool  # the nearest key's ball holds the query
+    edit: int | None  # the newest edit on the nearest row; None for an empty codebook
+    row: int  # the nearest row, -1 for an empty codebook
+    distance: float  # to it, inf for an empty codebook
+    radius: float  # of it, NaN for an empty codebook
+
+    @property
+    def margin(self) -> float:
+        """How far inside the ball the query is; negative outside."""
+        return self.radius - self.distance
+
+
+class Grace:
+    """An editor attached to one layer of a model. `attach` and `from_pretrained` make it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: nn.Module,
+        settings: Settings,
+        tokenizer: Any = None,
+        path: str | Path | None = None,
+    ) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.path = None if path is None else Path(path)
+        self.kind = batches.kind_of(model)
+        stack, in_decoder = stack_of(model, layer)
+        if in_decoder and settings.replacement == "replace_prompt":
+            settings = Settings(**{**asdict(settings), "replacement": "replace_last"})
+        self.settings = settings
+        self._layer = layer
+        self._history = History()
+        self._scale_is_checked = False
+        self._adapter = Adapter(
+            model=model,
+            layer=layer,
+            stack=stack,
+            book=declared_codebook(layer),
+            replacement=settings.replacement,
+            decoder_only=self.kind == "decoder",
+            first_token=in_decoder,
+        )
+        self._adapter.install()
+        _attached.add(layer)
+        self._is_attached = True
+
+    def __repr__(self) -> str:
+        book = self._adapter.book
+        keys = 0 if book is None else len(book)
+        return (
+            f"Grace({type(self.model).__name__}, layer={self.settings.layer!r}, "
+            f"epsilon={self.settings.epsilon:.4g}, {len(self._history.edits)} edits, {keys} keys)"
+        )
+
+    @property
+    def codebook(self) -> Codebook:
+        """The keys, values and radii of the edits.
+
+        Raises: ValueError before the first edit of a layer that does not declare its widths.
+        """
+        if self._adapter.book is None:
+            raise ValueError(
+                f"{self.settings.layer} does not declare its widths; "
+                "its codebook is made at the first edit"
+            )
+        return self._adapter.book
+
+    @property
+    def hits(self) -> dict[int, int]:
+        """How often each row has fired, by row; counted beside the codebook, not in it."""
+        return self._adapter.hits
+
+    # Editing
+
+    def edit(self, batch: Mapping[str, Any] | Prompt, target: str | int | None = None) -> Edit:
+        """Make the model answer one prompt with its target, from now on.
+
+        batch: `input_ids` [1, T], `labels` and the model's other inputs; or a prompt's text, or
+        chat messages, with the target's text (for a classifier its class) and the tokenizer of
+        `attach`.
+
+        Raises: ValueError for more than one row, an empty prompt, a target without tokens, a label
+        outside the classes or a query that is not finite. Nothing has changed then.
+        """
+        whole = self._batch(batch, target)
+        count = batches.size(whole)
+        if count != 1:
+            raise ValueError(f"edit takes one prompt, got a batch of {count}; use edit_batch")
+        return self._edit(whole, self._text(batch, target))[0]
+
+    def edit_batch(self, batch: Mapping[str, Any]) -> list[Edit]:
+        """Edit every row of a batch, in order, each seeing the ones before; one report a row.
+
+        Each value that was touched is trained once, on all its rows. A row that a later one of the
+        same batch supersedes is recorded and not trained on: its loss is NaN.
+
+        Raises: as `edit`.
+        """
+        return self._edit(self._batch(batch, None), None)
+
+    def undo(self, edit_id: int) -> Edit:
+        """Take one edit back, whatever came after it, and return it.
+
+        Its row's radius and key become those of the newest remaining event on it, its value that of
+        the newest remaining edit; a row goes with its last edit, and the split it caused with it.
+
+        Raises: KeyError where no remaining edit has the id.
+        """
+        before = self._history.copy()
+        try:
+            with self.codebook.writing() as draft:
+                edit = self._history.undo(draft, int(edit_id))
+                self._save_durably(draft)
+        except BaseException:
+            self._history = before
+            raise
+        return edit
+
+    # Looking
+
+    def edits(self) -> list[Edit]:
+        """Return the edits that remain, oldest first."""
+        return list(self._history.edits.values())
+
+    def explain(
+        self, batch: Mapping[str, Any] | Prompt, target: str | int | None = None
+    ) -> list[Explanation]:
+        """Say for every row of a batch (or one text) which edit is nearest and if it fires."""
+        queries = self.query_of(self._batch(batch, target))
+        if self._adapter.book is None or not len(self.codebook):
+            return [Explanation(False, None, -1, math.inf, math.nan) for _ in queries]
+        snapshot = self.codebook.snapshot()
+        near, match = lookup.nearest(queries, snapshot), lookup.find(queries, snapshot)
+        explained = []
+        for at, row in enumerate(near.row.tolist()):
+            life = self._history.rows.get(row)
+            radius = snapshot.radius_of(row) if row >= 0 else math.nan
+            explained.append(
+                Explanation(
+                    fires=bool(match.hit[at]),
+                    edit=life.edits[-1] if life and life.edits else None,
+                    row=row,
+                    distance=float(near.distance[at]),
+                    radius=radius,
+                )
+            )
+        return explained
+
+    def query_of(self, batch: Mapping[str, Any] | Prompt) -> Tensor:
+        """Return what a batch asks the codebook, [B, D], as the codebook would store it."""
+        seen = self._observe(self._batch(batch, None))
+        return seen.queries.to(self._book_for(seen).dtype)
+
+    def verify(self) -> Verification:
+        """Look the stored query of every edit up again.
+
+        Each one fires, is superseded by a later edit (named), or is broken; only broken is a
+        failure.
+        """
+        if self._adapter.book is None:
+            return Verification(())
+        return self._history.verify(self.codebook, self.settings.rules(self.codebook.dtype))
+
+    # Standing aside
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Let the model answer as it did before any edit, within a `with` block."""
+        before, self._adapter.enabled = self._adapter.enabled, False
+        try:
+            yield
+        finally:
+            self._adapter.enabled = before
+
+    def unload(self) -> nn.Module:
+        """Take the adaptor off and return the model, bit for bit as it was before `attach`."""
+        if self._is_attached:
+            self._adapter.remove()
+            _attached.discard(self._layer)
+            self._is_attached = False
+        return self.model
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save codebook, edits and settings to a directory, replacing what is there in one step.
+
+        Raises: OSError where it cannot be written; what was there stays valid then.
+        """
+        self._save(Path(path), self.codebook.snapshot())
+
+    # The steps of an edit
+
+    def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
+        self._require_attached()
+        classes = batches.classes_of(self.model, self.kind)
+        batches.check(batch, self.kind, classes)
+        with frozen(self.model):
+            seen = self._observe(batch)
+            book = self._book_for(seen)
+            queries = seen.queries.to(book.dtype)
+            self._check_query(queries, seen)
+            first_id, self._adapter.book = self._history.next_id, book
+            try:
+                with book.writing() as draft:
+                    edits = self._enact_and_train(draft, batch, queries, seen, text)
+                    self._save_durably(draft)
+            except BaseException:
+                self._history.forget_from(first_id)
+                self._history.next_id = first_id
+                raise
+        return edits
+
+    def _enact_and_train(
+        self,
+        draft: Draft,
+        batch: Batch,
+        queries: Tensor,
+        seen: Observation,
+        text: tuple[str, str] | None,
+    ) -> list[Edit]:
+        rules = self.settings.rules(queries.dtype)
+        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        padding = None if self.kind == "classifier" else padding
+        first_id, count = self._history.next_id, len(queries)
+        labels = [
+            batches.labels_of(batch, at, padding, rules.semantics == "reference")
+            for at in range(count)
+        ]
+        enacted = []
+        for at in range(count):
+            fresh = self._fresh_value(seen, at, first_id + at, queries.dtype)
+            done = self._history.enact(draft, rules, queries[at], labels[at], fresh, first_id + at)
+            if done.distance <= rules.repeat_distance:
+                self._warn_of_shared_query(done, batches.prompt_checksum(batch, at))
+            enacted.append(done)
+        results = self._train(draft, batch, queries, labels, enacted, seen, rules)
+        after = draft.snapshot()
+        for at, (done, result) in enumerate(zip(enacted, results, strict=True)):
+            label_slot = after.label_slot_of(done.row)
+            edit = Edit(
+                id=first_id + at,
+                outcome=done.outcome,
+                row=done.row,
+                distance=done.distance,
+                radius=done.radius,
+                query=queries[at].clone(),
+                label=labels[at],
+                value_before=done.value_before,
+                value_after=after.value_slot_of(done.row),
+                loss=math.nan if result is None else result.loss,
+                steps=0 if result is None else result.steps,
+                correct=result is not None and result.correct,
+                prompt=batches.prompt_checksum(batch, at),
+                text=text,
+            )
+            self._history.record(edit, label_slot)
+        return [self._history.edits[first_id + at] for at in range(count)]
+
+    def _train(
+        self,
+        draft: Draft,
+        batch: Batch,
+        queries: Tensor,
+        labels: Sequence[Tensor],
+        enacted: Sequence[Enacted],
+        seen: Observation,
+        rules: Rules,
+    ) -> list[Trained | None]:
+        """Train each touched value once, on the rows of the batch that it answers in the end."""
+        decided = draft.snapshot()
+        answered_by = lookup.nearest(queries, decided).row.tolist()
+        members: dict[int, list[int]] = {}
+        for at, done in enumerate(enacted):
+            label = decided.label_of(done.row)
+            alike = label is not None and semantics.same_label(rules, labels[at], label)
+            if alike and (answered_by[at] == done.row or len(enacted) == 1):
+                members.setdefault(done.row, []).append(at)
+        results: list[Trained | None] = [None] * len(enacted)
+        for row, picked in members.items():
+            part = batches.rows(batch, picked)
+            where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
+            attempt = functools.partial(self._attempt, batch=part, where=where)
+            result = train(decided.value_of(row), attempt, self.settings.schedule())
+            if result.steps or self.settings.iterations == 0:
+                draft.set_value(row, result.value)
+            for at in picked:
+                results[at] = result
+        return results
+
+    def _attempt(self, value: Tensor, batch: Batch, where: Tensor) -> tuple[Tensor, bool]:
+        with self._adapter.asking_at(where), self._adapter.trying(value):
+            answer = self._call(batch)
+        loss, logits = getattr(answer, "loss", None), getattr(answer, "logits", None)
+        if loss is None or logits is None:
+            raise TypeError(
+                "the model must return an object with .loss and .logits when it is given labels, "
+                f"got {type(answer).__name__}"
+            )
+        return loss, batches.is_correct(logits.detach(), batch["labels"], self.kind)
+
+    def _fresh_value(self, seen: Observation, at: int, edit_id: int, dtype: torch.dtype) -> Tensor:
+        if self.settings.value_init == "warm":
+            return seen.outputs[at].to(dtype)
+        width = seen.output.shape[-1]
+        if self.settings.semantics == "reference":
+            return torch.rand(1, width)[0].to(seen.output.device, dtype)
+        own = torch.Generator().manual_seed(edit_id)  # the same edit always starts the same
+        return torch.rand(width, generator=own).to(seen.output.device, dtype)
+
+    def _observe(self, batch: Batch) -> Observation:
+        """Run the model once and return what the layer sees; nothing is replaced."""
+        self._require_attached()
+        where = None
+        if not self._adapter.first_token and self._adapter.stack is self.model:
+            where = positions.prompt_end(batch, self.kind == "decoder")
+        asked = batches.runnable(batch, self.kind, self.model)
+        if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
+            asked = {name: value for name, value in asked.items() if name != "labels"}
+        adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
+        with still[0], still[1], adapter.asking_at(where), adapter.observing() as seen:
+            self._call(asked)
+        if len(seen) != 1:
+            raise ValueError(
+                f"{self.settings.layer} must run once in a forward call to be edited, "
+                f"it ran {len(seen)} times"
+            )
+        return seen[0]
+
+    def _call(self, batch: Batch) -> Any:
+        accepted = inspect.signature(self.model.forward).parameters
+        if "use_cache" in accepted and "use_cache" not in batch:
+            return self.model(**batch, use_cache=False)
+        return self.model(**batch)
+
+    # Small print
+
+    def _batch(self, batch: Mapping[str, Any] | Prompt, target: str | int | None) -> Batch:
+        if isinstance(batch, Mapping):
+            if target is not None:
+                raise ValueError("a batch of tensors holds its target in labels; give no target")
+            return dict(batch)
+        return batches.from_text(batch, target, self.tokenizer, self.model, self.kind)
+
+    def _text(
+        self, batch: Mapping[str, Any] | Prompt, target: str | int | None
+    ) -> tuple[str, str] | None:
+        if isinstance(batch, Mapping) or not self.settings.store_text:
+            return None
+        said = batch if isinstance(batch, str) else str(batch[-1].get("content", ""))
+        return said, str(target)
+
+    def _check_query(self, queries: Tensor, seen: Observation) -> None:
+        if not queries.isfinite().all():
+            row = int((~queries.isfinite().all(dim=1)).nonzero()[0])
+            raise ValueError(
+                f"the query of row {row} must be finite, got NaN or infinity at "
+                f"{self.settings.layer}"
+            )
+        if self.settings.replacement == "replace_prompt" and bool((seen.positions == 0).any()):
+            raise ValueError(
+                "replace_prompt replaces the tokens before the query, and there are none in a "
+                "prompt of one token; attach with replacement='replace_last' or 'replace_all'"
+            )
+        if not self._scale_is_checked:
+            self._scale_is_checked = True
+            advice.warn_of_scale(self.settings.layer, self.settings.epsilon, seen)
+
+    def _warn_of_shared_query(self, done: Enacted, prompt: int) -> None:
+        """Warn where the edits of the nearest key all came from other prompts."""
+        near = self._history.rows[done.row]
+        if not near.edits and near.neighbour >= 0:
+            near = self._history.rows[near.neighbour]
+        stored = [self._history.edits[edit] for edit in near.edits]
+        if stored and all(edit.prompt != prompt for edit in stored):
+            advice.warn_of_shared_query(self.settings.layer, stored[0], done.distance)
+
+    def _book_for(self, seen: Observation) -> Codebook:
+        if self._adapter.book is not None:
+            return self._adapter.book
+        dtype = seen.hidden.dtype if seen.hidden.dtype in DTYPES else torch.float32
+        return Codebook(seen.hidden.shape[-1], seen.output.shape[-1], dtype, seen.hidden.device)
+
+    def take(self, book: Codebook, history: History) -> None:
+        """Use a codebook and the edits that made it."""
+        self._adapter.book, self._history = book, history
+
+    def calibrate(self, inputs: Iterable[Mapping[str, Any] | str]) -> None:
+        """Set epsilon from how far apart unrelated inputs are; see `calibrate.epsilon_from`.
+
+        Raises: ValueError for fewer than 8 inputs, or where the layer cannot tell them apart.
+        """
+        given = [inputs] if isinstance(inputs, str | Mapping) else inputs
+        with frozen(self.model):
+            queries = [self.query_of(batch) for batch in given]
+        if not queries:
+            raise ValueError("calibration_inputs must hold at least 8 unrelated inputs, got none")
+        epsilon = calibrate.epsilon_from(torch.cat(queries))
+        self.settings = Settings(**{**asdict(self.settings), "epsilon": epsilon})
+
+    def _require_attached(self) -> None:
+        if not self._is_attached:
+            raise RuntimeError("this editor was unloaded; attach() again")
+
+    def _save_durably(self, draft: Draft) -> None:
+        if self.path is not None:
+            self._save(self.path, draft.snapshot())
+
+    def _save(self, path: Path, snapshot: Any) -> None:
+        texts = {str(edit.id): edit.text for edit in self.edits() if edit.text is not None}
+        config = {
+            "grace_fast": __version__,
+            "settings": asdict(self.settings),
+            "fingerprint": fingerprint(self.model, self._layer),
+            "next_id": self._history.next_id,
+            "hits": {str(row): count for row, count in self.hits.items()},
+            "texts": texts,
+        }
+        tensors = layout.pack_codebook(snapshot) | layout.pack_history(self._history, snapshot)
+        files.write(path, config, tensors)

@@ -1,0 +1,339 @@
+"""The life of edits on a codebook, without a model: decide, enact, undo, replay.
+
+An id names an edit; several edits may share a row. What an edit did to rows is kept as events, so
+that any edit can be taken back: a row's radius and key are those of the newest remaining event on
+it, its value and label those of its newest remaining edit. A row goes when its last edit goes, and
+with it the split that made room for it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from grace_fast import lookup, semantics
+from grace_fast.codebook import Codebook, Draft, Snapshot
+from grace_fast.semantics import Outcome, Rules
+
+NO_EDIT = -1  # the id of what was on a row before its first edit: keys appended by hand
+REPLAY_BATCH = 4096  # stored queries looked up at once
+
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """One edit: what was asked, what was decided and what its training reached."""
+
+    id: int
+    outcome: Outcome
+    row: int  # the codebook row it lives on
+    distance: (
+        float  # from its query to the key that was nearest before it; inf where there was none
+    )
+    radius: float  # of its row, after it
+    query: Tensor  # [D], as the layer saw it
+    label: Tensor | None  # the label ids of its row, after it
+    value_before: int | None  # slot of the row's value before it; None where it made the row
+    value_after: int  # slot of the value it trained
+    loss: float = float("nan")  # of the kept value; NaN where nothing was trained
+    steps: int = 0  # optimiser steps taken
+    correct: bool = False  # the model's own prediction was the target, with the kept value
+    prompt: int = 0  # checksum of the prompt's tokens, to tell a repeat from another prompt
+    text: tuple[str, str] | None = None  # prompt and target, where storing text was asked for
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change of a row's ball: at its start, at a split, an expansion or a move."""
+
+    edit: int  # the edit that caused it
+    row: int
+    radius: float  # from then on
+    key_slot: int
+    lasts_with: int  # it lasts as long as this row does, or as its edit does where that is -1
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a row held before the first edit on it."""
+
+    value_slot: int
+    label_slot: int
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What became of one stored query."""
+
+    id: int
+    verdict: Literal["fires", "superseded", "broken"]
+    by: int | None = None  # the later edit that superseded it
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The replay of every stored query; only a broken edit is a failure."""
+
+    replays: tuple[Replay, ...]
+
+    def _of(self, verdict: str) -> list[Replay]:
+        return [replay for replay in self.replays if replay.verdict == verdict]
+
+    @property
+    def fires(self) -> list[int]:
+        """Ids whose query still gets their row's value."""
+        return [replay.id for replay in self._of("fires")]
+
+    @property
+    def superseded(self) -> dict[int, int]:
+        """Ids whose query a later edit answers now, and which."""
+        return {replay.id: replay.by for replay in self._of("superseded") if replay.by is not None}
+
+    @property
+    def broken(self) -> list[int]:
+        """Ids whose query gets no answer, or one that no later edit explains."""
+        return [replay.id for replay in self._of("broken")]
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing is broken."""
+        return not self.broken
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def __repr__(self) -> str:
+        return (
+            f"Verification(ok={self.ok}, fires={len(self.fires)}, "
+            f"superseded={len(self.superseded)}, broken={self.broken})"
+        )
+
+
+@dataclass
+class Enacted:
+    """What one decision did to a draft; its value is trained next."""
+
+    row: int
+    outcome: Outcome
+    distance: float
+    radius: float
+    value_before: int | None
+
+
+@dataclass
+class RowLife:
+    """What happened on one row and still holds, oldest first."""
+
+    edits: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    base: Base | None = None  # where the row was there before any edit
+    neighbour: int = -1  # the row that was split to make room for this one
+
+
+class History:
+    """The edits that remain, in order, and what they did to each row."""
+
+    def __init__(self) -> None:
+        self.edits: dict[int, Edit] = {}
+        self.rows: dict[int, RowLife] = {}
+        self.label_slots: dict[int, int] = {}  # by edit: where the store keeps its row's label
+        self.next_id = 0
+
+    def record(self, edit: Edit, label_slot: int) -> None:
+        """Keep an enacted edit with what its training reached."""
+        self.edits[edit.id] = edit
+        self.label_slots[edit.id] = label_slot
+        self._life(edit.row).edits.append(edit.id)
+        self.next_id = max(self.next_id, edit.id + 1)
+
+    def forget_from(self, edit_id: int) -> None:
+        """Drop every trace of the edits from an id on: their draft was dropped."""
+        for life in self.rows.values():
+            life.edits = [edit for edit in life.edits if edit < edit_id]
+            life.events = [event for event in life.events if event.edit < edit_id]
+        self.rows = {row: life for row, life in self.rows.items() if life.edits or life.base}
+        for gone in [edit for edit in self.edits if edit >= edit_id]:
+            del self.edits[gone], self.label_slots[gone]
+
+    def copy(self) -> History:
+        """Return a history that further edits and undos of this one do not change."""
+        twin = History()
+        twin.edits, twin.label_slots = dict(self.edits), dict(self.label_slots)
+        twin.rows = {
+            row: replace(life, edits=list(life.edits), events=list(life.events))
+            for row, life in self.rows.items()
+        }
+        twin.next_id = self.next_id
+        return twin
+
+    def _life(self, row: int) -> RowLife:
+        return self.rows.setdefault(row, RowLife())
+
+    def add_event(self, event: Event) -> None:
+        """Note a change of a row's ball."""
+        self._life(event.row).events.append(event)
+        if event.lasts_with not in (event.row, -1):
+            self._life(event.lasts_with).neighbour = event.row
+
+    def set_base(self, row: int, base: Base) -> None:
+        """Note what a row held before any edit."""
+        self._life(row).base = base
+
+    def enact(
+        self,
+        draft: Draft,
+        rules: Rules,
+        query: Tensor,
+        label: Tensor,
+        fresh_value: Tensor,
+        edit: int,
+    ) -> Enacted:
+        """Decide one edit against the draft and do it, but for training its value.
+
+        query: [D] and fresh_value: [V], in the codebook's element type; edit: the id it will have.
+        """
+        before = draft.snapshot()
+        near = lookup.nearest(query[None], before)
+        row, squared = int(near.row[0]), float(near.squared_distance[0])
+        radius, same = 0.0, False
+        if row >= 0:
+            radius, known = before.radius_of(row), before.label_of(row)
+            same = known is not None and semantics.same_label(rules, label, known)
+        decision = semantics.decide(rules, squared, radius, same)
+        distance = float(near.distance[0])
+        if decision.outcome in ("added", "split"):
+            made = self._add(draft, decision, row, query, label, fresh_value, edit)
+            return Enacted(made, decision.outcome, distance, decision.radius, None)
+        slot = before.value_slot_of(row)
+        self._touch(draft, decision, row, query, label, edit)
+        return Enacted(row, decision.outcome, distance, draft.snapshot().radius_of(row), slot)
+
+    def _add(
+        self,
+        draft: Draft,
+        decision: semantics.Decision,
+        neighbour: int,
+        query: Tensor,
+        label: Tensor,
+        value: Tensor,
+        edit: int,
+    ) -> int:
+        row = draft.append(query[None], value[None], torch.tensor([decision.radius]), [label])[0]
+        if decision.nearest_radius is not None:
+            self._keep_base(draft.snapshot(), neighbour)
+            draft.set_radius(neighbour, decision.nearest_radius)
+        after = draft.snapshot()
+        for changed in (row,) if decision.nearest_radius is None else (row, neighbour):
+            ball = (after.radius_of(changed), after.key_slot_of(changed))
+            self.add_event(Event(edit, changed, *ball, lasts_with=row))
+        return row
+
+    def _touch(
+        self,
+        draft: Draft,
+        decision: semantics.Decision,
+        row: int,
+        query: Tensor,
+        label: Tensor,
+        edit: int,
+    ) -> None:
+        before = draft.snapshot()
+        self._keep_base(before, row)
+        if decision.moves_key:
+            draft.set_key(row, (before.key_of(row) + query) / 2)
+        if decision.radius != before.radius_of(row):
+            draft.set_radius(row, decision.radius)
+        if decision.outcome == "replaced":
+            draft.set_label(row, label)
+        after = draft.snapshot()
+        ball = (after.radius_of(row), after.key_slot_of(row))
+        if ball != (before.radius_of(row), before.key_slot_of(row)):
+            self.add_event(Event(edit, row, *ball, lasts_with=-1))
+
+    def _keep_base(self, snapshot: Snapshot, row: int) -> None:
+        """Keep what a row held before its first edit, where no edit made it."""
+        life = self._life(row)
+        if not life.events:
+            life.base = Base(snapshot.value_slot_of(row), snapshot.label_slot_of(row))
+            ball = (snapshot.radius_of(row), snapshot.key_slot_of(row))
+            life.events.append(Event(NO_EDIT, row, *ball, lasts_with=row))
+
+    def undo(self, draft: Draft, edit_id: int) -> Edit:
+        """Take one edit back in a draft and in the history; return it.
+
+        Raises: KeyError where no remaining edit has the id.
+        """
+        if edit_id not in self.edits:
+            known = f"the ids {min(self.edits)} to {max(self.edits)}" if self.edits else "none"
+            raise KeyError(f"no edit has the id {edit_id}; there remain {known}")
+        edit = self.edits.pop(edit_id)
+        del self.label_slots[edit_id]
+        row, life = edit.row, self.rows[edit.row]
+        life.edits.remove(edit_id)
+        if not life.edits and life.base is None:
+            draft.remove(row)
+            del self.rows[row]
+            if life.neighbour in self.rows:
+                split = self.rows[life.neighbour]
+                split.events = [event for event in split.events if event.lasts_with != row]
+                self._restore_ball(draft, life.neighbour)
+            return edit
+        life.events = [
+            event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
+        ]
+        self._restore_ball(draft, row)
+        self._restore_value(draft, row)
+        return edit
+
+    def _restore_ball(self, draft: Draft, row: int) -> None:
+        now, newest = draft.snapshot(), self.rows[row].events[-1]
+        if now.radius_of(row) != newest.radius:
+            draft.set_radius(row, newest.radius)
+        if now.key_slot_of(row) != newest.key_slot:
+            draft.point_key(row, newest.key_slot)
+
+    def _restore_value(self, draft: Draft, row: int) -> None:
+        life = self.rows[row]
+        if life.edits:
+            value, label = self.edits[life.edits[-1]].value_after, self.label_slots[life.edits[-1]]
+        else:
+            assert life.base is not None
+            value, label = life.base.value_slot, life.base.label_slot
+        now = draft.snapshot()
+        if now.value_slot_of(row) != value:
+            draft.point_value(row, value)
+        if now.label_slot_of(row) != label:
+            draft.point_label(row, label)
+
+    def verify(self, book: Codebook | Snapshot, rules: Rules) -> Verification:
+        """Look every stored query up again and say what became of it."""
+        edits = list(self.edits.values())
+        replays: list[Replay] = []
+        for start in range(0, len(edits), REPLAY_BATCH):
+            part = edits[start : start + REPLAY_BATCH]
+            queries = torch.stack([edit.query for edit in part])
+            near, match = lookup.nearest(queries, book), lookup.find(queries, book)
+            for edit, row, hit in zip(part, near.row.tolist(), match.hit.tolist(), strict=True):
+                replays.append(self._replay(edit, row, hit, rules))
+        return Verification(tuple(replays))
+
+    def _replay(self, edit: Edit, row: int, hit: bool, rules: Rules) -> Replay:
+        life = self.rows.get(row, RowLife())
+        if row == edit.row and hit:
+            newest = self.edits[life.edits[-1]]
+            if newest is edit or _answers_alike(rules, edit, newest):
+                return Replay(edit.id, "fires")
+            by = newest.id
+        else:  # a later split shrank its ball, or a later key is nearer
+            by = max((event.edit for event in life.events), default=NO_EDIT)
+        if by > edit.id:
+            return Replay(edit.id, "superseded", by)
+        return Replay(edit.id, "broken")
+
+
+def _answers_alike(rules: Rules, edit: Edit, newest: Edit) -> bool:
+    if edit.label is None or newest.label is None:
+        return False
+    return semantics.same_label(rules, edit.label, newest.label)

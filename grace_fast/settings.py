@@ -1,0 +1,60 @@
+"""What `attach` was asked for: checked once, saved with the codebook."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from grace_fast.semantics import EXPAND_MARGIN, Expand, Replacement, Rules, Semantics
+from grace_fast.training import Schedule
+
+ValueInit = Literal["cold", "warm"]
+STOP_LOSS = 0.1  # a target this likely (e^-0.1 = .9 a token) is learnt
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `attach` was asked for; saved with the codebook."""
+
+    layer: str
+    epsilon: float
+    semantics: Semantics = "paper"
+    replacement: Replacement = "replace_prompt"
+    iterations: int = 100
+    learning_rate: float = 1.0
+    expand: Expand = "coverage"
+    expand_margin: float | None = None
+    value_init: ValueInit = "cold"
+    query: Literal["prompt_end"] = "prompt_end"
+    stop_loss: float | None = None
+    store_text: bool = False
+
+    def __post_init__(self) -> None:
+        choices = {"replacement": Replacement, "value_init": ValueInit}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in get_args(allowed):
+                given = getattr(self, name)
+                raise ValueError(f"{name} must be one of {get_args(allowed)}, got {given!r}")
+        if self.query != "prompt_end":
+            raise ValueError(f"query must be 'prompt_end', got {self.query!r}")
+        if not isinstance(self.iterations, int) or self.iterations < 0:
+            raise ValueError(f"iterations must be a whole number >= 0, got {self.iterations!r}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"learning_rate must be a number > 0, got {self.learning_rate!r}")
+
+    def rules(self, dtype: torch.dtype) -> Rules:
+        """Return how edits are decided in a codebook of this element type."""
+        margin = self.expand_margin
+        if margin is None:
+            margin = EXPAND_MARGIN[dtype]
+        return Rules(float(self.epsilon), self.expand, margin, self.semantics)
+
+    def schedule(self) -> Schedule:
+        """Return how a value is trained."""
+        if self.semantics == "reference":
+            return Schedule(self.iterations, self.learning_rate, self.stop_loss, keep_best=False)
+        stop = STOP_LOSS if self.stop_loss is None else self.stop_loss
+        return Schedule(self.iterations, self.learning_rate, stop)

@@ -1,0 +1,153 @@
+"""The nearest key of every query, with every key read: the canonical sum in float64.
+
+    S_i = sum over j of (q_j - k_ij)^2      in float64, j ascending, products rounded before added
+    row = argmin S_i                        the lowest row among equal S
+
+`nearest_in_block`: one program takes one query and BLOCK_N rows, one row to a lane. It reads CHUNK
+columns at a time, three chunks in flight, and halves a chunk until single columns are left, so that
+they are added in ascending order whatever the layout. `nearest_of_blocks`: one program takes one
+query and the winners of all its blocks.
+
+The order is the law, so a product and a sum may not be contracted: every launch passes `OPTIONS`.
+Ties: the lowest row of a block, then the lowest block. Masks: past D both sides are 0 and add +0
+exactly; rows past N, removed rows and sums that are not finite count as infinity, and infinity
+never wins. B and N differ from call to call and are never specialised.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+OPTIONS = {"enable_fp_fusion": False}
+
+BLOCK_N = 64
+CHUNK_BYTES = 64  # of one row: whole 32-byte sectors; 48 registers a lane on sm_90 (triton 3.9)
+BLOCKS = 256  # winners read together
+
+
+@triton.jit
+def add_in_order(total, square, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
+    """Return ((total + square[:, 0]) + square[:, 1]) + ... of square [BLOCK_N, WIDTH]."""
+    if WIDTH > 1:
+        halves = tl.reshape(square, (BLOCK_N, 2, WIDTH // 2))
+        low, high = tl.split(tl.permute(halves, (0, 2, 1)))
+        total = add_in_order(total, low, BLOCK_N, WIDTH // 2)
+        total = add_in_order(total, high, BLOCK_N, WIDTH // 2)
+    else:
+        total += tl.reshape(square, (BLOCK_N,))
+    return total
+
+
+@triton.jit
+def lowest(squared, row) -> tuple[tl.tensor, tl.tensor]:
+    """Return the least of squared and the lowest row that has it."""
+    best = tl.min(squared, axis=0)
+    best_row = tl.min(tl.where(squared == best, row, 0x7FFFFFFFFFFFFFFF), axis=0)
+    return best, best_row
+
+
+@triton.jit(do_not_specialize=["batch", "rows", "blocks"])
+def nearest_in_block(
+    queries,  # [B, D] fp32
+    keys,  # [slots, D] fp32, bf16 or fp16
+    key_slot,  # [N] int64, the slot of each row; None where row i is slot i
+    live,  # [N] bool, False for a removed row
+    block_squared,  # [B, blocks] float64, written
+    block_row,  # [B, blocks] int64, written
+    batch,  # B
+    rows,  # N
+    width,  # D
+    blocks,  # cdiv(N, BLOCK_N)
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Write the nearest live row of one query among BLOCK_N rows, and its S."""
+    # Queries run fastest: the programs that read the same keys are close in time.
+    block = tl.program_id(0) // batch
+    query = (tl.program_id(0) % batch).to(tl.int64)
+    row = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    slot = row
+    if key_slot is not None:
+        slot = tl.load(key_slot + row, mask=row < rows, other=0)
+    is_live = tl.load(live + row, mask=row < rows, other=0) != 0
+    squared = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    for first in tl.range(0, width, CHUNK, num_stages=3):
+        j = first + tl.arange(0, CHUNK)
+        q = tl.load(queries + query * width + j, mask=j < width, other=0)
+        k = tl.load(
+            keys + slot[:, None] * width + j[None, :],
+            mask=is_live[:, None] & (j < width)[None, :],
+            other=0,
+        )
+        # By way of fp32, which holds bf16 and fp16 exactly: the interpreter has no bf16 of its own.
+        difference = q.to(tl.float64)[None, :] - k.to(tl.float32).to(tl.float64)
+        squared = add_in_order(squared, difference * difference, BLOCK_N, CHUNK)
+    # NaN < inf is false, so this takes NaN out too.
+    may_win = is_live & (squared < float("inf"))
+    best, best_row = lowest(tl.where(may_win, squared, float("inf")), row)
+    tl.store(block_squared + query * blocks + block, best)
+    tl.store(block_row + query * blocks + block, best_row)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def nearest_of_blocks(
+    block_squared,  # [B, blocks] float64
+    block_row,  # [B, blocks] int64, ascending along the blocks; not read where S is infinite
+    squared,  # [B] float64, written
+    row,  # [B] int64, written
+    blocks,
+    BLOCKS: tl.constexpr,
+) -> None:
+    """Write the nearest row of one query and its S, given the winners of its blocks."""
+    query = tl.program_id(0).to(tl.int64)
+    best = tl.full((BLOCKS,), float("inf"), dtype=tl.float64)
+    best_row = tl.full((BLOCKS,), -1, dtype=tl.int64)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        here = query * blocks + block
+        found = tl.load(block_squared + here, mask=block < blocks, other=float("inf"))
+        found_row = tl.load(block_row + here, mask=block < blocks, other=0)
+        # Later blocks hold later rows, so an equal S does not take over; infinity leaves -1.
+        nearer = found < best
+        best, best_row = tl.where(nearer, found, best), tl.where(nearer, found_row, best_row)
+    least, least_row = lowest(best, best_row)
+    tl.store(squared + query, least)
+    tl.store(row + query, least_row)
+
+
+def nearest(
+    queries: Tensor, keys: Tensor, key_slot: Tensor | None, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the nearest live row [B] int64 and its S [B] float64; -1 and inf where there is none.
+
+    queries: [B, D] fp32, keys: [slots, D], key_slot: [N] int64 or None, live: [N] bool; all
+    contiguous and on one device, B and N at least 1.
+    """
+    batch, width = queries.shape
+    blocks = triton.cdiv(len(live), BLOCK_N)
+    block_squared = queries.new_empty(batch, blocks, dtype=torch.float64)
+    block_row = queries.new_empty(batch, blocks, dtype=torch.int64)
+    squared = queries.new_empty(batch, dtype=torch.float64)
+    row = queries.new_empty(batch, dtype=torch.int64)
+    with torch.cuda.device_of(queries):
+        nearest_in_block[(batch * blocks,)](
+            queries,
+            keys,
+            key_slot,
+            live,
+            block_squared,
+            block_row,
+            batch,
+            len(live),
+            width,
+            blocks,
+            BLOCK_N=BLOCK_N,
+            CHUNK=CHUNK_BYTES // keys.element_size(),
+            num_warps=BLOCK_N // (64 if torch.version.hip else 32),
+            **OPTIONS,
+        )
+        nearest_of_blocks[(batch,)](
+            block_squared, block_row, squared, row, blocks, BLOCKS=BLOCKS, num_warps=4, **OPTIONS
+        )
+    return row, squared
