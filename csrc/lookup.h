@@ -3,26 +3,107 @@
 //
 // S_i = sum over j of (q_j - k_ij)^2 in float64, j ascending, each product rounded before it is
 // added. The build forbids contraction into a fused multiply-add (-ffp-contract=off): it is part of
-// the law.
+// the law. Everything faster only finds candidates; what is within its rounding of a decision is
+// summed again so.
+//
+// The certificate (grace_fast/codes.py has the proof): phi is 1-Lipschitz up to `lipschitz`, z_k
+// and z_q are the integers nearest phi / step on a torus of 256, and a key within radius r of the
+// query has
+//   sum (z_q - z_k)^2 <= ((lipschitz * r + delta) / step + e_q + e_k)^2.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace grace_fast {
 
 enum class Dtype { float32, bfloat16, float16 };
 
+constexpr int64_t kPageRows = 4096;  // grace_fast/codebook.py
+constexpr int64_t kLeaf = 64;        // keys of a leaf, and leaves of a super leaf
+constexpr int kNear = 16;            // code bytes read for every key of a leaf that is touched
+constexpr int kFar = 48;             // further code bytes, read for survivors
+constexpr int kBlock = 16;           // keys of a block: [kNear / 4][16 keys][4 bytes]
+constexpr int kPadding = 64;         // widths are padded with zeros to a multiple of this
+
 struct Keys {
-  const void* slots;        // [*, D] in `dtype`
-  const int64_t* key_slot;  // [N], the slot of each row; null when row i is slot i
-  const bool* live;         // [N], false for a removed row
-  int64_t rows;             // N
-  int64_t width;            // D
+  const void* slots;                 // [*, D] in `dtype`
+  const int64_t* const* slot_pages;  // of [4096], the slot of each row; null when row i is slot i
+  const bool* const* live_pages;     // of [4096], false for a removed row
+  const float* const* radius_pages;  // of [4096], negative for a dead key
+  int64_t rows;                      // N
+  int64_t width;                     // D
   Dtype dtype;
 };
 
-// For each query: the live row of least finite S, the lowest on a tie, and that S.
-// Where there is none, row and squared keep what they held (-1 and infinity).
-//   queries [B, D] float32, row [B], squared [B]
-void nearest(const float* queries, int64_t batch, const Keys& keys, int64_t* row, double* squared);
+struct Queries {
+  const void* first;  // [B, D] in `dtype`
+  int64_t stride;     // elements from one query to the next
+  Dtype dtype;
+  int64_t batch;  // B
+};
+
+// The 1-Lipschitz map: centre, project on rows, turn the near slots.
+struct Map {
+  const float* centre;   // [Dp], D padded with zeros
+  const uint16_t* rows;  // [64, Dp] bfloat16, see codes.packed_rows; near slots first
+  const double* turn;    // [16, 16], makes the near rows orthonormal up to `eta`
+  double step;           // a power of two
+  double lipschitz;      // >= the largest singular value of the rows
+  double row_norm;       // >= the norm of every row, turned or not
+  double eta;            // >= the spectral norm of W W^T - I on rows 0 .. 14, W = turn * rows
+  bool norm_slot;        // slot 15 is the norm of what rows 0 .. 14 leave over
+  bool far;              // whether the far slots say anything
+};
+
+// Codes of some rows: a run in kd order under two levels of boxes, or the tail in order of arrival.
+struct Part {
+  int64_t count;              // positions in use
+  const int32_t* row;         // [count]
+  const uint8_t* near;        // [blocks][kNear / 4][16][4]
+  const uint8_t* far;         // [count][kFar]
+  const float* reach;         // [leaves], >= every radius of the leaf; only ever grows
+  double near_residual;       // >= e_k of the near slots, in steps
+  double far_residual;        // >= e_k of all slots, in steps
+  const int16_t* leaf_boxes;  // [leaves / 16][8 slot pairs][low, high][16 boxes][2]; null: no order
+  const int16_t* super_boxes;  // the same of 64 leaves each
+  const float* super_reach;    // [supers]
+  const uint8_t* isolated;     // [count / 8] bits: no other key of the part within 2 radii; or null
+};
+
+struct Certificate {
+  Map map;
+  std::vector<Part> parts;
+  int64_t covered;  // rows below have a position in a part; the others are read as they are
+  float floor;      // every reach is at least this
+  float widest;     // >= every radius
+};
+
+// What the look-ups of a batch read; the calibration predicts bytes from it.
+struct Effort {
+  int64_t boxes, codes, survivors, rechecks, exhaustive;
+};
+
+// For each query: the live row of least finite S, the lowest on a tie, and that S; (-1, inf) where
+// there is none.   row [B], squared [B]
+void nearest(const Queries& queries, const Keys& keys, int threads, int64_t* row, double* squared);
+
+// For each query: whether it is in the ball of its nearest row, and then that row and its S, else
+// (-1, inf). Returns the number of hits.   hit [B], row [B], squared [B]
+int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
+                   int64_t* row, double* squared);
+int64_t find_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
+                       int threads, bool* hit, int64_t* row, double* squared, Effort* effort);
+
+// Set the isolated bit of the positions of a part whose rows have no other key of it within 2
+// radii.
+void find_isolated(const Keys& keys, const Certificate& certificate, int64_t part,
+                   const int64_t* positions, int64_t count, uint8_t* isolated);
+
+// Write the kd order of points [count, 16]: leaves of 64, the widest slot split at its median.
+void kd_order(const int16_t* points, int64_t count, int32_t* order);
+
+// "avx512vnni", "avx2" or "portable": the widest this processor runs, or the one asked for.
+const char* instruction_set();
+bool use_instruction_set(const char* name);
 
 }  // namespace grace_fast

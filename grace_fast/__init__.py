@@ -7,6 +7,7 @@ from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
 from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
+from grace_fast.prepared import Prepared, prepare
 from grace_fast.store.files import CodebookCorrupt
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "GraceWarning",
     "Match",
     "Nearest",
+    "Prepared",
     "Verification",
     "__version__",
     "attach",
     "find",
     "from_pretrained",
     "nearest",
+    "prepare",
     "replace",
 ]

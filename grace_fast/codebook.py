@@ -78,6 +78,9 @@ class Snapshot:
     value_slots: Tensor  # [capacity, V]
     _label_slots: list[Tensor | None]
     _ids: Tensor  # [capacity, 1] int64
+    # What back ends keep, shared by the published versions of a codebook; None for a draft, whose
+    # rows may yet be dropped and given to other keys.
+    _derived: dict[str, tuple[Snapshot, Any]] | None = None
 
     # The fields reach beyond the rows there are, into memory that may not be read.
     def __repr__(self) -> str:
@@ -85,6 +88,22 @@ class Snapshot:
 
     def __len__(self) -> int:
         return self.counts.live
+
+    def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
+        """Return what a back end computes from the keys, kept with the codebook; None for a draft.
+
+        `build(snapshot, previous)` is called once a version; `previous` is what it returned for
+        another version of the codebook, earlier or later, or None. What may be kept of it is for
+        the back end to say. Readers may build the same at once; the last one stays.
+        """
+        if self._derived is None:
+            return None
+        known = self._derived.get(name)
+        if known is not None and known[0] is self:
+            return known[1]
+        built = build(self, known[1] if known is not None else None)
+        self._derived[name] = (self, built)
+        return built
 
     @property
     def rows(self) -> int:
@@ -434,6 +453,7 @@ class Codebook:
             self._values.tensor,
             self._label_slots,
             self._ids.tensor,
+            self._derived,
         )
 
     @classmethod
@@ -499,7 +519,7 @@ class Codebook:
             self._draft = draft = Draft(self)
             try:
                 yield draft
-                self._current = draft.snapshot()
+                self._current = replace(draft.snapshot(), _derived=self._derived)
             except BaseException:
                 self._next_id = next_id
                 raise
@@ -561,26 +581,8 @@ class Codebook:
         return rows.detach().to(self.device, self.dtype)
 
     def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
-        """Return what a back end computes from the keys, kept up to date with the codebook.
-
-        `build(snapshot, previous)` is called once a version; `previous` is what it returned for an
-        earlier version with the same keys at the front, or None when it has to start anew (a key
-        moved). Readers may build the same thing at once; the last one stays.
-        """
-        snapshot = self._current
-        known = self._derived.get(name)
-        if known is not None and known[0] is snapshot:
-            return known[1]
-        previous = None
-        if (
-            known is not None
-            and known[0].version < snapshot.version
-            and known[0].counts.key_moves == snapshot.counts.key_moves
-        ):
-            previous = known[1]
-        built = build(snapshot, previous)
-        self._derived[name] = (snapshot, built)
-        return built
+        """Return what a back end computes from the keys of this version; see `Snapshot.derived`."""
+        return self._current.derived(name, build)
 
     def __len__(self) -> int:
         return len(self._current)

@@ -29,13 +29,49 @@ class BackendUnavailable(RuntimeError):
     """No back end can take the call; the message lists every reason."""
 
 
-@dataclass(frozen=True, slots=True)
 class Match:
-    """The answer of `find` for a batch of queries."""
+    """The answer of `find` for a batch of queries; fields are made when they are read."""
 
-    hit: Tensor  # [B] bool, the query is in the ball of its nearest key
-    row: Tensor  # [B] int64, the row that hit, the lowest on a tie; -1 where missed
-    distance: Tensor  # [B] float32, to that row; inf where missed
+    __slots__ = ("_answers", "_batch", "_fields", "hits")
+
+    def __init__(
+        self,
+        hits: int | None,
+        answers: bytearray | None,
+        batch: int,
+        fields: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> None:
+        self.hits = hits  # how many hit; None where a device has yet to say
+        self._answers, self._batch, self._fields = answers, batch, fields
+
+    def _made(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._fields is None:
+            assert self._answers is not None
+            self._fields = cpu.unpack(self._answers, self._batch)
+        return self._fields
+
+    @property
+    def hit(self) -> Tensor:
+        """[B] bool, the query is in the ball of its nearest key."""
+        return self._made()[0]
+
+    @property
+    def row(self) -> Tensor:
+        """[B] int64, the row that hit, the lowest on a tie; -1 where missed."""
+        return self._made()[1]
+
+    @property
+    def squared_distance(self) -> Tensor:
+        """[B] float64, S of that row in the canonical order; inf where missed."""
+        return self._made()[2]
+
+    @property
+    def distance(self) -> Tensor:
+        """[B] float32, to that row; inf where missed."""
+        return self.squared_distance.sqrt().float()
+
+    def __repr__(self) -> str:
+        return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +124,16 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     BackendUnavailable.
     """
     snapshot = _snapshot(codebook)
-    row, squared = _nearest(_checked(queries, snapshot), snapshot, backend)
+    queries = _checked(queries, snapshot)
+    module = chosen(snapshot, len(queries), backend)
+    if module is cpu:
+        return Match(*cpu.find_packed(queries, snapshot), len(queries))
+    if hasattr(module, "find"):
+        return Match(None, None, len(queries), module.find(queries, snapshot))
+    row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
-    return Match(
-        hit=hit,
-        row=row.masked_fill(~hit, -1),
-        distance=squared.sqrt().float().masked_fill(~hit, torch.inf),
-    )
+    fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
+    return Match(None, None, len(queries), fields)
 
 
 def replace(
@@ -128,17 +167,30 @@ def replace(
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:
     """Return output [B, T, V] with the hits' values where mask [B, T] is set; itself if none."""
-    if output.device.type == "cpu" and not match.hit.any():
+    if match.hits == 0 or (output.device.type == "cpu" and not match.hit.any()):
         return output
     return semantics.replace(output, match.hit, snapshot.values_of(match.row), mask)
 
 
 def _nearest(queries: Tensor, snapshot: Snapshot, backend: str) -> tuple[Tensor, Tensor]:
-    workload = Workload(
-        snapshot.device.type, snapshot.dtype, len(queries), snapshot.rows, snapshot.key_dim
+    found: tuple[Tensor, Tensor] = chosen(snapshot, len(queries), backend).nearest(
+        queries, snapshot
     )
-    found: tuple[Tensor, Tensor] = choose(workload, backend).nearest(queries, snapshot)
     return found
+
+
+def chosen(snapshot: Snapshot, batch: int = 1, backend: str = "auto") -> ModuleType:
+    """Return the back end that takes a batch of queries for a version."""
+    keys = snapshot.key_slots
+    return _choose(keys.device.type, keys.dtype, batch, snapshot.rows, keys.shape[1], backend)
+
+
+@lru_cache(maxsize=4096)
+def _choose(
+    device: str, dtype: torch.dtype, batch: int, rows: int, key_dim: int, backend: str
+) -> ModuleType:
+    # A Workload takes longer to make than to choose for.
+    return choose(Workload(device, dtype, batch, rows, key_dim), backend)
 
 
 def _snapshot(codebook: Codebook | Snapshot) -> Snapshot:
@@ -165,4 +217,4 @@ def _checked(queries: Tensor, snapshot: Snapshot) -> Tensor:
         raise ValueError(
             f"queries must be on the codebook's device {snapshot.device}, got {queries.device}"
         )
-    return queries.detach()
+    return queries.detach() if queries.requires_grad else queries

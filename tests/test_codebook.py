@@ -496,7 +496,7 @@ def test_what_is_derived_is_built_once_a_version_and_extended_after_an_append():
 
 
 @pytest.mark.parametrize("move", ["set_key", "point_key"])
-def test_what_is_derived_starts_anew_after_a_key_moved(move):
+def test_what_is_derived_is_told_of_a_moved_key_with_what_there_was(move):
     book, calls = filled(2), []
     build = builder(calls)
     book.derived("codes", build)
@@ -508,7 +508,13 @@ def test_what_is_derived_starts_anew_after_a_key_moved(move):
     book.derived("codes", build)
     add(book, 1)
     book.derived("codes", build)
-    assert calls == [(2, None), (2, None), (3, "2 rows")]
+    assert calls == [(2, None), (2, "2 rows"), (3, "2 rows")]
+
+
+def test_nothing_is_derived_from_a_draft():
+    book = filled(2)
+    with book.writing() as draft:
+        assert draft.snapshot().derived("codes", builder([])) is None
 
 
 def test_derived_things_of_two_names_are_apart():

@@ -1,118 +1,147 @@
-// The readable truth: the canonical sum of the law, for any processor.
-//
-// One query, one key at a time: a sum in a fixed order is one chain of additions, so four keys are
-// summed side by side to hide its latency. A partial sum never shrinks; once it is above the best S
-// so far the key cannot win, and the rest of it is not read.
-#include <algorithm>
-#include <cstring>
-#include <limits>
-
-#include "../lookup.h"
+// The readable truth of every kernel, for any processor; the fast files do the same, wider.
+#include "kernels.h"
+#include "numbers.h"
 
 namespace grace_fast {
 namespace {
 
-constexpr int kSideBySide = 4;
-constexpr int64_t kStretch = 64;  // elements between two looks at the best S
-
-double widen(float x) { return x; }
-
-struct BFloat16 {
-  uint16_t bits;
-};
-double widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-struct Float16 {
-  uint16_t bits;
-};
-double widen(Float16 x) {
-  const uint32_t sign = (x.bits & 0x8000u) << 16;
-  const uint32_t exponent = (x.bits >> 10) & 31u;
-  const uint32_t mantissa = x.bits & 0x3ffu;
-  if (exponent == 0) {  // zero and denormals: mantissa * 2^-24
-    const double value = mantissa * 0x1p-24;
-    return sign ? -value : value;
-  }
-  const uint32_t wide = exponent == 31 ? 255u : exponent + 112u;
-  const uint32_t bits = sign | wide << 23 | mantissa << 13;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-template <typename Key>
-void nearest_of_one(const float* query, const Keys& keys, int64_t* row, double* squared) {
-  const auto* slots = static_cast<const Key*>(keys.slots);
-  int64_t candidate[kSideBySide];
-  const Key* key[kSideBySide];
-  int waiting = 0;
-  int64_t best_row = -1;
-  double best = std::numeric_limits<double>::infinity();
-
-  const auto settle = [&] {
-    double sum[kSideBySide] = {};
-    for (int64_t begin = 0; begin < keys.width; begin += kStretch) {
-      const int64_t end = std::min(begin + kStretch, keys.width);
-      for (int64_t j = begin; j < end; ++j) {
-        for (int i = 0; i < kSideBySide; ++i) {
-          const double difference = static_cast<double>(query[j]) - widen(key[i][j]);
-          sum[i] += difference * difference;
-        }
-      }
-      if (*std::min_element(sum, sum + kSideBySide) > best) break;
-    }
-    // Rows come in ascending order, so a later equal S never takes over; NaN and infinity never
-    // win. A sum cut short is above `best` and loses as its whole would.
-    for (int i = 0; i < waiting; ++i) {
-      if (sum[i] < best) {
-        best = sum[i];
-        best_row = candidate[i];
-      }
-    }
-    waiting = 0;
+struct Lanes {
+  static constexpr int kCount = 8;
+  struct Vector {
+    float lane[kCount];
   };
+  template <typename Work>
+  static Vector each(const Work& work) {
+    Vector out;
+    for (int i = 0; i < kCount; ++i) out.lane[i] = work(i);
+    return out;
+  }
+  template <typename Key>
+  static float widen(Key x) {
+    return widen_exactly(x);
+  }
+  static Vector zero() {
+    return each([](int) { return 0.0f; });
+  }
+  template <typename Key>
+  static Vector load(const Key* from) {
+    return each([&](int i) { return widen(from[i]); });
+  }
+  static void store_for_rows(float* to, Vector a, Vector b) {
+    for (int i = 0; i < kCount; ++i) to[i] = a.lane[i];
+    for (int i = 0; i < kCount; ++i) to[kCount + i] = b.lane[i];
+  }
+  static void load_rows(const uint16_t* from, Vector* low, Vector* high) {
+    *low = each([&](int i) { return widen_exactly(BFloat16{from[2 * i]}); });
+    *high = each([&](int i) { return widen_exactly(BFloat16{from[2 * i + 1]}); });
+  }
+  static Vector add(Vector a, Vector b) {
+    return each([&](int i) { return a.lane[i] + b.lane[i]; });
+  }
+  static Vector sub(Vector a, Vector b) {
+    return each([&](int i) { return a.lane[i] - b.lane[i]; });
+  }
+  static Vector multiply_add(Vector a, Vector b, Vector c) {
+    return each([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+  }
+  static float sum(Vector a) {
+    const float even = (a.lane[0] + a.lane[4]) + (a.lane[2] + a.lane[6]);
+    const float odd = (a.lane[1] + a.lane[5]) + (a.lane[3] + a.lane[7]);
+    return even + odd;
+  }
+};
 
-  for (int64_t i = 0; i < keys.rows; ++i) {
-    if (!keys.live[i]) continue;
-    const int64_t slot = keys.key_slot ? keys.key_slot[i] : i;
-    candidate[waiting] = i;
-    key[waiting++] = slots + slot * keys.width;
-    if (waiting == kSideBySide) settle();
-  }
-  if (waiting) {
-    for (int i = waiting; i < kSideBySide; ++i) key[i] = key[0];
-    settle();
-  }
-  if (best_row >= 0) {
-    *row = best_row;
-    *squared = best;
-  }
+#include "floats.inl"
+
+// On a circle of 256; 127 stands for 128 because the wide kernels multiply it as a signed byte.
+int circular_difference(uint8_t a, uint8_t b) {
+  const int apart = static_cast<int8_t>(static_cast<uint8_t>(a - b));
+  const int size = apart < 0 ? -apart : apart;
+  return size < 127 ? size : 127;
 }
 
-template <typename Key>
-void nearest_of_all(const float* queries, int64_t batch, const Keys& keys, int64_t* row,
-                    double* squared) {
-  for (int64_t b = 0; b < batch; ++b) {
-    nearest_of_one<Key>(queries + b * keys.width, keys, row + b, squared + b);
+// How far a point is outside [low, high]; cut off where the sum of 16 squares still fits an int32.
+int outside(int low, int high, int point) {
+  const int below = low - point, above = point - high;
+  const int apart = below > above ? below : above;
+  return apart < 0 ? 0 : apart < 2047 ? apart : 2047;
+}
+
+int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
+                   const int16_t* point, Cut cut, int32_t* found) {
+  int64_t count = 0;
+  for (int64_t i = first; i < last; ++i) {
+    const int16_t* group = boxes + i / 16 * 512;
+    int32_t sum = 0;
+    for (int slot = 0; slot < kNear; ++slot) {
+      const int16_t* pair = group + slot / 2 * 64 + i % 16 * 2 + slot % 2;
+      const int apart = outside(pair[0], pair[32], point[slot]);
+      sum += apart * apart;
+    }
+    if (sum <= cut.at(reach[i])) found[count++] = static_cast<int32_t>(i);
   }
+  return count;
+}
+
+int32_t near_sum(const uint8_t* near, int64_t position, const uint8_t* code) {
+  const uint8_t* block = near + position / kBlock * kBlock * kNear;
+  int32_t sum = 0;
+  for (int slot = 0; slot < kNear; ++slot) {
+    const uint8_t byte = block[slot / 4 * 64 + position % kBlock * 4 + slot % 4];
+    const int apart = circular_difference(byte, code[slot]);
+    sum += apart * apart;
+  }
+  return sum;
+}
+
+int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
+                   const float* reach, const uint8_t* code, Cut cut, int32_t* position,
+                   int32_t* sum) {
+  int64_t kept = 0;
+  for (int64_t i = first; i < first + count; ++i) {
+    const int64_t leaf = leaves ? leaves[i] : i;
+    const int32_t limit = cut.at(reach[leaf]);
+    for (int64_t at = leaf * kLeaf; at < (leaf + 1) * kLeaf; ++at) {
+      const int32_t apart = near_sum(near, at, code);
+      if (apart > limit) continue;
+      position[kept] = static_cast<int32_t>(at);
+      sum[kept++] = apart;
+    }
+  }
+  return kept;
+}
+
+int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, Cut cut,
+                         int64_t count, int32_t* position, const int32_t* sum) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = position[i];
+    int32_t total = sum[i];
+    if (norm_slot) {  // what rows 0 .. 14 leave over is what the far rows look at
+      const uint8_t* block = part.near + at / kBlock * kBlock * kNear;
+      const int apart = circular_difference(block[192 + at % kBlock * 4 + 3], code[kNear - 1]);
+      total -= apart * apart;
+    }
+    for (int slot = 0; slot < kFar; ++slot) {
+      const int apart = circular_difference(part.far[at * kFar + slot], code[kNear + slot]);
+      total += apart * apart;
+    }
+    if (total <= cut.at(part.reach[at / kLeaf])) position[kept++] = position[i];
+  }
+  return kept;
 }
 
 }  // namespace
 
-void nearest(const float* queries, int64_t batch, const Keys& keys, int64_t* row, double* squared) {
-  switch (keys.dtype) {
-    case Dtype::float32:
-      return nearest_of_all<float>(queries, batch, keys, row, squared);
-    case Dtype::bfloat16:
-      return nearest_of_all<BFloat16>(queries, batch, keys, row, squared);
-    case Dtype::float16:
-      return nearest_of_all<Float16>(queries, batch, keys, row, squared);
-  }
-}
+const Kernels portable_kernels = {
+    "portable",
+    centre_query,
+    project_rows,
+    test_boxes,
+    scan_codes,
+    refine_positions,
+    {squared_of<float>, squared_of<BFloat16>, squared_of<Float16>},
+    {tile_of<float>, tile_of<BFloat16>, tile_of<Float16>},
+};
 
 }  // namespace grace_fast

@@ -1,0 +1,111 @@
+"""`find` for callers that ask again and again, in eager mode and in compiled graphs.
+
+In eager mode a prepared look-up goes from the queries to the extension in one call; what depends on
+the codebook's version only is looked at again when there is a new version. Under `torch.compile` it
+is the registered op `grace_fast::find`, which takes the codebook as an integer: edits and growth
+change neither the graph nor its guards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+
+import torch
+from torch import Tensor
+
+from grace_fast import lookup
+from grace_fast.backends import cpu
+from grace_fast.certificate import Certificate, View
+from grace_fast.codebook import Codebook, Snapshot
+from grace_fast.lookup import Match
+
+_books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+class Prepared:
+    """`find` for one codebook; made by `prepare`, sees every later edit."""
+
+    __slots__ = ("_book", "_certificate", "_handle", "_snapshot", "_view", "_width")
+
+    def __init__(self, codebook: Codebook) -> None:
+        self._book, self._width = codebook, codebook.key_dim
+        self._snapshot: Snapshot | None = None
+        self._view: View | None = None
+        self._certificate: Certificate | None = None
+        self._handle = next(_numbers)
+        _books[self._handle] = codebook
+
+    def __call__(self, queries: Tensor) -> Match:
+        """Return what `find(queries, codebook)` returns, and raise what it raises."""
+        if torch.compiler.is_compiling():
+            fields = torch.ops.grace_fast.find(queries, self._handle)
+            return Match(None, None, len(queries), fields)
+        view = self._view
+        if (
+            view is None
+            or self._book.snapshot() is not self._snapshot
+            or not self._certificate.is_current(view)  # type: ignore[union-attr]
+        ):
+            view = self._renew()
+        shape = queries.shape if isinstance(queries, Tensor) else ()
+        if (
+            view is None
+            or len(shape) != 2
+            or shape[1] != self._width
+            or not shape[0]
+            or queries.dtype not in cpu.DTYPE_NUMBERS
+            or not queries.is_cpu
+            or queries.stride(1) != 1
+        ):
+            return lookup.find(queries, self._book)  # what is rare, and every refusal
+        return Match(*cpu.read(queries, view), shape[0])
+
+    def _renew(self) -> View | None:
+        self._snapshot = snapshot = self._book.snapshot()
+        self._view = None
+        if lookup.chosen(snapshot) is cpu:
+            self._certificate = cpu.certificate_of(snapshot)
+            self._view = cpu.view_of(snapshot)
+        return self._view
+
+    def settle(self) -> None:
+        """Wait for what is computed from the keys that are there."""
+        self._renew()
+        if self._certificate is not None:
+            self._certificate.settle()
+
+
+def prepare(codebook: Codebook, wait: bool = True) -> Prepared:
+    """Return `find` for one codebook with everything chosen once a version; it sees later edits.
+
+    With `wait`, what can be computed from the keys that are there is computed first; without, the
+    first look-ups may read all keys.
+    """
+    if not isinstance(codebook, Codebook):
+        raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
+    prepared = Prepared(codebook)
+    if wait:
+        prepared.settle()
+    return prepared
+
+
+@torch.library.custom_op("grace_fast::find", mutates_args=())
+def find_by_handle(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hit [B], row [B] and S [B] of queries [B, D] in the codebook of a `Prepared`."""
+    book = _books.get(codebook)
+    if book is None:
+        raise RuntimeError("the codebook that this graph was compiled for is gone")
+    match = lookup.find(queries, book)
+    return match.hit.clone(), match.row.clone(), match.squared_distance.clone()
+
+
+@find_by_handle.register_fake
+def _(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = queries.shape[0]
+    return (
+        queries.new_empty(batch, dtype=torch.bool),
+        queries.new_empty(batch, dtype=torch.int64),
+        queries.new_empty(batch, dtype=torch.float64),
+    )
