@@ -55,7 +55,7 @@ def demo(
     figures = run(out, seed=seed, as_json=as_json)
     if as_json:
         typer.echo(json.dumps(figures))
-    if not figures["ok"]:
+    if not figures["passed"]:
         raise typer.Exit(FAILED)
 
 

@@ -42,7 +42,7 @@ MODULES = (
     "xml",
 )
 SHORTEST = 24  # characters; shorter ones ("Return self.") say nothing of a module
-PER_MODULE = 200  # so that no module outweighs the others
+PER_MODULE = 160  # so that no module outweighs the others
 
 
 @dataclass(frozen=True)
