@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 import grace_fast as gf
 from grace_fast.quickbench import cpu_model
@@ -23,7 +22,8 @@ def describe(threads: int) -> dict[str, Any]:
     return {
         "device": "cpu",
         "cpu": cpu_model(),
-        "cores": torch.get_num_threads() if threads < 1 else threads,
+        "cores": os.cpu_count(),
+        "threads": threads,
         "instructions": [name for name in _SIMD if name in _cpu_flags()],
         "python": platform.python_version(),
         "grace_fast": gf.__version__,

@@ -55,7 +55,9 @@ def save(
     """Write `<machine>-<date>.json`, `.md` and `.png` into a folder; return the JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{short_name(machine)}-{date}.json"
-    whole = {"machine": machine, "command": command, "date": date, "rows": list(map(asdict, rows))}
+    where = {"device": machine["device"], "cpu": machine["cpu"]}
+    listed = [where | asdict(row) for row in rows]
+    whole = {"machine": machine, "command": command, "date": date, "rows": listed}
     path.write_text(json.dumps(whole, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(machine, command, date, rows))
     plot(path.with_suffix(".png"), machine, rows)
@@ -67,8 +69,7 @@ def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Ro
     lines = [
         "# Look-up times",
         "",
-        f"`{command}` on {date}: {machine['cpu']}, {machine['cores']} threads "
-        f"({', '.join(machine['instructions'])}), commit {machine['commit'] or 'unknown'}, "
+        f"`{command}` on {date}: {_named(machine)} ({', '.join(machine['instructions'])}), "
         f"Python {machine['python']}, "
         + ", ".join(f"{name} {found}" for name, found in machine["packages"].items())
         + ".",
@@ -76,7 +77,8 @@ def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Ro
         "Decisions are compared with the law (float64, in the canonical order) before each timing: "
         "wrong ones of all, and of those exactly on a radius (`on edge`). `to baseline` is the "
         "time of faiss flat, which searches and decides nothing, over ours; `to ours` is a peer's "
-        "time over ours. Each is timed in turns with ours: the median (least to most) of the rounds.",
+        "time over ours. Each is timed in turns with ours; the median (least to most) of the "
+        "rounds. A peer that cannot be had here is listed with the reason.",
     ]
     for work, some in _by_work(rows):
         lines += ["", f"## {work}", "", "| " + " | ".join(HEADINGS) + " |"]
@@ -142,7 +144,7 @@ def plot(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="keys (N)", ylabel="time of one query, p50 (us)")
     axes.set_title(
         f"One look-up, D = 1536, real activations (larger N by jitter), epsilon = .1 spacing\n"
-        f"{machine['cpu']}, {machine['cores']} threads, commit {machine['commit'] or 'unknown'}",
+        + _named(machine),
         fontsize=10,
     )
     axes.grid(which="both", alpha=0.2)
@@ -159,6 +161,11 @@ def in_plot(row: Row) -> bool:
         and (row.batch, row.caches, row.radii, row.dtype) == (1, "warm", "equal", "float32")
         and (row.epsilon_ratio, row.hit_rate) == (0.1, 0.05)
     )
+
+
+def _named(machine: dict[str, Any]) -> str:
+    used = f"{machine['threads']} of {machine['cores']} cores"
+    return f"{machine['cpu']}, {used}, commit {machine['commit'] or 'unknown'}"
 
 
 def _by_work(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:

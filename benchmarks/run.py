@@ -73,13 +73,13 @@ def main(arguments: list[str] | None = None) -> int:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="N = 1e3 only, about a minute")
     size.add_argument("--full", action="store_true", help="adds N = 1e6 and the slow peers")
-    parser.add_argument("--threads", type=int, default=0, help="of torch and the peers; 0: as set")
+    parser.add_argument("--threads", type=int, default=1, help="of everyone, ours and peers")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of calls a contestant")
     parser.add_argument("--only", default="", help="works whose source holds this word")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
     chosen = "quick" if given.quick else "full" if given.full else "default"
-    threads = given.threads or torch.get_num_threads()
+    threads = given.threads
     torch.set_num_threads(threads)
     listed = [work for work in works(chosen) if given.only in work.spec.source]
 
