@@ -143,7 +143,7 @@ def plot(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None:
         )
     axes.set(xscale="log", yscale="log", xlabel="keys (N)", ylabel="time of one query, p50 (us)")
     axes.set_title(
-        f"One look-up, D = 1536, real activations (larger N by jitter), epsilon = .1 spacing\n"
+        "One look-up, D = 1536, real activations (larger N by jitter), epsilon = .1 spacing\n"
         + _named(machine),
         fontsize=10,
     )
