@@ -2,7 +2,7 @@
 
     phi(x) = (W (x - centre), c(x))     W: rows fitted on the keys, kept in bfloat16, the near ones
                                         turned by a 16 x 16 matrix so that they are orthonormal
-    c(x)   = norm of what the first 15 rows leave over of x - centre; the last near slot, if it helps
+    c(x)   = norm of what the first 15 rows leave over of x - centre; a near slot, if it helps
     z(x)   = round(clamp(phi(x) / step)) mod 256,  e(x) >= |phi(x) / step - z(x)|
 
 phi never stretches a distance by more than `lipschitz`; clamping, and wrapping onto a circle of

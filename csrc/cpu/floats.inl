@@ -113,12 +113,15 @@ void tile_of(const float* queries, int64_t stride, const void* stored0, const vo
       sum[i][1] = Lanes::multiply_add(apart1, apart1, sum[i][1]);
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) squared[i] += Lanes::sum(sum[i / 2][i % 2]);
+  if (whole == width) return;
   for (int i = 0; i < 8; ++i) {
     float rest = 0;
     for (int64_t j = whole; j < width; j += 8) {
       rest +=
           rest_of_squared(queries + i / 2 * stride, key[i % 2], j, j + 8 < width ? j + 8 : width);
     }
-    squared[i] = Lanes::sum(sum[i / 2][i % 2]) + rest;
+    squared[i] += rest;
   }
 }

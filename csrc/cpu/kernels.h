@@ -59,7 +59,7 @@ struct Kernels {
   // S of one key in float32, or something above `limit` once it is.   by Dtype
   float (*squared[3])(const float* query, const void* key, int64_t width, float limit);
 
-  // S of 4 queries [4, stride] and 2 keys, [4][2].   by Dtype
+  // Add S of 4 queries [4, stride] and 2 keys to squared [4][2].   by Dtype
   void (*tile[3])(const float* queries, int64_t stride, const void* key0, const void* key1,
                   int64_t width, float* squared);
 };
