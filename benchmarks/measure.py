@@ -116,9 +116,9 @@ def _enter(work: Work, problem: Problem, known: list[Decisions], title: str, pee
     asked, edges = problem.queries, problem.edges
     start = time.perf_counter()
     contestant.call(contestant.take(asked[: work.batch]))
-    # A peer of a second a call is compared on what takes about ten seconds.
+    # A peer of a second a call is compared on what takes about four seconds.
     each = (time.perf_counter() - start) / work.batch
-    enough = len(asked) if peer.kind == "ours" else int(np.clip(10 / each, 16, len(asked)))
+    enough = len(asked) if peer.kind == "ours" else int(np.clip(4 / each, 16, len(asked)))
     enough = max(enough, work.batch)
     wrong = _wrong(contestant, asked[:enough], work.batch, known[0])
     wrong_at_edges = _wrong(contestant, edges[:enough], work.batch, known[1])
