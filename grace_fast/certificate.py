@@ -22,87 +22,17 @@ import numpy as np
 import torch
 
 from grace_fast import codes, order
+from grace_fast.building import Build
 from grace_fast.codebook import PAGE_ROWS, Page, Snapshot
 from grace_fast.order import Array, Part
+from grace_fast.views import State, View, plan_of
 
 SMALLEST = 48  # live keys below which reading them all costs less than projecting a query
 INLINE_ROWS = 1024  # rows that a look-up encodes itself: 15 ms at D = 1536
 TAIL_ROWS = 16384  # 3 us of linear scan; then they become a run
 MERGE_RATIO = 4  # a run is merged with what follows once it is less than this times as long
-OUTLIERS = 4096  # keys of large radius whose surroundings are looked at when a run is made
-_CHUNK = 2048  # keys encoded at a time: float64 copies stay in the cache
 _log = logging.getLogger("grace_fast")
 _builders: weakref.WeakSet[Certificate] = weakref.WeakSet()
-
-
-class PageTable:
-    """The addresses of a snapshot's pages, made from those of another snapshot where they agree."""
-
-    def __init__(self, snapshot: Snapshot, other: PageTable | None = None) -> None:
-        self.pages = snapshot.pages
-        self.addresses = np.zeros((3, len(self.pages)), np.uint64)  # radius, live, key slot
-        known = other.pages if other is not None else ()
-        shared = min(len(known), len(self.pages))
-        if other is not None:
-            self.addresses[:, :shared] = other.addresses[:, :shared]
-        for number, page in enumerate(self.pages):
-            if number < shared and page is known[number]:
-                continue
-            fields = (page.radius, page.live, page.key_slot)
-            self.addresses[:, number] = [field.data_ptr() for field in fields]
-
-    def book(self, cpu: Any, snapshot: Snapshot) -> Any:
-        """Return the extension's description of the snapshot's keys."""
-        radius, live, key_slot = (int(row.ctypes.data) for row in self.addresses)
-        return cpu.Book(
-            slots=snapshot.key_slots.data_ptr(),
-            slot_pages=key_slot if snapshot.counts.key_moves else 0,
-            live_pages=live,
-            radius_pages=radius,
-            rows=snapshot.rows,
-            width=snapshot.key_dim,
-            dtype=str(snapshot.dtype).removeprefix("torch."),
-        )
-
-
-class View:
-    """One version, ready to be looked up: what the extension reads and what keeps it alive."""
-
-    def __init__(self, cpu: Any, snapshot: Snapshot, other: View | None) -> None:
-        self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
-        self.pages = snapshot.pages
-        self.keys = snapshot.key_slots
-        self.book = self.table.book(cpu, snapshot)
-        self.plan: Any = None  # None while the certificate says nothing about this version
-        self.made_from: Any = None  # the certificate's state
-        self.holds: Any = None  # what the plan points into
-        self.rows = snapshot.rows
-        self.key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
-        self.widest = float("inf")
-        self.predicted_bytes = float("inf")
-
-    def certified_pays(self, batch: int) -> bool:
-        """Tell whether the certificate is predicted to read less than all keys.
-
-        A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
-        one keeps the memory (Zen 3, N = 1e5, D = 1536).
-        """
-        dense_bytes = self.rows * self.key_bytes / min(batch, 12)
-        return self.plan is not None and self.predicted_bytes < dense_bytes
-
-
-class _State:
-    """What a build publishes in one store."""
-
-    def __init__(self, phi: codes.Map, fitted_rows: int, floor: float) -> None:
-        self.phi = phi
-        self.fitted_rows = fitted_rows
-        self.floor = floor
-        self.runs: tuple[Part, ...] = ()
-        self.tail = order.tail(256, floor)
-        self.covered = 0  # rows below have a position
-        self.oldest = 0  # the first version it is true of
-        self.predicted_bytes = float("inf")  # of a look-up
 
 
 class Certificate:
@@ -111,7 +41,7 @@ class Certificate:
     def __init__(self, cpu: Any) -> None:
         self._cpu = cpu
         self._lock = threading.RLock()
-        self._state: _State | None = None
+        self._state: State | None = None
         self._seen: set[int] = set()
         self._pages: tuple[Page, ...] = ()  # of the version seen last
         self._newest: Snapshot | None = None
@@ -129,7 +59,8 @@ class Certificate:
             view.widest = self._widest
             state = view.made_from = self._state
             if state is not None and snapshot.version >= state.oldest:
-                view.plan, view.holds = self._plan(state, snapshot), (state, state.tail)
+                view.plan = plan_of(self._cpu, state, snapshot.rows, self._widest)
+                view.holds = (state, state.tail)
                 view.predicted_bytes = state.predicted_bytes
             return view
 
@@ -147,38 +78,6 @@ class Certificate:
         """The memory that the codes take."""
         state = self._state
         return sum(part.nbytes for part in (*state.runs, state.tail)) if state else 0
-
-    def _plan(self, state: _State, snapshot: Snapshot) -> Any:
-        phi, plan = state.phi, self._cpu.Plan()
-        plan.set_map(
-            centre=phi.padded_centre.data_ptr(),
-            rows=phi.packed_rows.data_ptr(),
-            turn=phi.turn.data_ptr(),
-            step=phi.step,
-            lipschitz=phi.lipschitz,
-            row_norm=phi.row_norm,
-            eta=phi.eta,
-            norm_slot=phi.norm_slot,
-            far=phi.far,
-        )
-        plan.set_bounds(
-            covered=min(state.covered, snapshot.rows), floor=state.floor, widest=self._widest
-        )
-        for part in (*state.runs, state.tail):
-            plan.add_part(
-                count=part.count,
-                row=part.rows.ctypes.data,
-                near=part.near.ctypes.data,
-                far=part.far.ctypes.data,
-                reach=part.reach.ctypes.data,
-                near_residual=part.near_error,
-                far_residual=part.far_error,
-                leaf_boxes=_address(part.leaf_boxes),
-                super_boxes=_address(part.super_boxes),
-                super_reach=_address(part.super_reach),
-                isolated=_address(part.isolated),
-            )
-        return plan
 
     # What a look-up takes in itself.
 
@@ -216,7 +115,7 @@ class Certificate:
             self._encode_rows(state, snapshot, first + moved.astype(np.int64))
 
     @staticmethod
-    def _raise_reach(state: _State, row: int, radius: float) -> None:
+    def _raise_reach(state: State, row: int, radius: float) -> None:
         for part in state.runs:
             if part.first <= row < part.last and part.places is not None:
                 part.raise_reach(int(part.places[row - part.first]), radius)
@@ -224,7 +123,7 @@ class Certificate:
         for position in np.flatnonzero(tail.rows[: tail.count] == row):
             tail.raise_reach(int(position), radius)
 
-    def _encode_rows(self, state: _State, snapshot: Snapshot, rows: Array) -> None:
+    def _encode_rows(self, state: State, snapshot: Snapshot, rows: Array) -> None:
         """Give rows a position at the end of the tail."""
         slots = torch.from_numpy(rows)
         if snapshot.counts.key_moves:
@@ -283,9 +182,9 @@ class Certificate:
         self._builder.daemon = True  # joined at exit, where the interpreter still stands
         self._builder.start()
 
-    def _build(self, snapshot: Snapshot, state: _State | None, start: int) -> None:
+    def _build(self, snapshot: Snapshot, state: State | None, start: int) -> None:
         try:
-            built = _Build(self._cpu, snapshot, state, start, lambda: self._cancelled)
+            built = Build(self._cpu, snapshot, state, start, lambda: self._cancelled)
             made = built.run()
         except Exception:
             _log.exception("the certificate was not built; look-ups read all keys")
@@ -297,11 +196,11 @@ class Certificate:
                 return
             self._publish(snapshot, state, built, made)
 
-    def _publish(self, snapshot: Snapshot, state: _State | None, built: _Build, made: Part) -> None:
+    def _publish(self, snapshot: Snapshot, state: State | None, built: Build, made: Part) -> None:
         """Put a run in the place of what it was made from; edits meanwhile are kept."""
         if state is not None and state is not self._state:
             return self._build_if_needed()  # the codes were given up meanwhile
-        now = _State(built.phi, built.fitted_rows, built.floor)
+        now = State(built.phi, built.fitted_rows, built.floor)
         now.runs = (*(p for p in state.runs if p.last <= made.first), made) if state else (made,)
         now.covered, now.oldest = snapshot.rows, snapshot.version
         now.predicted_bytes = built.predicted_bytes
@@ -323,112 +222,6 @@ class Certificate:
             self._take_in(newest)
         self._build_if_needed()
         return None
-
-
-class _Build:
-    """One run in the making: from a snapshot, in a thread."""
-
-    def __init__(
-        self, cpu: Any, snapshot: Snapshot, state: _State | None, start: int, cancelled: Any
-    ) -> None:
-        self._cpu, self._snapshot, self._cancelled = cpu, snapshot, cancelled
-        self._state, self._start = state, start
-        self.tail_count = state.tail.count if state else 0
-        self.predicted_bytes = state.predicted_bytes if state else float("inf")
-        self.fitted_rows = state.fitted_rows if state else snapshot.rows
-        self.floor = 0.0
-        self.phi: codes.Map
-
-    def run(self) -> Part | None:
-        snapshot, state = self._snapshot, self._state
-        live = snapshot.live
-        radii = snapshot.radii
-        if state is None:
-            sample = snapshot.keys if snapshot.rows <= 8192 else self._sample()
-            positive = radii[live & (radii >= 0)]
-            self.floor = float(positive.median()) if len(positive) else 0.0
-            phi = codes.fit(sample, codes.scale_of(positive, sample))
-            if phi is None:
-                return None
-            self.phi = phi
-        else:
-            self.phi, self.floor = state.phi, state.floor
-        encoded = order.Encoded.room(snapshot.rows - self._start)
-        for at in range(self._start, snapshot.rows, _CHUNK):
-            if self._cancelled():
-                return None
-            made = codes.encode_keys(self.phi, self._keys(at, min(at + _CHUNK, snapshot.rows)))
-            encoded.put(at - self._start, made)
-        part = order.run(
-            encoded, self._start, radii[self._start :].numpy(), self.floor, self._cpu.kd_order
-        )
-        self._look_around(part, radii)
-        if state is None:
-            self._predict(part)
-        return part
-
-    def _sample(self) -> torch.Tensor:
-        rows = torch.arange(0, self._snapshot.rows, max(1, self._snapshot.rows // 4096))
-        snapshot = self._snapshot
-        slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
-        return snapshot.key_slots[slots]
-
-    def _keys(self, first: int, last: int) -> torch.Tensor:
-        snapshot = self._snapshot
-        if snapshot.counts.key_moves:
-            return snapshot.key_slots[snapshot.key_slot[first:last]]
-        return snapshot.key_slots[first:last]
-
-    def _alone(self, part: Part) -> Certificate:
-        """Return a certificate of this part only, to ask it about itself."""
-        alone = Certificate(self._cpu)
-        alone._cancelled = True
-        alone._state = _State(self.phi, self.fitted_rows, self.floor)
-        alone._state.runs = (part,)
-        alone._state.covered = self._snapshot.rows
-        alone._seen.add(self._snapshot.version)
-        alone._widest = float(self._snapshot.radii.max())
-        return alone
-
-    def _look_around(self, part: Part, radii: torch.Tensor) -> None:
-        """Set the isolated bits of a few keys whose radius is above the floor."""
-        assert part.isolated is not None
-        large = np.flatnonzero(radii.numpy()[part.first : part.last] > self.floor)
-        if not 0 < len(large) <= OUTLIERS:
-            return
-        assert part.places is not None
-        view = self._alone(part).view(self._snapshot)
-        positions = part.places[large].astype(np.int64)
-        bits = np.zeros_like(part.isolated)
-        view.plan.isolated(
-            book=view.book,
-            part=0,
-            positions=positions.ctypes.data,
-            count=len(positions),
-            bits=bits.ctypes.data,
-        )
-        part.isolated = bits
-
-    def _predict(self, part: Part) -> None:
-        """Calibrate: the bytes a look-up reads, asked of keys themselves."""
-        snapshot = self._snapshot
-        view = self._alone(part).view(snapshot)
-        count = min(64, snapshot.rows)
-        rows = torch.linspace(0, snapshot.rows - 1, count).long()
-        slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
-        queries = snapshot.key_slots[slots].float().contiguous()
-        width = snapshot.key_dim
-        read = view.plan.effort(view.book, queries.data_ptr(), width, 0, count)
-        total = 64 * read["boxes"] + codes.NEAR * read["codes"] + codes.FAR * read["survivors"]
-        # A key finds itself; every other recheck misses the cache, so it counts twice.
-        others = max(0, read["rechecks"] - count)
-        total += 2 * others * view.key_bytes + read["exhaustive"] * view.key_bytes * part.count
-        # The projection reads 16 rows from the cache: a tenth of what memory would cost.
-        self.predicted_bytes = total / count + codes.NEAR * width * 2 / 10
-
-
-def _address(array: Array | None) -> int:
-    return 0 if array is None else int(array.ctypes.data)
 
 
 @atexit.register

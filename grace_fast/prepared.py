@@ -16,9 +16,10 @@ from torch import Tensor
 
 from grace_fast import lookup
 from grace_fast.backends import cpu
-from grace_fast.certificate import Certificate, View
+from grace_fast.certificate import Certificate
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.lookup import Match
+from grace_fast.views import View
 
 _books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
 _numbers = itertools.count(1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grace_fast as gf
-from grace_fast import certificate, semantics
+from grace_fast import certificate, semantics, views
 from grace_fast.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="grace_fast._cpu was not built")
@@ -26,12 +26,12 @@ def instruction_set(request):
 
 @contextmanager
 def choosing(certified):
-    usual = certificate.View.certified_pays
-    certificate.View.certified_pays = lambda view, batch: certified and view.plan is not None
+    usual = views.View.certified_pays
+    views.View.certified_pays = lambda view, batch: certified and view.plan is not None
     try:
         yield
     finally:
-        certificate.View.certified_pays = usual
+        views.View.certified_pays = usual
 
 
 def law(queries, snapshot):

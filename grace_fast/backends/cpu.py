@@ -17,8 +17,9 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.backends.workload import Workload
-from grace_fast.certificate import Certificate, View
+from grace_fast.certificate import Certificate
 from grace_fast.codebook import Snapshot
+from grace_fast.views import View
 
 _cpu: Any = None
 try:

@@ -1,0 +1,122 @@
+"""One run of codes in the making: fit, encode, sort, look around, calibrate.
+
+It works from a snapshot, in a thread of its own, and shares nothing with look-ups until
+`certificate` publishes what it made.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from grace_fast import codes, order
+from grace_fast.codebook import Snapshot
+from grace_fast.order import Part
+from grace_fast.views import State, View, plan_of
+
+OUTLIERS = 4096  # keys of large radius whose surroundings are looked at when a run is made
+_CHUNK = 2048  # keys encoded at a time: float64 copies stay in the cache
+
+
+class Build:
+    """One run in the making: from a snapshot, in a thread."""
+
+    def __init__(
+        self, cpu: Any, snapshot: Snapshot, state: State | None, start: int, cancelled: Any
+    ) -> None:
+        self._cpu, self._snapshot, self._cancelled = cpu, snapshot, cancelled
+        self._state, self._start = state, start
+        self.tail_count = state.tail.count if state else 0
+        self.predicted_bytes = state.predicted_bytes if state else float("inf")
+        self.fitted_rows = state.fitted_rows if state else snapshot.rows
+        self.floor = 0.0
+        self.phi: codes.Map
+
+    def run(self) -> Part | None:
+        """Return the run of the rows from the start on; None where it cannot be made."""
+        snapshot, state = self._snapshot, self._state
+        live = snapshot.live
+        radii = snapshot.radii
+        if state is None:
+            sample = snapshot.keys if snapshot.rows <= 8192 else self._sample()
+            positive = radii[live & (radii >= 0)]
+            self.floor = float(positive.median()) if len(positive) else 0.0
+            phi = codes.fit(sample, codes.scale_of(positive, sample))
+            if phi is None:
+                return None
+            self.phi = phi
+        else:
+            self.phi, self.floor = state.phi, state.floor
+        encoded = order.Encoded.room(snapshot.rows - self._start)
+        for at in range(self._start, snapshot.rows, _CHUNK):
+            if self._cancelled():
+                return None
+            made = codes.encode_keys(self.phi, self._keys(at, min(at + _CHUNK, snapshot.rows)))
+            encoded.put(at - self._start, made)
+        part = order.run(
+            encoded, self._start, radii[self._start :].numpy(), self.floor, self._cpu.kd_order
+        )
+        self._look_around(part, radii)
+        if state is None:
+            self._predict(part)
+        return part
+
+    def _sample(self) -> torch.Tensor:
+        rows = torch.arange(0, self._snapshot.rows, max(1, self._snapshot.rows // 4096))
+        snapshot = self._snapshot
+        slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
+        return snapshot.key_slots[slots]
+
+    def _keys(self, first: int, last: int) -> torch.Tensor:
+        snapshot = self._snapshot
+        if snapshot.counts.key_moves:
+            return snapshot.key_slots[snapshot.key_slot[first:last]]
+        return snapshot.key_slots[first:last]
+
+    def _alone(self, part: Part) -> View:
+        """Return the version under a certificate of this part only, to ask it about itself."""
+        snapshot = self._snapshot
+        state = State(self.phi, self.fitted_rows, self.floor)
+        state.runs, state.covered = (part,), snapshot.rows
+        view = View(self._cpu, snapshot, None)
+        view.plan = plan_of(self._cpu, state, snapshot.rows, float(snapshot.radii.max()))
+        view.holds = (state, state.tail)
+        return view
+
+    def _look_around(self, part: Part, radii: torch.Tensor) -> None:
+        """Set the isolated bits of a few keys whose radius is above the floor."""
+        assert part.isolated is not None
+        large = np.flatnonzero(radii.numpy()[part.first : part.last] > self.floor)
+        if not 0 < len(large) <= OUTLIERS:
+            return
+        assert part.places is not None
+        view = self._alone(part)
+        positions = part.places[large].astype(np.int64)
+        bits = np.zeros_like(part.isolated)
+        view.plan.isolated(
+            book=view.book,
+            part=0,
+            positions=positions.ctypes.data,
+            count=len(positions),
+            bits=bits.ctypes.data,
+        )
+        part.isolated = bits
+
+    def _predict(self, part: Part) -> None:
+        """Calibrate: the bytes a look-up reads, asked of keys themselves."""
+        snapshot = self._snapshot
+        view = self._alone(part)
+        count = min(64, snapshot.rows)
+        rows = torch.linspace(0, snapshot.rows - 1, count).long()
+        slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
+        queries = snapshot.key_slots[slots].float().contiguous()
+        width = snapshot.key_dim
+        read = view.plan.effort(view.book, queries.data_ptr(), width, 0, count)
+        total = 64 * read["boxes"] + codes.NEAR * read["codes"] + codes.FAR * read["survivors"]
+        # A key finds itself; every other recheck misses the cache, so it counts twice.
+        others = max(0, read["rechecks"] - count)
+        total += 2 * others * view.key_bytes + read["exhaustive"] * view.key_bytes * part.count
+        # The projection reads 16 rows from the cache: a tenth of what memory would cost.
+        self.predicted_bytes = total / count + codes.NEAR * width * 2 / 10
