@@ -102,7 +102,7 @@ def _run(texts: list[str], limit: int) -> tuple[Tensor, Tensor]:
     rows: list[Tensor] = []
     last: list[Tensor] = []
     count = 0
-    with tqdm(total=limit, unit="token") as progress:
+    with tqdm(total=limit, unit="token", disable=None) as progress:
         for start in range(0, len(texts), 16):
             batch = tokenizer(
                 texts[start : start + 16],

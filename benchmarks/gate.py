@@ -156,7 +156,9 @@ def run(decisions: int, seed: int, grid: Sequence[Case] = GRID) -> list[Count]:
 
     counts = [Count(case.name) for case in grid]
     total_share = sum(case.share for case in grid)
-    with tqdm(total=decisions, unit="decision", unit_scale=True, smoothing=0.05) as bar:
+    with tqdm(
+        total=decisions, unit="decision", unit_scale=True, smoothing=0.05, disable=None
+    ) as bar:
         for number, (case, count) in enumerate(zip(grid, counts, strict=True)):
             bar.set_postfix_str(case.name)
             generator = torch.Generator().manual_seed(seed * len(grid) + number)

@@ -30,6 +30,11 @@ class Decisions:
     squared: Tensor  # [B] float64, S of the nearest row
     close: Tensor  # [B] bool, within 1e-3 of the radius, or of a tie with the second nearest
 
+    def part(self, first: int, last: int) -> Decisions:
+        """Return the decisions of some of the queries."""
+        fields = (self.hit, self.row, self.nearest, self.squared, self.close)
+        return Decisions(*(field[first:last] for field in fields))
+
     def wrong(self, hit: Tensor, row: Tensor) -> int:
         """Return how many answers are not the law's; the row counts only where both hit."""
         return int(((hit != self.hit) | (hit & self.hit & (row != self.row))).sum())

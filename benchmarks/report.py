@@ -129,6 +129,7 @@ def plot(path: Path, machine: dict[str, Any], rows: Sequence[Row]) -> None:
 
     drawn = [row for row in rows if row.us_p50 is not None and in_plot(row)]
     figure, axes = pyplot.subplots(figsize=(9.5, 5.5), layout="constrained")
+    axes.set_prop_cycle(color=mpl.colormaps["tab20"].colors)
     names = dict.fromkeys(row.contestant for row in drawn)
     for name in names:
         line = sorted((row for row in drawn if row.contestant == name), key=lambda row: row.rows)
