@@ -17,6 +17,19 @@ test: .venv/.test  ## the tests, all but the slow ones
 slow: .venv/.test  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
+# The repository itself is what `-m benchmarks.run` needs to find, and nothing else is on that path.
+bench: .venv/.bench  ## look-ups against their peers up to N = 1e5, checked before timed, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.run
+
+bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
+	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
+
+bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
+	$(BIN)/python -m pytest -q benchmarks/test_micro.py
+
+gate: .venv/.bench  ## a million decisions over the grid compared with the law
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gate --decisions 1000000
+
 check: .venv/.dev  ## format, lint, types, imports and spelling; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -42,8 +55,8 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	touch $@
 
-.venv/.demo .venv/.test .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
+.venv/.demo .venv/.test .venv/.bench .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow check fix clean
+.PHONY: help demo test slow bench bench-full bench-micro gate check fix clean

@@ -1,4 +1,4 @@
-"""The command line: try it, edit a model from a file, look at a codebook, verify one.
+"""The command line: try it, edit a model from a file, look at a codebook, verify it, time it.
 
 Every command prints a table, or with `--json` one object, and ends with a code other than 0 where
 something is wrong.
@@ -136,6 +136,23 @@ def info(
         return
     typer.echo(f"{directory}: {len(listed)} edits on {len(book)} keys at {saved.settings.layer}")
     Console().print(_edit_table(listed, saved.hits))
+
+
+@app.command()
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute, synthetic keys.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Time look-ups on this machine; every decision is checked before it is timed."""
+    from grace_fast.quickbench import run
+
+    if not quick:
+        _fail("only --quick runs from an installed package; in the source tree run `make bench`")
+    figures = run(as_json=as_json)
+    if as_json:
+        typer.echo(json.dumps(figures))
+    if not figures["passed"]:
+        raise typer.Exit(FAILED)
 
 
 @app.command()

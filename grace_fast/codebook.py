@@ -414,7 +414,7 @@ class Codebook:
     """Keys [N, D], values [N, V], radii [N], labels and ids of edits, in one element type.
 
     `len` counts the live rows; everything indexed by row holds the removed ones too (`live` tells).
-    `reserve_rows` is how many rows fit without a new address: by default 128 GiB of each array.
+    `reserve_rows` is how many keys fit, and as many values; by default 128 GiB of each on the host.
 
     Raises: ValueError for a width or a reservation below 1, or an element type other than fp32,
     bf16 and fp16.

@@ -242,7 +242,7 @@ class History:
         before = draft.snapshot()
         self._keep_base(before, row)
         if decision.moves_key:
-            draft.set_key(row, (before.key_of(row) + query) / 2)
+            draft.set_key(row, (before.key_of(row).double() + query.double()) / 2)
         if decision.radius != before.radius_of(row):
             draft.set_radius(row, decision.radius)
         if decision.outcome == "replaced":
@@ -273,7 +273,8 @@ class History:
         row, life = edit.row, self.rows[edit.row]
         life.edits.remove(edit_id)
         if not life.edits and life.base is None:
-            draft.remove(row)
+            if bool(draft.snapshot().live[row]):  # else it was removed by its key's id
+                draft.remove(row)
             del self.rows[row]
             if life.neighbour in self.rows:
                 split = self.rows[life.neighbour]
@@ -309,28 +310,43 @@ class History:
 
     def verify(self, book: Codebook | Snapshot, rules: Rules) -> Verification:
         """Look every stored query up again and say what became of it."""
-        edits = list(self.edits.values())
+        snapshot = book.snapshot() if isinstance(book, Codebook) else book
+        edits, live = list(self.edits.values()), snapshot.live.tolist()
         replays: list[Replay] = []
         for start in range(0, len(edits), REPLAY_BATCH):
             part = edits[start : start + REPLAY_BATCH]
             queries = torch.stack([edit.query for edit in part])
-            near, match = lookup.nearest(queries, book), lookup.find(queries, book)
+            near, match = lookup.nearest(queries, snapshot), lookup.find(queries, snapshot)
             for edit, row, hit in zip(part, near.row.tolist(), match.hit.tolist(), strict=True):
-                replays.append(self._replay(edit, row, hit, rules))
+                if live[edit.row]:
+                    replays.append(self._replay(edit, row, hit, rules))
+                else:  # removed, but not by an undo
+                    replays.append(Replay(edit.id, "broken"))
         return Verification(tuple(replays))
 
     def _replay(self, edit: Edit, row: int, hit: bool, rules: Rules) -> Replay:
-        life = self.rows.get(row, RowLife())
         if row == edit.row and hit:
-            newest = self.edits[life.edits[-1]]
+            newest = self.edits[self.rows[row].edits[-1]]
             if newest is edit or _answers_alike(rules, edit, newest):
                 return Replay(edit.id, "fires")
-            by = newest.id
-        else:  # a later split shrank its ball, or a later key is nearer
-            by = max((event.edit for event in life.events), default=NO_EDIT)
-        if by > edit.id:
-            return Replay(edit.id, "superseded", by)
-        return Replay(edit.id, "broken")
+            return Replay(edit.id, "superseded", newest.id)
+        # A later key is nearer; or its own ball was shrunk or moved away.
+        by = self._last_to_change(row)
+        if by <= edit.id:
+            by = self._last_to_change(edit.row)
+        if by <= edit.id:
+            return Replay(edit.id, "broken")
+        return Replay(edit.id, "superseded", by)
+
+    def _last_to_change(self, row: int) -> int:
+        """Return the newest remaining edit that a row's ball is owed to."""
+        by = NO_EDIT
+        for event in self.rows.get(row, RowLife()).events:
+            if event.edit in self.edits:
+                by = max(by, event.edit)
+            elif event.edit != NO_EDIT:  # undone, and kept up by later edits on the row it made
+                by = max(by, self.rows[event.lasts_with].edits[-1])
+        return by
 
 
 def _answers_alike(rules: Rules, edit: Edit, newest: Edit) -> bool:

@@ -10,14 +10,19 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import resource
 import weakref
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-# 128 GiB an array: 22 million fp32 keys of width 1536, and 500 codebooks fit 47 bits of address.
-RESERVED_BYTES = 1 << 37
+# An array reserves this part of the address space that is left, so that any number of codebooks
+# leaves room for each other and for the process: of 47 bits 128 GiB, or 22 million fp32 keys of
+# width 1536. Where a limit is set (ulimit -v) there is little to share, and few to share it.
+SHARE, SHARE_OF_A_LIMIT = 1024, 16
+ADDRESS_BYTES = 1 << 47
 COMMIT_STEP = 1 << 20  # bytes; a commit also grows by an eighth, so commits stay rare
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,8 +64,9 @@ class ReservedRows:
     def __init__(self, width: int, dtype: torch.dtype, rows: int | None = None) -> None:
         self.row_bytes = width * dtype.itemsize
         self.committed_bytes = 0
-        wanted = RESERVED_BYTES if rows is None else max(rows * self.row_bytes, COMMIT_STEP)
-        self.address, self.reserved_bytes = _reserve_address_space(wanted, rows is not None)
+        wanted = _fair_share() if rows is None else rows * self.row_bytes
+        wanted = max(wanted, self.row_bytes, COMMIT_STEP)
+        self.address, self.reserved_bytes = _reserve_address_space(wanted)
         region_type: Any = type(
             "Region", (ctypes.Array,), {"_type_": ctypes.c_char, "_length_": self.reserved_bytes}
         )
@@ -113,14 +119,24 @@ class GrowingRows:
         self.tensor, self.committed = grown, capacity
 
 
-def _reserve_address_space(wanted: int, exact: bool) -> tuple[int, int]:
+def _fair_share() -> int:
+    """Return how many bytes of address space an array without a stated size may take."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limited = limit != resource.RLIM_INFINITY
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    left = max((limit if limited else ADDRESS_BYTES) - in_use, 0)
+    return left // (SHARE_OF_A_LIMIT if limited else SHARE)
+
+
+def _reserve_address_space(wanted: int) -> tuple[int, int]:
+    """Return the address and size of a mapping of at least `wanted` bytes, none of them committed.
+
+    Raises: MemoryError where the address space is full.
+    """
     size = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-    while True:
-        address = _libc.mmap(None, size, _PROT_NONE, flags, -1, 0)
-        if address != _MAP_FAILED:
-            return address, size
-        if exact or size <= COMMIT_STEP:
-            reason = os.strerror(ctypes.get_errno())
-            raise MemoryError(f"could not reserve {size} bytes of address space: {reason}")
-        size //= 2  # a limit on address space: take what there is
+    address = _libc.mmap(None, size, _PROT_NONE, flags, -1, 0)
+    if address == _MAP_FAILED:
+        reason = os.strerror(ctypes.get_errno())
+        raise MemoryError(f"could not reserve {size} bytes of address space: {reason}")
+    return address, size

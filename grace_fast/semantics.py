@@ -163,7 +163,8 @@ def decide(rules: Rules, squared: float, radius: float, same_label: bool) -> Dec
     if not same_label:
         if native and distance <= rules.repeat_distance:
             # A ball too small to cover the repeat (or a dead key) is opened just enough for it.
-            return Decision("replaced", max(radius, covering_radius(rules.repeat_distance**2, 0.0)))
+            opened = covering_radius(max(rules.repeat_distance**2, squared), 0.0)
+            return Decision("replaced", max(radius, opened))
         return Decision("split", distance / 2, nearest_radius=distance / 2 - SPLIT_GAP)
     if radius >= 0 and squared <= radius * radius:
         return Decision("reused", radius)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,13 +122,54 @@ def test_memory_is_committed_in_few_steps_and_by_the_rows_there_are():
 
 
 def test_a_codebook_that_goes_gives_its_address_space_back():
-    for _ in range(600):  # three of them at once would fill 47 bits of address after 340
+    def in_use() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[0])
+
+    before = in_use()
+    for _ in range(20):
         Codebook(4, 4)
+    assert in_use() - before < 1 << 20  # pages: 4 GiB; one codebook reserves a hundred times that
     book = filled(3)
     keys = book.keys
     del book
     gc.collect()
     assert keys.tolist() == [[0] * 3, [1] * 3, [2] * 3]  # but not while a tensor looks there
+
+
+def test_a_thousand_codebooks_leave_room_for_each_other_and_for_the_process():
+    books = [Codebook(64, 64) for _ in range(1000)]
+    for book in books[:: len(books) // 9]:
+        assert len(book.snapshot().key_slots) > 1_000_000
+        book.append(torch.ones(1, 64), torch.ones(1, 64), torch.ones(1))
+    assert int(torch.ones(1 << 24).sum()) == 1 << 24
+
+
+UNDER_A_LIMIT = """
+import resource, torch
+from pathlib import Path
+from grace_fast import Codebook
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (4 << 30),) * 2)
+books = [Codebook(64, 64) for _ in range(3)]
+for book in books:
+    book.append(torch.ones(20_000, 64), torch.ones(20_000, 64), torch.ones(20_000))
+torch.empty(1 << 28)
+print(len(book))
+try:
+    Codebook(64, 64, reserve_rows=1 << 40)
+except MemoryError as refusal:
+    print(refusal)
+"""
+
+
+def test_a_limit_on_address_space_is_shared_with_the_process():
+    out = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT], capture_output=True, text=True, check=True
+    )
+    assert out.stdout.splitlines() == [
+        "20000",
+        f"could not reserve {1 << 48} bytes of address space: Cannot allocate memory",
+    ]
 
 
 @pytest.mark.parametrize("wide", ["keys", "values"])
@@ -480,14 +524,13 @@ def test_derived_things_of_two_names_are_apart():
     assert book.derived("one", builder([])) == 1
 
 
-def test_a_slow_reader_is_given_what_is_of_its_own_version():
+def test_a_reader_of_an_older_version_is_answered_for_its_own():
     book, calls = filled(1), []
-    build = builder(calls)
     old = book.snapshot()
     add(book, 1)
-    assert book.derived("codes", build) == "2 rows"
-    assert old.derived("codes", build) == "1 rows"
-    assert book.derived("codes", build) == "2 rows"
+    assert book.derived("codes", builder(calls)) == "2 rows"
+    assert old.derived("codes", builder(calls)) == "1 rows"
+    assert book.derived("codes", builder(calls)) == "2 rows"
     assert calls == [(2, None), (1, "2 rows"), (2, "1 rows")]
 
 

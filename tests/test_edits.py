@@ -238,3 +238,127 @@ def test_an_unknown_id_is_refused_with_the_known_ones():
     stream.edit(zero(), 1)
     with pytest.raises(KeyError, match="no edit has the id 3; there remain the ids 0 to 0"):
         stream.undo(3)
+
+
+PLACES = st.tuples(st.integers(-8, 8), st.integers(-3, 3), st.integers(0, 2))
+STREAMS = st.lists(PLACES, min_size=1, max_size=12)
+RULES = st.builds(
+    Rules,
+    st.just(1.0),
+    st.sampled_from(["coverage", "moving_average"]),
+    st.sampled_from([0.0, 1e-5, 2e-2, 0.3]),
+)
+
+
+def streamed(rules, places):
+    stream = Stream(rules, width=2)
+    for x, y, label in places:
+        stream.edit([0.3 * x, 0.3 * y], label)
+    return stream
+
+
+@given(rules=RULES, places=STREAMS)
+def test_no_edit_breaks_another_and_whoever_supersedes_is_later_and_still_there(rules, places):
+    stream = streamed(rules, places)
+    verification = stream.verify()
+    assert verification.ok, verification
+    assert len(verification.fires) + len(verification.superseded) == len(places)
+    assert len(places) - 1 in verification.fires  # the last one always
+    assert all(edit < by for edit, by in verification.superseded.items())
+
+
+@given(rules=RULES, places=STREAMS, picks=st.lists(st.integers(0, 11), min_size=1, max_size=4))
+def test_after_undo_whoever_supersedes_is_still_there(rules, places, picks):
+    stream = streamed(rules, places)
+    undone = [stream.undo(pick) for pick in dict.fromkeys(picks) if pick < len(places)]
+    verification = stream.verify()
+    for edit, by in verification.superseded.items():
+        assert edit < by
+        assert by in stream.history.edits
+    for edit in verification.broken:  # only what lived in a ball that an undo took back
+        assert any(gone.id < edit for gone in undone)
+
+
+@given(rules=RULES, places=STREAMS, pick=st.integers(0, 11))
+def test_a_key_removed_behind_the_editors_back_breaks_all_its_edits(rules, places, pick):
+    stream = streamed(rules, places)
+    edits = stream.history.edits
+    row = edits[pick % len(edits)].row
+    stream.book.remove(int(stream.book.ids[row]))
+    verification = stream.verify()
+    on_it = {edit.id for edit in edits.values() if edit.row == row}
+    assert on_it <= set(verification.broken)
+    for edit in sorted(on_it):
+        stream.undo(edit)
+    assert not bool(stream.book.live[row])
+    assert not on_it & set(stream.history.edits)
+
+
+@given(rules=RULES, places=STREAMS)
+def test_undoing_the_last_edit_of_any_stream_gives_the_live_rows_back(rules, places):
+    stream = streamed(rules, places[:-1])
+    before = stream.live_rows()
+    x, y, label = places[-1]
+    stream.undo(stream.edit([0.3 * x, 0.3 * y], label).id)
+    assert same(stream.live_rows(), before)
+
+
+@given(rules=RULES, places=STREAMS, kept=st.integers(0, 11))
+def test_edits_whose_draft_was_dropped_leave_no_trace_in_the_history(rules, places, kept):
+    stream = streamed(rules, places[:kept])
+    before, remembered = stream.live_rows(), stream.history.copy()
+    with pytest.raises(OSError, match="disk full"), stream.book.writing() as draft:  # noqa: PT012
+        for number, (x, y, label) in enumerate(places[kept:], start=len(places[:kept])):
+            query, value = torch.tensor([0.3 * x, 0.3 * y]), torch.full((4,), float(number))
+            done = stream.history.enact(draft, rules, query, torch.tensor([label]), value, number)
+            slot = draft.snapshot().value_slot_of(done.row)
+            stream.history.record(
+                Edit(
+                    number,
+                    done.outcome,
+                    done.row,
+                    done.distance,
+                    done.radius,
+                    query,
+                    torch.tensor([label]),
+                    done.value_before,
+                    slot,
+                ),
+                draft.snapshot().label_slot_of(done.row),
+            )
+        raise OSError("disk full")
+    stream.history.forget_from(len(places[:kept]))
+    assert same(stream.live_rows(), before)
+    assert stream.history.rows == remembered.rows
+    assert list(stream.history.edits) == list(remembered.edits)
+    assert stream.history.label_slots == remembered.label_slots
+
+
+def test_who_keeps_a_split_up_after_its_own_undo_is_named():
+    stream = Stream(Rules(1.0))
+    first = stream.edit(zero(), 1)
+    inside = stream.edit(zero(0.9), 1)
+    split = stream.edit(zero(0.8), 2)
+    keeper = stream.edit(zero(0.7), 2)
+    assert (split.outcome, keeper.outcome) == ("split", "reused")
+    stream.undo(split.id)
+    assert stream.verify().superseded == {inside.id: keeper.id}
+    stream.undo(keeper.id)
+    assert stream.verify().fires == [first.id, inside.id]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_mean_of_two_large_keys_does_not_overflow(dtype):
+    large = torch.finfo(dtype).max
+    book, history = gf.Codebook(1, 1, dtype), History()
+    rules = Rules(1e38 if dtype != torch.float16 else 1000.0, "moving_average")
+    near = torch.tensor(large, dtype=dtype)
+    far = near - near / 128
+    with book.writing() as draft:
+        for number, query in enumerate((near, far)):
+            value = torch.zeros(1, dtype=dtype)
+            done = history.enact(draft, rules, query[None], torch.tensor([1]), value, number)
+            draft.set_radius(0, 0.0)  # so that the second one is outside, and moves the key
+    assert done.outcome == "expanded"
+    assert bool(book.keys.isfinite().all())
+    assert float(far) <= float(book.keys[0]) <= float(near)

@@ -70,6 +70,26 @@ def test_a_grown_radius_covers_its_own_distance(squared, margin):
         assert below.double() ** 2 < squared or float(below) < math.sqrt(squared)
 
 
+def test_a_replaced_edit_is_inside_its_ball_even_where_the_root_rounds_down():
+    rules = Rules(1.0, margin=0.5)  # a repeat is what is not beyond .5
+    squared = 0.25 * (1 + 2.0**-52)
+    assert math.sqrt(squared) == 0.5
+    decision = decide(rules, squared, 0.1, same_label=False)
+    assert decision.outcome == "replaced"
+    assert squared <= decision.radius**2
+
+
+@pytest.mark.parametrize("dtype", semantics.EXPAND_MARGIN, ids=str)
+def test_the_margin_covers_what_was_measured_between_batch_shapes(dtype):
+    # MiniLM layer 4, a batch of 16 against single prompts, relative to the distance; fp16 has three
+    # more bits than bf16.
+    jitter = {torch.float32: 2e-6, torch.bfloat16: 1.3e-2, torch.float16: 1.3e-2 / 8}[dtype]
+    margin = semantics.EXPAND_MARGIN[dtype]
+    assert jitter < margin < 10 * jitter
+    grown = decide(Rules(1.0, margin=margin), 2.25, 1.0, same_label=True)
+    assert grown.radius >= 1.5 * (1 + jitter)
+
+
 @pytest.mark.parametrize(
     ("rules", "one", "other", "same"),
     [

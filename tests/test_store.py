@@ -41,10 +41,10 @@ def write(stream, path, **config):
     return tensors
 
 
-def read(path):
+def read(path, next_id=99):
     tensors = files.read_tensors(path, files.read_config(path))
     book = layout.unpack_codebook(tensors, torch.device("cpu"))
-    return tensors, book, layout.unpack_history(tensors, book.snapshot(), {}, 6)
+    return tensors, book, layout.unpack_history(tensors, book.snapshot(), {}, next_id)
 
 
 def test_a_codebook_comes_back_bit_for_bit_with_its_history(stream, tmp_path):
@@ -159,11 +159,55 @@ BROKEN = {
     "an infinite radius": ("rows.radius", lambda radii: radii / 0, "rows.radius must be finite"),
     "a slot that is not there": ("rows.key_slot", lambda slots: slots + 99, "points outside"),
     "a negative slot": ("rows.value_slot", lambda slots: slots - 99, "points outside"),
-    "a short column": ("rows.live", lambda live: live[1:], r"rows\.live must be \["),
+    "a short column": ("rows.live", lambda live: live[1:], r"rows\.live must be torch\.bool \["),
     "ids out of order": ("rows.id", lambda ids: ids.flip(0), "rows.id must ascend"),
     "labels that do not add up": ("labels.length", lambda lengths: lengths + 2, "add up"),
     "another element type": ("values", lambda values: values.half(), "one element type"),
     "an edit on no row": ("edits.row", lambda rows: rows + 99, r"is on row .* of"),
+    "a label slot that is not there": ("rows.label_slot", lambda s: s + 99, "points outside"),
+    "ids below zero": ("rows.id", lambda ids: ids - 99, "rows.id must ascend from 0"),
+    "double radii": ("rows.radius", lambda r: r.double(), r"must be torch\.float32 \[6\]"),
+    "lengths as fractions": ("labels.length", lambda n: n.float(), r"must be torch\.int64 \["),
+    "lengths that wrap around": (
+        "labels.length",
+        lambda n: torch.cat((torch.full((2,), 2**62), torch.full((2,), 2**62), n[4:])),
+        "add up",
+    ),
+    "an edit's value that is not there": (
+        "edits.value_after",
+        lambda slots: slots + 10**6,
+        r"edits\.value_after points outside",
+    ),
+    "an edit's value of before": (
+        "edits.value_before",
+        lambda slots: slots - 9,
+        r"edits\.value_before points outside",
+    ),
+    "an edit's label": ("edits.label_slot", lambda s: -s - 1, r"label_slot points outside"),
+    "an unknown outcome": ("edits.outcome", lambda o: o + 5, r"edits\.outcome points outside"),
+    "edits out of order": ("edits.id", lambda ids: ids.flip(0), r"edits\.id must ascend"),
+    "fewer losses than edits": ("edits.loss", lambda loss: loss[1:], r"must be torch\.float64 \["),
+    "NaN in a query": ("edits.query", lambda q: q / 0, r"edits\.query must be finite"),
+    "an event's key that is not there": (
+        "events.key_slot",
+        lambda slots: slots + 10**6,
+        r"events\.key_slot points outside",
+    ),
+    "an event on no row": ("events.row", lambda rows: rows + 99, r"events\.row points outside"),
+    "an event without end": (
+        "events.lasts_with",
+        lambda rows: rows - 9,
+        r"events\.lasts_with points outside",
+    ),
+    "an infinite event": ("events.radius", lambda r: r / 0, r"events\.radius must be finite"),
+    "an event of an unknown edit": ("events.edit", lambda e: e + 50, "unknown here"),
+    "fewer events": ("events.edit", lambda e: e[1:], r"must be torch\.int64 \["),
+    "bases of another form": ("bases", lambda b: torch.ones(1, 2).long(), r"bases must be"),
+    "a base that is not there": (
+        "bases",
+        lambda b: torch.tensor([[0, 99, 0]]),
+        "bases points outside",
+    ),
     "queries of another width": ("edits.query", lambda queries: queries[:, 1:], "edits.query must"),
 }
 
@@ -178,6 +222,21 @@ def test_what_cannot_be_a_codebook_is_refused_by_its_name(case, stream, tmp_path
     files.write(tmp_path, {}, {key: tensors[key] for key in tensors if key != name})
     with pytest.raises(gf.CodebookCorrupt, match=f"the tensor {name} is missing"):
         read(tmp_path)
+
+
+def test_an_edit_without_the_event_that_made_its_row_is_refused(stream, tmp_path):
+    tensors = write(stream, tmp_path)
+    cut = {n: t[:-1] if n.startswith("events.") else t for n, t in tensors.items()}
+    files.write(tmp_path, {}, cut)
+    with pytest.raises(gf.CodebookCorrupt, match="no event says how it came to be"):
+        read(tmp_path)
+
+
+def test_an_id_that_was_given_is_not_given_again_after_loading(stream, tmp_path):
+    write(stream, tmp_path)
+    assert read(tmp_path, next_id=6)[2].next_id == 6
+    with pytest.raises(gf.CodebookCorrupt, match="the next id is 5, and there is an edit 5"):
+        read(tmp_path, next_id=5)
 
 
 def test_tensors_of_another_file_are_refused(stream, tmp_path):

@@ -12,12 +12,20 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from grace_fast.codebook import Codebook, Snapshot
-from grace_fast.edits import Base, Edit, Event, History
+from grace_fast.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.edits import NO_EDIT, Base, Edit, Event, History
 from grace_fast.semantics import Outcome
 from grace_fast.store.files import CodebookCorrupt
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+_ROW_COLUMNS = {
+    "id": torch.int64,
+    "radius": torch.float32,
+    "live": torch.bool,
+    "key_slot": torch.int64,
+    "value_slot": torch.int64,
+    "label_slot": torch.int64,
+}
 _EDIT_NUMBERS = {
     "id": torch.int64,
     "row": torch.int64,
@@ -63,33 +71,28 @@ def unpack_codebook(tensors: Mapping[str, Tensor], device: torch.device) -> Code
 
     Raises: CodebookCorrupt naming the column that does not fit.
     """
-    keys, values, lengths = (_get(tensors, name) for name in ("keys", "values", "labels.length"))
+    keys, values = _get(tensors, "keys"), _get(tensors, "values")
+    lengths = _column(tensors, "labels.length", torch.int64)
     if keys.ndim != 2 or values.ndim != 2 or keys.dtype != values.dtype:
         raise CodebookCorrupt("keys and values must be matrices of one element type")
+    if keys.dtype not in DTYPES or not keys.shape[1] or not values.shape[1]:
+        raise CodebookCorrupt(f"keys and values must be numbers [*, >= 1] in one of {DTYPES}")
+    count = len(_column(tensors, "rows.id", torch.int64))
     columns = {
-        name: _get(tensors, f"rows.{name}")
-        for name in ("id", "radius", "live", "key_slot", "value_slot", "label_slot")
+        name: _column(tensors, f"rows.{name}", dtype, count) for name, dtype in _ROW_COLUMNS.items()
     }
-    count = len(columns["id"])
-    for name, column in columns.items():
-        if column.shape != (count,):
-            raise CodebookCorrupt(f"rows.{name} must be [{count}], got {tuple(column.shape)}")
     for name, slots in (("key_slot", keys), ("value_slot", values), ("label_slot", lengths)):
-        column = columns[name]
-        if count and (int(column.min()) < 0 or int(column.max()) >= len(slots)):
-            raise CodebookCorrupt(f"rows.{name} points outside the {len(slots)} slots there are")
+        _check_slots(f"rows.{name}", columns[name], len(slots))
     for name, tensor in (("keys", keys), ("values", values), ("rows.radius", columns["radius"])):
-        if not tensor.isfinite().all():
-            row = int((~tensor.isfinite()).nonzero()[0][0])
-            raise CodebookCorrupt(f"{name} must be finite, got NaN or infinity in row {row}")
-    if count and not bool((columns["id"].diff() > 0).all()):
-        raise CodebookCorrupt("rows.id must ascend")
+        _check_finite(name, tensor)
+    _check_ids("rows.id", columns["id"])
     return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device)
 
 
 def _labels(tensors: Mapping[str, Tensor], lengths: Tensor) -> list[Tensor | None]:
-    ids, used = _get(tensors, "labels.ids"), lengths.clamp(min=0)
-    if int(used.sum()) != len(ids):
+    ids, used = _column(tensors, "labels.ids", torch.int64), lengths.clamp(min=0)
+    # Each one first: a sum of huge lengths wraps around.
+    if bool((used > len(ids)).any()) or int(used.sum()) != len(ids):
         raise CodebookCorrupt("labels.length does not add up to the label ids there are")
     parts = torch.split(ids, used.tolist())
     pairs = zip(lengths.tolist(), parts, strict=True)
@@ -136,37 +139,131 @@ def unpack_history(
     """
     history = History()
     labels = snapshot.stored_labels()
+    columns = _edit_columns(tensors, snapshot)
     queries = _get(tensors, "edits.query").to(snapshot.device)
-    if queries.ndim != 2 or queries.shape[1] != snapshot.key_dim:
-        raise CodebookCorrupt(f"edits.query must be [*, {snapshot.key_dim}]")
-    outcomes = [_OUTCOMES[number] for number in _get(tensors, "edits.outcome").tolist()]
-    before = _get(tensors, "edits.value_before").tolist()
-    slots = _get(tensors, "edits.label_slot").tolist()
-    numbers = [_get(tensors, f"edits.{name}").tolist() for name in _EDIT_NUMBERS]
+    before, slots, outcomes = (
+        columns.pop(name).tolist() for name in ("value_before", "label_slot", "outcome")
+    )
+    numbers = [column.tolist() for column in columns.values()]
     for at, values in enumerate(zip(*numbers, strict=True)):
-        fields = dict(zip(_EDIT_NUMBERS, values, strict=True))
+        fields = dict(zip(columns, values, strict=True))
         text = texts.get(str(fields["id"]))
         edit = Edit(
             **fields,
-            outcome=outcomes[at],
+            outcome=_OUTCOMES[outcomes[at]],
             query=queries[at],
             label=labels[slots[at]],
             value_before=None if before[at] < 0 else before[at],
             text=None if text is None else (str(text[0]), str(text[1])),
         )
-        if not 0 <= edit.row < snapshot.rows:
-            raise CodebookCorrupt(f"edit {edit.id} is on row {edit.row} of {snapshot.rows}")
         history.record(edit, slots[at])
-    event_numbers = [_get(tensors, f"events.{name}").tolist() for name in _EVENT_NUMBERS]
-    for values in zip(*event_numbers, strict=True):
-        history.add_event(Event(**dict(zip(_EVENT_NUMBERS, values, strict=True))))
-    for row, value_slot, label_slot in _get(tensors, "bases").tolist():
-        history.set_base(row, Base(value_slot, label_slot))
+    if next_id < history.next_id:
+        raise CodebookCorrupt(
+            f"the next id is {next_id}, and there is an edit {max(history.edits)}"
+        )
     history.next_id = next_id
+    events = [column.tolist() for column in _event_columns(tensors, snapshot).values()]
+    for values in zip(*events, strict=True):
+        history.add_event(Event(**dict(zip(_EVENT_NUMBERS, values, strict=True))))
+    for row, value_slot, label_slot in _bases(tensors, snapshot).tolist():
+        history.set_base(row, Base(value_slot, label_slot))
+    _check_events(history)
     return history
+
+
+def _edit_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return the columns of the edits by name, each one checked."""
+    count = len(_column(tensors, "edits.id", torch.int64))
+    kinds = _EDIT_NUMBERS | dict.fromkeys(("value_before", "label_slot", "outcome"), torch.int64)
+    columns = {
+        name: _column(tensors, f"edits.{name}", dtype, count) for name, dtype in kinds.items()
+    }
+    queries, wanted = _get(tensors, "edits.query"), (count, snapshot.key_dim)
+    if queries.shape != wanted or queries.dtype != snapshot.dtype:
+        raise CodebookCorrupt(
+            f"edits.query must be {snapshot.dtype} {list(wanted)}, "
+            f"got {queries.dtype} {tuple(queries.shape)}"
+        )
+    _check_finite("edits.query", queries)
+    _check_ids("edits.id", columns["id"])
+    counts = snapshot.counts
+    for at, row in enumerate(columns["row"].tolist()):
+        if not 0 <= row < snapshot.rows:
+            number = int(columns["id"][at])
+            raise CodebookCorrupt(f"edit {number} is on row {row} of {snapshot.rows}")
+    _check_slots("edits.value_after", columns["value_after"], counts.values)
+    _check_slots("edits.value_before", columns["value_before"], counts.values, least=-1)
+    _check_slots("edits.label_slot", columns["label_slot"], counts.labels)
+    _check_slots("edits.outcome", columns["outcome"], len(_OUTCOMES))
+    return columns
+
+
+def _event_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return the columns of the events by name, each one checked."""
+    count = len(_column(tensors, "events.edit", torch.int64))
+    columns = {
+        name: _column(tensors, f"events.{name}", dtype, count)
+        for name, dtype in _EVENT_NUMBERS.items()
+    }
+    _check_slots("events.row", columns["row"], snapshot.rows)
+    _check_slots("events.key_slot", columns["key_slot"], snapshot.counts.keys)
+    _check_slots("events.lasts_with", columns["lasts_with"], snapshot.rows, least=-1)
+    _check_finite("events.radius", columns["radius"].float())
+    return columns
+
+
+def _bases(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> Tensor:
+    bases = _get(tensors, "bases")
+    if bases.ndim != 2 or bases.shape[1] != 3 or bases.dtype != torch.int64:
+        raise CodebookCorrupt(f"bases must be torch.int64 [*, 3], got {tuple(bases.shape)}")
+    sizes = (snapshot.rows, snapshot.counts.values, snapshot.counts.labels)
+    for column, size in zip(bases.T, sizes, strict=True):
+        _check_slots("bases", column, size)
+    return bases
+
+
+def _check_events(history: History) -> None:
+    """Raise where a row has no event to go back to, or an event nothing that it lasts with."""
+    for row, life in history.rows.items():
+        if not life.events:
+            raise CodebookCorrupt(f"row {row} has edits, and no event says how it came to be")
+        for event in life.events:
+            maker = history.rows.get(event.lasts_with)
+            upheld = event.edit == NO_EDIT or event.edit in history.edits
+            if not upheld and (maker is None or not maker.edits):
+                raise CodebookCorrupt(f"row {row} was changed by edit {event.edit}, unknown here")
 
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise CodebookCorrupt(f"the tensor {name} is missing")
     return tensors[name]
+
+
+def _column(
+    tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, count: int | None = None
+) -> Tensor:
+    """Return a tensor that must be a column of one element type, and of one length if given."""
+    column = _get(tensors, name)
+    if column.dtype != dtype or column.ndim != 1 or count not in (None, len(column)):
+        wanted = "*" if count is None else count
+        raise CodebookCorrupt(
+            f"{name} must be {dtype} [{wanted}], got {column.dtype} {tuple(column.shape)}"
+        )
+    return column
+
+
+def _check_slots(name: str, column: Tensor, slots: int, least: int = 0) -> None:
+    if len(column) and (int(column.min()) < least or int(column.max()) >= slots):
+        raise CodebookCorrupt(f"{name} points outside the {slots} slots there are")
+
+
+def _check_finite(name: str, tensor: Tensor) -> None:
+    if not tensor.isfinite().all():
+        row = int((~tensor.isfinite()).nonzero()[0][0])
+        raise CodebookCorrupt(f"{name} must be finite, got NaN or infinity in row {row}")
+
+
+def _check_ids(name: str, ids: Tensor) -> None:
+    if len(ids) and (int(ids[0]) < 0 or not bool((ids.diff() > 0).all())):
+        raise CodebookCorrupt(f"{name} must ascend from 0 or more")

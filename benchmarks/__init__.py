@@ -1,0 +1,1 @@
+"""Speed and exactness, measured: every timing is checked against the law before it is taken."""

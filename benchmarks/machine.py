@@ -1,0 +1,65 @@
+"""What the figures were taken on and from: processor, threads, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import grace_fast as gf
+from grace_fast.quickbench import cpu_model
+
+_PACKAGES = ("torch", "numpy", "faiss-cpu", "usearch", "scikit-learn", "snnpy", "hnswlib")
+_SIMD = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd")
+
+
+def describe(threads: int) -> dict[str, Any]:
+    """Return the machine and the versions, as they go into a result file."""
+    return {
+        "device": "cpu",
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "instructions": [name for name in _SIMD if name in _cpu_flags()],
+        "python": platform.python_version(),
+        "grace_fast": gf.__version__,
+        "commit": commit(),
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+    }
+
+
+def short_name(machine: dict[str, Any]) -> str:
+    """Return the machine in a form for file names: `amd-epyc-2-cores`."""
+    words = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
+    return f"{words}-{machine['cores']}-cores"
+
+
+def commit() -> str:
+    """Return the commit of the checkout, `+` behind it where files differ; empty without one."""
+    here = Path(__file__).parent
+    try:
+        asked = ["git", "-C", str(here), "describe", "--always", "--dirty=+", "--exclude=*"]
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def _cpu_flags() -> set[str]:
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    return set(found.group(1).split()) if found else set()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
