@@ -60,7 +60,7 @@ struct Part {
   int64_t count;              // positions in use
   const int32_t* row;         // [count]
   const uint8_t* near;        // [blocks][kNear / 4][16][4]
-  const uint8_t* far;         // [count][kFar]
+  const uint8_t* far;         // [leaves * 64][kFar]
   const float* reach;         // [leaves], >= every radius of the leaf; only ever grows
   double near_residual;       // >= e_k of the near slots, in steps
   double far_residual;        // >= e_k of all slots, in steps

@@ -33,7 +33,7 @@ class Part:
     count: int
     rows: Array  # [capacity] int32, the row at each position
     near: Array  # [capacity / 16, 4, 16, 4] uint8
-    far: Array  # [capacity, 48] uint8
+    far: Array  # [capacity, 48] uint8, whole leaves
     reach: Array  # [leaves, padded] float32
     near_error: float
     far_error: float
@@ -144,11 +144,14 @@ def run(encoded: Encoded, first: int, radii: Array, floor: float, kd_order: Any)
     if ordered:
         points = np.ascontiguousarray(encoded.points)
         kd_order(points=points.ctypes.data, count=count, order=order.ctypes.data)
+    # Whole leaves: a code of the rest of the last one may survive until its position is looked at.
+    far = np.zeros((_padded(count, LEAF), FAR), np.uint8)
+    far[:count] = encoded.far[order]
     part = Part(
         count=count,
         rows=order + np.int32(first),
         near=_packed(encoded.near[order]),
-        far=encoded.far[order],
+        far=far,
         reach=_reach_of(radii[order], floor),
         near_error=encoded.near_error + 1e-9,
         far_error=encoded.far_error + 1e-9,
