@@ -17,8 +17,8 @@ from rich.table import Table
 from tqdm import tqdm
 
 import grace_fast as gf
-from grace_fast.attachment import read_saved
-from grace_fast.edits import Edit
+from grace_fast.attachment import Saved, read_saved
+from grace_fast.edits import Edit, History
 
 app = typer.Typer(
     help="GRACE: lifelong edits of a language model, found again exactly.",
@@ -123,11 +123,7 @@ def info(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
 ) -> None:
     """List the edits of a codebook: radii, hits, and the text where it was stored."""
-    try:
-        saved = read_saved(directory)
-        book, history = saved.codebook()
-    except (OSError, ValueError) as error:
-        _fail(str(error))
+    saved, book, history = _open(directory)
     listed = list(history.edits.values())
     if as_json:
         rows = [_edit_fields(edit, saved.hits) for edit in listed]
@@ -160,11 +156,7 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
 ) -> None:
     """Check every checksum of a codebook and look every stored query up again."""
-    try:
-        saved = read_saved(directory)
-        book, history = saved.codebook()
-    except (OSError, ValueError) as error:
-        _fail(str(error))
+    saved, book, history = _open(directory)
     verification = history.verify(book, saved.settings.rules(book.dtype))
     if as_json:
         figures = {
@@ -184,6 +176,14 @@ def verify(
     if not verification.ok:
         typer.echo(f"broken: edits {verification.broken}", err=True)
         raise typer.Exit(FAILED)
+
+
+def _open(directory: Path) -> tuple[Saved, gf.Codebook, History]:
+    try:
+        saved = read_saved(directory)
+        return saved, *saved.codebook()
+    except (OSError, ValueError) as error:
+        _fail(str(error))
 
 
 def _edit_fields(edit: Edit, hits: Mapping[int, int]) -> dict[str, Any]:
