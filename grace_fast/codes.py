@@ -59,11 +59,6 @@ class Map:
         """Whether the far slots say anything: there are more dimensions than near slots."""
         return len(self.centre) > NEAR
 
-    @property
-    def near_rows(self) -> int:
-        """How many near slots are rows; c is the other."""
-        return NEAR - int(self.norm_slot)
-
     @cached_property
     def wide_rows(self) -> Tensor:
         """W [64, D] float64."""
