@@ -32,22 +32,21 @@ class BackendUnavailable(RuntimeError):
 class Match:
     """The answer of `find` for a batch of queries; fields are made when they are read."""
 
-    __slots__ = ("_answers", "_batch", "_fields", "hits")
+    __slots__ = ("_answers", "_fields", "hits")
 
     def __init__(
         self,
         hits: int | None,
-        answers: bytearray | None,
-        batch: int,
+        answers: bytearray | None = None,
         fields: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
-        self._answers, self._batch, self._fields = answers, batch, fields
+        self._answers, self._fields = answers, fields
 
     def _made(self) -> tuple[Tensor, Tensor, Tensor]:
         if self._fields is None:
             assert self._answers is not None
-            self._fields = cpu.unpack(self._answers, self._batch)
+            self._fields = cpu.unpack(self._answers)
         return self._fields
 
     @property
@@ -124,16 +123,18 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     BackendUnavailable.
     """
     snapshot = _snapshot(codebook)
+    if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
+        return Match(*answer)
     queries = _checked(queries, snapshot)
     module = chosen(snapshot, len(queries), backend)
     if module is cpu:
-        return Match(*cpu.find_packed(queries, snapshot), len(queries))
+        return Match(*cpu.find_packed(queries, snapshot))
     if hasattr(module, "find"):
-        return Match(None, None, len(queries), module.find(queries, snapshot))
+        return Match(None, fields=module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
-    return Match(None, None, len(queries), fields)
+    return Match(None, fields=fields)
 
 
 def replace(
@@ -217,4 +218,5 @@ def _checked(queries: Tensor, snapshot: Snapshot) -> Tensor:
         raise ValueError(
             f"queries must be on the codebook's device {snapshot.device}, got {queries.device}"
         )
-    return queries.detach() if queries.requires_grad else queries
+    # A negative view (of z.conj().imag, say) has the sign of its memory's opposite.
+    return queries.detach().resolve_neg()

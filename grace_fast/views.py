@@ -6,6 +6,8 @@ another version, changed where the pages differ, and the codes are those of the 
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ import numpy as np
 from grace_fast import codes, order
 from grace_fast.codebook import Snapshot
 from grace_fast.order import Array, Part
+
+ANY_BATCH = 1 << 62
 
 
 class PageTable:
@@ -50,6 +54,7 @@ class View:
 
     def __init__(self, cpu: Any, snapshot: Snapshot, other: View | None) -> None:
         self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
+        self._cpu = cpu
         self.pages = snapshot.pages
         self.keys = snapshot.key_slots
         self.book = self.table.book(cpu, snapshot)
@@ -61,14 +66,19 @@ class View:
         self.widest = float("inf")
         self.predicted_bytes = float("inf")
 
-    def certified_pays(self, batch: int) -> bool:
-        """Tell whether the certificate is predicted to read less than all keys.
-
-        A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
-        one keeps the memory (Zen 3, N = 1e5, D = 1536).
-        """
-        dense_bytes = self.rows * self.key_bytes / min(batch, 12)
-        return self.plan is not None and self.predicted_bytes < dense_bytes
+    @cached_property
+    def version(self) -> Any:
+        """What the extension answers from: by the certificate where that is predicted to pay."""
+        # A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
+        # one keeps the memory (Zen 3, N = 1e5, D = 1536).
+        shared = self.rows * self.key_bytes / max(self.predicted_bytes, 1.0)
+        return self._cpu.Version(
+            book=self.book,
+            plan=self.plan,
+            widest=self.widest,
+            predicted_bytes=min(self.predicted_bytes, 1e30),
+            certified_up_to=ANY_BATCH if shared > 12 else math.ceil(shared) - 1,
+        )
 
 
 class State:

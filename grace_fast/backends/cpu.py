@@ -24,6 +24,7 @@ from grace_fast.views import View
 _cpu: Any = None
 try:
     _cpu = importlib.import_module("grace_fast._cpu")
+    _cpu.use_tensors(torch.Tensor)
 except ImportError as error:
     _missing = f"the extension grace_fast._cpu was not built ({error})"
     logging.getLogger("grace_fast").warning("%s: look-ups on the host run in torch", _missing)
@@ -49,24 +50,29 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     row = torch.empty(batch, dtype=torch.int64)
     squared = torch.empty(batch, dtype=torch.float64)
     outputs = (row.data_ptr(), squared.data_ptr())
-    read_nearest(_in_rows(queries), view_of(snapshot), outputs)
+    read_nearest(_in_rows(queries), _view(snapshot), outputs)
     return row, squared
 
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
-    return unpack(find_packed(queries, snapshot)[1], len(queries))
+    return unpack(find_packed(queries, snapshot)[1])
 
 
 def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
     """Return the number of hits and the answers, to be unpacked by whoever reads them."""
-    if not len(queries):
+    batch = len(queries)
+    if not batch:
         return 0, bytearray()
-    return read(_in_rows(queries), view_of(snapshot))
+    queries = _in_rows(queries)
+    asked = (queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], batch)
+    version = _view(snapshot).version
+    return version.find(*asked, torch.get_num_threads())  # type: ignore[no-any-return]
 
 
-def unpack(answers: bytearray, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+def unpack(answers: bytearray) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit, row and S as tensors over the answers' own memory."""
+    batch = len(answers) // 17  # 8 bytes of S, 8 of row, 1 of hit
     if not batch:
         row, squared = semantics.no_row(0, torch.device("cpu"))
         return row.bool(), row, squared
@@ -88,38 +94,51 @@ def read_nearest(queries: Tensor, view: View, outputs: tuple[int, int]) -> None:
     )
 
 
-def read(queries: Tensor, view: View) -> tuple[int, bytearray]:
-    """Return the number of hits and the answers to queries [B, D], B >= 1, as in `read_nearest`."""
-    batch = queries.shape[0]
-    dtype, threads = DTYPE_NUMBERS[queries.dtype], torch.get_num_threads()
-    asked = (queries.data_ptr(), queries.stride(0), dtype, batch)
-    if view.certified_pays(batch):
-        # A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
-        threads = min(threads, 1 + (int(view.predicted_bytes * batch) >> 24))
-        return view.plan.find(view.book, *asked, threads)  # type: ignore[no-any-return]
-    return view.book.find(*asked, threads, view.widest)  # type: ignore[no-any-return]
+def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:
+    """Return what `find_packed` does, quickly; None where a call has to be looked at first.
+
+    That is anything but a tensor [B, D] on the host, its rows' elements side by side, of a type
+    that queries may have, asked of a published version on the host.
+    """
+    view = view_of(snapshot)
+    return None if view is None else view.version.ask(queries)  # type: ignore[no-any-return]
 
 
-def view_of(snapshot: Snapshot) -> View:
-    """Return a version as the extension reads it, with what its certificate says by now."""
+def view_of(snapshot: Snapshot) -> View | None:
+    """Return a version as the extension reads it, with what its certificate says by now.
+
+    None where the extension is missing or the keys are not on the host.
+    """
     kept = snapshot.derived(NAME, _keep)
     if kept is None:  # a draft: no codes
-        return View(_cpu, snapshot, None)
+        return View(_cpu, snapshot, None) if _reads(snapshot) else None
     certificate, view = kept
-    if not certificate.is_current(view):
+    if certificate is not None and not certificate.is_current(view):
         view = certificate.view(snapshot, view)
         kept[1] = view
     return view  # type: ignore[no-any-return]
 
 
-def certificate_of(snapshot: Snapshot) -> Certificate:
-    """Return the certificate of a published version's codebook."""
+def _view(snapshot: Snapshot) -> View:
+    view = view_of(snapshot)
+    assert view is not None, "`why_not` was not asked"
+    return view
+
+
+def certificate_of(snapshot: Snapshot) -> Certificate | None:
+    """Return the certificate of a published version's codebook; None as in `view_of`."""
     return snapshot.derived(NAME, _keep)[0]  # type: ignore[no-any-return]
 
 
 def _keep(snapshot: Snapshot, previous: Any) -> list[Any]:
+    if not _reads(snapshot):
+        return [None, None]
     certificate, view = previous or (Certificate(_cpu), None)
     return [certificate, certificate.view(snapshot, view)]
+
+
+def _reads(snapshot: Snapshot) -> bool:
+    return _cpu is not None and snapshot.device.type == "cpu"
 
 
 def _in_rows(queries: Tensor) -> Tensor:
