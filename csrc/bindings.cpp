@@ -66,12 +66,6 @@ struct Book {
   Queries queries(Address first, int64_t stride, int dtype, int64_t batch) const {
     return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
   }
-  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
-               Address squared) const {
-    const py::gil_scoped_release unlocked;
-    grace_fast::nearest(queries(first, stride, dtype, batch), keys, threads, pointer<int64_t>(row),
-                        pointer<double>(squared));
-  }
 };
 
 struct Plan {
@@ -134,6 +128,19 @@ struct Version {
   double predicted_bytes;  // of one query, by the certificate
   int64_t certified_up_to;
 
+  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
+               Address squared) const {
+    const py::gil_scoped_release unlocked;
+    nearest_dense(book.queries(first, stride, dtype, batch), book.keys, threads,
+                  pointer<int64_t>(row), pointer<double>(squared));
+  }
+  // The same by the certificate, for keys that are not farther than `within`.
+  void nearest_within(Address first, int64_t stride, int dtype, int64_t batch, int threads,
+                      Address row, Address squared, double within) const {
+    const py::gil_scoped_release unlocked;
+    nearest_certified(book.queries(first, stride, dtype, batch), book.keys, plan->certificate,
+                      within, threads, pointer<int64_t>(row), pointer<double>(squared));
+  }
   py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
     return found(book.queries(first, stride, dtype, batch), threads);
   }
@@ -183,8 +190,7 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<Book>(module, "Book", "The keys of one version: addresses of slots and page tables.")
       .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&>(),
            py::kw_only(), arg("slots"), arg("slot_pages"), arg("live_pages"), arg("radius_pages"),
-           arg("rows"), arg("width"), arg("dtype"))
-      .def("nearest", &Book::nearest, "queries, stride, dtype, batch, threads, row, squared");
+           arg("rows"), arg("width"), arg("dtype"));
   py::class_<Plan>(module, "Plan", "A certificate as one version sees it.")
       .def(py::init<>())
       .def("set_map", &Plan::set_map, py::kw_only(), arg("centre"), arg("rows"), arg("turn"),
@@ -208,6 +214,10 @@ PYBIND11_MODULE(_cpu, module) {
            py::keep_alive<1, 3>())
       .def_readwrite("certified_up_to", &Version::certified_up_to,
                      "the largest batch that is looked up by the certificate")
+      .def("nearest", &Version::nearest,
+           "queries, stride, dtype, batch, threads, row, squared; written there")
+      .def("nearest_within", &Version::nearest_within,
+           "queries, stride, dtype, batch, threads, row, squared, within; there has to be a plan")
       .def("find", &Version::find,
            "queries, stride, dtype, batch, threads; (number of hits, answers)")
       .def("ask", &Version::ask, "queries [B, D]; as `find`, or None");

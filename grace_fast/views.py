@@ -65,6 +65,7 @@ class View:
         self.key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
         self.widest = float("inf")
         self.predicted_bytes = float("inf")
+        self.knows_radii = True  # whether the plan's bounds on the radii are of this version
 
     @cached_property
     def version(self) -> Any:
@@ -72,13 +73,27 @@ class View:
         # A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
         # one keeps the memory (Zen 3, N = 1e5, D = 1536).
         shared = self.rows * self.key_bytes / max(self.predicted_bytes, 1.0)
+        up_to = ANY_BATCH if shared > 12 else math.ceil(shared) - 1
         return self._cpu.Version(
             book=self.book,
             plan=self.plan,
             widest=self.widest,
             predicted_bytes=min(self.predicted_bytes, 1e30),
-            certified_up_to=ANY_BATCH if shared > 12 else math.ceil(shared) - 1,
+            certified_up_to=up_to if self.knows_radii else 0,
         )
+
+    @property
+    def keys_pay(self) -> bool:
+        """Tell whether what is near is found by codes, for less than reading all keys."""
+        return self.plan is not None and self.predicted_bytes < self.rows * self.key_bytes
+
+    def use_keys_of(self, base: View) -> None:
+        """Let the nearest key be found by the codes of another version, whose keys are these.
+
+        It may have fewer rows, and other radii.
+        """
+        self.plan, self.holds = base.plan, base.holds
+        self.predicted_bytes, self.knows_radii = base.predicted_bytes, False
 
 
 class State:

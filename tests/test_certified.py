@@ -1,5 +1,6 @@
 """The compiled look-up decides as the law does, on every path, after every kind of edit."""
 
+import math
 import threading
 from contextlib import contextmanager, suppress
 
@@ -380,6 +381,58 @@ def test_nearest_is_the_law_on_every_path(instruction_set):
                 wanted = semantics.nearest(batch, book.keys, book.live)
                 assert torch.equal(got[0], wanted[0])
                 assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("kind", ["ties", "massive", "clusters"])
+def test_the_nearest_key_within_a_distance_is_the_law(instruction_set, kind, monkeypatch):
+    monkeypatch.setattr(views.View, "keys_pay", property(lambda view: view.plan is not None))
+    data = Data(hash_of(kind) + 1)
+    keys, radii = getattr(data, kind)(900, 40)
+    book = settled(book_of(keys, radii))
+    book.remove(3)
+    queries = data.queries(book.keys, radii, 103)
+    row, squared = semantics.nearest(queries, book.keys, book.live)
+    exact = squared.sqrt().median().item()
+    for within in (0.0, float(radii.clamp(min=0).median()), exact, 10 * exact, 1e18, math.inf):
+        got = gf.nearest(queries, book, within=within)
+        there = squared <= within * within
+        assert torch.equal(got.row, row.masked_fill(~there, -1))
+        assert torch.equal(got.squared_distance, squared.masked_fill(~there, math.inf))
+
+
+def test_a_draft_finds_its_nearest_key_by_the_codes_of_the_version_it_changes(monkeypatch):
+    data = Data(15)
+    keys = data.normal(3000, 64) * torch.arange(1, 65).float() ** -1
+    book = settled(book_of(keys, torch.full((3000,), 0.05)))
+    asked = torch.cat([keys[:40] + 0.001, data.normal(20, 64), keys[100:101], keys[7:8] + 1])
+    with book.writing() as draft:
+        draft.remove(100)
+        draft.set_radius(5, 3.0)
+        draft.append(asked[-1:], torch.zeros(1, 2), torch.ones(1), None)
+        view = cpu.view_of(draft.snapshot())
+        assert view.keys_pay
+        assert view.version.certified_up_to == 0
+        for moved in (False, True):
+            if moved:
+                draft.set_key(9, asked[45])
+                assert not cpu.view_of(draft.snapshot()).keys_pay
+            now = draft.snapshot()
+            row, squared = semantics.nearest(asked, now.keys, now.live)
+            there = squared <= 0.25
+            assert 40 < there.sum() < 62
+            got = gf.nearest(asked, now, within=0.5)
+            assert torch.equal(got.row, row.masked_fill(~there, -1))
+            assert torch.equal(gf.find(asked, now).hit, semantics.in_ball(squared, now.radii[row]))
+    assert gf.nearest(asked[-1:], book, within=0.0).row.tolist() == [3000]
+
+
+def test_within_is_a_distance():
+    book = book_of(torch.ones(3, 2), torch.ones(3))
+    for within in (-1.0, math.nan):
+        with pytest.raises(
+            ValueError, match=f"within must be a distance of at least 0, got {within}"
+        ):
+            gf.nearest(torch.ones(1, 2), book, within=within)
 
 
 def test_wide_isotropic_balls_are_read_densely():

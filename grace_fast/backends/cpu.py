@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from typing import Any
 
 import torch
@@ -42,16 +43,20 @@ def why_not(workload: Workload) -> str | None:
     return None
 
 
-def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, snapshot: Snapshot, within: float = math.inf) -> tuple[Tensor, Tensor]:
     """Return the nearest live row and its S of queries [B, D]; see `backends`."""
     batch = len(queries)
     if not (len(snapshot) and batch):
         return semantics.no_row(batch, queries.device)
+    queries, view = _in_rows(queries), _view(snapshot)
     row = torch.empty(batch, dtype=torch.int64)
     squared = torch.empty(batch, dtype=torch.float64)
-    outputs = (row.data_ptr(), squared.data_ptr())
-    read_nearest(_in_rows(queries), _view(snapshot), outputs)
-    return row, squared
+    asked = (*_address(queries), torch.get_num_threads(), row.data_ptr(), squared.data_ptr())
+    if within < math.inf and view.keys_pay:
+        view.version.nearest_within(*asked, within)
+        return row, squared
+    view.version.nearest(*asked)
+    return semantics.not_beyond(within, row, squared)
 
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,13 +66,11 @@ def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
 
 def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
     """Return the number of hits and the answers, to be unpacked by whoever reads them."""
-    batch = len(queries)
-    if not batch:
+    if not len(queries):
         return 0, bytearray()
     queries = _in_rows(queries)
-    asked = (queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], batch)
     version = _view(snapshot).version
-    return version.find(*asked, torch.get_num_threads())  # type: ignore[no-any-return]
+    return version.find(*_address(queries), torch.get_num_threads())  # type: ignore[no-any-return]
 
 
 def unpack(answers: bytearray) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,18 +83,6 @@ def unpack(answers: bytearray) -> tuple[Tensor, Tensor, Tensor]:
     row = torch.frombuffer(answers, dtype=torch.int64, count=batch, offset=8 * batch)
     hit = torch.frombuffer(answers, dtype=torch.bool, count=batch, offset=16 * batch)
     return hit, row, squared
-
-
-def read_nearest(queries: Tensor, view: View, outputs: tuple[int, int]) -> None:
-    """Write row and S of queries [B, D], B >= 1, whose elements are side by side."""
-    view.book.nearest(
-        queries.data_ptr(),
-        queries.stride(0),
-        DTYPE_NUMBERS[queries.dtype],
-        len(queries),
-        torch.get_num_threads(),
-        *outputs,
-    )
 
 
 def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:
@@ -110,8 +101,8 @@ def view_of(snapshot: Snapshot) -> View | None:
     None where the extension is missing or the keys are not on the host.
     """
     kept = snapshot.derived(NAME, _keep)
-    if kept is None:  # a draft: no codes
-        return View(_cpu, snapshot, None) if _reads(snapshot) else None
+    if kept is None:
+        return _view_of_draft(snapshot) if _reads(snapshot) else None
     certificate, view = kept
     if certificate is not None and not certificate.is_current(view):
         view = certificate.view(snapshot, view)
@@ -130,6 +121,16 @@ def certificate_of(snapshot: Snapshot) -> Certificate | None:
     return snapshot.derived(NAME, _keep)[0]  # type: ignore[no-any-return]
 
 
+def _view_of_draft(snapshot: Snapshot) -> View:
+    """Return a draft's view; its keys are those of the version it changes, and new ones."""
+    base = snapshot.base
+    known = None if base is None else view_of(base)
+    view = View(_cpu, snapshot, known)
+    if known is not None and base.counts.key_moves == snapshot.counts.key_moves:
+        view.use_keys_of(known)
+    return view
+
+
 def _keep(snapshot: Snapshot, previous: Any) -> list[Any]:
     if not _reads(snapshot):
         return [None, None]
@@ -143,3 +144,8 @@ def _reads(snapshot: Snapshot) -> bool:
 
 def _in_rows(queries: Tensor) -> Tensor:
     return queries if queries.stride(1) == 1 else queries.contiguous()
+
+
+def _address(queries: Tensor) -> tuple[int, int, int, int]:
+    """Return address, stride, type and number of queries [B, D], as the extension takes them."""
+    return queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], len(queries)
