@@ -41,6 +41,10 @@ class Row:
     behind_least: float | None = None
     behind_most: float | None = None
     build_s: float | None = None
+    codes: float | None = None  # of a certified look-up, in the mean: near codes read
+    survivors: float | None = None  # keys that these do not settle
+    rechecks: float | None = None  # keys read whole
+    bytes: float | None = None  # read for all that
     note: str = ""
 
     @property
@@ -77,7 +81,8 @@ def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Ro
         "Decisions are compared with the law (float64, in the canonical order) before each timing: "
         "wrong ones of all, and of those exactly on a radius (`on edge`). `to baseline` is the "
         "time of faiss flat, which searches and decides nothing, over ours; `to ours` is a peer's "
-        "time over ours. Each is timed in turns with ours; the median (least to most) of the "
+        "time over ours; `reads` is what a certified look-up reads in the "
+        "mean. Each is timed in turns with ours; the median (least to most) of the "
         "rounds. A peer that cannot be had here is listed with the reason.",
     ]
     for work, some in _by_work(rows):
@@ -87,7 +92,19 @@ def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Ro
     return "\n".join(lines) + "\n"
 
 
-HEADINGS = ("", "p50", "p5", "p95", "to baseline", "to ours", "wrong", "on edge", "build", "note")
+HEADINGS = (
+    "",
+    "p50",
+    "p5",
+    "p95",
+    "to baseline",
+    "to ours",
+    "wrong",
+    "on edge",
+    "build",
+    "reads",
+    "note",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -100,7 +117,14 @@ def cells(row: Row) -> list[str]:
         _spread(row.ratio, row.ratio_least, row.ratio_most),
         _spread(row.behind, row.behind_least, row.behind_most),
     ]
-    return [row.contestant, *times, *ratios, wrong, edges, built, row.note]
+    return [row.contestant, *times, *ratios, wrong, edges, built, _reads(row), row.note]
+
+
+def _reads(row: Row) -> str:
+    if row.bytes is None:
+        return "-"
+    parts = (row.codes, row.survivors, row.rechecks, row.bytes / 1024)
+    return "{} codes, {} survivors, {} keys: {} KiB".format(*(_figure(part) for part in parts))
 
 
 def print_work(work: str, rows: Iterable[Row]) -> None:

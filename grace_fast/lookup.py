@@ -31,9 +31,9 @@ class BackendUnavailable(RuntimeError):
 
 
 class Match:
-    """The answer of `find` for a batch of queries; fields are made when they are read."""
+    """The answer of `find` for a batch of queries; a field is made when it is read."""
 
-    __slots__ = ("_answers", "_fields", "hits")
+    __slots__ = ("_answers", "_hit", "_row", "_squared", "hits")
 
     def __init__(
         self,
@@ -42,28 +42,33 @@ class Match:
         fields: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
-        self._answers, self._fields = answers, fields
-
-    def _made(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._fields is None:
-            assert self._answers is not None
-            self._fields = cpu.unpack(self._answers)
-        return self._fields
+        self._answers = answers
+        self._hit: Tensor | None = None
+        self._row: Tensor | None = None
+        self._squared: Tensor | None = None
+        if fields is not None:
+            self._hit, self._row, self._squared = fields
 
     @property
     def hit(self) -> Tensor:
         """[B] bool, the query is in the ball of its nearest key."""
-        return self._made()[0]
+        if self._hit is None:
+            self._hit = cpu.unpack(self._answers, torch.bool)
+        return self._hit
 
     @property
     def row(self) -> Tensor:
         """[B] int64, the row that hit, the lowest on a tie; -1 where missed."""
-        return self._made()[1]
+        if self._row is None:
+            self._row = cpu.unpack(self._answers, torch.int64)
+        return self._row
 
     @property
     def squared_distance(self) -> Tensor:
         """[B] float64, S of that row in the canonical order; inf where missed."""
-        return self._made()[2]
+        if self._squared is None:
+            self._squared = cpu.unpack(self._answers, torch.float64)
+        return self._squared
 
     @property
     def distance(self) -> Tensor:

@@ -7,16 +7,33 @@ another version, changed where the pages differ, and the codes are those of the 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from grace_fast import codes, order
 from grace_fast.codebook import Snapshot
 from grace_fast.order import Array, Part
 
 ANY_BATCH = 1 << 62
+BOX_BYTES = 64
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lookup.h, Dtype
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What certified look-ups read, in the mean of some queries."""
+
+    boxes: float
+    codes: float  # near codes; of a leaf all 64
+    survivors: float  # keys that the near codes do not settle
+    rechecks: float  # keys read whole, those of exhaustive look-ups too
+    exhaustive: float  # look-ups that read all keys after all
+    bytes: float  # of all that, and of the rows that the query is projected on
 
 
 class PageTable:
@@ -86,6 +103,16 @@ class View:
     def keys_pay(self) -> bool:
         """Tell whether what is near is found by codes, for less than reading all keys."""
         return self.plan is not None and self.predicted_bytes < self.rows * self.key_bytes
+
+    def effort(self, queries: Tensor) -> Effort:
+        """Return what `find` reads for queries [B, D] whose rows' elements are side by side."""
+        batch, width = queries.shape
+        number = DTYPE_NUMBERS[queries.dtype]
+        asked = (queries.data_ptr(), queries.stride(0), number, batch)
+        read = {name: n / batch for name, n in self.plan.effort(self.book, *asked).items()}
+        total = BOX_BYTES * read["boxes"] + codes.NEAR * read["codes"]
+        total += codes.FAR * read["survivors"] + read["rechecks"] * self.key_bytes
+        return Effort(**read, bytes=total + codes.NEAR * width * 2)
 
     def use_keys_of(self, base: View) -> None:
         """Let the nearest key be found by the codes of another version, whose keys are these.

@@ -20,7 +20,7 @@ from grace_fast import semantics
 from grace_fast.backends.workload import Workload
 from grace_fast.certificate import Certificate
 from grace_fast.codebook import Snapshot
-from grace_fast.views import View
+from grace_fast.views import DTYPE_NUMBERS, View
 
 _cpu: Any = None
 try:
@@ -31,7 +31,9 @@ except ImportError as error:
     logging.getLogger("grace_fast").warning("%s: look-ups on the host run in torch", _missing)
 
 NAME = "cpu"
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lookup.h, Dtype
+# The answers of a batch side by side: S of all, row of all, hit of all (bindings.cpp).
+FIRST_OF_ANSWER = {torch.float64: 0, torch.int64: 8, torch.bool: 16}
+BYTES_PER_ANSWER = 17
 
 
 def why_not(workload: Workload) -> str | None:
@@ -61,7 +63,9 @@ def nearest(queries: Tensor, snapshot: Snapshot, within: float = math.inf) -> tu
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
-    return unpack(find_packed(queries, snapshot)[1])
+    answers = find_packed(queries, snapshot)[1]
+    hit, row = unpack(answers, torch.bool), unpack(answers, torch.int64)
+    return hit, row, unpack(answers, torch.float64)
 
 
 def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
@@ -73,16 +77,13 @@ def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
     return version.find(*_address(queries), torch.get_num_threads())  # type: ignore[no-any-return]
 
 
-def unpack(answers: bytearray) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hit, row and S as tensors over the answers' own memory."""
-    batch = len(answers) // 17  # 8 bytes of S, 8 of row, 1 of hit
-    if not batch:
-        row, squared = semantics.no_row(0, torch.device("cpu"))
-        return row.bool(), row, squared
-    squared = torch.frombuffer(answers, dtype=torch.float64, count=batch)
-    row = torch.frombuffer(answers, dtype=torch.int64, count=batch, offset=8 * batch)
-    hit = torch.frombuffer(answers, dtype=torch.bool, count=batch, offset=16 * batch)
-    return hit, row, squared
+def unpack(answers: bytearray | None, dtype: torch.dtype) -> Tensor:
+    """Return S (float64), row (int64) or hit (bool) of the answers, over their own memory."""
+    if not answers:
+        return torch.empty(0, dtype=dtype)
+    batch = len(answers) // BYTES_PER_ANSWER
+    first = FIRST_OF_ANSWER[dtype]
+    return torch.frombuffer(answers, dtype=dtype, count=batch, offset=first * batch)
 
 
 def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:
