@@ -21,6 +21,9 @@ slow: .venv/.test  ## the slow tests
 bench: .venv/.bench  ## look-ups against their peers up to N = 1e5, checked before timed, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run
 
+bench-million: .venv/.bench  ## N = 1e6, warm and with flushed caches; 20 GB of memory
+	PYTHONPATH=. $(BIN)/python -m benchmarks.run --million
+
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
 
@@ -59,4 +62,4 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow bench bench-full bench-micro gate check fix clean
+.PHONY: help demo test slow bench bench-million bench-full bench-micro gate check fix clean

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import short_name
-
 
 @dataclass(frozen=True)
 class Row:
@@ -54,11 +52,11 @@ class Row:
 
 
 def save(
-    folder: Path, machine: dict[str, Any], command: str, date: str, rows: Sequence[Row]
+    folder: Path, name: str, machine: dict[str, Any], command: str, date: str, rows: Sequence[Row]
 ) -> Path:
-    """Write `<machine>-<date>.json`, `.md` and `.png` into a folder; return the JSON file."""
+    """Write `<name>.json`, `.md` and `.png` into a folder; return the JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{short_name(machine)}-{date}.json"
+    path = folder / f"{name}.json"
     where = {"device": machine["device"], "cpu": machine["cpu"]}
     listed = [where | asdict(row) for row in rows]
     whole = {"machine": machine, "command": command, "date": date, "rows": listed}
