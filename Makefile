@@ -27,8 +27,13 @@ bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hou
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
-gate: .venv/.bench  ## a million decisions over the grid compared with the law
-	PYTHONPATH=. $(BIN)/python -m benchmarks.gate --decisions 1000000
+gate: .venv/.bench  ## a million decisions over a grid compared with the law, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gate
+
+gate-full: .venv/.bench  ## ten million, and a million with each narrower instruction set; an hour
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gate --decisions 10000000 --out benchmarks/results
+	for set in portable avx2; do PYTHONPATH=. $(BIN)/python -m benchmarks.gate \
+		--kernels $$set --seed 1 --out benchmarks/results || exit 1; done
 
 check: .venv/.dev  ## format, lint, types, imports and spelling; changes nothing
 	$(BIN)/ruff format --check .
@@ -59,4 +64,4 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow bench bench-full bench-micro gate check fix clean
+.PHONY: help demo test slow bench bench-full bench-micro gate gate-full check fix clean
