@@ -17,6 +17,23 @@ test: .venv/.test  ## the tests, all but the slow ones
 slow: .venv/.test  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
+# A build that stops at the first invalid access or undefined step, in a folder of its own. Python
+# is not built so: the sanitizers are loaded before it, and what it never frees is not reported.
+SANITIZED := build/sanitized/lib
+LIBRARIES := $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
+UNDER_SANITIZERS := LD_PRELOAD="$(LIBRARIES)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)
+REACH_NATIVE := lookup certified prepared codebook codes edits golden store
+
+sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-behaviour sanitizers
+	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'
+	rm -rf build/sanitized
+	GRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitized \
+		--build-lib $(SANITIZED)
+	$(UNDER_SANITIZERS) $(BIN)/python -c "from grace_fast import _cpu; \
+		assert '$(SANITIZED)' in _cpu.__file__, _cpu.__file__; print(_cpu.instruction_set())"
+	$(UNDER_SANITIZERS) $(BIN)/python -m pytest -q -m "not slow" $(REACH_NATIVE:%=tests/test_%.py)
+
 # The repository itself is what `-m benchmarks.run` needs to find, and nothing else is on that path.
 bench: .venv/.bench  ## look-ups against their peers up to N = 1e5, checked before timed, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run
@@ -30,8 +47,13 @@ bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hou
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
-gate: .venv/.bench  ## a million decisions over the grid compared with the law
-	PYTHONPATH=. $(BIN)/python -m benchmarks.gate --decisions 1000000
+gate: .venv/.bench  ## a million decisions over a grid compared with the law, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gate
+
+gate-full: .venv/.bench  ## ten million, and a million with each narrower instruction set; an hour
+	PYTHONPATH=. $(BIN)/python -m benchmarks.gate --decisions 10000000 --out benchmarks/results
+	for set in portable avx2; do PYTHONPATH=. $(BIN)/python -m benchmarks.gate \
+		--kernels $$set --seed 1 --out benchmarks/results || exit 1; done
 
 check: .venv/.dev  ## format, lint, types, imports and spelling; changes nothing
 	$(BIN)/ruff format --check .
@@ -62,4 +84,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow bench bench-million bench-full bench-micro gate check fix clean
+.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro gate gate-full check \
+	fix clean

@@ -18,6 +18,12 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall",
 if os.environ.get("GRACE_FAST_EMULATE_AVX512") == "1":
     FLAGS.append("-DGRACE_FAST_EMULATE_AVX512")
 
+# GRACE_FAST_SANITIZE=1, for `make sanitize`: stop at the first invalid access or undefined step.
+SANITIZED = os.environ.get("GRACE_FAST_SANITIZE") == "1"
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+if SANITIZED:
+    FLAGS += [*SANITIZERS, "-O1", "-g", "-fno-omit-frame-pointer"]
+
 setup(
     ext_modules=[
         Pybind11Extension(
@@ -26,8 +32,8 @@ setup(
             depends=["csrc/lookup.h", *sorted(glob("csrc/cpu/*.h")), *glob("csrc/cpu/*.inl")],
             cxx_std=17,
             extra_compile_args=FLAGS,
-            extra_link_args=["-fopenmp"],
-            optional=True,
+            extra_link_args=["-fopenmp", *(SANITIZERS if SANITIZED else [])],
+            optional=not SANITIZED,
         )
     ]
 )

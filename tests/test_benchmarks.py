@@ -71,12 +71,49 @@ def test_the_oracle_is_the_law(spoil, fast):
     queries = torch.cat([keys[:9], (keys[:9] + keys[9:18]) / 2, torch.randn(9, 19)])
     radii, live = torch.rand(50, generator=generator) * 3, torch.ones(50, dtype=torch.bool)
     spoil(keys, queries, radii, live)
-    found = oracle.decide(queries, keys, radii, live, fast=fast)
+    found = oracle.Law(keys, live, fast).decide(queries, radii)
     hit, row, squared = by_the_law(queries, keys, radii, live)
     assert torch.equal(found.hit, hit)
     assert torch.equal(found.nearest, row)
     assert torch.equal(found.squared, squared)
     assert torch.equal(found.row, row.masked_fill(~hit, -1))
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["float64 filter", "float32 filter"])
+@pytest.mark.parametrize("count", [40, 300], ids=["few candidates", "many candidates"])
+def test_the_oracle_tells_ties_up_to_the_last_bit(count, fast):
+    """Permuted coordinates: one distance in real numbers, several in the canonical order."""
+    generator = torch.Generator().manual_seed(4)
+    one = torch.randn(700, generator=generator)
+    keys = torch.stack([one[torch.randperm(700, generator=generator)] for _ in range(count)])
+    radii, live = torch.full((count,), float(one.norm())), torch.ones(count, dtype=torch.bool)
+    queries = torch.cat([torch.zeros(1, 700), torch.full((1, 700), 0.25), keys[5:6]])
+    found = oracle.Law(keys, live, fast).decide(queries, radii)
+    hit, row, squared = by_the_law(queries, keys, radii, live)
+    assert len(semantics.squared_distances(queries[:1], keys).unique()) > 2
+    assert torch.equal(found.hit, hit)
+    assert torch.equal(found.nearest, row)
+    assert torch.equal(found.squared, squared)
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["float64 filter", "float32 filter"])
+def test_the_law_is_asked_batch_by_batch(fast):
+    generator = torch.Generator().manual_seed(5)
+    keys = torch.randn(3000, 40, generator=generator)
+    keys[1500:] = keys[:1500] + 1e-3 * torch.randn(1500, 40, generator=generator)
+    law, live = oracle.Law(keys, fast=fast), torch.ones(3000, dtype=torch.bool)
+    for radius in (1e-3, 5.0):
+        queries = keys[:300] + 1e-3 * torch.randn(300, 40, generator=generator)
+        radii = torch.full((3000,), radius)
+        found = law.decide(queries, radii)
+        hit, row, squared = by_the_law(queries, keys, radii, live)
+        two = semantics.squared_distances(queries, keys).sqrt().topk(2, largest=False).values
+        tied = two[:, 1] - two[:, 0] <= 1e-3 * two[:, 0]
+        on_radius = (two[:, 0] - radii[:300].double()).abs() <= 1e-3 * radii[:300]
+        assert torch.equal(found.hit, hit)
+        assert torch.equal(found.nearest, row)
+        assert torch.equal(found.squared, squared)
+        assert torch.equal(found.close, tied | on_radius)
 
 
 def test_pairs_are_summed_in_the_canonical_order():
@@ -237,6 +274,16 @@ def test_the_gate_sees_a_wrong_decision(monkeypatch):
 def test_half_of_the_gates_questions_are_close_to_a_radius_or_a_tie():
     (count,) = gate.run(400, seed=0, grid=[gate.Case("small", 64, 200, batch=200)])
     assert count.close >= 160
+
+
+def test_the_gate_writes_what_it_found(tmp_path, capsys):
+    assert gate.main(["--decisions", "99", "--only", "25 keys", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("gate-*.json")
+    found = json.loads(path.read_text())
+    assert found["total"]["decisions"] == found["counts"][0]["decisions"] >= 99
+    assert found["total"]["wrong"] == 0
+    assert "**0 wrong of" in path.with_suffix(".md").read_text()
+    assert path.with_suffix(".md").read_text() == capsys.readouterr().out
 
 
 def test_the_quick_benchmark_says_that_its_data_are_synthetic(capsys, monkeypatch):

@@ -435,6 +435,30 @@ def test_within_is_a_distance():
             gf.nearest(torch.ones(1, 2), book, within=within)
 
 
+@pytest.mark.parametrize("kind", ["ties", "lognormal"])
+def test_threads_decide_as_one_does(kind, instruction_set):
+    """They share a batch of queries, and the keys where there are few queries."""
+    data = Data(hash_of(kind))
+    keys, radii = getattr(data, kind)(6000, 40)
+    book = settled(book_of(keys, radii))
+    queries = data.queries(book.keys, radii, 200)
+    usual = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert cpu.view_of(book.snapshot()).predicted_bytes * 200 > 1 << 24  # worth two threads
+        decide_as_the_law(book, queries)
+        for batch in (queries[:40], queries[:5], queries[:1]):
+            decide_as_the_law(book, batch)
+            for got, wanted in zip(
+                cpu.nearest(batch, book.snapshot()),
+                semantics.nearest(batch, book.keys, book.live),
+                strict=True,
+            ):
+                assert torch.equal(got, wanted)
+    finally:
+        torch.set_num_threads(usual)
+
+
 def test_wide_isotropic_balls_are_read_densely():
     data = Data(13)
     keys = data.normal(3000, 64)
