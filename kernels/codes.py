@@ -36,6 +36,7 @@ SUPERS = 8  # super leaves that a program tests together; neighbours go to diffe
 LINEAR = 256  # positions without boxes that a program reads together
 PROGRAMS_PER_PROCESSOR = 16  # of one warp; not measured
 
+REGISTERS = 168  # of a lane of `decide`: three programs to a multiprocessor
 ENCODE_CHUNK, ENCODE_WARPS = 256, 8  # a lane adds 16 numbers of a row, then lanes are added
 _NOTES = tl.constexpr(8)  # float64 of a query: near error, far rounding, residuals of 4 x 16 slots
 _UNIT = tl.constexpr(2.0**-24)
@@ -45,8 +46,8 @@ _POINT_LIMIT = tl.constexpr(16000)
 _SLACK_STEPS = tl.constexpr(1e-3)  # what underflow may take from a projection
 
 # Where `numbers` holds what.
-STEP, LIPSCHITZ, ROW_NORM, ETA, FLOOR = (tl.constexpr(i) for i in range(5))
-ERRORS = tl.constexpr(5)  # e_k: near and far of ordered positions, then near and far of the others
+PER_STEP, SLOPE, LIPSCHITZ, ROW_NORM, ETA, FLOOR = (tl.constexpr(i) for i in range(6))
+ERRORS = tl.constexpr(6)  # e_k: near and far of ordered positions, then near and far of the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +61,7 @@ class DeviceCodes:
     centre: Tensor  # [Dp] float32
     rows: Tensor  # [64, Dp] bfloat16, in order
     turn: Tensor  # [16, 16] float64
-    numbers: Tensor  # [9] float64: STEP .. ERRORS + 3
+    numbers: Tensor  # [10] float64: PER_STEP .. ERRORS + 3
     counts: Tensor  # [3] int64: rows with a position, super leaves, positions after them
     near: Tensor  # [positions, 4] int32, four code bytes each
     far: Tensor  # [positions, 12] int32
@@ -109,7 +110,9 @@ def device_codes(
         torch.from_numpy(part.super_reach)[: len(box)]
         for part, box in zip(ordered, super_boxes, strict=True)
     ]
-    numbers = [phi.step, phi.lipschitz, phi.row_norm, phi.eta, floor]
+    # Steps for a unit, a power of two, and steps for a unit of radius.
+    numbers = [1 / phi.step, phi.lipschitz * (1 + 1e-6) / phi.step]
+    numbers += [phi.lipschitz, phi.row_norm, phi.eta, floor]
     numbers += [near_error, far_error, near_linear, far_linear]
     counts = [covered, supers, positions - supers * LEAF * LEAF]
     padded = phi.padded_centre
@@ -203,7 +206,7 @@ def encode(
         tl.store(entries + query, 0)
     if not known:
         return
-    per_step = 1.0 / tl.load(numbers + STEP)  # a power of two
+    per_step = tl.load(numbers + PER_STEP)
     lipschitz, row_norm = tl.load(numbers + LIPSCHITZ), tl.load(numbers + ROW_NORM)
     norm = tl.sqrt(square) * 1.0001 + 1e-16
     relative = (48.0 + width / 256.0) * (_UNIT * 1.0001)
@@ -245,6 +248,12 @@ def rounded(steps) -> tuple[tl.tensor, tl.tensor]:
     whole = (t + _ROUNDER) - _ROUNDER
     apart = (t - whole).to(tl.float64)
     return whole.to(tl.int32), apart * apart
+
+
+@triton.jit
+def root(square) -> tl.tensor:
+    """Return no less than a square root, as float64, by the approximate one of float32."""
+    return tl.sqrt(square.to(tl.float32)).to(tl.float64) * (1.0 + 1e-6)
 
 
 @triton.jit
@@ -295,6 +304,13 @@ def reach_at(reach, index, here, distance) -> tl.tensor:
     """Return the reach at each index as float64, or `distance` everywhere where that is >= 0."""
     kept = tl.load(reach + index, mask=here, other=0).to(tl.float64)
     return tl.where(distance < 0, kept, distance)
+
+
+@triton.jit
+def touched(boxes, reach, index, here, point, distance, slope, offset) -> tl.tensor:
+    """Tell which boxes a key within their reach, or within `distance`, may be in."""
+    limit = cut_of(reach_at(reach, index, here, distance), slope, offset)
+    return here & (box_sums(boxes, index, here, point) <= limit)
 
 
 @triton.jit
@@ -367,13 +383,13 @@ def collect_part(
     """Append to a query's ring what one of `programs` programs finds."""
     code, ring, entries = code + query * 16, ring + query * RING, entries + query
     notes = notes + query * _NOTES
-    slope = tl.load(numbers + LIPSCHITZ) * (1.0 + 1e-6) / tl.load(numbers + STEP)
+    slope = tl.load(numbers + SLOPE)
     near_error = tl.load(notes) + _SLACK_STEPS
     far_error = near_error
     if HAS_FAR:
         residual = tl.load(notes + 2) + tl.load(notes + 3) + tl.load(notes + 4)
         residual += tl.load(notes + 5)
-        far_error = tl.sqrt(residual) + tl.load(notes + 1) + _SLACK_STEPS
+        far_error = root(residual) + tl.load(notes + 1) + _SLACK_STEPS
     supers = tl.load(counts + 1)
     wanted = tl.load(point + query * 16 + tl.arange(0, 16)).to(tl.int32)[None, :]
     near_offset = near_error + tl.load(numbers + ERRORS)
@@ -382,25 +398,24 @@ def collect_part(
     for group in range(program.to(tl.int64), tl.where(skip_ordered, 0, groups), programs):
         one = group + tl.arange(0, SUPERS) * groups
         here = one < supers
-        limit = cut_of(reach_at(super_reach, one, here, distance), slope, near_offset)
-        open_ = here & (box_sums(super_boxes, one, here, wanted) <= limit)
-        while any_of(open_):
-            chosen = tl.min(tl.where(open_, one, supers), axis=0)
-            open_ = open_ & (one != chosen)
+        open_super = touched(
+            super_boxes, super_reach, one, here, wanted, distance, slope, near_offset
+        )
+        while any_of(open_super):
+            chosen = tl.min(tl.where(open_super, one, supers), axis=0)
+            open_super = open_super & (one != chosen)
             leaf = chosen * 64 + tl.arange(0, 64)
-            everywhere = leaf >= 0
-            limit = cut_of(reach_at(reach, leaf, everywhere, distance), slope, near_offset)
-            open_leaf = box_sums(leaf_boxes, leaf, everywhere, wanted) <= limit
+            open_leaf = touched(
+                leaf_boxes, reach, leaf, leaf >= 0, wanted, distance, slope, near_offset
+            )
             while any_of(open_leaf):
-                touched = tl.min(tl.where(open_leaf, leaf, supers * 64), axis=0)
-                open_leaf = open_leaf & (leaf != touched)
-                position = touched * 64 + tl.arange(0, 64)
-                radius = tl.load(reach + touched).to(tl.float64)
-                radius = tl.where(distance < 0, radius, distance)
+                first_leaf = tl.min(tl.where(open_leaf, leaf, supers * 64), axis=0)
+                open_leaf = open_leaf & (leaf != first_leaf)
+                of_leaf = first_leaf * 64 + tl.arange(0, 64)
                 scan_positions(
-                    position,
-                    position >= 0,
-                    radius,
+                    of_leaf,
+                    of_leaf >= 0,
+                    reach_at(reach, first_leaf, first_leaf >= 0, distance),
                     slope,
                     near_offset,
                     far_offset,
@@ -420,12 +435,10 @@ def collect_part(
     far_offset = far_error + tl.load(numbers + ERRORS + 3)
     for first in range(start + program * LINEAR, stop, programs * LINEAR):
         position = first + tl.arange(0, LINEAR)
-        here = position < stop
-        radius = reach_at(reach, position // 64, here, distance)
         scan_positions(
             position,
-            here,
-            radius,
+            position < stop,
+            reach_at(reach, position // 64, position < stop, distance),
             slope,
             near_offset,
             far_offset,
@@ -587,7 +600,7 @@ def decide(
                 # Nothing nearer than a hit may be hidden behind a shorter reach.
                 bits = tl.load(isolated + entry // 8, mask=entry >= 0, other=0).to(tl.int32)
                 alone = ((bits >> (entry % 8)) & 1) != 0
-                distance = tl.sqrt(best * (1.0 + 2.0 * slack_of(width)) + 1e-30)
+                distance = root(best * (1.0 + 2.0 * slack_of(width)) + 1e-30)
                 again = query >= 0
                 collect_part(
                     query,
@@ -618,6 +631,11 @@ def decide(
                 )
                 tl.debug_barrier()  # the ring is read by other lanes than wrote it
     write_verdict(hit, row, squared, query, is_hit, best_row, best)
+
+
+def _limits(device: torch.device) -> dict[str, int]:
+    """Return the options of `decide`; left alone, ptxas takes 128 registers and spills."""
+    return {"maxnreg": REGISTERS} if _is_native(device) else {}
 
 
 def _is_native(device: torch.device) -> bool:
@@ -730,6 +748,7 @@ def find(
             **shape,
             SUMS=sums,
             num_warps=WARPS,
+            **_limits(device),
             **OPTIONS,
         )
     return dense.find(queries, keys, doubtful, found, sums)

@@ -85,9 +85,9 @@ def settle(
         row = row_of(tl.load(ring + at + lane, mask=here, other=0), row_at, here)
         here = is_live(live, row, rows)
         slot = slots_of(row, key_slot, here)
-        found = float_sums(query, keys, slot, here, width, LANES, CHUNK)
-        tl.store(sums + at + lane, tl.where(here, found, -1.0), mask=at + lane < entries)
-        least = tl.minimum(least, tl.min(tl.where(here, found, float("inf")), axis=0))
+        float_sum = float_sums(query, keys, slot, here, width, LANES, CHUNK)
+        tl.store(sums + at + lane, tl.where(here, float_sum, -1.0), mask=at + lane < entries)
+        least = tl.minimum(least, tl.min(tl.where(here, float_sum, float("inf")), axis=0))
     tl.debug_barrier()  # sums are read by other lanes than wrote them
     limit = tl.minimum(limit, above(least, width))
     place = tl.arange(0, RING)
@@ -102,20 +102,29 @@ def settle(
     best = squared.to(tl.float64)
     sure, is_hit = sure_of(squared, radius_of(radius, best_row), width, SUMS)
     if (number > 1) | ((number == 1) & (not sure)):
-        best, best_row = best * 0 + float("inf"), best_row * 0 - 1
-        for at in range(0, entries, LANES):
-            found = tl.load(sums + at + lane, mask=at + lane < entries, other=-1.0)
-            here = (found >= 0) & (found <= limit)
-            if any_of(here):
-                some = tl.load(ring + at + lane, mask=here, other=0)
-                row = row_of(some, row_at, here)
-                slot = slots_of(row, key_slot, here)
+        best_row = best_row * 0 - 1
+        best = float("inf") - best_row.to(tl.float64)
+        for first in range(0, entries, LANES):
+            some = first + lane
+            float_sum = tl.load(sums + some, mask=some < entries, other=-1.0)
+            in_band = (float_sum >= 0) & (float_sum <= limit)
+            if any_of(in_band):
+                some_entry = tl.load(ring + some, mask=in_band, other=0)
+                some_row = row_of(some_entry, row_at, in_band)
                 exact, exact_row = nearest_of_rows(
-                    query, keys, row, slot, here, width, LANES, COLUMNS
+                    query,
+                    keys,
+                    some_row,
+                    slots_of(some_row, key_slot, in_band),
+                    in_band,
+                    width,
+                    LANES,
+                    COLUMNS,
                 )
                 known = best_row
                 best, best_row = nearer_of(best, best_row, exact, exact_row)
-                mine = tl.max(tl.where(here & (row == exact_row), some, -2147483648), axis=0)
-                entry = tl.where(best_row == known, entry, mine)
+                is_its = in_band & (some_row == exact_row)
+                taken = tl.max(tl.where(is_its, some_entry, -2147483648), axis=0)
+                entry = tl.where(best_row == known, entry, taken)
         is_hit = in_ball(best, radius_of(radius, best_row))
     return is_hit & has_one, best_row, best, entry
