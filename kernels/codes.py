@@ -101,7 +101,9 @@ def device_codes(
     isolated = torch.zeros(max(1, positions // 8), dtype=torch.uint8)
     if bits and bits[0] is not None:
         isolated[: len(bits[0])] = torch.from_numpy(bits[0])
-    boxes = [_box_rows(part.leaf_boxes, _whole(part.count, LEAF * LEAF) // LEAF) for part in ordered]
+    boxes = [
+        _box_rows(part.leaf_boxes, _whole(part.count, LEAF * LEAF) // LEAF) for part in ordered
+    ]
     super_boxes = [
         _box_rows(part.super_boxes, _whole(part.count, LEAF * LEAF) // (LEAF * LEAF))
         for part in ordered

@@ -202,9 +202,7 @@ def sure_of(squared, reach, width, SUMS: tl.constexpr) -> tuple[tl.tensor, tl.te
     With SUMS a hit is never sure, so that its canonical S is found.
     """
     wide = squared.to(tl.float64)
-    inside = (reach >= 0) & (
-        wide * (1.0 + 2.0 * slack_of(width)) + width * _TINY <= reach * reach
-    )
+    inside = (reach >= 0) & (wide * (1.0 + 2.0 * slack_of(width)) + width * _TINY <= reach * reach)
     outside = (reach < 0) | (squared > above(reach * reach, width))
     return (inside & (not SUMS)) | outside, inside
 
