@@ -22,12 +22,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from grace_fast.kernels import dense
 from grace_fast.kernels.exact import Found, Keys, any_of, slack_of, write_verdict
 from grace_fast.kernels.nearest import CHUNK_BYTES, OPTIONS
 from grace_fast.kernels.ring import CHUNK, LANES, WARPS, append, settle
+from torch import Tensor
 
 NEAR, FAR, SLOTS = 16, 48, 64
 LEAF = 64  # keys of a leaf, and leaves of a super leaf

@@ -12,8 +12,6 @@ read from the device, nothing is specialised on it, and nothing waits for the ho
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from grace_fast.kernels.exact import (
     NONE,
     Found,
@@ -35,6 +33,7 @@ from grace_fast.kernels.exact import (
     write_verdict,
 )
 from grace_fast.kernels.nearest import CHUNK_BYTES, OPTIONS
+from torch import Tensor
 
 # By room for rows: up to so many rows, rows of a block and columns read at a time. Not measured.
 TILES = ((4096, 8, 256), (1 << 62, 32, 64))
@@ -47,11 +46,7 @@ MOST_TOGETHER = 4  # queries that share a read of the keys; arithmetic outweighs
 @triton.jit
 def asked_for(doubtful, query, here) -> tl.tensor:
     """Tell which queries are to be looked up: all, or those that another look-up gave up."""
-    if doubtful is None:
-        asked = here
-    else:
-        asked = tl.load(doubtful + query, mask=here, other=0) != 0
-    return asked
+    return here if doubtful is None else tl.load(doubtful + query, mask=here, other=0) != 0
 
 
 @triton.jit(do_not_specialize=["batch", "programs"])
@@ -84,15 +79,15 @@ def scan_keys(
     lane = tl.arange(0, ROWS)
     firsts, seconds = (), ()
     for _ in tl.static_range(TOGETHER):
-        firsts = firsts + (tl.full((ROWS,), NONE, dtype=tl.int64),)
-        seconds = seconds + (tl.full((ROWS,), NONE, dtype=tl.int64),)
+        firsts += (tl.full((ROWS,), NONE, dtype=tl.int64),)
+        seconds += (tl.full((ROWS,), NONE, dtype=tl.int64),)
     for at in range(program.to(tl.int64) * ROWS, rows, programs.to(tl.int64) * ROWS):
         row = at + lane
         here = tl.load(live + row, mask=row < rows, other=0) != 0
         slot = slots_of(row, key_slot, here)
         totals = ()
         for _ in tl.static_range(TOGETHER):
-            totals = totals + (tl.zeros((ROWS, CHUNK), dtype=tl.float32),)
+            totals += (tl.zeros((ROWS, CHUNK), dtype=tl.float32),)
         for first in tl.range(0, width, CHUNK, num_stages=STAGES):
             j = first + tl.arange(0, CHUNK)
             k = tl.load(
@@ -105,13 +100,13 @@ def scan_keys(
                 one = tl.minimum(first_query + i, batch - 1)
                 q = tl.load(queries + one * width + j, mask=j < width, other=0)
                 difference = q.to(tl.float32)[None, :] - k
-                sums = sums + (totals[i] + difference * difference,)
+                sums += (totals[i] + difference * difference,)
             totals = sums
         nearer, next_nearer = (), ()
         for i in tl.static_range(TOGETHER):
             pair = packed(tl.sum(totals[i], axis=1), row, here)
-            next_nearer = next_nearer + (tl.minimum(seconds[i], tl.maximum(firsts[i], pair)),)
-            nearer = nearer + (tl.minimum(firsts[i], pair),)
+            next_nearer += (tl.minimum(seconds[i], tl.maximum(firsts[i], pair)),)
+            nearer += (tl.minimum(firsts[i], pair),)
         firsts, seconds = nearer, next_nearer
     for i in tl.static_range(TOGETHER):
         least = tl.min(firsts[i], axis=0)

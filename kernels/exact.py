@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from grace_fast.kernels.nearest import canonical_sums, lowest
+from torch import Tensor
 
 NONE = tl.constexpr(0x7FFFFFFFFFFFFFFF)  # packed: no key; as a distance it is a NaN
 _UNIT = tl.constexpr(2.0**-24)

@@ -7,9 +7,8 @@ read at all, and of one that hit only the masked elements are written: nothing i
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from grace_fast.kernels.dense import asked_for
+from torch import Tensor
 
 MODES = {"replace_all": 0, "replace_last": 1, "replace_prompt": 2}
 TOKENS, COLUMNS, WARPS = 8, 512, 4  # not measured

@@ -7,7 +7,6 @@ count looks the query up densely then, so that no answer depends on a capacity.
 
 import triton
 import triton.language as tl
-
 from grace_fast.kernels.exact import (
     above,
     above_every_ball,

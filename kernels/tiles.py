@@ -24,12 +24,11 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from grace_fast.kernels import dense
 from grace_fast.kernels.exact import Found, Keys, any_of, is_finite, write_verdict
 from grace_fast.kernels.nearest import CHUNK_BYTES, OPTIONS
 from grace_fast.kernels.ring import CHUNK, LANES, WARPS, append, settle
+from torch import Tensor
 
 RING = 256  # candidates of a query; more and it is looked up densely
 # Queries, rows and columns of a tile, its warps and the chunks in flight. Not measured.

@@ -301,7 +301,7 @@ def encoded(device: str) -> list[tuple[int, float, float]]:
 
     told = []
     for name in ("clusters", "width 129", "width 7"):
-        case, queries = case_of(name)
+        _, queries = case_of(name)
         _, keys, radii, _ = on_device(name, "cpu")
         phi = host_codes.fit(keys, host_codes.scale_of(radii[radii > 0], keys))
         made = certificate(name, device)
