@@ -649,7 +649,7 @@ def programs_of(keys: Keys, codes: DeviceCodes, batch: int) -> int:
     after = len(codes.row) - supers * LEAF * LEAF
     most = max(triton.cdiv(supers, SUPERS), triton.cdiv(after, LINEAR), 1)
     room = triton.cdiv(PROGRAMS_PER_PROCESSOR * dense.processors(keys), batch)
-    return max(1, min(most, room))
+    return int(max(1, min(most, room)))
 
 
 def find(

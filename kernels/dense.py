@@ -9,6 +9,8 @@ A packed minimum alone would lose what the band needs: row 5 at 1 + 1e-9 beats r
 read from the device, nothing is specialised on it, and nothing waits for the host.
 """
 
+# A tuple of tensors grows in a loop that is unrolled.
+# mypy: disable-error-code="assignment"
 import torch
 import triton
 import triton.language as tl
@@ -200,7 +202,8 @@ def tile_of(keys: Keys) -> tuple[int, int]:
 def programs_of(keys: Keys, groups: int) -> int:
     """Return among how many programs the keys are shared, for so many groups of queries."""
     blocks = triton.cdiv(max(1, keys.capacity), tile_of(keys)[0])
-    return max(1, min(blocks, triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(keys), groups)))
+    room = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(keys), groups)
+    return int(max(1, min(blocks, room)))
 
 
 def processors(keys: Keys) -> int:
@@ -208,7 +211,7 @@ def processors(keys: Keys) -> int:
     device = keys.slots.device
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def find(

@@ -272,7 +272,7 @@ def programs_of(keys: Keys, batch: int) -> int:
     tiles = triton.cdiv(max(1, keys.capacity), TILE["BLOCK_N"]) * triton.cdiv(
         batch, TILE["BLOCK_B"]
     )
-    return min(tiles, PROGRAMS_PER_PROCESSOR * dense.processors(keys))
+    return int(min(tiles, PROGRAMS_PER_PROCESSOR * dense.processors(keys)))
 
 
 def find(
