@@ -40,6 +40,26 @@ def add_in_order(total, square, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr) -> t
 
 
 @triton.jit
+def canonical_sums(
+    query, keys, slot, here, width, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
+) -> tl.tensor:
+    """Return S [BLOCK_N] float64 of one query [D] and the keys in slots, where `here` is set."""
+    squared = tl.zeros((BLOCK_N,), dtype=tl.float64)
+    for first in tl.range(0, width, CHUNK, num_stages=3):
+        j = first + tl.arange(0, CHUNK)
+        q = tl.load(query + j, mask=j < width, other=0)
+        k = tl.load(
+            keys + slot[:, None] * width + j[None, :],
+            mask=here[:, None] & (j < width)[None, :],
+            other=0,
+        )
+        # By way of fp32, which holds bf16 and fp16 exactly: the interpreter has no bf16 of its own.
+        difference = q.to(tl.float32).to(tl.float64)[None, :] - k.to(tl.float32).to(tl.float64)
+        squared = add_in_order(squared, difference * difference, BLOCK_N, CHUNK)
+    return squared
+
+
+@triton.jit
 def lowest(squared, row) -> tuple[tl.tensor, tl.tensor]:
     """Return the least of squared and the lowest row that has it."""
     best = tl.min(squared, axis=0)
@@ -71,18 +91,9 @@ def nearest_in_block(
     if key_slot is not None:
         slot = tl.load(key_slot + row, mask=row < rows, other=0)
     is_live = tl.load(live + row, mask=row < rows, other=0) != 0
-    squared = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for first in tl.range(0, width, CHUNK, num_stages=3):
-        j = first + tl.arange(0, CHUNK)
-        q = tl.load(queries + query * width + j, mask=j < width, other=0)
-        k = tl.load(
-            keys + slot[:, None] * width + j[None, :],
-            mask=is_live[:, None] & (j < width)[None, :],
-            other=0,
-        )
-        # By way of fp32, which holds bf16 and fp16 exactly: the interpreter has no bf16 of its own.
-        difference = q.to(tl.float64)[None, :] - k.to(tl.float32).to(tl.float64)
-        squared = add_in_order(squared, difference * difference, BLOCK_N, CHUNK)
+    squared = canonical_sums(
+        queries + query * width, keys, slot, is_live, width, BLOCK_N=BLOCK_N, CHUNK=CHUNK
+    )
     # NaN < inf is false, so this takes NaN out too.
     may_win = is_live & (squared < float("inf"))
     best, best_row = lowest(tl.where(may_win, squared, float("inf")), row)

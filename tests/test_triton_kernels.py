@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from triton_compile import NVIDIA, compiled, dumped, instructions, resources, target_of
 
 import grace_fast as gf
 from grace_fast import lookup, semantics
@@ -300,8 +300,6 @@ def test_without_triton_the_back_end_says_so(monkeypatch):
 # not a multiple of 16 is read element by element; it may take what there is, but not spill.
 REGISTERS = 64
 REGISTERS_ODD_WIDTH = 255
-NVIDIA = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-ALIGNED = [["tt.divisibility", 16]]
 
 # The element type of keys, whether rows point to slots, whether D is a multiple of 16.
 VARIANTS = {
@@ -313,23 +311,6 @@ SUMS_ON_NVIDIA = [
     *((target, variant) for target in NVIDIA for variant in ("fp32", "bf16, moved keys")),
     ("sm_90", "fp16, odd width"),
 ]
-
-
-def compiled(function, target, types: dict[str, str], constants: dict[str, object], **options):
-    """Return a kernel compiled ahead of time; pointers and what says so are multiples of 16."""
-    import triton
-
-    names = function.arg_names
-    signature = {name: types.get(name, "constexpr").removesuffix(" aligned") for name in names}
-    aligned = [name for name in names if types.get(name, "").startswith("*")]
-    aligned += [name for name in names if types.get(name, "").endswith(" aligned")]
-    source = triton.compiler.ASTSource(
-        function,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): ALIGNED for name in aligned},
-    )
-    return triton.compile(source, target=target, options=options)
 
 
 def compiled_in_block(target, variant: str, **options):
@@ -371,33 +352,10 @@ def compiled_of_blocks(target):
     return compiled(kernel.nearest_of_blocks, target, types, constants, **kernel.OPTIONS)
 
 
-def dumped(binary: bytes, what: str, folder: Path) -> str:
-    """Return what cuobjdump, which comes with triton, says of a cubin."""
-    import triton
-
-    path = folder / "kernel.cubin"
-    path.write_bytes(binary)
-    command = [triton.knobs.nvidia.cuobjdump.path, what, str(path)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def resources(binary: bytes, folder: Path) -> dict[str, int]:
-    usage = dumped(binary, "-res-usage", folder)
-    return {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-
-
-def instructions(text: str, pattern: str) -> set[str]:
-    return set(re.findall(pattern, text))
-
-
 @pytest.fixture
 def target(request):
     skip_unless_importable()
-    from triton.backends.compiler import GPUTarget
-
-    if request.param == "gfx942":
-        return GPUTarget("hip", "gfx942", 64)
-    return GPUTarget("cuda", NVIDIA[request.param], 32)
+    return target_of(request.param)
 
 
 @pytest.mark.parametrize(("target", "variant"), SUMS_ON_NVIDIA, indirect=["target"])
