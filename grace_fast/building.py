@@ -37,10 +37,9 @@ class Build:
     def run(self) -> Part | None:
         """Return the run of the rows from the start on; None where it cannot be made."""
         snapshot, state = self._snapshot, self._state
-        live = snapshot.live
-        radii = snapshot.radii
+        live, radii = snapshot.live.cpu(), snapshot.radii.cpu()
         if state is None:
-            sample = snapshot.keys if snapshot.rows <= 8192 else self._sample()
+            sample = snapshot.keys.cpu() if snapshot.rows <= 8192 else self._sample()
             positive = radii[live & (radii >= 0)]
             self.floor = float(positive.median()) if len(positive) else 0.0
             phi = codes.fit(sample, codes.scale_of(positive, sample))
@@ -58,7 +57,8 @@ class Build:
         part = order.run(
             encoded, self._start, radii[self._start :].numpy(), self.floor, self._cpu.kd_order
         )
-        self._look_around(part, radii)
+        if snapshot.device.type == "cpu":
+            self._look_around(part, radii)
         if state is None:
             self._predict(part)
         return part
@@ -67,13 +67,13 @@ class Build:
         rows = torch.arange(0, self._snapshot.rows, max(1, self._snapshot.rows // 4096))
         snapshot = self._snapshot
         slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
-        return snapshot.key_slots[slots]
+        return snapshot.key_slots[slots].cpu()
 
     def _keys(self, first: int, last: int) -> torch.Tensor:
         snapshot = self._snapshot
         if snapshot.counts.key_moves:
-            return snapshot.key_slots[snapshot.key_slot[first:last]]
-        return snapshot.key_slots[first:last]
+            return snapshot.key_slots[snapshot.key_slot[first:last]].cpu()
+        return snapshot.key_slots[first:last].cpu()
 
     def _alone(self, part: Part) -> View:
         """Return the version under a certificate of this part only, to ask it about itself."""
@@ -107,6 +107,9 @@ class Build:
     def _predict(self, part: Part) -> None:
         """Calibrate: the bytes a look-up reads, asked of keys themselves."""
         snapshot = self._snapshot
+        if snapshot.device.type != "cpu":
+            self.predicted_bytes = self._predicted_on_a_device(part)
+            return
         view = self._alone(part)
         count = min(64, snapshot.rows)
         rows = torch.linspace(0, snapshot.rows - 1, count).long()
@@ -118,3 +121,14 @@ class Build:
         projection = codes.NEAR * snapshot.key_dim * 2
         again = view.key_bytes * (max(0.0, effort.rechecks - 1) - min(1.0, effort.rechecks))
         self.predicted_bytes = effort.bytes + again - 0.9 * projection
+
+    def _predicted_on_a_device(self, part: Part) -> float:
+        """Return what a look-up reads if it scans all near codes: of a sample, as codes say."""
+        snapshot = self._snapshot
+        keys = self._sample()
+        made = codes.encode_keys(self.phi, keys)
+        asked = codes.encode_queries(self.phi, keys[:: max(1, len(keys) // 64)].float())
+        survives = codes.lower_bounds(self.phi, asked, made) <= self.floor
+        others = (float(survives.sum(dim=1).double().mean()) - 1) / len(keys) * part.count
+        key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
+        return codes.NEAR * part.count + max(0.0, others) * (codes.FAR + key_bytes)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_fast import codes, order
+from grace_fast import codes, native, order
 from grace_fast.building import Build
 from grace_fast.codebook import PAGE_ROWS, Page, Snapshot
 from grace_fast.order import Array, Part
@@ -35,8 +35,17 @@ _log = logging.getLogger("grace_fast")
 _builders: weakref.WeakSet[Certificate] = weakref.WeakSet()
 
 
+def of(snapshot: Snapshot) -> Certificate | None:
+    """Return the certificate of a published version's codebook, None without the extension."""
+    if native.cpu is None:
+        return None
+    return snapshot.derived(  # type: ignore[no-any-return]
+        "certificate", lambda _, previous: previous or Certificate(native.cpu)
+    )
+
+
 class Certificate:
-    """What `Codebook.derived` keeps for the host; `view` is the only thing a look-up calls."""
+    """The codes of one codebook's keys, on the host; look-ups call only `view` and `state`."""
 
     def __init__(self, cpu: Any) -> None:
         self._cpu = cpu
@@ -63,6 +72,13 @@ class Certificate:
                 view.holds = (state, state.tail)
                 view.predicted_bytes = state.predicted_bytes
             return view
+
+    def state(self, snapshot: Snapshot) -> State | None:
+        """Return what is known of a version's keys by now, None where that is nothing."""
+        with self._lock:
+            self._take_in(snapshot)
+            state = self._state
+            return state if state is not None and snapshot.version >= state.oldest else None
 
     def is_current(self, view: View) -> bool:
         """Tell whether a new view of the same version would say no more."""
@@ -101,14 +117,14 @@ class Certificate:
         first = number * PAGE_ROWS
         state = self._state
         here = min(PAGE_ROWS, snapshot.rows - first)
-        radii = page.radius.numpy()[:here]
+        radii = page.radius.cpu().numpy()[:here]
         self._widest = max(self._widest, float(radii.max()))
         if state is None or old is None:
             return
         here = min(here, state.covered - first)
         if here <= 0:
             return
-        for offset in np.flatnonzero(radii[:here] > old.radius.numpy()[:here]):
+        for offset in np.flatnonzero(radii[:here] > old.radius.cpu().numpy()[:here]):
             self._raise_reach(state, first + int(offset), float(radii[offset]))
         moved = np.flatnonzero(page.key_slot.numpy()[:here] != old.key_slot.numpy()[:here])
         if len(moved):
@@ -128,8 +144,8 @@ class Certificate:
         slots = torch.from_numpy(rows)
         if snapshot.counts.key_moves:
             slots = snapshot.key_slot[slots]
-        made = codes.encode_keys(state.phi, snapshot.key_slots[slots])
-        radii = snapshot.radii_of(torch.from_numpy(rows)).numpy()
+        made = codes.encode_keys(state.phi, snapshot.key_slots[slots].cpu())
+        radii = snapshot.radii_of(torch.from_numpy(rows)).cpu().numpy()
         added = order.append(state.tail, made, rows, radii, state.floor)
         if added is None:  # a key the codes cannot hold: start anew, without them until then
             self._state = None
@@ -149,7 +165,7 @@ class Certificate:
         first = state.covered
         page = first // PAGE_ROWS  # rows added in place: their page may be the known one
         if new > 0:
-            radii = np.concatenate([p.radius.numpy() for p in snapshot.pages[page:]])
+            radii = np.concatenate([p.radius.cpu().numpy() for p in snapshot.pages[page:]])
             radii = radii[first - page * PAGE_ROWS :][:new]
             self._widest = max(self._widest, float(radii.max()))
         if 0 < new <= INLINE_ROWS:

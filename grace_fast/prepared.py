@@ -14,7 +14,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from grace_fast import lookup
+from grace_fast import certificate, lookup
 from grace_fast.backends import cpu
 from grace_fast.certificate import Certificate
 from grace_fast.codebook import Codebook, Snapshot
@@ -61,7 +61,7 @@ class Prepared:
 
     def _renew(self) -> View | None:
         self._snapshot = snapshot = self._book.snapshot()
-        self._certificate = cpu.certificate_of(snapshot)
+        self._certificate = certificate.of(snapshot)
         self._view = cpu.view_of(snapshot)
         return self._view
 

@@ -65,7 +65,7 @@ def decide_as_the_law(book, queries):
 
 
 def settled(book):
-    cpu.certificate_of(book.snapshot()).settle()
+    gf.prepare(book)
     view = cpu.view_of(book.snapshot())
     assert view.plan is not None
     return book
@@ -225,7 +225,7 @@ def test_a_codebook_that_grows_from_nothing_refits_and_sorts(monkeypatch):
         at += count
         decide_as_the_law(book, data.queries(keys[:at], radii[:at], 40))
         if at % 2:
-            cpu.certificate_of(book.snapshot()).settle()
+            gf.prepare(book)
         state = cpu.view_of(book.snapshot()).made_from
         runs = max(runs, len(state.runs) if state else 0)
         decide_as_the_law(book, data.queries(keys[:at], radii[:at], 40))
@@ -302,7 +302,7 @@ def test_keys_of_any_size_are_right(scale):
     keys, radii = data.clusters(300, 24)
     book = book_of(keys * scale, radii * scale)
     gf.find(keys[:1], book)
-    cpu.certificate_of(book.snapshot()).settle()
+    gf.prepare(book)
     decide_as_the_law(book, data.queries(keys * scale, radii * scale, 200))
 
 
@@ -317,7 +317,7 @@ def test_degenerate_codebooks_are_right(instruction_set):
     ):
         book = book_of(keys, radii)
         cpu.find(one, book.snapshot())
-        cpu.certificate_of(book.snapshot()).settle()
+        gf.prepare(book)
         queries = torch.cat([keys[:20], keys[:20] + 0.5 / 5**0.5, one + 1e-7])
         decide_as_the_law(book, queries)
 
@@ -332,7 +332,7 @@ def test_offsets_past_2_31_are_right():
         draft.point_key(7, rows - 1)
     query = torch.full((1, width), 2.0)
     assert gf.find(query, book).row.tolist() == [7]
-    cpu.certificate_of(book.snapshot()).settle()
+    gf.prepare(book)
     assert gf.find(query, book).row.tolist() == [7]
     assert gf.nearest(query, book).row.tolist() == [7]
 

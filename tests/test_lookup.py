@@ -14,7 +14,7 @@ from hypothesis import given
 from torch import Tensor
 
 import grace_fast as gf
-from grace_fast import lookup, semantics
+from grace_fast import lookup, native, semantics
 from grace_fast.backends import cpu, reference, triton
 from grace_fast.backends.workload import Workload
 from grace_fast.edits import History
@@ -357,7 +357,7 @@ def machine(monkeypatch):
     def pretend(*parts: str) -> None:
         lookup.choose.cache_clear()
         monkeypatch.setattr(cpu, "_cpu", object() if "compiled" in parts else None)
-        monkeypatch.setattr(cpu, "_missing", "the extension was not built", raising=False)
+        monkeypatch.setattr(native, "missing", "the extension was not built")
         missing = None if "triton" in parts else "triton cannot be imported"
         monkeypatch.setattr(triton, "_missing", lambda: missing)
         monkeypatch.setattr(triton, "_interpreted", lambda: "interpreter" in parts)

@@ -8,27 +8,18 @@ two is by predicted bytes; the decision is the same.
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace_fast import semantics
+from grace_fast import certificate, native, semantics
 from grace_fast.backends.workload import Workload
-from grace_fast.certificate import Certificate
 from grace_fast.codebook import Snapshot
 from grace_fast.views import DTYPE_NUMBERS, View
 
-_cpu: Any = None
-try:
-    _cpu = importlib.import_module("grace_fast._cpu")
-    _cpu.use_tensors(torch.Tensor)
-except ImportError as error:
-    _missing = f"the extension grace_fast._cpu was not built ({error})"
-    logging.getLogger("grace_fast").warning("%s: look-ups on the host run in torch", _missing)
+_cpu: Any = native.cpu
 
 NAME = "cpu"
 # The answers of a batch side by side: S of all, row of all, hit of all (bindings.cpp).
@@ -39,7 +30,7 @@ BYTES_PER_ANSWER = 17
 def why_not(workload: Workload) -> str | None:
     """Return why the compiled host path cannot take a call, or None."""
     if _cpu is None:
-        return _missing
+        return native.missing
     if workload.device != "cpu":
         return f"keys are on {workload.device}, not on the host"
     return None
@@ -104,9 +95,9 @@ def view_of(snapshot: Snapshot) -> View | None:
     kept = snapshot.derived(NAME, _keep)
     if kept is None:
         return _view_of_draft(snapshot) if _reads(snapshot) else None
-    certificate, view = kept
-    if certificate is not None and not certificate.is_current(view):
-        view = certificate.view(snapshot, view)
+    known, view = kept
+    if known is not None and not known.is_current(view):
+        view = known.view(snapshot, view)
         kept[1] = view
     return view  # type: ignore[no-any-return]
 
@@ -115,11 +106,6 @@ def _view(snapshot: Snapshot) -> View:
     view = view_of(snapshot)
     assert view is not None, "`why_not` was not asked"
     return view
-
-
-def certificate_of(snapshot: Snapshot) -> Certificate | None:
-    """Return the certificate of a published version's codebook; None as in `view_of`."""
-    return snapshot.derived(NAME, _keep)[0]  # type: ignore[no-any-return]
 
 
 def _view_of_draft(snapshot: Snapshot) -> View:
@@ -135,8 +121,9 @@ def _view_of_draft(snapshot: Snapshot) -> View:
 def _keep(snapshot: Snapshot, previous: Any) -> list[Any]:
     if not _reads(snapshot):
         return [None, None]
-    certificate, view = previous or (Certificate(_cpu), None)
-    return [certificate, certificate.view(snapshot, view)]
+    known = certificate.of(snapshot)
+    assert known is not None
+    return [known, known.view(snapshot, previous[1] if previous else None)]
 
 
 def _reads(snapshot: Snapshot) -> bool:
