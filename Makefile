@@ -38,6 +38,9 @@ sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-b
 bench: .venv/.bench  ## look-ups against their peers up to N = 1e5, checked before timed, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run
 
+bench-million: .venv/.bench  ## N = 1e6, warm and with flushed caches; 20 GB of memory
+	PYTHONPATH=. $(BIN)/python -m benchmarks.run --million
+
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
 
@@ -81,4 +84,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-full bench-micro gate gate-full check fix clean
+.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro gate gate-full check
+.PHONY: fix clean

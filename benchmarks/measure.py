@@ -19,6 +19,7 @@ from benchmarks.peers import Contestant, Peer
 from benchmarks.report import Row
 from benchmarks.timing import Run, Turn, flusher, interleave, ratio
 from benchmarks.workloads import Problem, Spec, make
+from grace_fast.backends import cpu
 
 OUTPUT_TOKENS = 32  # of the layer's output in a `replace` work
 CHECK_S = 4.0  # for comparing a peer with the law, on queries and again on edges
@@ -125,7 +126,19 @@ def _enter(work: Work, problem: Problem, known: list[Decisions], title: str, pee
         "edges": edges,
         "wrong_at_edges": wrong_at_edges,
     }
+    if peer is peers.PREPARED:
+        facts |= _effort(problem)
     return _Entry(peer, contestant, facts)
+
+
+def _effort(problem: Problem) -> dict[str, object]:
+    """Return what a certified look-up reads, in the mean; nothing where all keys are read."""
+    view = cpu.view_of(problem.book.snapshot())
+    if view is None or not view.keys_pay:
+        return {}
+    effort = view.effort(problem.queries)
+    names = ("codes", "survivors", "rechecks", "bytes")
+    return {name: getattr(effort, name) for name in names}
 
 
 def _build(work: Work, problem: Problem, peer: Peer) -> Contestant:

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import short_name
-
 
 @dataclass(frozen=True)
 class Row:
@@ -41,6 +39,10 @@ class Row:
     behind_least: float | None = None
     behind_most: float | None = None
     build_s: float | None = None
+    codes: float | None = None  # of a certified look-up, in the mean: near codes read
+    survivors: float | None = None  # keys that these do not settle
+    rechecks: float | None = None  # keys read whole
+    bytes: float | None = None  # read for all that
     note: str = ""
 
     @property
@@ -50,11 +52,11 @@ class Row:
 
 
 def save(
-    folder: Path, machine: dict[str, Any], command: str, date: str, rows: Sequence[Row]
+    folder: Path, name: str, machine: dict[str, Any], command: str, date: str, rows: Sequence[Row]
 ) -> Path:
-    """Write `<machine>-<date>.json`, `.md` and `.png` into a folder; return the JSON file."""
+    """Write `<name>.json`, `.md` and `.png` into a folder; return the JSON file."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{short_name(machine)}-{date}.json"
+    path = folder / f"{name}.json"
     where = {"device": machine["device"], "cpu": machine["cpu"]}
     listed = [where | asdict(row) for row in rows]
     whole = {"machine": machine, "command": command, "date": date, "rows": listed}
@@ -77,7 +79,8 @@ def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Ro
         "Decisions are compared with the law (float64, in the canonical order) before each timing: "
         "wrong ones of all, and of those exactly on a radius (`on edge`). `to baseline` is the "
         "time of faiss flat, which searches and decides nothing, over ours; `to ours` is a peer's "
-        "time over ours. Each is timed in turns with ours; the median (least to most) of the "
+        "time over ours; `reads` is what a certified look-up reads in the "
+        "mean. Each is timed in turns with ours; the median (least to most) of the "
         "rounds. A peer that cannot be had here is listed with the reason.",
     ]
     for work, some in _by_work(rows):
@@ -87,7 +90,19 @@ def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Ro
     return "\n".join(lines) + "\n"
 
 
-HEADINGS = ("", "p50", "p5", "p95", "to baseline", "to ours", "wrong", "on edge", "build", "note")
+HEADINGS = (
+    "",
+    "p50",
+    "p5",
+    "p95",
+    "to baseline",
+    "to ours",
+    "wrong",
+    "on edge",
+    "build",
+    "reads",
+    "note",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -100,7 +115,14 @@ def cells(row: Row) -> list[str]:
         _spread(row.ratio, row.ratio_least, row.ratio_most),
         _spread(row.behind, row.behind_least, row.behind_most),
     ]
-    return [row.contestant, *times, *ratios, wrong, edges, built, row.note]
+    return [row.contestant, *times, *ratios, wrong, edges, built, _reads(row), row.note]
+
+
+def _reads(row: Row) -> str:
+    if row.bytes is None:
+        return "-"
+    parts = (row.codes, row.survivors, row.rechecks, row.bytes / 1024)
+    return "{} codes, {} survivors, {} keys: {} KiB".format(*(_figure(part) for part in parts))
 
 
 def print_work(work: str, rows: Iterable[Row]) -> None:

@@ -1,4 +1,4 @@
-"""Measure look-ups against their peers: `python -m benchmarks.run [--quick | --full]`.
+"""Measure look-ups against their peers: `python -m benchmarks.run [--quick | --million | --full]`.
 
 Every timing comes after a comparison with the law; where ours decides wrongly no speed is reported
 and the command fails. Results go to `benchmarks/results/`.
@@ -25,8 +25,17 @@ NONE = ()
 
 
 def works(size: str) -> list[Work]:
-    """Return what is measured: `quick` (a minute), `default` (minutes) or `full` (an hour)."""
+    """Return what is measured: `quick` (a minute), `default`, `million` or `full` (an hour)."""
     real = Spec("minilm", 1_000)
+    million = replace(real, rows=1_000_000, value_dim=16, queries=128)
+    millions = [
+        Work(million, against=DENSE),
+        Work(million, flushed=True, against=NONE),
+        Work(replace(million, epsilon_ratio=0.3), against=NONE),
+        Work(replace(million, epsilon_ratio=0.3), flushed=True, against=NONE),
+    ]
+    if size == "million":
+        return millions
     if size == "quick":
         return [Work(real, against=FAST_PEERS), Work(replace(real, epsilon_ratio=0.3))]
     everyone = PEERS if size == "full" else FAST_PEERS
@@ -55,12 +64,8 @@ def works(size: str) -> list[Work]:
         Work(replace(wide, source="isotropic", epsilon_ratio=1.0), batch=32),
     ]
     if size == "full":
-        million = replace(real, rows=1_000_000, value_dim=16, queries=128)
         listed += [
-            Work(million, against=DENSE),
-            Work(million, flushed=True, against=NONE),
-            Work(replace(million, epsilon_ratio=0.3), against=NONE),
-            Work(replace(million, epsilon_ratio=0.3), flushed=True, against=NONE),
+            *millions,
             Work(replace(wide, rows=100_000, source="isotropic", epsilon_ratio=1.0)),
             Work(replace(wide, source="isotropic", width=18944, rows=5_000)),
         ]
@@ -72,13 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="N = 1e3 only, about a minute")
+    size.add_argument("--million", action="store_true", help="N = 1e6 only; 20 GB of memory")
     size.add_argument("--full", action="store_true", help="adds N = 1e6 and the slow peers")
     parser.add_argument("--threads", type=int, default=1, help="of everyone, ours and peers")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of calls a contestant")
     parser.add_argument("--only", default="", help="works whose source holds this word")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     given = parser.parse_args(arguments)
-    chosen = "quick" if given.quick else "full" if given.full else "default"
+    sizes = [name for name in ("quick", "million", "full") if getattr(given, name)]
+    chosen = sizes[0] if sizes else "default"
     threads = given.threads
     torch.set_num_threads(threads)
     listed = [work for work in works(chosen) if given.only in work.spec.source]
@@ -94,7 +101,8 @@ def main(arguments: list[str] | None = None) -> int:
             report.print_work(work, some)
             rows += some
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path = report.save(given.out, described, command, today, rows)
+    name = "-".join([machine.short_name(described), today, *sizes])
+    path = report.save(given.out, name, described, command, today, rows)
     print(f"results: {path}, .md and .png beside it")
     failed = [row for row in rows if row.failed]
     for row in failed:

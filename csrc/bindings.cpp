@@ -3,12 +3,15 @@
 // What is described once a version (`Book`, `Plan`) takes names; the calls made for every query
 // take the same few addresses by position, because names cost more than a look-up in a small
 // codebook.
+#include <omp.h>
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "lookup.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 using namespace grace_fast;
@@ -63,19 +66,6 @@ struct Book {
   Queries queries(Address first, int64_t stride, int dtype, int64_t batch) const {
     return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
   }
-  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
-               Address squared) const {
-    const py::gil_scoped_release unlocked;
-    grace_fast::nearest(queries(first, stride, dtype, batch), keys, threads, pointer<int64_t>(row),
-                        pointer<double>(squared));
-  }
-  py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads,
-                 float widest) const {
-    return answered(batch, [&](bool* hit, int64_t* row, double* squared) {
-      return find_dense(queries(first, stride, dtype, batch), keys, widest, threads, hit, row,
-                        squared);
-    });
-  }
 };
 
 struct Plan {
@@ -107,13 +97,6 @@ struct Plan {
          pointer<const int16_t>(leaf_boxes), pointer<const int16_t>(super_boxes),
          pointer<const float>(super_reach), pointer<const uint8_t>(isolated)});
   }
-  py::tuple find(const Book& book, Address first, int64_t stride, int dtype, int64_t batch,
-                 int threads) const {
-    return answered(batch, [&](bool* hit, int64_t* row, double* squared) {
-      return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate,
-                            threads, hit, row, squared, nullptr);
-    });
-  }
   py::dict effort(const Book& book, Address first, int64_t stride, int dtype, int64_t batch) const {
     Effort effort{};
     answered(batch, [&](bool* hit, int64_t* row, double* squared) {
@@ -136,6 +119,65 @@ struct Plan {
   }
 };
 
+// A version of a codebook, ready to be asked: its keys, what its certificate says of them (or
+// nothing), and up to which batch reading by it is predicted to cost less than reading all keys.
+struct Version {
+  const Book& book;
+  const Plan* plan;
+  float widest;
+  double predicted_bytes;  // of one query, by the certificate
+  int64_t certified_up_to;
+
+  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
+               Address squared) const {
+    const py::gil_scoped_release unlocked;
+    nearest_dense(book.queries(first, stride, dtype, batch), book.keys, threads,
+                  pointer<int64_t>(row), pointer<double>(squared));
+  }
+  // The same by the certificate, for keys that are not farther than `within`.
+  void nearest_within(Address first, int64_t stride, int dtype, int64_t batch, int threads,
+                      Address row, Address squared, double within) const {
+    const py::gil_scoped_release unlocked;
+    nearest_certified(book.queries(first, stride, dtype, batch), book.keys, plan->certificate,
+                      within, threads, pointer<int64_t>(row), pointer<double>(squared));
+  }
+  py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
+    return found(book.queries(first, stride, dtype, batch), threads);
+  }
+  // The same for a tensor [B, D] on the host; None for any that has to be looked at in Python.
+  py::object ask(py::handle queries) const {
+    TensorView view;
+    Dtype dtype;
+    if (!tensors.view(queries.ptr(), &view) || view.device_kind != TensorView::kHost ||
+        view.dimensions != 2 || view.shape[0] < 1 || view.shape[1] != book.keys.width ||
+        view.strides[1] != 1 || !view.dtype(&dtype)) {
+      return py::none();
+    }
+    const int64_t batch = view.shape[0];
+    const char* first = static_cast<const char*>(view.data) + view.byte_offset;
+    // What torch.get_num_threads() says: it sets this very variable of the libgomp that we share.
+    return found({first, view.strides[0], dtype, batch}, batch == 1 ? 1 : omp_get_max_threads());
+  }
+
+  static TensorReader tensors;
+
+ private:
+  py::tuple found(const Queries& queries, int threads) const {
+    return answered(queries.batch, [&](bool* hit, int64_t* row, double* squared) {
+      if (!plan || queries.batch > certified_up_to) {
+        return find_dense(queries, book.keys, widest, threads, hit, row, squared);
+      }
+      // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
+      const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
+      return find_certified(queries, book.keys, plan->certificate,
+                            static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
+                            nullptr);
+    });
+  }
+};
+
+TensorReader Version::tensors;
+
 void kd_order_at(Address points, int64_t count, Address order) {
   const py::gil_scoped_release unlocked;
   kd_order(pointer<const int16_t>(points), count, pointer<int32_t>(order));
@@ -148,10 +190,7 @@ PYBIND11_MODULE(_cpu, module) {
   py::class_<Book>(module, "Book", "The keys of one version: addresses of slots and page tables.")
       .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&>(),
            py::kw_only(), arg("slots"), arg("slot_pages"), arg("live_pages"), arg("radius_pages"),
-           arg("rows"), arg("width"), arg("dtype"))
-      .def("nearest", &Book::nearest, "queries, stride, dtype, batch, threads, row, squared")
-      .def("find", &Book::find,
-           "queries, stride, dtype, batch, threads, widest; (number of hits, answers)");
+           arg("rows"), arg("width"), arg("dtype"));
   py::class_<Plan>(module, "Plan", "A certificate as one version sees it.")
       .def(py::init<>())
       .def("set_map", &Plan::set_map, py::kw_only(), arg("centre"), arg("rows"), arg("turn"),
@@ -161,12 +200,30 @@ PYBIND11_MODULE(_cpu, module) {
       .def("add_part", &Plan::add_part, py::kw_only(), arg("count"), arg("row"), arg("near"),
            arg("far"), arg("reach"), arg("near_residual"), arg("far_residual"), arg("leaf_boxes"),
            arg("super_boxes"), arg("super_reach"), arg("isolated"))
-      .def("find", &Plan::find,
-           "book, queries, stride, dtype, batch, threads; (number of hits, answers)")
       .def("effort", &Plan::effort,
            "book, queries, stride, dtype, batch; what `find` reads for them")
       .def("isolated", &Plan::isolated, py::kw_only(), arg("book"), arg("part"), arg("positions"),
            arg("count"), arg("bits"));
+  py::class_<Version>(module, "Version", "A version, ready to be asked.")
+      .def(py::init([](const Book& book, const Plan* plan, float widest, double predicted_bytes,
+                       int64_t certified_up_to) {
+             return Version{book, plan, widest, predicted_bytes, certified_up_to};
+           }),
+           py::kw_only(), arg("book"), arg("plan").none(true), arg("widest"),
+           arg("predicted_bytes"), arg("certified_up_to"), py::keep_alive<1, 2>(),
+           py::keep_alive<1, 3>())
+      .def_readwrite("certified_up_to", &Version::certified_up_to,
+                     "the largest batch that is looked up by the certificate")
+      .def("nearest", &Version::nearest,
+           "queries, stride, dtype, batch, threads, row, squared; written there")
+      .def("nearest_within", &Version::nearest_within,
+           "queries, stride, dtype, batch, threads, row, squared, within; there has to be a plan")
+      .def("find", &Version::find,
+           "queries, stride, dtype, batch, threads; (number of hits, answers)")
+      .def("ask", &Version::ask, "queries [B, D]; as `find`, or None");
+  module.def(
+      "use_tensors", [](py::handle type) { return Version::tensors.use(type.ptr()); },
+      "Let `Version.ask` read tensors of this type; tell whether it can.");
   module.def("kd_order", &kd_order_at, py::kw_only(), arg("points"), arg("count"), arg("order"),
              "Write the kd order of points [count, 16] int16 as rows [count] int32.");
   module.def("instruction_set", &instruction_set, "The instruction set in use.");

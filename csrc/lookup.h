@@ -85,7 +85,12 @@ struct Effort {
 
 // For each query: the live row of least finite S, the lowest on a tie, and that S; (-1, inf) where
 // there is none.   row [B], squared [B]
-void nearest(const Queries& queries, const Keys& keys, int threads, int64_t* row, double* squared);
+void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
+                   double* squared);
+// The same where S <= within^2, and (-1, inf) where it is not. The certificate has to know the keys
+// of the rows it covers; their radii may be others.
+void nearest_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
+                       double within, int threads, int64_t* row, double* squared);
 
 // For each query: whether it is in the ball of its nearest row, and then that row and its S, else
 // (-1, inf). Returns the number of hits.   hit [B], row [B], squared [B]

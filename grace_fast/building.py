@@ -112,11 +112,9 @@ class Build:
         rows = torch.linspace(0, snapshot.rows - 1, count).long()
         slots = snapshot.key_slot[rows] if snapshot.counts.key_moves else rows
         queries = snapshot.key_slots[slots].float().contiguous()
-        width = snapshot.key_dim
-        read = view.plan.effort(view.book, queries.data_ptr(), width, 0, count)
-        total = 64 * read["boxes"] + codes.NEAR * read["codes"] + codes.FAR * read["survivors"]
-        # A key finds itself; every other recheck misses the cache, so it counts twice.
-        others = max(0, read["rechecks"] - count)
-        total += 2 * others * view.key_bytes + read["exhaustive"] * view.key_bytes * part.count
-        # The projection reads 16 rows from the cache: a tenth of what memory would cost.
-        self.predicted_bytes = total / count + codes.NEAR * width * 2 / 10
+        effort = view.effort(queries)
+        # A key finds itself; every other recheck misses the cache, so it counts twice. The
+        # projection reads 16 rows from the cache: a tenth of what memory would cost.
+        projection = codes.NEAR * snapshot.key_dim * 2
+        again = view.key_bytes * (max(0.0, effort.rechecks - 1) - min(1.0, effort.rechecks))
+        self.predicted_bytes = effort.bytes + again - 0.9 * projection

@@ -65,6 +65,7 @@ class _Counts:
     labels: int = 0
     key_moves: int = 0  # how often the key of a row changed: what is derived from keys starts anew
     value_moves: int = 0
+    widest: float = -1.0  # at least every radius; it only grows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -81,6 +82,7 @@ class Snapshot:
     # What back ends keep, shared by the published versions of a codebook; None for a draft, whose
     # rows may yet be dropped and given to other keys.
     _derived: dict[str, tuple[Snapshot, Any]] | None = None
+    base: Snapshot | None = None  # of a draft: the published version that it changes
 
     # The fields reach beyond the rows there are, into memory that may not be read.
     def __repr__(self) -> str:
@@ -109,6 +111,11 @@ class Snapshot:
     def rows(self) -> int:
         """The number of rows ever made, removed ones included."""
         return self.counts.rows
+
+    @property
+    def widest(self) -> float:
+        """At least every radius; what some row had once, 0 where none was positive."""
+        return max(0.0, self.counts.widest)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -265,7 +272,7 @@ class Draft:
     def __init__(self, book: Codebook) -> None:
         base = book.snapshot()
         self._book = book
-        self._base_version, self._base_counts = base.version, base.counts
+        self._base = base
         self._pages = list(base.pages)
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = base.counts
@@ -318,6 +325,7 @@ class Draft:
             keys=key_first + added,
             values=value_first + added,
             labels=label_first + added,
+            widest=max(self.counts.widest, float(radii.max()) if added else -1.0),
             # A slot that is not its row's number makes `keys` a gather.
             key_moves=self.counts.key_moves or int(key_first != first),
             value_moves=self.counts.value_moves or int(value_first != first),
@@ -343,6 +351,7 @@ class Draft:
         """Give one row another radius."""
         page, offset = self._writable(row)
         page.radius[offset] = radius
+        self._set(widest=max(self.counts.widest, radius))
 
     def set_key(self, row: int, key: Tensor) -> None:
         """Move the key of one row, into a new slot."""
@@ -361,7 +370,7 @@ class Draft:
         """Give one row another value: in place if row and slot are this draft's, else anew."""
         page, offset = self._writable(row)
         own = int(page.value_slot[offset])
-        if row >= self._base_counts.rows and own >= self._base_counts.values:
+        if row >= self._base.counts.rows and own >= self._base.counts.values:
             self._store(self._book._values, own, value[None])
             return
         slot = self.counts.values
@@ -400,13 +409,14 @@ class Draft:
         self._mine.clear()  # the snapshot shares the pages now
         book = self._book
         return Snapshot(
-            self._base_version + 1,
+            self._base.version + 1,
             self.counts,
             tuple(self._pages),
             book._keys.tensor,
             book._values.tensor,
             book._label_slots,
             book._ids.tensor,
+            base=self._base,
         )
 
 
@@ -491,6 +501,7 @@ class Codebook:
             labels=len(labels),
             key_moves=int(not torch.equal(columns["key_slot"], in_order)),
             value_moves=int(not torch.equal(columns["value_slot"], in_order)),
+            widest=float(columns["radius"].max()) if count else -1.0,
         )
         book._current = replace(
             book._current,
@@ -519,7 +530,7 @@ class Codebook:
             self._draft = draft = Draft(self)
             try:
                 yield draft
-                self._current = replace(draft.snapshot(), _derived=self._derived)
+                self._current = replace(draft.snapshot(), _derived=self._derived, base=None)
             except BaseException:
                 self._next_id = next_id
                 raise

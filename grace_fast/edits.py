@@ -8,6 +8,7 @@ with it the split that made room for it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -29,9 +30,7 @@ class Edit:
     id: int
     outcome: Outcome
     row: int  # the codebook row it lives on
-    distance: (
-        float  # from its query to the key that was nearest before it; inf where there was none
-    )
+    distance: float  # from its query to the nearest key before it; inf where it was added
     radius: float  # of its row, after it
     query: Tensor  # [D], as the layer saw it
     label: Tensor | None  # the label ids of its row, after it
@@ -195,14 +194,16 @@ class History:
         query: [D] and fresh_value: [V], in the codebook's element type; edit: the id it will have.
         """
         before = draft.snapshot()
-        near = lookup.nearest(query[None], before)
+        # A key farther than this has no ball within epsilon of the query: the edit is added.
+        within = (rules.epsilon + before.widest) * (1 + 1e-6)
+        near = lookup.nearest(query[None], before, within=within)
         row, squared = int(near.row[0]), float(near.squared_distance[0])
         radius, same = 0.0, False
         if row >= 0:
             radius, known = before.radius_of(row), before.label_of(row)
             same = known is not None and semantics.same_label(rules, label, known)
         decision = semantics.decide(rules, squared, radius, same)
-        distance = float(near.distance[0])
+        distance = math.inf if decision.outcome == "added" else float(near.distance[0])
         if decision.outcome in ("added", "split"):
             made = self._add(draft, decision, row, query, label, fresh_value, edit)
             return Enacted(made, decision.outcome, distance, decision.radius, None)

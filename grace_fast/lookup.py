@@ -6,6 +6,7 @@ the first back end in `AUTOMATIC` that has no reason against the call.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -30,40 +31,44 @@ class BackendUnavailable(RuntimeError):
 
 
 class Match:
-    """The answer of `find` for a batch of queries; fields are made when they are read."""
+    """The answer of `find` for a batch of queries; a field is made when it is read."""
 
-    __slots__ = ("_answers", "_batch", "_fields", "hits")
+    __slots__ = ("_answers", "_hit", "_row", "_squared", "hits")
 
     def __init__(
         self,
         hits: int | None,
-        answers: bytearray | None,
-        batch: int,
+        answers: bytearray | None = None,
         fields: tuple[Tensor, Tensor, Tensor] | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
-        self._answers, self._batch, self._fields = answers, batch, fields
-
-    def _made(self) -> tuple[Tensor, Tensor, Tensor]:
-        if self._fields is None:
-            assert self._answers is not None
-            self._fields = cpu.unpack(self._answers, self._batch)
-        return self._fields
+        self._answers = answers
+        self._hit: Tensor | None = None
+        self._row: Tensor | None = None
+        self._squared: Tensor | None = None
+        if fields is not None:
+            self._hit, self._row, self._squared = fields
 
     @property
     def hit(self) -> Tensor:
         """[B] bool, the query is in the ball of its nearest key."""
-        return self._made()[0]
+        if self._hit is None:
+            self._hit = cpu.unpack(self._answers, torch.bool)
+        return self._hit
 
     @property
     def row(self) -> Tensor:
         """[B] int64, the row that hit, the lowest on a tie; -1 where missed."""
-        return self._made()[1]
+        if self._row is None:
+            self._row = cpu.unpack(self._answers, torch.int64)
+        return self._row
 
     @property
     def squared_distance(self) -> Tensor:
         """[B] float64, S of that row in the canonical order; inf where missed."""
-        return self._made()[2]
+        if self._squared is None:
+            self._squared = cpu.unpack(self._answers, torch.float64)
+        return self._squared
 
     @property
     def distance(self) -> Tensor:
@@ -78,7 +83,7 @@ class Match:
 class Nearest:
     """The answer of `nearest` for a batch of queries."""
 
-    row: Tensor  # [B] int64, the lowest row on a tie; -1 where there is no key or no finite query
+    row: Tensor  # [B] int64, the lowest row on a tie; -1 where no key is within, or no finite query
     distance: Tensor  # [B] float32; inf where row is -1
     squared_distance: Tensor  # [B] float64, S in the canonical order
 
@@ -105,13 +110,28 @@ def choose(workload: Workload, backend: str = "auto") -> ModuleType:
     raise BackendUnavailable(f"no back end takes {workload}: {'; '.join(reasons)}")
 
 
-def nearest(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") -> Nearest:
+def nearest(
+    queries: Tensor,
+    codebook: Codebook | Snapshot,
+    backend: str = "auto",
+    within: float = math.inf,
+) -> Nearest:
     """Return the nearest key of every query, inside its ball or not.
 
-    queries: [B, D]. Raises as `find`.
+    queries: [B, D]; within: a distance beyond which no key counts. Where it is not much more than
+    the radii, the answer costs about as much as that of `find`, and far less than without.
+
+    Raises: as `find`, and ValueError where `within` is negative or NaN.
     """
+    if not within >= 0:
+        raise ValueError(f"within must be a distance of at least 0, got {within}")
     snapshot = _snapshot(codebook)
-    row, squared = _nearest(_checked(queries, snapshot), snapshot, backend)
+    queries = _checked(queries, snapshot)
+    module = chosen(snapshot, len(queries), backend)
+    if module is cpu:
+        row, squared = cpu.nearest(queries, snapshot, within)
+    else:
+        row, squared = semantics.not_beyond(within, *module.nearest(queries, snapshot))
     return Nearest(row, squared.sqrt().float(), squared)
 
 
@@ -124,16 +144,18 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     BackendUnavailable.
     """
     snapshot = _snapshot(codebook)
+    if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
+        return Match(*answer)
     queries = _checked(queries, snapshot)
     module = chosen(snapshot, len(queries), backend)
     if module is cpu:
-        return Match(*cpu.find_packed(queries, snapshot), len(queries))
+        return Match(*cpu.find_packed(queries, snapshot))
     if hasattr(module, "find"):
-        return Match(None, None, len(queries), module.find(queries, snapshot))
+        return Match(None, fields=module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
-    return Match(None, None, len(queries), fields)
+    return Match(None, fields=fields)
 
 
 def replace(
@@ -170,13 +192,6 @@ def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Ten
     if match.hits == 0 or (output.device.type == "cpu" and not match.hit.any()):
         return output
     return semantics.replace(output, match.hit, snapshot.values_of(match.row), mask)
-
-
-def _nearest(queries: Tensor, snapshot: Snapshot, backend: str) -> tuple[Tensor, Tensor]:
-    found: tuple[Tensor, Tensor] = chosen(snapshot, len(queries), backend).nearest(
-        queries, snapshot
-    )
-    return found
 
 
 def chosen(snapshot: Snapshot, batch: int = 1, backend: str = "auto") -> ModuleType:
@@ -217,4 +232,5 @@ def _checked(queries: Tensor, snapshot: Snapshot) -> Tensor:
         raise ValueError(
             f"queries must be on the codebook's device {snapshot.device}, got {queries.device}"
         )
-    return queries.detach() if queries.requires_grad else queries
+    # A negative view (of z.conj().imag, say) has the sign of its memory's opposite.
+    return queries.detach().resolve_neg()

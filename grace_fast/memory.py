@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from grace_fast.device_memory import DeviceRows, driver_of
+
 # An array reserves this part of the address space that is left, so that any number of codebooks
 # leaves room for each other and for the process: of 47 bits 128 GiB, or 22 million fp32 keys of
 # width 1536. Where a limit is set (ulimit -v) there is little to share, and few to share it.
@@ -52,9 +54,11 @@ class Rows(Protocol):
 
 
 def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Rows:
-    """Return an empty array of rows of `width` elements, on the host at one address for life."""
+    """Return an empty array of rows of `width` elements, at one address for life where it can."""
     if device.type == "cpu":
         return ReservedRows(width, dtype, rows)
+    if (driver := driver_of(device)) is not None:
+        return DeviceRows(width, dtype, driver, rows)
     return GrowingRows(width, dtype, device)
 
 

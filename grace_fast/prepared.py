@@ -28,10 +28,10 @@ _numbers = itertools.count(1)
 class Prepared:
     """`find` for one codebook; made by `prepare`, sees every later edit."""
 
-    __slots__ = ("_book", "_certificate", "_handle", "_snapshot", "_view", "_width")
+    __slots__ = ("_book", "_certificate", "_handle", "_snapshot", "_view")
 
     def __init__(self, codebook: Codebook) -> None:
-        self._book, self._width = codebook, codebook.key_dim
+        self._book = codebook
         self._snapshot: Snapshot | None = None
         self._view: View | None = None
         self._certificate: Certificate | None = None
@@ -40,9 +40,8 @@ class Prepared:
 
     def __call__(self, queries: Tensor) -> Match:
         """Return what `find(queries, codebook)` returns, and raise what it raises."""
-        if torch.compiler.is_compiling():
-            fields = torch.ops.grace_fast.find(queries, self._handle)
-            return Match(None, None, len(queries), fields)
+        if torch.compiler.is_dynamo_compiling():
+            return self._registered(queries)
         view = self._view
         if (
             view is None
@@ -50,25 +49,20 @@ class Prepared:
             or not self._certificate.is_current(view)  # type: ignore[union-attr]
         ):
             view = self._renew()
-        shape = queries.shape if isinstance(queries, Tensor) else ()
-        if (
-            view is None
-            or len(shape) != 2
-            or shape[1] != self._width
-            or not shape[0]
-            or queries.dtype not in cpu.DTYPE_NUMBERS
-            or not queries.is_cpu
-            or queries.stride(1) != 1
-        ):
-            return lookup.find(queries, self._book)  # what is rare, and every refusal
-        return Match(*cpu.read(queries, view), shape[0])
+        answer = None if view is None else view.version.ask(queries)
+        if answer is not None:
+            return Match(*answer)
+        if torch.compiler.is_compiling():
+            return self._registered(queries)
+        return lookup.find(queries, self._book)  # what is rare, and every refusal
+
+    def _registered(self, queries: Tensor) -> Match:
+        return Match(None, fields=torch.ops.grace_fast.find(queries, self._handle))
 
     def _renew(self) -> View | None:
         self._snapshot = snapshot = self._book.snapshot()
-        self._view = None
-        if lookup.chosen(snapshot) is cpu:
-            self._certificate = cpu.certificate_of(snapshot)
-            self._view = cpu.view_of(snapshot)
+        self._certificate = cpu.certificate_of(snapshot)
+        self._view = cpu.view_of(snapshot)
         return self._view
 
     def settle(self) -> None:

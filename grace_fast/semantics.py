@@ -151,6 +151,12 @@ class Decision:
     moves_key: bool = False  # the nearest key moves half-way to the query
 
 
+def not_beyond(within: float, row: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
+    """Return row [B] and S [B] with -1 and inf where S > within^2."""
+    beyond = squared > within * within
+    return row.masked_fill(beyond, -1), squared.masked_fill(beyond, math.inf)
+
+
 def decide(rules: Rules, squared: float, radius: float, same_label: bool) -> Decision:
     """Return what an edit does, given its nearest key (the edit table of the paper, section 3.2).
 

@@ -6,13 +6,34 @@ another version, changed where the pages differ, and the codes are those of the 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from grace_fast import codes, order
 from grace_fast.codebook import Snapshot
 from grace_fast.order import Array, Part
+
+ANY_BATCH = 1 << 62
+BOX_BYTES = 64
+DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lookup.h, Dtype
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What certified look-ups read, in the mean of some queries."""
+
+    boxes: float
+    codes: float  # near codes; of a leaf all 64
+    survivors: float  # keys that the near codes do not settle
+    rechecks: float  # keys read whole, those of exhaustive look-ups too
+    exhaustive: float  # look-ups that read all keys after all
+    bytes: float  # of all that, and of the rows that the query is projected on
 
 
 class PageTable:
@@ -50,6 +71,7 @@ class View:
 
     def __init__(self, cpu: Any, snapshot: Snapshot, other: View | None) -> None:
         self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
+        self._cpu = cpu
         self.pages = snapshot.pages
         self.keys = snapshot.key_slots
         self.book = self.table.book(cpu, snapshot)
@@ -60,15 +82,45 @@ class View:
         self.key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
         self.widest = float("inf")
         self.predicted_bytes = float("inf")
+        self.knows_radii = True  # whether the plan's bounds on the radii are of this version
 
-    def certified_pays(self, batch: int) -> bool:
-        """Tell whether the certificate is predicted to read less than all keys.
+    @cached_property
+    def version(self) -> Any:
+        """What the extension answers from: by the certificate where that is predicted to pay."""
+        # A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
+        # one keeps the memory (Zen 3, N = 1e5, D = 1536).
+        shared = self.rows * self.key_bytes / max(self.predicted_bytes, 1.0)
+        up_to = ANY_BATCH if shared > 12 else math.ceil(shared) - 1
+        return self._cpu.Version(
+            book=self.book,
+            plan=self.plan,
+            widest=self.widest,
+            predicted_bytes=min(self.predicted_bytes, 1e30),
+            certified_up_to=up_to if self.knows_radii else 0,
+        )
 
-        A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
-        one keeps the memory (Zen 3, N = 1e5, D = 1536).
+    @property
+    def keys_pay(self) -> bool:
+        """Tell whether what is near is found by codes, for less than reading all keys."""
+        return self.plan is not None and self.predicted_bytes < self.rows * self.key_bytes
+
+    def effort(self, queries: Tensor) -> Effort:
+        """Return what `find` reads for queries [B, D] whose rows' elements are side by side."""
+        batch, width = queries.shape
+        number = DTYPE_NUMBERS[queries.dtype]
+        asked = (queries.data_ptr(), queries.stride(0), number, batch)
+        read = {name: n / batch for name, n in self.plan.effort(self.book, *asked).items()}
+        total = BOX_BYTES * read["boxes"] + codes.NEAR * read["codes"]
+        total += codes.FAR * read["survivors"] + read["rechecks"] * self.key_bytes
+        return Effort(**read, bytes=total + codes.NEAR * width * 2)
+
+    def use_keys_of(self, base: View) -> None:
+        """Let the nearest key be found by the codes of another version, whose keys are these.
+
+        It may have fewer rows, and other radii.
         """
-        dense_bytes = self.rows * self.key_bytes / min(batch, 12)
-        return self.plan is not None and self.predicted_bytes < dense_bytes
+        self.plan, self.holds = base.plan, base.holds
+        self.predicted_bytes, self.knows_radii = base.predicted_bytes, False
 
 
 class State:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import grace_fast as gf
-from benchmarks import gate, measure, oracle, peers, report, timing
+from benchmarks import gate, machine, measure, oracle, peers, report, timing
 from benchmarks.workloads import Spec, make, median_spacing
 from grace_fast import quickbench, semantics
 from grace_fast.cli import app
@@ -235,8 +235,10 @@ def test_results_are_written_as_json_a_page_and_a_plot(tmp_path):
         us_p5=1.0, us_p50=2.0, us_p95=3000.0, ratio=1234.5, ratio_least=1.0, ratio_most=2e4,
     )  # fmt: skip
     bad = replace(row, contestant="a peer", kind="peer", wrong=3, wrong_at_edges=3, note="why")
-    path = report.save(tmp_path, MACHINE, "python -m benchmarks.run", "2026-01-01", [row, bad])
-    assert path.name == "a-processor-r-9000-2-cores-2026-01-01.json"
+    name = machine.short_name(MACHINE)
+    command = "python -m benchmarks.run"
+    path = report.save(tmp_path, name, MACHINE, command, "2026-01-01", [row, bad])
+    assert path.name == "a-processor-r-9000-2-cores.json"
     stored = json.loads(path.read_text())
     assert stored["rows"][1]["wrong"] == 3
     assert stored["rows"][0]["cpu"] == MACHINE["cpu"]

@@ -1,5 +1,6 @@
 """The compiled look-up decides as the law does, on every path, after every kind of edit."""
 
+import math
 import threading
 from contextlib import contextmanager, suppress
 
@@ -26,13 +27,15 @@ def instruction_set(request):
 
 
 @contextmanager
-def choosing(certified):
-    usual = views.View.certified_pays
-    views.View.certified_pays = lambda view, batch: certified and view.plan is not None
+def choosing(certified, snapshot):
+    """Look a version up by its certificate, or by reading all keys, whatever is predicted."""
+    version = cpu.view_of(snapshot).version
+    usual = version.certified_up_to
+    version.certified_up_to = views.ANY_BATCH if certified else 0
     try:
         yield
     finally:
-        views.View.certified_pays = usual
+        version.certified_up_to = usual
 
 
 def law(queries, snapshot):
@@ -53,7 +56,7 @@ def decide_as_the_law(book, queries):
     expected = law(queries, snapshot)
     decisions = 0
     for certified in (True, False):
-        with choosing(certified):
+        with choosing(certified, snapshot):
             found = cpu.find(queries, snapshot)
         for name, got, wanted in zip(("hit", "row", "S"), found, expected, strict=True):
             assert torch.equal(got, wanted), (name, certified, (got != wanted).nonzero()[:5])
@@ -283,7 +286,7 @@ def test_a_query_that_is_not_finite_misses_and_a_huge_one_is_right(fill, instruc
     queries[5] = fill
     expected = law(queries, book.snapshot())
     for certified in (True, False):
-        with choosing(certified):
+        with choosing(certified, book.snapshot()):
             hit, row, squared = cpu.find(queries, book.snapshot())
         assert torch.equal(hit, expected[0])
         assert torch.equal(row, expected[1])
@@ -380,6 +383,58 @@ def test_nearest_is_the_law_on_every_path(instruction_set):
                 assert torch.equal(got[1], wanted[1])
 
 
+@pytest.mark.parametrize("kind", ["ties", "massive", "clusters"])
+def test_the_nearest_key_within_a_distance_is_the_law(instruction_set, kind, monkeypatch):
+    monkeypatch.setattr(views.View, "keys_pay", property(lambda view: view.plan is not None))
+    data = Data(hash_of(kind) + 1)
+    keys, radii = getattr(data, kind)(900, 40)
+    book = settled(book_of(keys, radii))
+    book.remove(3)
+    queries = data.queries(book.keys, radii, 103)
+    row, squared = semantics.nearest(queries, book.keys, book.live)
+    exact = squared.sqrt().median().item()
+    for within in (0.0, float(radii.clamp(min=0).median()), exact, 10 * exact, 1e18, math.inf):
+        got = gf.nearest(queries, book, within=within)
+        there = squared <= within * within
+        assert torch.equal(got.row, row.masked_fill(~there, -1))
+        assert torch.equal(got.squared_distance, squared.masked_fill(~there, math.inf))
+
+
+def test_a_draft_finds_its_nearest_key_by_the_codes_of_the_version_it_changes(monkeypatch):
+    data = Data(15)
+    keys = data.normal(3000, 64) * torch.arange(1, 65).float() ** -1
+    book = settled(book_of(keys, torch.full((3000,), 0.05)))
+    asked = torch.cat([keys[:40] + 0.001, data.normal(20, 64), keys[100:101], keys[7:8] + 1])
+    with book.writing() as draft:
+        draft.remove(100)
+        draft.set_radius(5, 3.0)
+        draft.append(asked[-1:], torch.zeros(1, 2), torch.ones(1), None)
+        view = cpu.view_of(draft.snapshot())
+        assert view.keys_pay
+        assert view.version.certified_up_to == 0
+        for moved in (False, True):
+            if moved:
+                draft.set_key(9, asked[45])
+                assert not cpu.view_of(draft.snapshot()).keys_pay
+            now = draft.snapshot()
+            row, squared = semantics.nearest(asked, now.keys, now.live)
+            there = squared <= 0.25
+            assert 40 < there.sum() < 62
+            got = gf.nearest(asked, now, within=0.5)
+            assert torch.equal(got.row, row.masked_fill(~there, -1))
+            assert torch.equal(gf.find(asked, now).hit, semantics.in_ball(squared, now.radii[row]))
+    assert gf.nearest(asked[-1:], book, within=0.0).row.tolist() == [3000]
+
+
+def test_within_is_a_distance():
+    book = book_of(torch.ones(3, 2), torch.ones(3))
+    for within in (-1.0, math.nan):
+        with pytest.raises(
+            ValueError, match=f"within must be a distance of at least 0, got {within}"
+        ):
+            gf.nearest(torch.ones(1, 2), book, within=within)
+
+
 @pytest.mark.parametrize("kind", ["ties", "lognormal"])
 def test_threads_decide_as_one_does(kind, instruction_set):
     """They share a batch of queries, and the keys where there are few queries."""
@@ -408,16 +463,14 @@ def test_wide_isotropic_balls_are_read_densely():
     data = Data(13)
     keys = data.normal(3000, 64)
     book = settled(book_of(keys, torch.full((3000,), 12.0)))
-    view = cpu.view_of(book.snapshot())
-    assert not view.certified_pays(1)
-    assert not view.certified_pays(256)
+    assert cpu.view_of(book.snapshot()).version.certified_up_to == 0
 
 
 def test_small_balls_are_read_through_the_certificate():
     data = Data(14)
     keys = data.normal(3000, 64) * torch.arange(1, 65).float() ** -1
     book = settled(book_of(keys, torch.full((3000,), 0.05)))
-    assert cpu.view_of(book.snapshot()).certified_pays(256)
+    assert cpu.view_of(book.snapshot()).version.certified_up_to >= 256
 
 
 @pytest.mark.slow

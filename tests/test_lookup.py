@@ -430,3 +430,28 @@ def test_a_look_up_without_the_compiled_part_is_the_same(machine):
     case = CASES["two hundred expanded keys"]
     machine()
     assert gf.find(case.queries, case.book()).row.tolist() == list(case.hits)
+
+
+def test_queries_of_every_kind_get_the_same_answer():
+    book = gf.Codebook(6, 2)
+    keys = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
+    book.append(keys, torch.zeros(40, 2), torch.full((40,), 0.7))
+    queries = keys + 0.25 * torch.randn(40, 6, generator=torch.Generator().manual_seed(4))
+    expected = gf.find(queries, book)
+    assert 0 < int(expected.hit.sum()) < 40
+    conjugate = torch.complex(torch.zeros_like(queries), -queries).conj()
+    wide = torch.zeros(40, 12)
+    wide[:, ::2] = queries
+    for same in (
+        queries.clone().requires_grad_(),
+        torch.nn.Parameter(queries.clone()),
+        conjugate.imag,  # a negative view of every other element
+        wide[:, ::2],
+        queries.T.contiguous().T,
+        torch.cat([queries, queries], dim=1)[:, 6:],
+    ):
+        got = gf.find(same, book)
+        assert torch.equal(got.hit, expected.hit)
+        assert torch.equal(got.row, expected.row)
+        assert torch.equal(got.squared_distance, expected.squared_distance)
+        assert torch.equal(gf.nearest(same, book).row, gf.nearest(queries, book).row)

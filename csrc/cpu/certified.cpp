@@ -45,28 +45,29 @@ class Lookup {
   Best find(const Queries& queries, int64_t index) {
     const double widest = certificate_.widest;
     if (widest < 0) return Best{};  // every key is dead
-    query_ = as_it_is(queries, index, keys_.width);
-    if (!query_) {
-      widen_query(queries, index, keys_.width, wide_);
-      query_ = wide_;
-    }
-    candidates_.start(keys_, band_.above(widest * widest));
-    if (!encoder_.near(query_, &encoded_)) {  // too large for float32, or not finite
-      if (!widen_query(queries, index, keys_.width, wide_)) return Best{};
-      query_ = wide_;
-      return read_all();
-    }
-    far_known_ = false;
+    limit_ = band_.above(widest * widest);
+    balls_ = true;
+    Best early;
+    if (!start(queries, index, &early)) return early;
     for (size_t part = 0; part < certificate_.parts.size(); ++part) {
       const Part& codes = certificate_.parts[part];
       const Cut cut = encoder_.cut(encoded_.near_error, codes.near_residual);
       if (!collect(static_cast<int32_t>(part), cut, nullptr)) return read_all();
     }
     read_rows(certificate_.covered, keys_.rows);
-    const Best best = candidates_.settle(query_, band_, true);
+    const Best best = settle();
     const double floor = certificate_.floor;
     if (best.row < 0 || best.squared <= floor * floor) return best;
     return confirm(best);
+  }
+
+  // The nearest live row, in its ball or not, if it is not farther than `within`.
+  Best nearest(const Queries& queries, int64_t index, double within) {
+    limit_ = band_.above(within * within);
+    balls_ = false;
+    Best best;
+    if (start(queries, index, &best)) best = nearest_coded(within);
+    return best.squared <= within * within ? best : Best{};
   }
 
   // Tell whether no other row of a part has a key within twice the radius of the row at a position.
@@ -76,9 +77,8 @@ class Lookup {
     const double apart = 2.0 * radius_of(keys_, self);
     if (apart < 0 || !widen_query(key, 0, keys_.width, wide_)) return false;
     query_ = wide_;
-    candidates_.start(keys_, std::numeric_limits<float>::infinity());
-    if (!encoder_.near(query_, &encoded_)) return false;
     far_known_ = false;
+    if (!encoder_.near(query_, &encoded_)) return false;
     Other other{self, band_.above(apart * apart * (1 + 1e-6))};
     const double key_error = certificate_.parts[part].near_residual;
     return collect(part, encoder_.cut_within(apart, encoded_.near_error, key_error), &other) &&
@@ -95,6 +95,33 @@ class Lookup {
     bool found = false;
   };
 
+  // Take a query and encode it; false where that settles it.
+  bool start(const Queries& queries, int64_t index, Best* best) {
+    query_ = as_it_is(queries, index, keys_.width);
+    if (!query_) {
+      widen_query(queries, index, keys_.width, wide_);
+      query_ = wide_;
+    }
+    candidates_.start(keys_, limit_);
+    far_known_ = false;
+    if (encoder_.near(query_, &encoded_)) return true;
+    // Too large for float32, or not finite.
+    const bool finite = widen_query(queries, index, keys_.width, wide_);
+    query_ = wide_;
+    *best = finite ? read_all() : Best{};
+    return false;
+  }
+
+  Best nearest_coded(double within) {
+    const auto& parts = certificate_.parts;
+    for (size_t part = 0; part < parts.size(); ++part) {
+      const Cut cut = encoder_.cut_within(within, encoded_.near_error, parts[part].near_residual);
+      if (!collect(static_cast<int32_t>(part), cut, nullptr)) return read_all();
+    }
+    read_rows(certificate_.covered, keys_.rows);
+    return settle();
+  }
+
   // Nothing nearer than a hit may be hidden behind a shorter reach: read all at its distance.
   Best confirm(const Best& best) {
     const double distance = std::sqrt(best.squared);
@@ -106,7 +133,7 @@ class Lookup {
       const Cut cut = encoder_.cut_within(distance, encoded_.near_error, parts[part].near_residual);
       if (!collect(static_cast<int32_t>(part), cut, nullptr)) return read_all();
     }
-    return candidates_.settle(query_, band_, true);
+    return settle();
   }
 
   // Offer every key of a part within the cut; false where so many are that reading all is cheaper.
@@ -195,12 +222,13 @@ class Lookup {
   }
 
   Best read_all() {
-    const double widest = certificate_.widest;
-    candidates_.start(keys_, band_.above(widest * widest));
+    candidates_.start(keys_, limit_);
     read_rows(0, keys_.rows);
     ++effort.exhaustive;
-    return candidates_.settle(query_, band_, true);
+    return settle();
   }
+
+  Best settle() { return candidates_.settle(query_, band_, balls_); }
 
   float squared(int64_t row, float limit) const {
     return kernels().squared[static_cast<int>(keys_.dtype)](query_, key_of(keys_, row), keys_.width,
@@ -217,25 +245,18 @@ class Lookup {
   Candidates& candidates_;
   Encoded encoded_;
   bool far_known_ = false;
+  bool balls_ = true;  // whether only a row whose ball holds the query counts
+  float limit_ = 0;    // float32 sums above it never count
 };
 
-}  // namespace
-
-int64_t find_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
-                       int threads, bool* hit, int64_t* row, double* squared, Effort* effort) {
-  int64_t hits = 0;
+// Do one(lookup, b) for every query, some to a task.
+template <typename One>
+void look_up(const Queries& queries, const Keys& keys, const Certificate& certificate, int threads,
+             Effort* effort, const One& one) {
   in_parallel((queries.batch + kTogether - 1) / kTogether, threads, [&](int64_t task) {
     Lookup lookup(keys, certificate);
-    int64_t found = 0;
     const int64_t last = std::min((task + 1) * kTogether, queries.batch);
-    for (int64_t b = task * kTogether; b < last; ++b) {
-      const Best best = lookup.find(queries, b);
-      hit[b] = best.row >= 0;
-      row[b] = best.row;
-      squared[b] = best.squared;
-      found += hit[b];
-    }
-    __atomic_fetch_add(&hits, found, __ATOMIC_RELAXED);
+    for (int64_t b = task * kTogether; b < last; ++b) one(lookup, b);
     if (!effort) return;
     __atomic_fetch_add(&effort->boxes, lookup.effort.boxes, __ATOMIC_RELAXED);
     __atomic_fetch_add(&effort->codes, lookup.effort.codes, __ATOMIC_RELAXED);
@@ -243,7 +264,30 @@ int64_t find_certified(const Queries& queries, const Keys& keys, const Certifica
     __atomic_fetch_add(&effort->rechecks, lookup.effort.rechecks, __ATOMIC_RELAXED);
     __atomic_fetch_add(&effort->exhaustive, lookup.effort.exhaustive, __ATOMIC_RELAXED);
   });
+}
+
+}  // namespace
+
+int64_t find_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
+                       int threads, bool* hit, int64_t* row, double* squared, Effort* effort) {
+  int64_t hits = 0;
+  look_up(queries, keys, certificate, threads, effort, [&](Lookup& lookup, int64_t b) {
+    const Best best = lookup.find(queries, b);
+    hit[b] = best.row >= 0;
+    row[b] = best.row;
+    squared[b] = best.squared;
+    if (hit[b]) __atomic_fetch_add(&hits, 1, __ATOMIC_RELAXED);
+  });
   return hits;
+}
+
+void nearest_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
+                       double within, int threads, int64_t* row, double* squared) {
+  look_up(queries, keys, certificate, threads, nullptr, [&](Lookup& lookup, int64_t b) {
+    const Best best = lookup.nearest(queries, b, within);
+    row[b] = best.row;
+    squared[b] = best.squared;
+  });
 }
 
 void find_isolated(const Keys& keys, const Certificate& certificate, int64_t part,

@@ -142,7 +142,8 @@ void answer(const Queries& queries, const Keys& keys, float limit, bool balls, i
 
 }  // namespace
 
-void nearest(const Queries& queries, const Keys& keys, int threads, int64_t* row, double* squared) {
+void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
+                   double* squared) {
   answer(queries, keys, std::numeric_limits<float>::infinity(), false, threads, row, squared);
 }
 

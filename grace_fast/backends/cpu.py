@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import math
 from typing import Any
 
 import torch
@@ -19,17 +20,20 @@ from grace_fast import semantics
 from grace_fast.backends.workload import Workload
 from grace_fast.certificate import Certificate
 from grace_fast.codebook import Snapshot
-from grace_fast.views import View
+from grace_fast.views import DTYPE_NUMBERS, View
 
 _cpu: Any = None
 try:
     _cpu = importlib.import_module("grace_fast._cpu")
+    _cpu.use_tensors(torch.Tensor)
 except ImportError as error:
     _missing = f"the extension grace_fast._cpu was not built ({error})"
     logging.getLogger("grace_fast").warning("%s: look-ups on the host run in torch", _missing)
 
 NAME = "cpu"
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lookup.h, Dtype
+# The answers of a batch side by side: S of all, row of all, hit of all (bindings.cpp).
+FIRST_OF_ANSWER = {torch.float64: 0, torch.int64: 8, torch.bool: 16}
+BYTES_PER_ANSWER = 17
 
 
 def why_not(workload: Workload) -> str | None:
@@ -41,86 +45,108 @@ def why_not(workload: Workload) -> str | None:
     return None
 
 
-def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, snapshot: Snapshot, within: float = math.inf) -> tuple[Tensor, Tensor]:
     """Return the nearest live row and its S of queries [B, D]; see `backends`."""
     batch = len(queries)
     if not (len(snapshot) and batch):
         return semantics.no_row(batch, queries.device)
+    queries, view = _in_rows(queries), _view(snapshot)
     row = torch.empty(batch, dtype=torch.int64)
     squared = torch.empty(batch, dtype=torch.float64)
-    outputs = (row.data_ptr(), squared.data_ptr())
-    read_nearest(_in_rows(queries), view_of(snapshot), outputs)
-    return row, squared
+    asked = (*_address(queries), torch.get_num_threads(), row.data_ptr(), squared.data_ptr())
+    if within < math.inf and view.keys_pay:
+        view.version.nearest_within(*asked, within)
+        return row, squared
+    view.version.nearest(*asked)
+    return semantics.not_beyond(within, row, squared)
 
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
-    return unpack(find_packed(queries, snapshot)[1], len(queries))
+    answers = find_packed(queries, snapshot)[1]
+    hit, row = unpack(answers, torch.bool), unpack(answers, torch.int64)
+    return hit, row, unpack(answers, torch.float64)
 
 
 def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
     """Return the number of hits and the answers, to be unpacked by whoever reads them."""
     if not len(queries):
         return 0, bytearray()
-    return read(_in_rows(queries), view_of(snapshot))
+    queries = _in_rows(queries)
+    version = _view(snapshot).version
+    return version.find(*_address(queries), torch.get_num_threads())  # type: ignore[no-any-return]
 
 
-def unpack(answers: bytearray, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hit, row and S as tensors over the answers' own memory."""
-    if not batch:
-        row, squared = semantics.no_row(0, torch.device("cpu"))
-        return row.bool(), row, squared
-    squared = torch.frombuffer(answers, dtype=torch.float64, count=batch)
-    row = torch.frombuffer(answers, dtype=torch.int64, count=batch, offset=8 * batch)
-    hit = torch.frombuffer(answers, dtype=torch.bool, count=batch, offset=16 * batch)
-    return hit, row, squared
+def unpack(answers: bytearray | None, dtype: torch.dtype) -> Tensor:
+    """Return S (float64), row (int64) or hit (bool) of the answers, over their own memory."""
+    if not answers:
+        return torch.empty(0, dtype=dtype)
+    batch = len(answers) // BYTES_PER_ANSWER
+    first = FIRST_OF_ANSWER[dtype]
+    return torch.frombuffer(answers, dtype=dtype, count=batch, offset=first * batch)
 
 
-def read_nearest(queries: Tensor, view: View, outputs: tuple[int, int]) -> None:
-    """Write row and S of queries [B, D], B >= 1, whose elements are side by side."""
-    view.book.nearest(
-        queries.data_ptr(),
-        queries.stride(0),
-        DTYPE_NUMBERS[queries.dtype],
-        len(queries),
-        torch.get_num_threads(),
-        *outputs,
-    )
+def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:
+    """Return what `find_packed` does, quickly; None where a call has to be looked at first.
+
+    That is anything but a tensor [B, D] on the host, its rows' elements side by side, of a type
+    that queries may have, asked of a published version on the host.
+    """
+    view = view_of(snapshot)
+    return None if view is None else view.version.ask(queries)  # type: ignore[no-any-return]
 
 
-def read(queries: Tensor, view: View) -> tuple[int, bytearray]:
-    """Return the number of hits and the answers to queries [B, D], B >= 1, as in `read_nearest`."""
-    batch = queries.shape[0]
-    dtype, threads = DTYPE_NUMBERS[queries.dtype], torch.get_num_threads()
-    asked = (queries.data_ptr(), queries.stride(0), dtype, batch)
-    if view.certified_pays(batch):
-        # A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
-        threads = min(threads, 1 + (int(view.predicted_bytes * batch) >> 24))
-        return view.plan.find(view.book, *asked, threads)  # type: ignore[no-any-return]
-    return view.book.find(*asked, threads, view.widest)  # type: ignore[no-any-return]
+def view_of(snapshot: Snapshot) -> View | None:
+    """Return a version as the extension reads it, with what its certificate says by now.
 
-
-def view_of(snapshot: Snapshot) -> View:
-    """Return a version as the extension reads it, with what its certificate says by now."""
+    None where the extension is missing or the keys are not on the host.
+    """
     kept = snapshot.derived(NAME, _keep)
-    if kept is None:  # a draft: no codes
-        return View(_cpu, snapshot, None)
+    if kept is None:
+        return _view_of_draft(snapshot) if _reads(snapshot) else None
     certificate, view = kept
-    if not certificate.is_current(view):
+    if certificate is not None and not certificate.is_current(view):
         view = certificate.view(snapshot, view)
         kept[1] = view
     return view  # type: ignore[no-any-return]
 
 
-def certificate_of(snapshot: Snapshot) -> Certificate:
-    """Return the certificate of a published version's codebook."""
+def _view(snapshot: Snapshot) -> View:
+    view = view_of(snapshot)
+    assert view is not None, "`why_not` was not asked"
+    return view
+
+
+def certificate_of(snapshot: Snapshot) -> Certificate | None:
+    """Return the certificate of a published version's codebook; None as in `view_of`."""
     return snapshot.derived(NAME, _keep)[0]  # type: ignore[no-any-return]
 
 
+def _view_of_draft(snapshot: Snapshot) -> View:
+    """Return a draft's view; its keys are those of the version it changes, and new ones."""
+    base = snapshot.base
+    known = None if base is None else view_of(base)
+    view = View(_cpu, snapshot, known)
+    if known is not None and base.counts.key_moves == snapshot.counts.key_moves:
+        view.use_keys_of(known)
+    return view
+
+
 def _keep(snapshot: Snapshot, previous: Any) -> list[Any]:
+    if not _reads(snapshot):
+        return [None, None]
     certificate, view = previous or (Certificate(_cpu), None)
     return [certificate, certificate.view(snapshot, view)]
 
 
+def _reads(snapshot: Snapshot) -> bool:
+    return _cpu is not None and snapshot.device.type == "cpu"
+
+
 def _in_rows(queries: Tensor) -> Tensor:
     return queries if queries.stride(1) == 1 else queries.contiguous()
+
+
+def _address(queries: Tensor) -> tuple[int, int, int, int]:
+    """Return address, stride, type and number of queries [B, D], as the extension takes them."""
+    return queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], len(queries)
