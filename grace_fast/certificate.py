@@ -16,6 +16,8 @@ import atexit
 import logging
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,7 @@ def of(snapshot: Snapshot) -> Certificate | None:
 
 
 class Certificate:
-    """The codes of one codebook's keys, on the host; look-ups call only `view` and `state`."""
+    """The codes of one codebook's keys, on the host; look-ups call only `view` and `held`."""
 
     def __init__(self, cpu: Any) -> None:
         self._cpu = cpu
@@ -73,12 +75,18 @@ class Certificate:
                 view.predicted_bytes = state.predicted_bytes
             return view
 
-    def state(self, snapshot: Snapshot) -> State | None:
-        """Return what is known of a version's keys by now, None where that is nothing."""
+    @contextmanager
+    def held(self, snapshot: Snapshot) -> Iterator[State | None]:
+        """Give what is known of a version's keys by now, unchanged meanwhile; None if nothing."""
         with self._lock:
             self._take_in(snapshot)
             state = self._state
-            return state if state is not None and snapshot.version >= state.oldest else None
+            yield state if state is not None and snapshot.version >= state.oldest else None
+
+    @property
+    def current(self) -> State | None:
+        """What was published last, of the newest version seen."""
+        return self._state
 
     def is_current(self, view: View) -> bool:
         """Tell whether a new view of the same version would say no more."""

@@ -113,6 +113,11 @@ class Snapshot:
         return self.counts.rows
 
     @property
+    def is_draft(self) -> bool:
+        """Whether this may yet be dropped: back ends keep nothing of it."""
+        return self._derived is None
+
+    @property
     def widest(self) -> float:
         """At least every radius; what some row had once, 0 where none was positive."""
         return max(0.0, self.counts.widest)

@@ -80,26 +80,27 @@ class DeviceCodes:
 
 
 def device_codes(
-    phi: Any, parts: list[Any], covered: int, floor: float, device: torch.device | str
+    phi: Any,
+    parts: list[Any],
+    covered: int,
+    floor: float,
+    device: torch.device | str,
+    room: int = 0,
 ) -> DeviceCodes:
     """Return a host certificate as tensors on a device.
 
-    phi: codes.Map; parts: order.Part, every run and the tail; covered: rows below have a position;
-    floor: every reach is at least this.
+    phi: codes.Map; parts: order.Part, every run and then the tail; covered: rows below have a
+    position; floor: every reach is at least this; room: positions to keep for the tail to grow.
     """
     ordered = [part for part in parts if part.leaf_boxes is not None]
     linear = [part for part in parts if part.leaf_boxes is None]
     supers = sum(_whole(part.count, LEAF * LEAF) // (LEAF * LEAF) for part in ordered)
     near_error, far_error = _errors(ordered)
     near_linear, far_linear = _errors(linear)
-    laid = [_laid_out(part, LEAF * LEAF) for part in ordered]
-    laid += [_laid_out(part, LEAF) for part in linear]
-    # Of several ordered runs an isolated key of one says nothing about the others.
-    bits = [part.isolated for part in ordered] if len(ordered) == 1 else []
+    laid = [_laid_out(part, _whole(part.count, LEAF * LEAF)) for part in ordered]
+    laid += [_laid_out(part, _whole(part.count, LEAF)) for part in linear[:-1]]
+    laid += [_laid_out(part, max(_whole(part.count, LEAF), room)) for part in linear[-1:]]
     positions = sum(len(fields["row"]) for fields in laid)
-    isolated = torch.zeros(max(1, positions // 8), dtype=torch.uint8)
-    if bits and bits[0] is not None:
-        isolated[: len(bits[0])] = torch.from_numpy(bits[0])
     boxes = [
         _box_rows(part.leaf_boxes, _whole(part.count, LEAF * LEAF) // LEAF) for part in ordered
     ]
@@ -107,15 +108,10 @@ def device_codes(
         _box_rows(part.super_boxes, _whole(part.count, LEAF * LEAF) // (LEAF * LEAF))
         for part in ordered
     ]
-    super_reach = [
-        torch.from_numpy(part.super_reach)[: len(box)]
-        for part, box in zip(ordered, super_boxes, strict=True)
-    ]
     # Steps for a unit, a power of two, and steps for a unit of radius.
     numbers = [1 / phi.step, phi.lipschitz * (1 + 1e-6) / phi.step]
     numbers += [phi.lipschitz, phi.row_norm, phi.eta, floor]
     numbers += [near_error, far_error, near_linear, far_linear]
-    counts = [covered, supers, positions - supers * LEAF * LEAF]
     padded = phi.padded_centre
     rows = torch.zeros(SLOTS, len(padded), dtype=torch.bfloat16)
     rows[:, : phi.rows.shape[1]] = phi.rows
@@ -125,14 +121,53 @@ def device_codes(
         "rows": rows,
         "turn": phi.turn.contiguous(),
         "numbers": torch.tensor(numbers, dtype=torch.float64),
-        "counts": torch.tensor(counts),
+        "counts": torch.tensor([0, supers, 0]),
         "leaf_boxes": torch.cat([*boxes, torch.zeros(1, 2, NEAR, dtype=torch.int16)]),
         "super_boxes": torch.cat([*super_boxes, torch.zeros(1, 2, NEAR, dtype=torch.int16)]),
-        "super_reach": torch.cat([*super_reach, torch.zeros(1)]),
-        "isolated": isolated,
+        "super_reach": torch.zeros(supers + 1),
+        "isolated": torch.zeros(max(1, positions // 8), dtype=torch.uint8),
     }
     moved = {name: field.to(device) for name, field in fields.items()}
-    return DeviceCodes(**moved, norm_slot=phi.norm_slot, has_far=phi.far)
+    made = DeviceCodes(**moved, norm_slot=phi.norm_slot, has_far=phi.far)
+    assert refresh(made, parts, covered)
+    return made
+
+
+def refresh(codes: DeviceCodes, parts: list[Any], covered: int) -> bool:
+    """Bring what changes about the same parts to the device: reaches, isolated bits, the tail.
+
+    Every earlier version may still be looked up: reaches only grow, bits are only cleared, and the
+    tail grows where those versions have no rows. False where the tail has no room.
+    """
+    ordered = [part for part in parts if part.leaf_boxes is not None]
+    linear = [part for part in parts if part.leaf_boxes is None]
+    at = at_super = 0
+    for part in ordered:
+        leaves = _whole(part.count, LEAF) // LEAF
+        supers = _whole(part.count, LEAF * LEAF) // (LEAF * LEAF)
+        codes.reach[at // LEAF :][:leaves] = torch.from_numpy(part.reach[:leaves])
+        codes.super_reach[at_super:][:supers] = torch.from_numpy(part.super_reach[:supers])
+        at, at_super = at + supers * LEAF * LEAF, at_super + supers
+    # Of several ordered runs an isolated key of one says nothing about the others.
+    if len(ordered) == 1 and ordered[0].isolated is not None:
+        bits = ordered[0].isolated
+        codes.isolated[: len(bits)] = torch.from_numpy(bits)
+    first = at
+    for part in linear:
+        whole = _whole(part.count, LEAF)
+        if at + whole > len(codes.row):
+            return False
+        here = slice(at // LEAF, (at + whole) // LEAF)
+        codes.reach[here] = torch.from_numpy(part.reach[: whole // LEAF])
+        at += whole
+    if linear:
+        tail, whole = linear[-1], _whole(linear[-1].count, LEAF)
+        laid = _laid_out(tail, whole)
+        for name in ("near", "far", "row"):
+            getattr(codes, name)[at - whole : at] = laid[name]
+    codes.counts[2] = at - first
+    codes.counts[0] = covered
+    return True
 
 
 def _whole(count: int, step: int) -> int:
@@ -144,9 +179,9 @@ def _errors(parts: list[Any]) -> tuple[float, float]:
     return near, max((part.far_error for part in parts), default=0.0)
 
 
-def _laid_out(part: Any, step: int) -> dict[str, Tensor]:
-    """Return the codes of a part, key by key, with room for a whole number of `step` positions."""
-    count, room = part.count, _whole(part.count, step)
+def _laid_out(part: Any, room: int) -> dict[str, Tensor]:
+    """Return the codes of a part, key by key, with room for so many positions."""
+    count = part.count
     leaves = _whole(count, LEAF)
     blocks = torch.from_numpy(part.near[: leaves // NEAR])  # [blocks, 4, 16 keys, 4]
     near = torch.zeros(room, NEAR, dtype=torch.uint8)

@@ -49,20 +49,27 @@ class FilterKeys:
     centre: Tensor | None  # [D] float32, taken from keys and queries first
 
 
-def filter_keys(slots: Tensor, centre: Tensor | None = None) -> FilterKeys:
+def filter_keys(
+    slots: Tensor, centre: Tensor | None = None, known: FilterKeys | None = None
+) -> FilterKeys:
     """Return the filter of keys [slots, D].
 
     bf16 and fp16 keys are multiplied as they are, unless a centre is to be taken from them first;
     that, and fp32 keys, take a bf16 copy. A centre pays where the keys' mean is large against their
-    distances.
+    distances. `known` is the filter of the first of the same slots, around the same centre.
     """
+    first = 0 if known is None else len(known.norm)
     if slots.dtype != torch.float32 and centre is None:
         kept = slots
     else:
         kept = torch.empty_like(slots, dtype=torch.bfloat16)
+        if known is not None:
+            kept[:first] = known.slots
     norm = torch.empty(len(slots), device=slots.device)
     error = torch.zeros(len(slots), device=slots.device)
-    for at in range(0, len(slots), 4096):
+    if known is not None:
+        norm[:first], error[:first] = known.norm, known.error
+    for at in range(first, len(slots), 4096):
         here = slice(at, at + 4096)
         exact = slots[here].double() - (0.0 if centre is None else centre.double())
         if kept is not slots:

@@ -24,6 +24,16 @@ def skip_unless_importable() -> None:
         pytest.skip(f"triton: {reason}")
 
 
+def skip_where_nothing_is_interpreted(device: str) -> None:
+    if device == "cuda":
+        return
+    if torch.cuda.is_available():
+        pytest.skip("the same cases run on the GPU")
+    numpy_version = tuple(int(part) for part in version("numpy").split(".")[:2])
+    if version("triton").startswith("3.6.") and numpy_version >= (2, 4):
+        pytest.skip("triton 3.6 cannot interpret with numpy 2.4 or later")
+
+
 @pytest.fixture(scope="module", params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
 def found(request, tmp_path_factory):
     skip_unless_importable()
@@ -31,11 +41,7 @@ def found(request, tmp_path_factory):
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         return triton_cases.answers("cuda")
-    if torch.cuda.is_available():
-        pytest.skip("the same cases run on the GPU")
-    numpy_version = tuple(int(part) for part in version("numpy").split(".")[:2])
-    if version("triton").startswith("3.6.") and numpy_version >= (2, 4):
-        pytest.skip("triton 3.6 cannot interpret with numpy 2.4 or later")
+    skip_where_nothing_is_interpreted("cpu")
     path = tmp_path_factory.mktemp("triton") / "answers.pt"
     run = subprocess.run(
         [sys.executable, str(Path(triton_cases.__file__)), str(path)],
@@ -120,3 +126,19 @@ def test_values_are_written_where_the_mask_is_set(found):
         expected.append(semantics.replace(output, hit, taken, mask))
     for told, wanted in zip(found["replaced"], expected, strict=True):
         assert torch.equal(told, wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_look_ups_between_edits_decide_as_the_law(device):
+    skip_unless_importable()
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    skip_where_nothing_is_interpreted(device)
+    run = subprocess.run(
+        [sys.executable, str(Path(triton_cases.__file__).with_name("triton_edits.py")), device],
+        env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,23 +1,38 @@
-"""Every key read, in the canonical order, by a Triton kernel on the codebook's GPU.
+"""The Triton kernels on the codebook's GPU: by codes, or with every key read.
 
-The kernel is `grace_fast.kernels.nearest`. It is imported at the first call that may use it, so
-that neither a missing triton nor the time to load it is anyone else's concern. With
-TRITON_INTERPRET set before that import it is interpreted, takes host tensors, and can be tested
-without a GPU.
+`find` looks up by the codebook's certificate (`kernels.codes`) where it is predicted to read less
+than all keys; those are read in float32 with an exact band (`kernels.dense`) or, for many queries,
+multiplied by tensor cores with a bounded error (`kernels.tiles`). `nearest` reads every key in the
+canonical order (`kernels.nearest`). Nothing waits for the host.
+
+Triton is imported at the first call that may use it, so that neither a missing triton nor the time
+to load it is anyone else's concern. With TRITON_INTERPRET set before that import the kernels are
+interpreted, take host tensors, and can be tested without a GPU.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from grace_fast import semantics
+from grace_fast import certificate, semantics
 from grace_fast.backends.workload import Workload
 from grace_fast.codebook import Snapshot
+from grace_fast.order import Part
+from grace_fast.views import State
+
+if TYPE_CHECKING:
+    from grace_fast.kernels.codes import DeviceCodes
+    from grace_fast.kernels.tiles import FilterKeys
 
 NAME = "triton"
+
+# Not measured: how many queries share what is read densely, and from how many on tensor cores pay.
+SHARED, TILED = 4, 32
+TAIL_ROOM = 20480  # positions of codes: the tail is sorted into a run before it is longer
 
 
 def why_not(workload: Workload) -> str | None:
@@ -47,6 +62,83 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
         live=snapshot.live,
     )
     return found
+
+
+def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
+    if not (len(snapshot) and len(queries)):
+        row, squared = semantics.no_row(len(queries), queries.device)
+        return row >= 0, row, squared
+    table: Table = snapshot.derived(NAME, _table) or _table(snapshot, None)
+    return table.find(queries.contiguous())
+
+
+def _table(snapshot: Snapshot, previous: Table | None) -> Table:
+    return Table(snapshot, previous)
+
+
+class Table:
+    """One version as the kernels read it; what versions share is taken from another one."""
+
+    def __init__(self, snapshot: Snapshot, other: Table | None) -> None:
+        from grace_fast.kernels.exact import Keys
+
+        device = snapshot.device
+        self._snapshot = snapshot
+        self.keys = Keys(
+            slots=snapshot.key_slots,
+            live=snapshot.live,
+            radius=snapshot.radii,
+            count=torch.tensor([snapshot.rows], device=device),
+            widest=torch.tensor([snapshot.widest], device=device),
+            key_slot=snapshot.device_key_slot,
+        )
+        self._certificate = None if snapshot.is_draft else certificate.of(snapshot)
+        self._state: State | None = None
+        self._codes: DeviceCodes | None = other._codes if other is not None else None
+        self._parts: tuple[Part, ...] = other._parts if other is not None else ()
+        self._filter: FilterKeys | None = other._filter if other is not None else None
+        self._take_codes_in()
+
+    def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
+        from grace_fast.kernels import codes, dense, tiles
+
+        if self._certificate is not None and self._certificate.current is not self._state:
+            self._take_codes_in()
+        snapshot, batch = self._snapshot, len(queries)
+        key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
+        dense_bytes = snapshot.rows * key_bytes / min(batch, SHARED)
+        if self._state is not None and self._state.predicted_bytes < dense_bytes:
+            assert self._codes is not None
+            return codes.find(queries, self.keys, self._codes)
+        if batch < TILED:
+            return dense.find(queries, self.keys)
+        used = snapshot.counts.keys
+        if self._filter is None or len(self._filter.norm) < used:
+            self._filter = tiles.filter_keys(snapshot.key_slots[:used], known=self._filter)
+        return tiles.find(queries, self.keys, self._filter)
+
+    def _take_codes_in(self) -> None:
+        """Bring what the certificate knows of this version by now to the device."""
+        from grace_fast.kernels import codes
+
+        self._state = None
+        if self._certificate is None:
+            return
+        snapshot = self._snapshot
+        with self._certificate.held(snapshot) as state:
+            if state is None:
+                return
+            covered = min(state.covered, snapshot.rows)
+            parts = (*state.runs, state.tail)
+            same = self._codes is not None and self._parts == state.runs
+            if not same or not codes.refresh(self._codes, parts, covered):
+                self._codes = codes.device_codes(
+                    state.phi, parts, covered, state.floor, snapshot.device, room=TAIL_ROOM
+                )
+                self._parts = state.runs
+            self._state = state
 
 
 @cache
