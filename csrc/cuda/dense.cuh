@@ -1,0 +1,177 @@
+// The dense look-up of a few queries: every key is read once, in one launch.
+//
+// Rows are dealt out to blocks in tiles, a few keys to a warp; queries are kept in shared memory as
+// float32. Each block keeps the best two rows of every query by their float32 S and writes them
+// down; the block that takes the last ticket decides (settle.cuh) and writes the values. Where a
+// block's second is too near to its first to tell, the rows of that block are read once more. N is
+// in device memory, nothing is allocated, the ticket starts again by itself: a graph may replay it.
+#pragma once
+#include "settle.cuh"
+
+namespace grace_fast::device {
+
+constexpr int kManyKeys = 4;  // of a warp's tile, once there are enough for all warps
+
+template <int kQueries>
+struct DenseShared {
+  SettleShared settle;
+  BestTwo best[kMostWarps][kQueries];
+  int32_t not_finite[kQueries];
+};
+
+GRACE_FAST_DEVICE constexpr int staged_width(int width) { return (width + 7) / 8 * 8; }
+
+template <typename Key, int kQueries>
+class Dense {
+ public:
+  using Shared = DenseShared<kQueries>;
+  static constexpr int64_t kQueriesAt = (sizeof(Shared) + 15) / 16 * 16;
+
+  GRACE_FAST_DEVICE explicit Dense(const Call& call)
+      : call_(call),
+        book_(*call.book),
+        band_(call.width),
+        lane_(thread_index() % kWarp),
+        warp_(thread_index() / kWarp),
+        warps_(thread_count() / kWarp),
+        shared_(reinterpret_cast<Shared*>(shared_memory())),
+        staged_(reinterpret_cast<float*>(shared_memory() + kQueriesAt)),
+        stride_(staged_width(call.width)),
+        wide_loads_(in_16_bytes<Key>(book_, call.width)),
+        rows_(book_.rows),
+        few_(rows_ <= static_cast<int64_t>(block_count()) * warps_ * 2) {}
+
+  GRACE_FAST_DEVICE void run() {
+    stage_queries();
+    const double widest = book_.widest;
+    const float limit = widest >= 0 ? band_.above(widest * widest) : -1.0f;
+    if (few_) {
+      read_tiles<1>(limit);
+    } else {
+      read_tiles<kManyKeys>(limit);
+    }
+    join_warps();
+    if (!is_last_block(call_.workspace.tickets + group_index(), &shared_->settle)) return;
+    Settle<Key, Dense> settle(call_, book_, *this, &shared_->settle);
+    settle.run();
+    write_values(call_, book_, shared_->settle.answer, first(), batch());
+  }
+
+  // What Settle asks.
+  GRACE_FAST_DEVICE int first() const { return group_index() * kQueries; }
+  GRACE_FAST_DEVICE int batch() const {
+    const int left = call_.batch - first();
+    return left < kQueries ? left : kQueries;
+  }
+  GRACE_FAST_DEVICE const float* query(int b) const { return staged_ + b * stride_; }
+  GRACE_FAST_DEVICE int state(int b) const {
+    return shared_->not_finite[b] ? kNotFinite : kEncoded;
+  }
+  GRACE_FAST_DEVICE BestTwo best(int b, int block) const {
+    const BestTwo* slot = slots(b) + block;
+    return {load_fresh(&slot->first), load_fresh(&slot->second)};
+  }
+  GRACE_FAST_DEVICE double floor() const { return 0; }
+  GRACE_FAST_DEVICE int owner(const Exact&) const { return -1; }
+  GRACE_FAST_DEVICE bool needs(int, int) const { return false; }  // every key has been read
+
+  template <typename Look>
+  GRACE_FAST_DEVICE void read_again(int b, float limit, int, const Look& look) {
+    for (int block = 0; block < block_count(); ++block) {
+      const uint64_t second = best(b, block).second;
+      if (second == kNone || squared_of(second) > limit) continue;
+      const int keys = few_ ? 1 : kManyKeys;
+      for (int64_t i = warp_;; i += warps_) {
+        const int64_t row = (i / keys * block_count() + block) * keys + i % keys;
+        if (row - i % keys >= rows_) break;
+        if (row >= rows_ || !book_.live[row]) continue;
+        const Key* key = key_of<Key>(book_, call_.width, row);
+        if (squared_by_warp(query(b), key, call_.width, wide_loads_) <= limit) look(row, 0);
+      }
+    }
+  }
+
+ private:
+  GRACE_FAST_DEVICE void stage_queries() {
+    if (thread_index() < kQueries) shared_->not_finite[thread_index()] = 0;
+    sync_block();
+    for (int b = 0; b < kQueries; ++b) {
+      const int64_t start = (first() + b) * call_.query_stride;
+      for (int j = thread_index(); j < stride_; j += thread_count()) {
+        float x = 0;
+        if (b < batch() && j < call_.width) x = element(call_.queries, call_.query_dtype, start + j);
+        if (!(x * 0.0f == 0.0f)) shared_->not_finite[b] = 1;
+        staged_[b * stride_ + j] = x;
+      }
+    }
+    sync_block();
+  }
+
+  // Tile i goes to block i modulo the blocks; in a block, to one warp after the other.
+  template <int kKeys>
+  GRACE_FAST_DEVICE void read_tiles(float limit) {
+    BestTwo best{kNone, kNone};  // of query `lane`
+    const int64_t step = static_cast<int64_t>(block_count()) * kKeys;
+#pragma unroll 1
+    for (int64_t tile = block_index() * kKeys + warp_ * step; tile < rows_; tile += warps_ * step) {
+      const Key* key[kKeys];
+      bool live[kKeys];
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        live[k] = tile + k < rows_ && book_.live[tile + k];
+        key[k] = key_of<Key>(book_, call_.width, live[k] ? tile + k : tile);
+      }
+      float sum[kQueries][kKeys] = {};
+      add_squares<Key, kQueries, kKeys>(staged_, stride_, key, call_.width, wide_loads_, sum);
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        float mine = 0;
+#pragma unroll
+        for (int b = 0; b < kQueries; ++b) {
+          const float squared = sum_of_warp(sum[b][k]);
+          if (lane_ == b) mine = squared;
+        }
+        if (live[k] && mine <= limit) {
+          offer(&best, packed(mine, static_cast<uint32_t>(tile + k) << 1));
+        }
+      }
+    }
+    if (lane_ < kQueries) shared_->best[warp_][lane_] = best;
+  }
+
+  GRACE_FAST_DEVICE void join_warps() {
+    sync_block();
+    const int b = thread_index();
+    if (b >= batch()) return;
+    BestTwo joined{kNone, kNone};
+    for (int i = 0; i < warps_; ++i) {
+      offer(&joined, shared_->best[i][b].first);
+      offer(&joined, shared_->best[i][b].second);
+    }
+    slots(b)[block_index()] = joined;
+  }
+
+  GRACE_FAST_DEVICE BestTwo* slots(int b) const {
+    return call_.workspace.best + static_cast<int64_t>(first() + b) * block_count();
+  }
+
+  const Call& call_;
+  const Book& book_;
+  const Band band_;
+  const int lane_, warp_, warps_;
+  Shared* shared_;
+  float* staged_;
+  const int stride_;
+  const bool wide_loads_;
+  const int64_t rows_;
+  const bool few_;
+};
+
+template <typename Key, int kQueries>
+GRACE_FAST_KERNEL(kMostThreads)
+dense_kernel(const __grid_constant__ Call call) {
+  Dense<Key, kQueries> dense(call);
+  dense.run();
+}
+
+}  // namespace grace_fast::device
