@@ -10,7 +10,9 @@
 
 namespace grace_fast::device {
 
-constexpr int kManyKeys = 4;  // of a warp's tile, once there are enough for all warps
+// Keys of a warp's tile, once there are enough for all warps: as many as registers hold sums for.
+template <int kQueries>
+constexpr int kManyKeys = kQueries == 8 ? 2 : 4;
 
 template <int kQueries>
 struct DenseShared {
@@ -48,7 +50,7 @@ class Dense {
     if (few_) {
       read_tiles<1>(limit);
     } else {
-      read_tiles<kManyKeys>(limit);
+      read_tiles<kManyKeys<kQueries>>(limit);
     }
     join_warps();
     if (!is_last_block(call_.workspace.tickets + group_index(), &shared_->settle)) return;
@@ -80,7 +82,7 @@ class Dense {
     for (int block = 0; block < block_count(); ++block) {
       const uint64_t second = best(b, block).second;
       if (second == kNone || squared_of(second) > limit) continue;
-      const int keys = few_ ? 1 : kManyKeys;
+      const int keys = few_ ? 1 : kManyKeys<kQueries>;
       for (int64_t i = warp_;; i += warps_) {
         const int64_t row = (i / keys * block_count() + block) * keys + i % keys;
         if (row - i % keys >= rows_) break;

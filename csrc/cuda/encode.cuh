@@ -60,17 +60,20 @@ class Encode {
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
         float centre[4] = {};
-        if (mapped_) widen_all(load16(map_.centre + j + i), static_cast<float*>(nullptr), centre);
+        if (mapped_) widen_four(load16(map_.centre + j + i), 0, static_cast<float*>(nullptr), centre);
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[i + e] = query[i + e] - centre[e];
       }
 #pragma unroll
       for (int r = 0; r < kEncodeRows && mapped_; ++r) {
-        float row[8];
-        widen_all(load16(map_.rows + static_cast<int64_t>(first + r) * padded_ + j),
-                  static_cast<BFloat16*>(nullptr), row);
+        const uint4 raw = load16(map_.rows + static_cast<int64_t>(first + r) * padded_ + j);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[r] = multiply_add(row[i], x[i], sum[r]);
+        for (int i = 0; i < 8; i += 4) {
+          float row[4];
+          widen_four(raw, i / 4, static_cast<BFloat16*>(nullptr), row);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[r] = multiply_add(row[e], x[i + e], sum[r]);
+        }
       }
       if (block_index() == 0) {
         float* wide = call_.workspace.wide + static_cast<int64_t>(query_) * padded_ + j;

@@ -29,27 +29,26 @@ GRACE_FAST_DEVICE float widen(Float16 x) { return float_of_half(x.bits); }
 template <typename Key>
 constexpr int kOf16Bytes = 16 / static_cast<int>(sizeof(Key));
 
-GRACE_FAST_DEVICE void widen_all(uint4 raw, float*, float (&wide)[4]) {
+// Four elements: of all 16 bytes, or of two of their words.
+GRACE_FAST_DEVICE void widen_four(uint4 raw, int, float*, float (&wide)[4]) {
   wide[0] = float_of(raw.x);
   wide[1] = float_of(raw.y);
   wide[2] = float_of(raw.z);
   wide[3] = float_of(raw.w);
 }
-GRACE_FAST_DEVICE void widen_all(uint4 raw, BFloat16*, float (&wide)[8]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    wide[2 * i] = float_of(words[i] << 16);
-    wide[2 * i + 1] = float_of(words[i] & 0xffff0000u);
-  }
+GRACE_FAST_DEVICE void widen_four(uint4 raw, int half, BFloat16*, float (&wide)[4]) {
+  const uint32_t low = half ? raw.z : raw.x, high = half ? raw.w : raw.y;
+  wide[0] = float_of(low << 16);
+  wide[1] = float_of(low & 0xffff0000u);
+  wide[2] = float_of(high << 16);
+  wide[3] = float_of(high & 0xffff0000u);
 }
-GRACE_FAST_DEVICE void widen_all(uint4 raw, Float16*, float (&wide)[8]) {
-  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    wide[2 * i] = float_of_half(static_cast<uint16_t>(words[i]));
-    wide[2 * i + 1] = float_of_half(static_cast<uint16_t>(words[i] >> 16));
-  }
+GRACE_FAST_DEVICE void widen_four(uint4 raw, int half, Float16*, float (&wide)[4]) {
+  const uint32_t low = half ? raw.z : raw.x, high = half ? raw.w : raw.y;
+  wide[0] = float_of_half(static_cast<uint16_t>(low));
+  wide[1] = float_of_half(static_cast<uint16_t>(low >> 16));
+  wide[2] = float_of_half(static_cast<uint16_t>(high));
+  wide[3] = float_of_half(static_cast<uint16_t>(high >> 16));
 }
 
 GRACE_FAST_DEVICE float element(const void* from, Dtype dtype, int64_t index) {
@@ -137,24 +136,34 @@ GRACE_FAST_DEVICE void add_squares(const float* query, int stride, const Key* co
   constexpr int kElements = kOf16Bytes<Key>;
   const int lane = thread_index() % kWarp;
   if (wide_loads) {
+    // Of 8 elements, lanes 4 .. 7 of each 8 take the last four first: together the 8 then read all
+    // banks of shared memory at once.
+    const bool swap = kElements == 8 && (lane & 4) != 0;
 #pragma unroll(kKeys == 1 ? 4 : kQueries <= 4 ? 2 : 1)
     for (int j = lane * kElements; j < width; j += kWarp * kElements) {
-      float stored[kKeys][kElements];
+      uint4 raw[kKeys];
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {
-        widen_all(stream16(key[k] + j), static_cast<Key*>(nullptr), stored[k]);
+        raw[k] = stream16(key[k] + j);
+        if (swap) raw[k] = {raw[k].z, raw[k].w, raw[k].x, raw[k].y};
       }
 #pragma unroll
-      for (int b = 0; b < kQueries; ++b) {
+      for (int i = 0; i < kElements; i += 4) {
+        float stored[kKeys][4];
 #pragma unroll
-        for (int i = 0; i < kElements; i += 4) {
-          const float4 asked = *reinterpret_cast<const float4*>(query + b * stride + j + i);
+        for (int k = 0; k < kKeys; ++k) {
+          widen_four(raw[k], i / 4, static_cast<Key*>(nullptr), stored[k]);
+        }
+        const float* at = query + j + (swap ? 4 - i : i);
+#pragma unroll
+        for (int b = 0; b < kQueries; ++b) {
+          const float4 asked = *reinterpret_cast<const float4*>(at + b * stride);
           const float four[4] = {asked.x, asked.y, asked.z, asked.w};
 #pragma unroll
           for (int k = 0; k < kKeys; ++k) {
 #pragma unroll
             for (int e = 0; e < 4; ++e) {
-              const float difference = four[e] - stored[k][i + e];
+              const float difference = four[e] - stored[k][e];
               sum[b][k] = multiply_add(difference, difference, sum[b][k]);
             }
           }
