@@ -23,7 +23,7 @@ constexpr int kSurvivorList = 1024;
 constexpr float kSlackSteps = 1e-3f;  // what underflow may take from a projection
 
 struct CertifiedShared {
-  SettleShared settle;
+  SettleShared settle;  // first, as Settle expects
   Encoded query[kMostQueries];
   BestTwo best[kMostWarps][kMostQueries];
   int2 leaf[kLeafList];             // the leaf, and a bit for each query
@@ -91,29 +91,32 @@ class Certified {
         warp_(thread_index() / kWarp),
         warps_(thread_count() / kWarp),
         padded_((call.width + kPadding - 1) / kPadding * kPadding),
-        shared_(reinterpret_cast<CertifiedShared*>(shared_memory())),
         wide_loads_(in_16_bytes<Key>(book_, call.width)),
         slope_(static_cast<float>(book_.map.lipschitz * (1 + 1e-6) / book_.map.step)) {}
 
-  GRACE_FAST_DEVICE void run() {
+  GRACE_FAST_DEVICE void read() {
     wait_for_the_kernel_before();
     take_queries();
     const double widest = book_.widest;
     Search search{encoded_queries(), block_index(), block_count(), 0, false, 0};
     search.limit = widest >= 0 ? band_.above(widest * widest) : -1.0f;
     if (search.queries && widest >= 0) {
-      const auto look = [this](int b, uint32_t tag, float squared) {
-        if (lane_ == 0) offer(&shared_->best[warp_][b], packed(squared, tag));
+      const auto look = [](int b, uint32_t tag, float squared) {
+        const int warp = thread_index() / kWarp;
+        if (thread_index() % kWarp == 0) offer(&shared()->best[warp][b], packed(squared, tag));
       };
       for (int part = 0; part < book_.parts; ++part) collect(search, book_.part[part], look);
       read_rows(search, book_.covered, look);
       read_survivors(search, look);
     }
     join_warps();
-    if (!is_last_block(call_.workspace.tickets, &shared_->settle)) return;
-    Settle<Key, Certified> settle(call_, book_, *this, &shared_->settle);
+  }
+
+  GRACE_FAST_DEVICE void decide() {
+    if (!is_last_block(call_.workspace.tickets)) return;
+    Settle<Key, Certified> settle(call_, book_, *this);
     settle.run();
-    write_values(call_, book_, shared_->settle.answer, 0, call_.batch);
+    write_values(call_, book_, 0, call_.batch);
   }
 
   // What Settle asks.
@@ -123,7 +126,7 @@ class Certified {
     return call_.workspace.wide + static_cast<int64_t>(b) * padded_;
   }
   GRACE_FAST_DEVICE int state(int b) const {
-    return book_.widest >= 0 ? shared_->query[b].state : kNotFinite;
+    return book_.widest >= 0 ? shared()->query[b].state : kNotFinite;
   }
   GRACE_FAST_DEVICE BestTwo best(int b, int block) const {
     const BestTwo* slot = slots(b) + block;
@@ -149,7 +152,7 @@ class Certified {
 
   template <typename Look>
   GRACE_FAST_DEVICE void read_again(int b, float limit, int skip, const Look& found) {
-    const bool all = shared_->query[b].state == kTooLarge;
+    const bool all = shared()->query[b].state == kTooLarge;
     Search search{1u << b, 0, 1, limit, true, 0};
     search.radius = static_cast<float>(square_root(limit) * (1 + 1e-6));
     const auto look = [&](int, uint32_t tag, float) { found(tag >> 1, tag & 1); };
@@ -161,6 +164,10 @@ class Certified {
   }
 
  private:
+  GRACE_FAST_DEVICE static CertifiedShared* shared() {
+    return reinterpret_cast<CertifiedShared*>(shared_memory());
+  }
+
   // What is looked for, and this block's share of it.
   struct Search {
     uint32_t queries;  // a bit for each
@@ -172,28 +179,28 @@ class Certified {
 
   GRACE_FAST_DEVICE void take_queries() {
     const auto* from = reinterpret_cast<const uint32_t*>(call_.workspace.encoded);
-    auto* to = reinterpret_cast<uint32_t*>(shared_->query);
+    auto* to = reinterpret_cast<uint32_t*>(shared()->query);
     const int words = call_.batch * static_cast<int>(sizeof(Encoded) / 4);
     for (int i = thread_index(); i < words; i += thread_count()) to[i] = load_fresh(from + i);
     for (int i = thread_index(); i < warps_ * kMostQueries; i += thread_count()) {
-      shared_->best[i / kMostQueries][i % kMostQueries] = {kNone, kNone};
+      shared()->best[i / kMostQueries][i % kMostQueries] = {kNone, kNone};
     }
-    if (thread_index() == 0) shared_->leaves = shared_->survivors = 0;
+    if (thread_index() == 0) shared()->leaves = shared()->survivors = 0;
     sync_block();
   }
 
   GRACE_FAST_DEVICE uint32_t encoded_queries() const {
-    return ballot(lane_ < call_.batch && shared_->query[lane_].state == kEncoded);
+    return ballot(lane_ < call_.batch && shared()->query[lane_].state == kEncoded);
   }
 
   GRACE_FAST_DEVICE int near_limit(const Search& search, const Part& part, int b,
                                    float reach) const {
-    const float errors = shared_->query[b].near_error + part.near_residual + kSlackSteps;
+    const float errors = shared()->query[b].near_error + part.near_residual + kSlackSteps;
     return Cut{slope_, errors}.at(search.at_one_radius ? search.radius : reach);
   }
   GRACE_FAST_DEVICE int far_limit(const Search& search, const Part& part, int b,
                                   float reach) const {
-    const float errors = shared_->query[b].far_error + part.far_residual + kSlackSteps;
+    const float errors = shared()->query[b].far_error + part.far_residual + kSlackSteps;
     return Cut{slope_, errors}.at(search.at_one_radius ? search.radius : reach);
   }
 
@@ -213,13 +220,13 @@ class Certified {
       const int super = first + search.share + warp_ * search.shares;
       if (super < supers) test_boxes(search, part, super, leaves);
       sync_block();
-      const int listed = shared_->leaves;
+      const int listed = shared()->leaves;
       for (int i = warp_; i < listed; i += warps_) {
-        const int2 entry = shared_->leaf[i];
+        const int2 entry = shared()->leaf[i];
         scan_leaf(search, part, entry.x, static_cast<uint32_t>(entry.y), look);
       }
       sync_block();
-      if (thread_index() == 0) shared_->leaves = 0;
+      if (thread_index() == 0) shared()->leaves = 0;
       sync_block();
     }
   }
@@ -231,7 +238,7 @@ class Certified {
     const int b = asked ? lane_ : lowest_bit(search.queries);
     const float reach = part.super_reach[super];
     const uint32_t queries =
-        ballot(asked && box_distance(box, shared_->query[b]) <= near_limit(search, part, b, reach));
+        ballot(asked && box_distance(box, shared()->query[b]) <= near_limit(search, part, b, reach));
     if (!queries) return;
 #pragma unroll 1
     for (int half = 0; half < kLeaf; half += kWarp) {
@@ -242,13 +249,13 @@ class Certified {
         const float leaf_reach = part.reach[leaf];
         for (uint32_t left = queries; left; left &= left - 1) {
           const int query = lowest_bit(left);
-          const int apart = box_distance(box, shared_->query[query]);
+          const int apart = box_distance(box, shared()->query[query]);
           if (apart <= near_limit(search, part, query, leaf_reach)) within |= 1u << query;
         }
       }
       if (!ballot(within != 0)) continue;
       if (within) {
-        shared_->leaf[add_to(&shared_->leaves, 1)] = {leaf, static_cast<int>(within)};
+        shared()->leaf[add_to(&shared()->leaves, 1)] = {leaf, static_cast<int>(within)};
       }
     }
   }
@@ -265,22 +272,23 @@ class Certified {
 #pragma unroll 1
     for (uint32_t left = queries; left; left &= left - 1) {
       const int b = lowest_bit(left);
-      const Encoded& query = shared_->query[b];
+      const Encoded& query = shared()->query[b];
       const int limit = near_limit(search, part, b, reach);
       const int sum0 = code_distance(code0, query.code, 0);
       const int sum1 = code_distance(code1, query.code, 0);
       const bool near0 = sum0 <= limit && at0 <= last, near1 = sum1 <= limit && at1 <= last;
       if (!ballot(near0 || near1)) continue;
-      refine(search, part, at0, near0, sum0, code0.w, reach, b, look);
-      refine(search, part, at1, near1, sum1, code1.w, reach, b, look);
+      Certified cold(*this);  // its address is taken, and this one's must not be
+      cold.refine(search, part, at0, near0, sum0, code0.w, reach, b, look);
+      cold.refine(search, part, at1, near1, sum1, code1.w, reach, b, look);
     }
   }
 
   // Look at the far codes of the positions that are kept, and list what is left.
   template <typename Look>
-  GRACE_FAST_COLD void refine(const Search& search, const Part& part, int position, bool kept,
+  GRACE_FAST_COLD void refine(Search search, const Part& part, int position, bool kept,
                               int sum, uint32_t last_word, float reach, int b, const Look& look) {
-    const Encoded& query = shared_->query[b];
+    const Encoded& query = shared()->query[b];
     uint32_t tag = 0;
     if (kept && book_.map.far) {
       if (book_.map.norm_slot) {  // what rows 0 .. 14 leave over is what the far rows look at
@@ -302,9 +310,9 @@ class Certified {
     }
     bool listed = false;
     if (kept) {
-      const int at = add_to(&shared_->survivors, 1);
+      const int at = add_to(&shared()->survivors, 1);
       listed = at < kSurvivorList;
-      if (listed) shared_->survivor[at] = {tag, static_cast<uint32_t>(b)};
+      if (listed) shared()->survivor[at] = {tag, static_cast<uint32_t>(b)};
     }
     for (uint32_t left = ballot(kept && !listed); left; left &= left - 1) {
       read_key(search, b, shuffle(tag, lowest_bit(left)), look);
@@ -314,13 +322,13 @@ class Certified {
   template <typename Look>
   GRACE_FAST_DEVICE void read_survivors(const Search& search, const Look& look) {
     sync_block();
-    const int listed = shared_->survivors < kSurvivorList ? shared_->survivors : kSurvivorList;
+    const int listed = shared()->survivors < kSurvivorList ? shared()->survivors : kSurvivorList;
     for (int i = warp_; i < listed; i += warps_) {
-      const uint2 entry = shared_->survivor[i];
+      const uint2 entry = shared()->survivor[i];
       read_key(search, static_cast<int>(entry.y), entry.x, look);
     }
     sync_block();
-    if (thread_index() == 0) shared_->survivors = 0;
+    if (thread_index() == 0) shared()->survivors = 0;
     sync_block();
   }
 
@@ -351,8 +359,8 @@ class Certified {
     if (b >= call_.batch) return;
     BestTwo joined{kNone, kNone};
     for (int i = 0; i < warps_; ++i) {
-      offer(&joined, shared_->best[i][b].first);
-      offer(&joined, shared_->best[i][b].second);
+      offer(&joined, shared()->best[i][b].first);
+      offer(&joined, shared()->best[i][b].second);
     }
     slots(b)[block_index()] = joined;
   }
@@ -365,7 +373,6 @@ class Certified {
   const Book& book_;
   const Band band_;
   const int lane_, warp_, warps_, padded_;
-  CertifiedShared* shared_;
   const bool wide_loads_;
   const float slope_;
 };
@@ -373,8 +380,11 @@ class Certified {
 template <typename Key>
 GRACE_FAST_KERNEL(kMostThreads)
 certified_kernel(const __grid_constant__ Call call) {
-  Certified<Key> certified(call);
-  certified.run();
+  // Two objects, so that what reads the codes stays in registers: cold code takes the address of
+  // the other.
+  Certified<Key> reader(call), decider(call);
+  reader.read();
+  decider.decide();
 }
 
 }  // namespace grace_fast::device

@@ -16,7 +16,7 @@ constexpr int kManyKeys = kQueries == 8 ? 2 : 4;
 
 template <int kQueries>
 struct DenseShared {
-  SettleShared settle;
+  SettleShared settle;  // first, as Settle expects
   BestTwo best[kMostWarps][kQueries];
   int32_t not_finite[kQueries];
 };
@@ -36,14 +36,12 @@ class Dense {
         lane_(thread_index() % kWarp),
         warp_(thread_index() / kWarp),
         warps_(thread_count() / kWarp),
-        shared_(reinterpret_cast<Shared*>(shared_memory())),
-        staged_(reinterpret_cast<float*>(shared_memory() + kQueriesAt)),
         stride_(staged_width(call.width)),
         wide_loads_(in_16_bytes<Key>(book_, call.width)),
         rows_(book_.rows),
         few_(rows_ <= static_cast<int64_t>(block_count()) * warps_ * 2) {}
 
-  GRACE_FAST_DEVICE void run() {
+  GRACE_FAST_DEVICE void read() {
     stage_queries();
     const double widest = book_.widest;
     const float limit = widest >= 0 ? band_.above(widest * widest) : -1.0f;
@@ -53,10 +51,13 @@ class Dense {
       read_tiles<kManyKeys<kQueries>>(limit);
     }
     join_warps();
-    if (!is_last_block(call_.workspace.tickets + group_index(), &shared_->settle)) return;
-    Settle<Key, Dense> settle(call_, book_, *this, &shared_->settle);
+  }
+
+  GRACE_FAST_DEVICE void decide() {
+    if (!is_last_block(call_.workspace.tickets + group_index())) return;
+    Settle<Key, Dense> settle(call_, book_, *this);
     settle.run();
-    write_values(call_, book_, shared_->settle.answer, first(), batch());
+    write_values(call_, book_, first(), batch());
   }
 
   // What Settle asks.
@@ -65,9 +66,9 @@ class Dense {
     const int left = call_.batch - first();
     return left < kQueries ? left : kQueries;
   }
-  GRACE_FAST_DEVICE const float* query(int b) const { return staged_ + b * stride_; }
+  GRACE_FAST_DEVICE const float* query(int b) const { return staged() + b * stride_; }
   GRACE_FAST_DEVICE int state(int b) const {
-    return shared_->not_finite[b] ? kNotFinite : kEncoded;
+    return shared()->not_finite[b] ? kNotFinite : kEncoded;
   }
   GRACE_FAST_DEVICE BestTwo best(int b, int block) const {
     const BestTwo* slot = slots(b) + block;
@@ -94,16 +95,21 @@ class Dense {
   }
 
  private:
+  GRACE_FAST_DEVICE static Shared* shared() { return reinterpret_cast<Shared*>(shared_memory()); }
+  GRACE_FAST_DEVICE static float* staged() {
+    return reinterpret_cast<float*>(shared_memory() + kQueriesAt);
+  }
+
   GRACE_FAST_DEVICE void stage_queries() {
-    if (thread_index() < kQueries) shared_->not_finite[thread_index()] = 0;
+    if (thread_index() < kQueries) shared()->not_finite[thread_index()] = 0;
     sync_block();
     for (int b = 0; b < kQueries; ++b) {
       const int64_t start = (first() + b) * call_.query_stride;
       for (int j = thread_index(); j < stride_; j += thread_count()) {
         float x = 0;
         if (b < batch() && j < call_.width) x = element(call_.queries, call_.query_dtype, start + j);
-        if (!(x * 0.0f == 0.0f)) shared_->not_finite[b] = 1;
-        staged_[b * stride_ + j] = x;
+        if (!(x * 0.0f == 0.0f)) shared()->not_finite[b] = 1;
+        staged()[b * stride_ + j] = x;
       }
     }
     sync_block();
@@ -124,7 +130,7 @@ class Dense {
         key[k] = key_of<Key>(book_, call_.width, live[k] ? tile + k : tile);
       }
       float sum[kQueries][kKeys] = {};
-      add_squares<Key, kQueries, kKeys>(staged_, stride_, key, call_.width, wide_loads_, sum);
+      add_squares<Key, kQueries, kKeys>(staged(), stride_, key, call_.width, wide_loads_, sum);
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {
         float mine = 0;
@@ -138,7 +144,7 @@ class Dense {
         }
       }
     }
-    if (lane_ < kQueries) shared_->best[warp_][lane_] = best;
+    if (lane_ < kQueries) shared()->best[warp_][lane_] = best;
   }
 
   GRACE_FAST_DEVICE void join_warps() {
@@ -147,8 +153,8 @@ class Dense {
     if (b >= batch()) return;
     BestTwo joined{kNone, kNone};
     for (int i = 0; i < warps_; ++i) {
-      offer(&joined, shared_->best[i][b].first);
-      offer(&joined, shared_->best[i][b].second);
+      offer(&joined, shared()->best[i][b].first);
+      offer(&joined, shared()->best[i][b].second);
     }
     slots(b)[block_index()] = joined;
   }
@@ -161,8 +167,6 @@ class Dense {
   const Book& book_;
   const Band band_;
   const int lane_, warp_, warps_;
-  Shared* shared_;
-  float* staged_;
   const int stride_;
   const bool wide_loads_;
   const int64_t rows_;
@@ -172,8 +176,11 @@ class Dense {
 template <typename Key, int kQueries>
 GRACE_FAST_KERNEL(kMostThreads)
 dense_kernel(const __grid_constant__ Call call) {
-  Dense<Key, kQueries> dense(call);
-  dense.run();
+  // Two objects, so that what reads the keys stays in registers: cold code takes the address of the
+  // other.
+  Dense<Key, kQueries> reader(call), decider(call);
+  reader.read();
+  decider.decide();
 }
 
 }  // namespace grace_fast::device

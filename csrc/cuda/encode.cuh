@@ -19,7 +19,6 @@ constexpr int kPointLimit = 16000;     // and once more for the boxes, in int16
 
 struct EncodeShared {
   float of_warp[kEncodeThreads / kWarp][kEncodeRows + 2];
-  double turned[kNear];
   uint32_t last;
 };
 
@@ -32,7 +31,6 @@ class Encode {
         query_(group_index()),
         lane_(thread_index() % kWarp),
         padded_((call.width + kPadding - 1) / kPadding * kPadding),
-        shared_(reinterpret_cast<EncodeShared*>(shared_memory())),
         sums_(call.workspace.sums + query_ * kSlots),
         squares_(call.workspace.squares + query_ * 2) {}
 
@@ -44,6 +42,10 @@ class Encode {
   }
 
  private:
+  GRACE_FAST_DEVICE static EncodeShared* shared() {
+    return reinterpret_cast<EncodeShared*>(shared_memory());
+  }
+
   GRACE_FAST_DEVICE void project() {
     const int first = block_index() * kEncodeRows;
     float sum[kEncodeRows + 2] = {};  // of the rows; |x|^2; what is not finite
@@ -92,13 +94,13 @@ class Encode {
 #pragma unroll
     for (int r = 0; r < kEncodeRows + 2; ++r) {
       const float joined = sum_of_warp(sum[r]);
-      if (lane_ == 0) shared_->of_warp[thread_index() / kWarp][r] = joined;
+      if (lane_ == 0) shared()->of_warp[thread_index() / kWarp][r] = joined;
     }
     sync_block();
     const int r = thread_index();
     if (r >= kEncodeRows + 2) return;
     float total = 0;
-    for (int i = 0; i < thread_count() / kWarp; ++i) total += shared_->of_warp[i][r];
+    for (int i = 0; i < thread_count() / kWarp; ++i) total += shared()->of_warp[i][r];
     if (r < kEncodeRows) {
       sums_[first + r] = total;
     } else if (block_index() == 0) {
@@ -111,11 +113,11 @@ class Encode {
     sync_block();
     if (thread_index() == 0) {
       uint32_t* ticket = call_.workspace.tickets + kMostQueries + query_;
-      shared_->last = take_ticket(ticket, kEncodeBlocks - 1) == kEncodeBlocks - 1;
+      shared()->last = take_ticket(ticket, kEncodeBlocks - 1) == kEncodeBlocks - 1;
     }
     sync_block();
     fence();
-    return shared_->last != 0;
+    return shared()->last != 0;
   }
 
   GRACE_FAST_DEVICE static float fresh(const float* from) {
@@ -200,7 +202,6 @@ class Encode {
   const Map& map_;
   const bool mapped_;  // or there are no codes, and every row is read as it is
   const int query_, lane_, padded_;
-  EncodeShared* shared_;
   float* sums_;
   float* squares_;
 };

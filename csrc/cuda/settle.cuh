@@ -29,8 +29,14 @@ struct SettleShared {
   uint32_t last;
 };
 
+// Where every look-up keeps it: at the start. An address in the open is known to be shared memory.
+GRACE_FAST_DEVICE SettleShared* settle_shared() {
+  return reinterpret_cast<SettleShared*>(shared_memory());
+}
+
 // Tell whether this block is the last of its group, and then may read what all have written.
-GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket, SettleShared* shared) {
+GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
+  SettleShared* shared = settle_shared();
   fence();
   sync_block();
   if (thread_index() == 0) {
@@ -45,11 +51,10 @@ GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket, SettleShared* shared) {
 template <typename Key, typename Lookup>
 class Settle {
  public:
-  GRACE_FAST_DEVICE Settle(const Call& call, const Book& book, Lookup& lookup, SettleShared* shared)
+  GRACE_FAST_DEVICE Settle(const Call& call, const Book& book, Lookup& lookup)
       : call_(call),
         book_(book),
         lookup_(lookup),
-        shared_(shared),
         band_(call.width),
         lane_(thread_index() % kWarp),
         warp_(thread_index() / kWarp),
@@ -59,11 +64,11 @@ class Settle {
   GRACE_FAST_DEVICE void run() {
     for (int b = warp_; b < lookup_.batch(); b += warps_) {
       const bool hard = !decide_alone(b);
-      if (lane_ == 0) shared_->hard[b] = hard;
+      if (lane_ == 0) settle_shared()->hard[b] = hard;
     }
     sync_block();
     for (int b = 0; b < lookup_.batch(); ++b) {
-      if (shared_->hard[b]) decide_together(b);
+      if (settle_shared()->hard[b]) decide_together(b);
     }
     sync_block();
     for (int b = thread_index(); b < lookup_.batch(); b += thread_count()) write(b);
@@ -72,7 +77,7 @@ class Settle {
  private:
   // By one warp: false where it takes more than one canonical sum.
   GRACE_FAST_DEVICE bool decide_alone(int b) {
-    if (lane_ == 0) shared_->answer[b] = no_row();
+    if (lane_ == 0) settle_shared()->answer[b] = no_row();
     if (lookup_.state(b) != kEncoded) return lookup_.state(b) == kNotFinite;
     const uint64_t nearest = nearest_of(b);
     if (nearest == kNone) return true;
@@ -96,7 +101,7 @@ class Settle {
       if (!(exact.squared <= radius * radius)) return true;
     }
     if (!is_settled(b, exact)) return false;
-    if (lane_ == 0) shared_->answer[b] = exact;
+    if (lane_ == 0) settle_shared()->answer[b] = exact;
     return true;
   }
 
@@ -132,7 +137,7 @@ class Settle {
       });
       best = best_of_block(found);
     }
-    if (thread_index() == 0) shared_->answer[b] = is_hit(best) ? best : no_row();
+    if (thread_index() == 0) settle_shared()->answer[b] = is_hit(best) ? best : no_row();
   }
 
   GRACE_FAST_DEVICE uint64_t nearest_of(int b) const {
@@ -168,17 +173,17 @@ class Settle {
 
   GRACE_FAST_DEVICE Exact best_of_block(const Exact& of_warp) {
     sync_block();
-    if (lane_ == 0) shared_->of_warp[warp_] = of_warp;
+    if (lane_ == 0) settle_shared()->of_warp[warp_] = of_warp;
     sync_block();
-    Exact best = shared_->of_warp[0];
+    Exact best = settle_shared()->of_warp[0];
     for (int i = 1; i < warps_; ++i) {
-      if (shared_->of_warp[i].before(best)) best = shared_->of_warp[i];
+      if (settle_shared()->of_warp[i].before(best)) best = settle_shared()->of_warp[i];
     }
     return best;
   }
 
   GRACE_FAST_DEVICE void write(int b) const {
-    const Exact& answer = shared_->answer[b];
+    const Exact& answer = settle_shared()->answer[b];
     const bool hit = answer.tag != ~0u;
     const int query = lookup_.first() + b;
     if (call_.hit) call_.hit[query] = hit;
@@ -189,7 +194,6 @@ class Settle {
   const Call& call_;
   const Book& book_;
   Lookup& lookup_;
-  SettleShared* shared_;
   const Band band_;
   const int lane_, warp_, warps_;
 };
@@ -225,13 +229,12 @@ GRACE_FAST_COLD void write_value(const Call& call, const Book& book, int64_t row
 }
 
 // Write the values of the hits among `batch` queries from `first` on, by a block.
-GRACE_FAST_DEVICE void write_values(const Call& call, const Book& book, const Exact* answer,
-                                    int first, int batch) {
+GRACE_FAST_DEVICE void write_values(const Call& call, const Book& book, int first, int batch) {
   if (!call.output) return;
   const int warp = thread_index() / kWarp, warps = thread_count() / kWarp;
   for (int i = warp; i < batch * call.tokens; i += warps) {
     const int b = i / call.tokens, token = i % call.tokens;
-    const uint32_t tag = answer[b].tag;
+    const uint32_t tag = settle_shared()->answer[b].tag;
     if (tag == ~0u || !call.mask[(first + b) * static_cast<int64_t>(call.tokens) + token]) continue;
     write_value(call, book, tag >> 1, first + b, token);
   }
