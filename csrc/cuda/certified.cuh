@@ -26,8 +26,8 @@ struct CertifiedShared {
   SettleShared settle;  // first, as Settle expects
   Encoded query[kMostQueries];
   BestTwo best[kMostWarps][kMostQueries];
-  int2 leaf[kLeafList];             // the leaf, and a bit for each query
-  uint2 survivor[kSurvivorList];    // row << 1 | alone, and the query
+  int2 leaf[kLeafList];           // the leaf, and a bit for each query
+  uint2 survivor[kSurvivorList];  // row << 1 | alone, and the query
   int32_t leaves, survivors;
 };
 
@@ -172,7 +172,7 @@ class Certified {
   struct Search {
     uint32_t queries;  // a bit for each
     int share, shares;
-    float limit;        // of S in float32
+    float limit;         // of S in float32
     bool at_one_radius;  // or each leaf's reach
     float radius;
   };
@@ -237,8 +237,8 @@ class Certified {
     const bool asked = search.queries >> lane_ & 1;
     const int b = asked ? lane_ : lowest_bit(search.queries);
     const float reach = part.super_reach[super];
-    const uint32_t queries =
-        ballot(asked && box_distance(box, shared()->query[b]) <= near_limit(search, part, b, reach));
+    const uint32_t queries = ballot(asked && box_distance(box, shared()->query[b]) <=
+                                                 near_limit(search, part, b, reach));
     if (!queries) return;
 #pragma unroll 1
     for (int half = 0; half < kLeaf; half += kWarp) {
@@ -286,8 +286,8 @@ class Certified {
 
   // Look at the far codes of the positions that are kept, and list what is left.
   template <typename Look>
-  GRACE_FAST_COLD void refine(Search search, const Part& part, int position, bool kept,
-                              int sum, uint32_t last_word, float reach, int b, const Look& look) {
+  GRACE_FAST_COLD void refine(Search search, const Part& part, int position, bool kept, int sum,
+                              uint32_t last_word, float reach, int b, const Look& look) {
     const Encoded& query = shared()->query[b];
     uint32_t tag = 0;
     if (kept && book_.map.far) {

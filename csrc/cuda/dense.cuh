@@ -21,7 +21,7 @@ struct DenseShared {
   int32_t not_finite[kQueries];
 };
 
-GRACE_FAST_DEVICE constexpr int staged_width(int width) { return (width + 7) / 8 * 8; }
+GRACE_FAST_BOTH constexpr int staged_width(int width) { return (width + 7) / 8 * 8; }
 
 template <typename Key, int kQueries>
 class Dense {
@@ -107,7 +107,8 @@ class Dense {
       const int64_t start = (first() + b) * call_.query_stride;
       for (int j = thread_index(); j < stride_; j += thread_count()) {
         float x = 0;
-        if (b < batch() && j < call_.width) x = element(call_.queries, call_.query_dtype, start + j);
+        if (b < batch() && j < call_.width)
+          x = element(call_.queries, call_.query_dtype, start + j);
         if (!(x * 0.0f == 0.0f)) shared()->not_finite[b] = 1;
         staged()[b * stride_ + j] = x;
       }

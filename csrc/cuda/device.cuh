@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #define GRACE_FAST_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads, 1)
+#define GRACE_FAST_BOTH __host__ __device__ __forceinline__
 #define GRACE_FAST_DEVICE __device__ __forceinline__
 #define GRACE_FAST_COLD __device__ __noinline__
 
@@ -109,7 +110,9 @@ GRACE_FAST_DEVICE double square_root(double x) { return sqrt(x); }
 GRACE_FAST_DEVICE float nearest_whole(float x) { return rintf(x); }
 GRACE_FAST_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 GRACE_FAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
-GRACE_FAST_DEVICE float float_of_half(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+GRACE_FAST_DEVICE float float_of_half(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
 GRACE_FAST_DEVICE uint16_t half_of(float x) { return __half_as_ushort(__float2half_rn(x)); }
 GRACE_FAST_DEVICE uint16_t bfloat16_of(float x) {
   return __bfloat16_as_ushort(__float2bfloat16_rn(x));

@@ -55,14 +55,14 @@ class Encode {
       for (int i = 0; i < 8; ++i) {
         query[i] = 0;
         if (j + i < call_.width) {
-          query[i] = element(call_.queries, call_.query_dtype,
-                             query_ * call_.query_stride + j + i);
+          query[i] = element(call_.queries, call_.query_dtype, query_ * call_.query_stride + j + i);
         }
       }
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
         float centre[4] = {};
-        if (mapped_) widen_four(load16(map_.centre + j + i), 0, static_cast<float*>(nullptr), centre);
+        if (mapped_)
+          widen_four(load16(map_.centre + j + i), 0, static_cast<float*>(nullptr), centre);
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[i + e] = query[i + e] - centre[e];
       }
@@ -160,13 +160,13 @@ class Encode {
     const double lost = kUnit * map_.lipschitz;
     double error = norm * (square_root(slots) * rounding * map_.row_norm + lost);
     if (map_.norm_slot) {
-      const double wrong = 1.001 * ((rounding + 4 * kUnit) * norm * norm +
-                                    2 * square_root(inside) * error + error * error +
-                                    2 * map_.eta * inside) +
-                           1e-30;
+      const double wrong =
+          1.001 * ((rounding + 4 * kUnit) * norm * norm + 2 * square_root(inside) * error +
+                   error * error + 2 * map_.eta * inside) +
+          1e-30;
       const double left = square > inside ? square_root(square - inside) : 0;
-      const double apart = wrong / (left * left > wrong ? left : square_root(wrong)) +
-                           left * 0x1p-23;
+      const double apart =
+          wrong / (left * left > wrong ? left : square_root(wrong)) + left * 0x1p-23;
       double residual = 0;
       const int norm_steps = whole_steps(left, &residual);
       if (lane_ == kNear - 1) near = norm_steps;
@@ -178,15 +178,16 @@ class Encode {
     int far1 = 0;
     if (lane_ < kNear) far1 = whole_steps(fresh(sums_ + kNear + kWarp + lane_), &of_far);
     far_residual += sum_of_warp(of_far);
-    const double far_error =
-        norm * (square_root(kSlots) * rounding * map_.row_norm + lost);
+    const double far_error = norm * (square_root(kSlots) * rounding * map_.row_norm + lost);
 
     auto* code = reinterpret_cast<uint8_t*>(out->code);
     code[kNear + lane_] = static_cast<uint8_t>(far0);
     if (lane_ < kNear) {
       code[lane_] = static_cast<uint8_t>(near);
       code[kNear + kWarp + lane_] = static_cast<uint8_t>(far1);
-      const int point = near < -kPointLimit ? -kPointLimit : near > kPointLimit ? kPointLimit : near;
+      const int point = near < -kPointLimit  ? -kPointLimit
+                        : near > kPointLimit ? kPointLimit
+                                             : near;
       reinterpret_cast<int16_t*>(out->point)[lane_] = static_cast<int16_t>(point);
       reinterpret_cast<int16_t*>(out->minus_point)[lane_] = static_cast<int16_t>(-point);
     }

@@ -14,13 +14,13 @@ namespace grace_fast::device {
 
 enum class Dtype : int32_t { float32, bfloat16, float16 };  // as in lookup.h
 
-constexpr int kNear = 16;        // code bytes read for every key of a leaf that is touched
-constexpr int kFar = 48;         // further code bytes, read for survivors
-constexpr int kSlots = 64;       // of phi: near and far
-constexpr int kLeaf = 64;        // keys of a leaf, and leaves of a super leaf
-constexpr int kMostQueries = 32; // of a call
-constexpr int kMostParts = 16;   // of a certificate
-constexpr int kPadding = 64;     // Dp is D rounded up to a multiple of this
+constexpr int kNear = 16;         // code bytes read for every key of a leaf that is touched
+constexpr int kFar = 48;          // further code bytes, read for survivors
+constexpr int kSlots = 64;        // of phi: near and far
+constexpr int kLeaf = 64;         // keys of a leaf, and leaves of a super leaf
+constexpr int kMostQueries = 32;  // of a call
+constexpr int kMostParts = 16;    // of a certificate
+constexpr int kPadding = 64;      // Dp is D rounded up to a multiple of this
 
 struct Map {
   const float* centre;   // [Dp], padded with zeros
@@ -80,12 +80,12 @@ struct BestTwo {
 
 // Memory of one stream's look-ups, zero before the first; every launch leaves the tickets at zero.
 struct Workspace {
-  uint32_t* tickets;   // [2 * kMostQueries]
-  float* sums;         // [kMostQueries, 64]
-  float* squares;      // [kMostQueries, 2]: |x|^2, and 0 or what is not finite
-  Encoded* encoded;    // [kMostQueries]
-  BestTwo* best;       // [kMostQueries, blocks]
-  float* wide;         // [kMostQueries, Dp]
+  uint32_t* tickets;  // [2 * kMostQueries]
+  float* sums;        // [kMostQueries, 64]
+  float* squares;     // [kMostQueries, 2]: |x|^2, and 0 or what is not finite
+  Encoded* encoded;   // [kMostQueries]
+  BestTwo* best;      // [kMostQueries, blocks]
+  float* wide;        // [kMostQueries, Dp]
 };
 
 // One call, as it is launched.
@@ -100,8 +100,8 @@ struct Call {
   int64_t* row;     // [B], -1 where missed
   double* squared;  // [B], S of that row; inf where missed
   // Where to write the values of hits; null: nowhere.
-  void* output;  // [B, T, V], the last dimension side by side
-  const bool* mask;  // [B, T]
+  void* output;                         // [B, T, V], the last dimension side by side
+  const bool* mask;                     // [B, T]
   int64_t output_stride, token_stride;  // in elements
   Dtype output_dtype;                   // values are in the keys' dtype
   int32_t tokens, value_width;

@@ -139,7 +139,7 @@ GRACE_FAST_DEVICE void add_squares(const float* query, int stride, const Key* co
     // Of 8 elements, lanes 4 .. 7 of each 8 take the last four first: together the 8 then read all
     // banks of shared memory at once.
     const bool swap = kElements == 8 && (lane & 4) != 0;
-#pragma unroll(kKeys * kQueries == 1 ? 4 : kKeys * kQueries <= 8 ? 2 : 1)
+#pragma unroll(kKeys* kQueries == 1 ? 4 : kKeys * kQueries <= 8 ? 2 : 1)
     for (int j = lane * kElements; j < width; j += kWarp * kElements) {
       uint4 raw[kKeys];
 #pragma unroll

@@ -21,6 +21,7 @@
 #include <vector>
 
 #define GRACE_FAST_KERNEL(most_threads) inline void
+#define GRACE_FAST_BOTH inline
 #define GRACE_FAST_DEVICE inline
 #define GRACE_FAST_COLD inline
 #define __grid_constant__
@@ -348,7 +349,8 @@ inline float float_of(uint32_t bits) {
   return taken<float>(&wide, 0);
 }
 inline float float_of_half(uint16_t bits) {
-  const uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31u, fraction = bits & 1023u;
+  const uint32_t sign = (bits & 0x8000u) << 16, exponent = bits >> 10 & 31u,
+                 fraction = bits & 1023u;
   if (exponent == 0) {
     const float value = static_cast<float>(fraction) * 0x1p-24f;
     return sign ? -value : value;
