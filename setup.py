@@ -23,7 +23,7 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall",
 if os.environ.get("GRACE_FAST_EMULATE_AVX512") == "1":
     FLAGS.append("-DGRACE_FAST_EMULATE_AVX512")
 
-# GRACE_FAST_CUDA: `auto` builds the GPU look-up where nvcc is found, `1` insists, `0` leaves it out.
+# GRACE_FAST_CUDA: `auto` builds the GPU look-up where nvcc is found, `1` insists, `0` does not.
 CUDA_WANTED = os.environ.get("GRACE_FAST_CUDA", "auto")
 CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 ARCHITECTURES = ("80", "89", "90a", "100", "120")
@@ -44,7 +44,7 @@ def find_nvcc() -> str | None:
 
 
 def toolkit_libraries(nvcc: str) -> list[str]:
-    """Return the folders with CUDA's libraries: nvcc may be a script, so it is asked where it is."""
+    """Return the folders with CUDA's libraries; nvcc, which may be a script, says where it is."""
     asked = subprocess.run([nvcc, "--dryrun", KERNELS], capture_output=True, text=True, check=False)
     top = re.search(r"^#\$ TOP=(.+)$", asked.stderr, re.MULTILINE)
     home = Path(top[1].strip()) if top else Path(nvcc).resolve().parent.parent

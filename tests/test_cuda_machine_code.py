@@ -1,12 +1,16 @@
-"""The GPU look-up as nvcc compiles it: what the speed and the law rest on is in the machine code."""
+"""The GPU look-up as nvcc compiles it: what speed and law rest on is in the machine code."""
 
 import pytest
 from cuda_build import compiled, instructions
 
 # 512 threads share the 65 536 registers of a multiprocessor.
 REGISTERS = 128
-# sm_90a is where it is measured; the others are to be compiled at all. 80 and 120 are the ends.
-ARCHITECTURES = ("80", "90a", "120")
+# setup.py's list; 90a is where speed is measured. A minute's compilation is enough for each day.
+ARCHITECTURES = (
+    "80",
+    "90a",
+    *(pytest.param(other, marks=pytest.mark.slow) for other in ("89", "100", "120")),
+)
 
 
 @pytest.fixture(scope="module")

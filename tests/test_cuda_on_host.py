@@ -184,10 +184,10 @@ def test_a_shorter_reach_hides_no_nearer_key(module, monkeypatch):
     A farther key's ball holds it: that would be a hit, were the nearest key not looked for again.
     """
     monkeypatch.setattr(order, "ORDER_ROWS", 200)
-    keys = 0.02 * Data(3).normal(600, 16).clamp(-3, 3)
-    keys[300:, 0] += 8
+    keys = 0.02 * Data(3).normal(640, 16).clamp(-3, 3)
+    keys[320:, 0] += 8  # five leaves of 64 each: none holds keys of both
     keys[450, 0] = 7.7
-    radii = torch.full((600,), 0.5)
+    radii = torch.full((640,), 0.5)
     radii[450] = 5.0
     queries = torch.zeros(3, 16)
     queries[:, 0] = torch.tensor([3.5, 4.4, 7.0])

@@ -127,8 +127,10 @@ class Dense {
       bool live[kKeys];
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {
-        live[k] = tile + k < rows_ && book_.live[tile + k];
-        key[k] = key_of<Key>(book_, call_.width, live[k] ? tile + k : tile);
+        // A removed row is read all the same: its key's address need not wait for `live`.
+        const int64_t row = tile + k < rows_ ? tile + k : tile;
+        live[k] = tile + k < rows_ && book_.live[row];
+        key[k] = key_of<Key>(book_, call_.width, row);
       }
       float sum[kQueries][kKeys] = {};
       add_squares<Key, kQueries, kKeys>(staged(), stride_, key, call_.width, wide_loads_, sum);

@@ -32,7 +32,6 @@ GRACE_FAST_DEVICE unsigned char* shared_memory() {
 
 // Threads.
 GRACE_FAST_DEVICE void sync_block() { __syncthreads(); }
-GRACE_FAST_DEVICE void sync_warp() { __syncwarp(); }
 GRACE_FAST_DEVICE unsigned ballot(bool yes) { return __ballot_sync(~0u, yes); }
 template <typename T>
 GRACE_FAST_DEVICE T shuffle(T value, int lane) {
@@ -43,7 +42,8 @@ GRACE_FAST_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
-// Blocks: what one wrote before its fence, the block that finds the ticket full may read.
+// Blocks: what one wrote before a barrier, its thread that then fences and takes a ticket
+// publishes; the block that takes the last ticket fences, and may read it.
 GRACE_FAST_DEVICE void fence() { __threadfence(); }
 // Count up to `last`, then start again at zero; returns the count before.
 GRACE_FAST_DEVICE unsigned take_ticket(unsigned* ticket, unsigned last) {
@@ -97,7 +97,6 @@ GRACE_FAST_DEVICE uint32_t add_max2(uint32_t a, uint32_t b, uint32_t c) {
 GRACE_FAST_DEVICE uint32_t min2(uint32_t a, uint32_t b) { return __vimin_s16x2_relu(a, b); }
 // The low bytes of four int16.
 GRACE_FAST_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x6420); }
-GRACE_FAST_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 GRACE_FAST_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
 
 // Float64 that is rounded at every step: the law forbids contraction.

@@ -109,14 +109,14 @@ class Encode {
   }
 
   GRACE_FAST_DEVICE bool is_last() {
-    fence();
     sync_block();
     if (thread_index() == 0) {
       uint32_t* ticket = call_.workspace.tickets + kMostQueries + query_;
+      fence();
       shared()->last = take_ticket(ticket, kEncodeBlocks - 1) == kEncodeBlocks - 1;
+      fence();
     }
     sync_block();
-    fence();
     return shared()->last != 0;
   }
 

@@ -37,14 +37,14 @@ GRACE_FAST_DEVICE SettleShared* settle_shared() {
 // Tell whether this block is the last of its group, and then may read what all have written.
 GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
   SettleShared* shared = settle_shared();
-  fence();
   sync_block();
   if (thread_index() == 0) {
     const auto last = static_cast<uint32_t>(block_count() - 1);
+    fence();
     shared->last = take_ticket(ticket, last) == last;
+    fence();
   }
   sync_block();
-  fence();
   return shared->last != 0;
 }
 

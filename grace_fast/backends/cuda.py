@@ -157,6 +157,7 @@ class Table:
             parts=parts,
         )
         self.book = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
+        self._lookups: dict[int, Any] = {}  # by stream
 
     def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
@@ -200,9 +201,15 @@ class Table:
     def _lookup(self) -> tuple[Any, int]:
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
+        lookup = self._lookups.get(stream)
+        if lookup is None:
+            lookup = self._lookups[stream] = self._made_for(stream)
+        return lookup, stream
+
+    def _made_for(self, stream: int) -> Any:
         width = self.snapshot.key_dim
         workspace = _workspace(self.module, self.device, stream, width, self.blocks)
-        lookup = self.module.Lookup(
+        return self.module.Lookup(
             book=self.book.data_ptr(),
             workspace=workspace.data_ptr(),
             blocks=self.blocks,
@@ -211,7 +218,6 @@ class Table:
             value_width=self.snapshot.value_dim,
             certified=self.certified,
         )
-        return lookup, stream
 
     def _address(self, name: str) -> int:
         tensor = self.tensors.get(name)

@@ -1,7 +1,6 @@
 // csrc/cuda/launch.h for a host: the same kernels, run by on_host.h.
 //
-// Blocks are smaller than on a GPU, and how many are there at once is drawn. GRACE_FAST_SEED in
-// `set_order` gives another order.
+// Blocks are smaller than on a GPU, and how many are there at once differs from launch to launch.
 #include "launch.h"
 
 #include "certified.cuh"

@@ -46,7 +46,7 @@ namespace on_host {
   std::abort();
 }
 
-enum Operation { kShuffle = 1, kShuffleXor, kBallot, kSyncWarp };
+enum Operation { kShuffle, kShuffleXor, kBallot };
 
 struct Warp {  // of two turns, because a thread may be one operation ahead of another
   uint64_t value[2][32];
@@ -239,7 +239,6 @@ inline void sync_block() {
   const long wanted = ++fiber.barriers * on_host::machine()->threads;
   while (fiber.block->arrived < wanted) on_host::wait_a_turn();
 }
-inline void sync_warp() { on_host::exchange(on_host::kSyncWarp, 0); }
 inline unsigned ballot(bool yes) {
   const uint64_t* values = on_host::exchange(on_host::kBallot, yes);
   unsigned bits = 0;
@@ -334,7 +333,6 @@ inline uint32_t min2(uint32_t a, uint32_t b) {
 inline uint32_t low_bytes(uint32_t a, uint32_t b) {
   return (a & 255) | (a >> 16 & 255) << 8 | (b & 255) << 16 | (b >> 16 & 255) << 24;
 }
-inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bits)) - 1; }
 
 inline double minus(double a, double b) { return a - b; }
