@@ -122,6 +122,16 @@ def test_hard_data(module, monkeypatch, kind, certified, seed):
         assert_decides_as_the_law(table, queries)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_several_super_leaves_of_one_block(module, seed):
+    """A block comes back to its list of leaves, which it has emptied meanwhile."""
+    data = Data(seed)
+    keys, radii = data.clusters(17000, 10)
+    table = table_of(module, book_of(keys, radii), Shape(1, 64, seed), certified=True)
+    assert len(table.tensors["super_reach 0"]) == 5
+    assert_decides_as_the_law(table, data.queries(keys, radii, 12))
+
+
 def edit(book, data, kind, rows, width, dtype):
     more, radii = getattr(data, kind)(40, width)
     book.append(more.to(dtype), torch.zeros(40, 2, dtype=dtype), radii)
