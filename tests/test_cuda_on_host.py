@@ -122,6 +122,19 @@ def test_hard_data(module, monkeypatch, kind, certified, seed):
         assert_decides_as_the_law(table, queries)
 
 
+def test_rows_without_a_code_are_read_as_they_are(module, monkeypatch):
+    data = Data(6)
+    book = book_of(data.normal(300, 20), torch.full((300,), 0.2))
+    settled_view(book)
+    monkeypatch.setattr(certificate, "INLINE_ROWS", 0)
+    monkeypatch.setattr(certificate.Certificate, "_build_if_needed", lambda self: None)
+    keys = data.normal(20, 20)
+    book.append(keys, torch.zeros(20, 2), torch.full((20,), 0.2))
+    table = table_of(module, book, Shape(2), certified=True)
+    assert table.find(keys)[1].tolist() == list(range(300, 320))
+    assert_decides_as_the_law(table, keys)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_several_super_leaves_of_one_block(module, seed):
     """A block comes back to its list of leaves, which it has emptied meanwhile."""
