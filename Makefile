@@ -28,7 +28,7 @@ REACH_NATIVE := lookup certified prepared codebook codes edits golden store
 sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-behaviour sanitizers
 	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'
 	rm -rf build/sanitized
-	GRACE_FAST_SANITIZE=1 $(BIN)/python setup.py -q build --build-base build/sanitized \
+	GRACE_FAST_SANITIZE=1 GRACE_FAST_CUDA=0 $(BIN)/python setup.py -q build --build-base build/sanitized \
 		--build-lib $(SANITIZED)
 	$(UNDER_SANITIZERS) $(BIN)/python -c "from grace_fast import _cpu; \
 		assert '$(SANITIZED)' in _cpu.__file__, _cpu.__file__; print(_cpu.instruction_set())"
@@ -80,6 +80,8 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt torch==2.13.0
 	touch $@
 
+# The GPU look-up takes nvcc two minutes, so only the tests have it built.
+.venv/.demo .venv/.bench .venv/.dev: export GRACE_FAST_CUDA := 0
 .venv/.demo .venv/.test .venv/.bench .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@

@@ -1,0 +1,189 @@
+// The dense look-up of a few queries: every key is read once, in one launch.
+//
+// Rows are dealt out to blocks in tiles, a few keys to a warp; queries are kept in shared memory as
+// float32. Each block keeps the best two rows of every query by their float32 S and writes them
+// down; the block that takes the last ticket decides (settle.cuh) and writes the values. Where a
+// block's second is too near to its first to tell, the rows of that block are read once more. N is
+// in device memory, nothing is allocated, the ticket starts again by itself: a graph may replay it.
+#pragma once
+#include "settle.cuh"
+
+namespace grace_fast::device {
+
+// Keys of a warp's tile, once there are enough for all warps: as many as registers hold sums for.
+template <int kQueries>
+constexpr int kManyKeys = kQueries == 8 ? 2 : 4;
+
+template <int kQueries>
+struct DenseShared {
+  SettleShared settle;  // first, as Settle expects
+  BestTwo best[kMostWarps][kQueries];
+  int32_t not_finite[kQueries];
+};
+
+GRACE_FAST_BOTH constexpr int staged_width(int width) { return (width + 7) / 8 * 8; }
+
+template <typename Key, int kQueries>
+class Dense {
+ public:
+  using Shared = DenseShared<kQueries>;
+  static constexpr int64_t kQueriesAt = (sizeof(Shared) + 15) / 16 * 16;
+
+  GRACE_FAST_DEVICE explicit Dense(const Call& call)
+      : call_(call),
+        book_(*call.book),
+        band_(call.width),
+        lane_(thread_index() % kWarp),
+        warp_(thread_index() / kWarp),
+        warps_(thread_count() / kWarp),
+        stride_(staged_width(call.width)),
+        wide_loads_(in_16_bytes<Key>(book_, call.width)),
+        rows_(book_.rows),
+        few_(rows_ <= static_cast<int64_t>(block_count()) * warps_ * 2) {}
+
+  GRACE_FAST_DEVICE void read() {
+    stage_queries();
+    const double widest = book_.widest;
+    const float limit = widest >= 0 ? band_.above(widest * widest) : -1.0f;
+    if (few_) {
+      read_tiles<1>(limit);
+    } else {
+      read_tiles<kManyKeys<kQueries>>(limit);
+    }
+    join_warps();
+  }
+
+  GRACE_FAST_DEVICE void decide() {
+    if (!is_last_block(call_.workspace.tickets + group_index())) return;
+    Settle<Key, Dense> settle(call_, book_, *this);
+    settle.run();
+    write_values(call_, book_, first(), batch());
+  }
+
+  // What Settle asks.
+  GRACE_FAST_DEVICE int first() const { return group_index() * kQueries; }
+  GRACE_FAST_DEVICE int batch() const {
+    const int left = call_.batch - first();
+    return left < kQueries ? left : kQueries;
+  }
+  GRACE_FAST_DEVICE const float* query(int b) const { return staged() + b * stride_; }
+  GRACE_FAST_DEVICE int state(int b) const {
+    return shared()->not_finite[b] ? kNotFinite : kEncoded;
+  }
+  GRACE_FAST_DEVICE BestTwo best(int b, int block) const {
+    const BestTwo* slot = slots(b) + block;
+    return {load_fresh(&slot->first), load_fresh(&slot->second)};
+  }
+  GRACE_FAST_DEVICE double floor() const { return 0; }
+  GRACE_FAST_DEVICE int owner(const Exact&) const { return -1; }
+  GRACE_FAST_DEVICE bool needs(int, int) const { return false; }  // every key has been read
+
+  template <typename Look>
+  GRACE_FAST_DEVICE void read_again(int b, float limit, int, const Look& look) {
+    for (int block = 0; block < block_count(); ++block) {
+      const uint64_t second = best(b, block).second;
+      if (second == kNone || squared_of(second) > limit) continue;
+      const int keys = few_ ? 1 : kManyKeys<kQueries>;
+      for (int64_t i = warp_;; i += warps_) {
+        const int64_t row = (i / keys * block_count() + block) * keys + i % keys;
+        if (row - i % keys >= rows_) break;
+        if (row >= rows_ || !book_.live[row]) continue;
+        const Key* key = key_of<Key>(book_, call_.width, row);
+        if (squared_by_warp(query(b), key, call_.width, wide_loads_) <= limit) look(row, 0);
+      }
+    }
+  }
+
+ private:
+  GRACE_FAST_DEVICE static Shared* shared() { return reinterpret_cast<Shared*>(shared_memory()); }
+  GRACE_FAST_DEVICE static float* staged() {
+    return reinterpret_cast<float*>(shared_memory() + kQueriesAt);
+  }
+
+  GRACE_FAST_DEVICE void stage_queries() {
+    if (thread_index() < kQueries) shared()->not_finite[thread_index()] = 0;
+    sync_block();
+    for (int b = 0; b < kQueries; ++b) {
+      const int64_t start = (first() + b) * call_.query_stride;
+      for (int j = thread_index(); j < stride_; j += thread_count()) {
+        float x = 0;
+        if (b < batch() && j < call_.width)
+          x = element(call_.queries, call_.query_dtype, start + j);
+        if (!(x * 0.0f == 0.0f)) shared()->not_finite[b] = 1;
+        staged()[b * stride_ + j] = x;
+      }
+    }
+    sync_block();
+  }
+
+  // Tile i goes to block i modulo the blocks; in a block, to one warp after the other.
+  template <int kKeys>
+  GRACE_FAST_DEVICE void read_tiles(float limit) {
+    BestTwo best{kNone, kNone};  // of query `lane`
+    const int64_t step = static_cast<int64_t>(block_count()) * kKeys;
+#pragma unroll 1
+    for (int64_t tile = block_index() * kKeys + warp_ * step; tile < rows_; tile += warps_ * step) {
+      const Key* key[kKeys];
+      bool live[kKeys];
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        // A removed row is read all the same: its key's address need not wait for `live`.
+        const int64_t row = tile + k < rows_ ? tile + k : tile;
+        live[k] = tile + k < rows_ && book_.live[row];
+        key[k] = key_of<Key>(book_, call_.width, row);
+      }
+      float sum[kQueries][kKeys] = {};
+      add_squares<Key, kQueries, kKeys>(staged(), stride_, key, call_.width, wide_loads_, sum);
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        float mine = 0;
+#pragma unroll
+        for (int b = 0; b < kQueries; ++b) {
+          const float squared = sum_of_warp(sum[b][k]);
+          if (lane_ == b) mine = squared;
+        }
+        if (live[k] && mine <= limit) {
+          offer(&best, packed(mine, static_cast<uint32_t>(tile + k) << 1));
+        }
+      }
+    }
+    if (lane_ < kQueries) shared()->best[warp_][lane_] = best;
+  }
+
+  GRACE_FAST_DEVICE void join_warps() {
+    sync_block();
+    const int b = thread_index();
+    if (b >= batch()) return;
+    BestTwo joined{kNone, kNone};
+    for (int i = 0; i < warps_; ++i) {
+      offer(&joined, shared()->best[i][b].first);
+      offer(&joined, shared()->best[i][b].second);
+    }
+    slots(b)[block_index()] = joined;
+  }
+
+  GRACE_FAST_DEVICE BestTwo* slots(int b) const {
+    return call_.workspace.best + static_cast<int64_t>(first() + b) * block_count();
+  }
+
+  const Call& call_;
+  const Book& book_;
+  const Band band_;
+  const int lane_, warp_, warps_;
+  const int stride_;
+  const bool wide_loads_;
+  const int64_t rows_;
+  const bool few_;
+};
+
+template <typename Key, int kQueries>
+GRACE_FAST_KERNEL(kMostThreads)
+dense_kernel(const __grid_constant__ Call call) {
+  // Two objects, so that what reads the keys stays in registers: cold code takes the address of the
+  // other.
+  Dense<Key, kQueries> reader(call), decider(call);
+  reader.read();
+  decider.decide();
+}
+
+}  // namespace grace_fast::device

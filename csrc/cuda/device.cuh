@@ -1,0 +1,121 @@
+// Everything that only a GPU has, under names of its own, so that the kernels are plain C++.
+//
+// tests/cuda_on_host gives the same names to a host: there a thread is a fiber, and the source that
+// runs here is held against the law. Warps are 32 threads; every warp operation is by all of them.
+#pragma once
+#ifndef __CUDACC__
+#include "on_host.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#define GRACE_FAST_KERNEL(most_threads) __global__ void __launch_bounds__(most_threads, 1)
+#define GRACE_FAST_BOTH __host__ __device__ __forceinline__
+#define GRACE_FAST_DEVICE __device__ __forceinline__
+#define GRACE_FAST_COLD __device__ __noinline__
+
+namespace grace_fast::device {
+
+GRACE_FAST_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
+GRACE_FAST_DEVICE int thread_count() { return static_cast<int>(blockDim.x); }
+GRACE_FAST_DEVICE int block_index() { return static_cast<int>(blockIdx.x); }
+GRACE_FAST_DEVICE int block_count() { return static_cast<int>(gridDim.x); }
+GRACE_FAST_DEVICE int group_index() { return static_cast<int>(blockIdx.y); }
+
+GRACE_FAST_DEVICE unsigned char* shared_memory() {
+  extern __shared__ uint4 memory[];
+  return reinterpret_cast<unsigned char*>(memory);
+}
+
+// Threads.
+GRACE_FAST_DEVICE void sync_block() { __syncthreads(); }
+GRACE_FAST_DEVICE unsigned ballot(bool yes) { return __ballot_sync(~0u, yes); }
+template <typename T>
+GRACE_FAST_DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(~0u, value, lane);
+}
+template <typename T>
+GRACE_FAST_DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+
+// Blocks: what one wrote before a barrier, its thread that then fences and takes a ticket
+// publishes; the block that takes the last ticket fences, and may read it.
+GRACE_FAST_DEVICE void fence() { __threadfence(); }
+// Count up to `last`, then start again at zero; returns the count before.
+GRACE_FAST_DEVICE unsigned take_ticket(unsigned* ticket, unsigned last) {
+  return atomicInc(ticket, last);
+}
+GRACE_FAST_DEVICE int add_to(int* shared_count, int more) { return atomicAdd(shared_count, more); }
+
+// Kernels of one stream: start the next one early, and wait for the one before to be complete.
+GRACE_FAST_DEVICE void let_the_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+GRACE_FAST_DEVICE void wait_for_the_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// 16 bytes of what does not change while the kernel runs: to be read again soon, or once.
+GRACE_FAST_DEVICE uint4 load16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
+GRACE_FAST_DEVICE uint4 stream16(const void* from) {
+  return __ldcs(static_cast<const uint4*>(from));
+}
+// What another block, or the kernel before, has written.
+GRACE_FAST_DEVICE uint64_t load_fresh(const uint64_t* from) {
+  unsigned long long value;
+  asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
+  return value;
+}
+GRACE_FAST_DEVICE uint32_t load_fresh(const uint32_t* from) {
+  uint32_t value;
+  asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// Four bytes, or two int16, at a time.
+GRACE_FAST_DEVICE uint32_t abs_difference4(uint32_t a, uint32_t b) { return __vabsdiffu4(a, b); }
+GRACE_FAST_DEVICE int dot4(uint32_t a, uint32_t b, int sum) {
+  return __dp4a(static_cast<int>(a), static_cast<int>(b), sum);
+}
+GRACE_FAST_DEVICE uint32_t unsigned_dot4(uint32_t a, uint32_t b, uint32_t sum) {
+  return __dp4a(a, b, sum);
+}
+GRACE_FAST_DEVICE uint32_t add2(uint32_t a, uint32_t b) { return __vadd2(a, b); }
+// max(a + b, c, 0)
+GRACE_FAST_DEVICE uint32_t add_max2(uint32_t a, uint32_t b, uint32_t c) {
+  return __viaddmax_s16x2_relu(a, b, c);
+}
+// max(min(a, b), 0)
+GRACE_FAST_DEVICE uint32_t min2(uint32_t a, uint32_t b) { return __vimin_s16x2_relu(a, b); }
+// The low bytes of four int16.
+GRACE_FAST_DEVICE uint32_t low_bytes(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x6420); }
+GRACE_FAST_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bits)) - 1; }
+
+// Float64 that is rounded at every step: the law forbids contraction.
+GRACE_FAST_DEVICE double minus(double a, double b) { return __dsub_rn(a, b); }
+GRACE_FAST_DEVICE double times(double a, double b) { return __dmul_rn(a, b); }
+GRACE_FAST_DEVICE double plus(double a, double b) { return __dadd_rn(a, b); }
+
+GRACE_FAST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+GRACE_FAST_DEVICE double square_root(double x) { return sqrt(x); }
+GRACE_FAST_DEVICE float nearest_whole(float x) { return rintf(x); }
+GRACE_FAST_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+GRACE_FAST_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+GRACE_FAST_DEVICE float float_of_half(uint16_t bits) {
+  return __half2float(__ushort_as_half(bits));
+}
+GRACE_FAST_DEVICE uint16_t half_of(float x) { return __half_as_ushort(__float2half_rn(x)); }
+GRACE_FAST_DEVICE uint16_t bfloat16_of(float x) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(x));
+}
+
+}  // namespace grace_fast::device
+#endif

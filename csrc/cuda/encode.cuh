@@ -1,0 +1,216 @@
+// z = round(W (q - centre) / step) and a bound on how far that is from phi(q), for every query.
+//
+// The first node of the certified look-up: 16 blocks a query, each projects on four rows; the one
+// that takes the query's last ticket turns, wraps and quantises. The error budget is that of
+// csrc/cpu/encode.cpp, and so is the promise it rests on: each dot product is within
+// dot_roundings(D) * u of sum |w_j x_j|. Here a thread adds at most D / 256 + 8 products, and 13
+// more additions join the threads.
+#pragma once
+#include "numbers.cuh"
+
+namespace grace_fast::device {
+
+constexpr int kEncodeThreads = 256;
+constexpr int kEncodeRows = 4;
+constexpr int kEncodeBlocks = kSlots / kEncodeRows;
+constexpr double kUnit = 0x1p-24;
+constexpr float kSlotLimit = 0x1p21f;  // slots are clamped there, for keys and queries alike
+constexpr int kPointLimit = 16000;     // and once more for the boxes, in int16
+
+struct EncodeShared {
+  float of_warp[kEncodeThreads / kWarp][kEncodeRows + 2];
+  uint32_t last;
+};
+
+class Encode {
+ public:
+  GRACE_FAST_DEVICE explicit Encode(const Call& call)
+      : call_(call),
+        map_(call.book->map),
+        mapped_(call.book->parts > 0),
+        query_(group_index()),
+        lane_(thread_index() % kWarp),
+        padded_((call.width + kPadding - 1) / kPadding * kPadding),
+        sums_(call.workspace.sums + query_ * kSlots),
+        squares_(call.workspace.squares + query_ * 2) {}
+
+  GRACE_FAST_DEVICE void run() {
+    let_the_next_kernel_start();
+    project();
+    if (!is_last()) return;
+    if (thread_index() < kWarp) quantise();
+  }
+
+ private:
+  GRACE_FAST_DEVICE static EncodeShared* shared() {
+    return reinterpret_cast<EncodeShared*>(shared_memory());
+  }
+
+  GRACE_FAST_DEVICE void project() {
+    const int first = block_index() * kEncodeRows;
+    float sum[kEncodeRows + 2] = {};  // of the rows; |x|^2; what is not finite
+    for (int j = thread_index() * 8; j < padded_; j += thread_count() * 8) {
+      float query[8], x[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        query[i] = 0;
+        if (j + i < call_.width) {
+          query[i] = element(call_.queries, call_.query_dtype, query_ * call_.query_stride + j + i);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        float centre[4] = {};
+        if (mapped_)
+          widen_four(load16(map_.centre + j + i), 0, static_cast<float*>(nullptr), centre);
+#pragma unroll
+        for (int e = 0; e < 4; ++e) x[i + e] = query[i + e] - centre[e];
+      }
+#pragma unroll
+      for (int r = 0; r < kEncodeRows && mapped_; ++r) {
+        const uint4 raw = load16(map_.rows + static_cast<int64_t>(first + r) * padded_ + j);
+#pragma unroll
+        for (int i = 0; i < 8; i += 4) {
+          float row[4];
+          widen_four(raw, i / 4, static_cast<BFloat16*>(nullptr), row);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) sum[r] = multiply_add(row[e], x[i + e], sum[r]);
+        }
+      }
+      if (block_index() == 0) {
+        float* wide = call_.workspace.wide + static_cast<int64_t>(query_) * padded_ + j;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          sum[kEncodeRows] = multiply_add(x[i], x[i], sum[kEncodeRows]);
+          sum[kEncodeRows + 1] = multiply_add(query[i], 0.0f, sum[kEncodeRows + 1]);
+          wide[i] = query[i];
+        }
+      }
+    }
+    join(sum, first);
+  }
+
+  GRACE_FAST_DEVICE void join(const float (&sum)[kEncodeRows + 2], int first) {
+#pragma unroll
+    for (int r = 0; r < kEncodeRows + 2; ++r) {
+      const float joined = sum_of_warp(sum[r]);
+      if (lane_ == 0) shared()->of_warp[thread_index() / kWarp][r] = joined;
+    }
+    sync_block();
+    const int r = thread_index();
+    if (r >= kEncodeRows + 2) return;
+    float total = 0;
+    for (int i = 0; i < thread_count() / kWarp; ++i) total += shared()->of_warp[i][r];
+    if (r < kEncodeRows) {
+      sums_[first + r] = total;
+    } else if (block_index() == 0) {
+      squares_[r - kEncodeRows] = total;
+    }
+  }
+
+  GRACE_FAST_DEVICE bool is_last() {
+    sync_block();
+    if (thread_index() == 0) {
+      uint32_t* ticket = call_.workspace.tickets + kMostQueries + query_;
+      fence();
+      shared()->last = take_ticket(ticket, kEncodeBlocks - 1) == kEncodeBlocks - 1;
+      fence();
+    }
+    sync_block();
+    return shared()->last != 0;
+  }
+
+  GRACE_FAST_DEVICE static float fresh(const float* from) {
+    return float_of(load_fresh(reinterpret_cast<const uint32_t*>(from)));
+  }
+
+  // The integer of one slot, and the square of its residual.
+  GRACE_FAST_DEVICE int whole_steps(double value, double* residual) const {
+    float t = static_cast<float>(value / map_.step);
+    t = t < -kSlotLimit ? -kSlotLimit : t > kSlotLimit ? kSlotLimit : t;
+    const float whole = nearest_whole(t);
+    *residual += static_cast<double>(t - whole) * (t - whole);
+    return static_cast<int>(whole);
+  }
+
+  // By one warp. A lane has slot `lane` of the near ones, and slots 16 + lane and 48 + lane.
+  GRACE_FAST_DEVICE void quantise() {
+    Encoded* out = call_.workspace.encoded + query_;
+    const float square = fresh(squares_);
+    const bool finite = fresh(squares_ + 1) == 0;
+    if (!finite || !mapped_ || !(square < 1e30f)) {
+      const State state = !finite ? kNotFinite : mapped_ ? kTooLarge : kEncoded;
+      if (lane_ == 0) out->state = state;
+      return;
+    }
+    const double norm = square_root(square) * 1.0001 + 1e-16;
+    const double rounding = (48.0 + call_.width / 256.0) * kUnit * 1.0001;
+    const int slots = map_.norm_slot ? kNear - 1 : kNear;
+
+    double turned = 0, near_residual = 0, far_residual = 0;
+    int near = 0;
+    if (lane_ < slots) {
+      for (int i = 0; i < kNear; ++i) turned += map_.turn[lane_ * kNear + i] * fresh(sums_ + i);
+      near = whole_steps(turned, &near_residual);
+    }
+    const double inside = sum_of_warp(turned * turned);
+    near_residual = sum_of_warp(near_residual);
+    far_residual = near_residual;
+
+    const double lost = kUnit * map_.lipschitz;
+    double error = norm * (square_root(slots) * rounding * map_.row_norm + lost);
+    if (map_.norm_slot) {
+      const double wrong =
+          1.001 * ((rounding + 4 * kUnit) * norm * norm + 2 * square_root(inside) * error +
+                   error * error + 2 * map_.eta * inside) +
+          1e-30;
+      const double left = square > inside ? square_root(square - inside) : 0;
+      const double apart =
+          wrong / (left * left > wrong ? left : square_root(wrong)) + left * 0x1p-23;
+      double residual = 0;
+      const int norm_steps = whole_steps(left, &residual);
+      if (lane_ == kNear - 1) near = norm_steps;
+      near_residual += residual;
+      error = square_root(error * error + apart * apart);
+    }
+    double of_far = 0;
+    const int far0 = whole_steps(fresh(sums_ + kNear + lane_), &of_far);
+    int far1 = 0;
+    if (lane_ < kNear) far1 = whole_steps(fresh(sums_ + kNear + kWarp + lane_), &of_far);
+    far_residual += sum_of_warp(of_far);
+    const double far_error = norm * (square_root(kSlots) * rounding * map_.row_norm + lost);
+
+    auto* code = reinterpret_cast<uint8_t*>(out->code);
+    code[kNear + lane_] = static_cast<uint8_t>(far0);
+    if (lane_ < kNear) {
+      code[lane_] = static_cast<uint8_t>(near);
+      code[kNear + kWarp + lane_] = static_cast<uint8_t>(far1);
+      const int point = near < -kPointLimit  ? -kPointLimit
+                        : near > kPointLimit ? kPointLimit
+                                             : near;
+      reinterpret_cast<int16_t*>(out->point)[lane_] = static_cast<int16_t>(point);
+      reinterpret_cast<int16_t*>(out->minus_point)[lane_] = static_cast<int16_t>(-point);
+    }
+    if (lane_ == 0) {  // in float32, rounded up
+      const double up = 1 + 1e-6;
+      out->near_error = static_cast<float>((square_root(near_residual) + error / map_.step) * up);
+      out->far_error = static_cast<float>((square_root(far_residual) + far_error / map_.step) * up);
+      out->state = kEncoded;
+    }
+  }
+
+  const Call& call_;
+  const Map& map_;
+  const bool mapped_;  // or there are no codes, and every row is read as it is
+  const int query_, lane_, padded_;
+  float* sums_;
+  float* squares_;
+};
+
+GRACE_FAST_KERNEL(kEncodeThreads)
+encode_kernel(const __grid_constant__ Call call) {
+  Encode encode(call);
+  encode.run();
+}
+
+}  // namespace grace_fast::device

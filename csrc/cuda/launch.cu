@@ -1,0 +1,171 @@
+// The kernels' instances and their launches.
+//
+// A look-up by certificate is two nodes, `encode` and `certified`; from sm_90 on the second is
+// started while the first still runs, and waits where it first needs it.
+#include "certified.cuh"
+#include "dense.cuh"
+#include "launch.h"
+
+namespace grace_fast::device {
+namespace {
+
+constexpr int kThreads = kMostThreads;
+constexpr int kFewTokens = 8;  // which the deciding block writes itself
+constexpr int kMostDevices = 64;
+constexpr int kUsualSharedMemory = 48 << 10;
+
+using Kernel = void (*)(Call);
+
+// Launch a kernel with as much shared memory as it asks for.
+int launch(Kernel kernel, const Call& call, dim3 blocks, int threads, int64_t shared, void* stream,
+           bool early = false) {
+  if (shared > kUsualSharedMemory) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return error;
+    }
+  }
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, call);
+}
+
+// Of the current device; asked once, since a look-up takes less than the question.
+int current_device(Device* device) {
+  static Device known[kMostDevices];
+  static bool is_known[kMostDevices];
+  int index = 0;
+  if (const cudaError_t error = cudaGetDevice(&index)) return error;
+  if (index >= kMostDevices || !is_known[index]) {
+    if (const int error = describe_device(index, device)) return error;
+    if (index >= kMostDevices) return cudaSuccess;
+    known[index] = *device;
+    is_known[index] = true;
+  }
+  *device = known[index];
+  return cudaSuccess;
+}
+
+template <typename Key, int kQueries>
+int64_t dense_memory(const Call& call) {
+  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
+  return Dense<Key, kQueries>::kQueriesAt + staged;
+}
+
+template <typename Key, int kQueries>
+int launch_dense_of(const Call& call, int blocks, void* stream) {
+  const dim3 grid(blocks, (call.batch + kQueries - 1) / kQueries);
+  return launch(dense_kernel<Key, kQueries>, call, grid, kThreads,
+                dense_memory<Key, kQueries>(call), stream);
+}
+
+// As many queries at a time as there are and as fit.
+template <typename Key>
+int launch_dense_of(const Call& call, int blocks, void* stream) {
+  Device device;
+  if (const int error = current_device(&device)) return error;
+  if (call.batch > 4 && dense_memory<Key, 8>(call) <= device.shared_memory) {
+    return launch_dense_of<Key, 8>(call, blocks, stream);
+  }
+  if (call.batch > 1 && dense_memory<Key, 4>(call) <= device.shared_memory) {
+    return launch_dense_of<Key, 4>(call, blocks, stream);
+  }
+  if (dense_memory<Key, 1>(call) <= device.shared_memory) {
+    return launch_dense_of<Key, 1>(call, blocks, stream);
+  }
+  return kTooWide;
+}
+
+template <typename Key>
+int launch_certified_of(const Call& call, int blocks, void* stream) {
+  Device device;
+  if (const int error = current_device(&device)) return error;
+  const dim3 grid(kEncodeBlocks, call.batch);
+  const int error = launch(encode_kernel, call, grid, kEncodeThreads, sizeof(EncodeShared), stream);
+  if (error) return error;
+  return launch(certified_kernel<Key>, call, dim3(blocks), kThreads, sizeof(CertifiedShared),
+                stream, device.major >= 9);
+}
+
+// Launch a look-up, with the writing of values as a further node where there is much to write.
+template <typename Launch>
+int with_writing(const Call& call, void* stream, const Launch& look_up) {
+  if (!call.output || call.tokens <= kFewTokens) return look_up(call);
+  Call decision = call;
+  decision.output = nullptr;
+  if (const int error = look_up(decision)) return error;
+  const int warps = kThreads / kWarp;
+  const dim3 grid((call.tokens + warps - 1) / warps, call.batch);
+  return launch(write_kernel, call, grid, kThreads, 0, stream);
+}
+
+}  // namespace
+
+int device_count(int* count) {
+  const cudaError_t error = cudaGetDeviceCount(count);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+int describe_device(int index, Device* device) {
+  const struct {
+    cudaDeviceAttr attribute;
+    int* value;
+  } wanted[] = {
+      {cudaDevAttrMultiProcessorCount, &device->multiprocessors},
+      {cudaDevAttrMaxSharedMemoryPerBlockOptin, &device->shared_memory},
+      {cudaDevAttrComputeCapabilityMajor, &device->major},
+      {cudaDevAttrComputeCapabilityMinor, &device->minor},
+  };
+  for (const auto& each : wanted) {
+    const cudaError_t error = cudaDeviceGetAttribute(each.value, each.attribute, index);
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+const char* error_text(int error) {
+  if (error == kTooWide) return "a query of this width does not fit in shared memory";
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+int launch_dense(const Call& call, int blocks, void* stream) {
+  return with_writing(call, stream, [&](const Call& decision) {
+    switch (call.key_dtype) {
+      case Dtype::bfloat16:
+        return launch_dense_of<BFloat16>(decision, blocks, stream);
+      case Dtype::float16:
+        return launch_dense_of<Float16>(decision, blocks, stream);
+      default:
+        return launch_dense_of<float>(decision, blocks, stream);
+    }
+  });
+}
+
+int launch_certified(const Call& call, int blocks, void* stream) {
+  return with_writing(call, stream, [&](const Call& decision) {
+    switch (call.key_dtype) {
+      case Dtype::bfloat16:
+        return launch_certified_of<BFloat16>(decision, blocks, stream);
+      case Dtype::float16:
+        return launch_certified_of<Float16>(decision, blocks, stream);
+      default:
+        return launch_certified_of<float>(decision, blocks, stream);
+    }
+  });
+}
+
+}  // namespace grace_fast::device

@@ -1,0 +1,26 @@
+// Launching look-ups: what the bindings call. tests/cuda_on_host has the same functions for a host.
+#pragma once
+#include <cstddef>
+
+#include "layout.h"
+
+namespace grace_fast::device {
+
+struct Device {
+  int multiprocessors;
+  int shared_memory;  // bytes that a block may ask for
+  int major, minor;
+};
+
+// The rest are errors as CUDA numbers them; zero is success.
+constexpr int kTooWide = -1;  // no query of that width fits in shared memory
+
+int device_count(int* count);
+int describe_device(int index, Device* device);
+const char* error_text(int error);
+
+// Queue a look-up of call.batch <= 32 queries on a stream. Nothing is allocated or waited for.
+int launch_dense(const Call& call, int blocks, void* stream);
+int launch_certified(const Call& call, int blocks, void* stream);
+
+}  // namespace grace_fast::device

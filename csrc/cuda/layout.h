@@ -1,0 +1,111 @@
+// What the kernels read, and where: the contract between them and the host.
+//
+// Letters as in lookup.h: B queries, N rows, D width, V width of a value. A `Book` lies in device
+// memory and may be rewritten between two launches, or between two replays of one graph: nothing in
+// it is known when a kernel is launched. Every array is key-major and starts at a multiple of 16
+// bytes; nothing is padded to whole leaves.
+//
+// The certificate is that of csrc/lookup.h, with one difference: a code difference of 128 counts as
+// 128, not as 127, which is as true and costs nothing here.
+#pragma once
+#include <cstdint>
+
+namespace grace_fast::device {
+
+enum class Dtype : int32_t { float32, bfloat16, float16 };  // as in lookup.h
+
+constexpr int kNear = 16;         // code bytes read for every key of a leaf that is touched
+constexpr int kFar = 48;          // further code bytes, read for survivors
+constexpr int kSlots = 64;        // of phi: near and far
+constexpr int kLeaf = 64;         // keys of a leaf, and leaves of a super leaf
+constexpr int kMostQueries = 32;  // of a call
+constexpr int kMostParts = 16;    // of a certificate
+constexpr int kPadding = 64;      // Dp is D rounded up to a multiple of this
+
+struct Map {
+  const float* centre;   // [Dp], padded with zeros
+  const uint16_t* rows;  // [64, Dp] bfloat16, padded with zeros; near slots first
+  const double* turn;    // [16, 16]
+  double step, lipschitz, row_norm, eta;
+  int32_t norm_slot, far;
+};
+
+struct Part {
+  const int32_t* row;          // [count]
+  const uint8_t* near;         // [count, 16]
+  const uint8_t* far;          // [count, 48]
+  const float* reach;          // [leaves]
+  const int16_t* leaf_boxes;   // [leaves, 2, 16], low and -high; null: no order
+  const int16_t* super_boxes;  // [supers, 2, 16]
+  const float* super_reach;    // [supers]
+  const uint8_t* isolated;     // [leaves * 8] bits, or null
+  int32_t count;               // positions in use
+  int32_t first, last;         // a part with `isolated` holds the rows [first, last)
+  float near_residual, far_residual;
+  int32_t unused;
+};
+
+struct Book {
+  const void* keys;           // [slots, D]
+  const int64_t* key_slot;    // [N], or null where row i is slot i
+  const bool* live;           // [N]
+  const float* radius;        // [N], negative for a dead key
+  const void* values;         // [slots, V]
+  const int64_t* value_slot;  // [N], or null
+  int64_t rows;               // N, below 2^31
+  int64_t covered;            // rows below have a position in a part
+  float widest;               // >= every radius
+  float floor;                // every reach is at least this
+  int32_t parts;
+  int32_t unused;
+  Map map;
+  Part part[kMostParts];
+};
+
+// A query under the map: written by `encode`, read by `certified`.
+struct Encoded {
+  uint32_t code[kSlots / 4];
+  uint32_t point[kNear / 2], minus_point[kNear / 2];  // two int16 each
+  float near_error, far_error;
+  int32_t state;
+  int32_t unused;
+};
+enum State : int32_t { kEncoded, kTooLarge, kNotFinite };
+
+// The smallest and the second smallest of what a block has seen of one query, each
+// (bits of S in float32) << 32 | row << 1 | alone; all ones where there is none.
+struct BestTwo {
+  uint64_t first, second;
+};
+
+// Memory of one stream's look-ups, zero before the first; every launch leaves the tickets at zero.
+struct Workspace {
+  uint32_t* tickets;  // [2 * kMostQueries]
+  float* sums;        // [kMostQueries, 64]
+  float* squares;     // [kMostQueries, 2]: |x|^2, and 0 or what is not finite
+  Encoded* encoded;   // [kMostQueries]
+  BestTwo* best;      // [kMostQueries, blocks]
+  float* wide;        // [kMostQueries, Dp]
+};
+
+// One call, as it is launched.
+struct Call {
+  const Book* book;
+  const void* queries;  // [B, D]
+  int64_t query_stride;
+  Dtype query_dtype, key_dtype;
+  int32_t batch, width;
+  // The answers; each may be null.
+  bool* hit;        // [B]
+  int64_t* row;     // [B], -1 where missed
+  double* squared;  // [B], S of that row; inf where missed
+  // Where to write the values of hits; null: nowhere.
+  void* output;                         // [B, T, V], the last dimension side by side
+  const bool* mask;                     // [B, T]
+  int64_t output_stride, token_stride;  // in elements
+  Dtype output_dtype;                   // values are in the keys' dtype
+  int32_t tokens, value_width;
+  Workspace workspace;
+};
+
+}  // namespace grace_fast::device

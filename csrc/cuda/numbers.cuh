@@ -1,0 +1,217 @@
+// Elements, sums and bounds that both look-ups share.
+//
+// S in float32 is a filter: it is within `slack` of its own value, relatively, and `tiny`
+// absolutely, because differences are taken first. A lane adds at most D / 32 + 8 squares, five
+// more additions join the lanes, and a difference is rounded twice over.
+#pragma once
+#include "device.cuh"
+#include "layout.h"
+
+namespace grace_fast::device {
+
+constexpr int kWarp = 32;
+constexpr uint64_t kNone = ~uint64_t{0};
+constexpr int32_t kMostSum = 0x7fffffff;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+GRACE_FAST_DEVICE float infinity() { return float_of(0x7f800000u); }
+GRACE_FAST_DEVICE float widen(float x) { return x; }
+GRACE_FAST_DEVICE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+GRACE_FAST_DEVICE float widen(Float16 x) { return float_of_half(x.bits); }
+
+// The elements of 16 bytes.
+template <typename Key>
+constexpr int kOf16Bytes = 16 / static_cast<int>(sizeof(Key));
+
+// Four elements: of all 16 bytes, or of two of their words.
+GRACE_FAST_DEVICE void widen_four(uint4 raw, int, float*, float (&wide)[4]) {
+  wide[0] = float_of(raw.x);
+  wide[1] = float_of(raw.y);
+  wide[2] = float_of(raw.z);
+  wide[3] = float_of(raw.w);
+}
+GRACE_FAST_DEVICE void widen_four(uint4 raw, int half, BFloat16*, float (&wide)[4]) {
+  const uint32_t low = half ? raw.z : raw.x, high = half ? raw.w : raw.y;
+  wide[0] = float_of(low << 16);
+  wide[1] = float_of(low & 0xffff0000u);
+  wide[2] = float_of(high << 16);
+  wide[3] = float_of(high & 0xffff0000u);
+}
+GRACE_FAST_DEVICE void widen_four(uint4 raw, int half, Float16*, float (&wide)[4]) {
+  const uint32_t low = half ? raw.z : raw.x, high = half ? raw.w : raw.y;
+  wide[0] = float_of_half(static_cast<uint16_t>(low));
+  wide[1] = float_of_half(static_cast<uint16_t>(low >> 16));
+  wide[2] = float_of_half(static_cast<uint16_t>(high));
+  wide[3] = float_of_half(static_cast<uint16_t>(high >> 16));
+}
+
+GRACE_FAST_DEVICE float element(const void* from, Dtype dtype, int64_t index) {
+  if (dtype == Dtype::float32) return static_cast<const float*>(from)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(from)[index];
+  return dtype == Dtype::bfloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
+}
+
+template <typename T>
+GRACE_FAST_DEVICE T sum_of_warp(T value) {
+#pragma unroll
+  for (int apart = kWarp / 2; apart; apart /= 2) value += shuffle_xor(value, apart);
+  return value;
+}
+
+GRACE_FAST_DEVICE uint64_t least_of_warp(uint64_t value) {
+#pragma unroll
+  for (int apart = kWarp / 2; apart; apart /= 2) {
+    const uint64_t other = shuffle_xor(value, apart);
+    if (other < value) value = other;
+  }
+  return value;
+}
+
+// What a float32 S says about the law's S (csrc/cpu/candidates.h).
+struct Band {
+  double slack, tiny;
+  GRACE_FAST_DEVICE explicit Band(int width)
+      : slack((width / 32.0 + 17) * 0x1p-24), tiny(width * 0x1p-118) {}
+  // A float32 S above this belongs to a larger S than `squared`, itself in float32 or the law's.
+  GRACE_FAST_DEVICE float above(double squared) const {
+    const double bound = squared * (1 + 3 * slack) + tiny;
+    // Near the end of float32 its sums overflow: nothing is above.
+    return bound < 1e37 ? static_cast<float>(bound * (1 + 0x1p-22)) : infinity();
+  }
+  // The law's S is at most this.
+  GRACE_FAST_DEVICE double at_most(float squared) const {
+    return static_cast<double>(squared) * (1 + 2 * slack) + tiny;
+  }
+};
+
+// The law's S of a row, or that there is none yet.
+struct Exact {
+  double squared;
+  uint32_t tag;  // row << 1 | alone
+  GRACE_FAST_DEVICE bool before(const Exact& other) const {
+    return squared < other.squared || (squared == other.squared && tag < other.tag);
+  }
+};
+GRACE_FAST_DEVICE Exact no_row() { return {static_cast<double>(infinity()), ~0u}; }
+
+GRACE_FAST_DEVICE void offer(BestTwo* best, uint64_t found) {
+  if (found < best->first) {
+    best->second = best->first;
+    best->first = found;
+  } else if (found < best->second && found != best->first) {  // a moved key may come twice
+    best->second = found;
+  }
+}
+
+GRACE_FAST_DEVICE uint64_t packed(float squared, uint32_t tag) {
+  return static_cast<uint64_t>(bits_of(squared)) << 32 | tag;  // S >= 0: its bits are in order
+}
+GRACE_FAST_DEVICE float squared_of(uint64_t found) {
+  return float_of(static_cast<uint32_t>(found >> 32));
+}
+GRACE_FAST_DEVICE uint32_t tag_of(uint64_t found) { return static_cast<uint32_t>(found); }
+
+template <typename Key>
+GRACE_FAST_DEVICE const Key* key_of(const Book& book, int width, int64_t row) {
+  const int64_t slot = book.key_slot ? book.key_slot[row] : row;
+  return static_cast<const Key*>(book.keys) + slot * width;
+}
+
+// Whether keys can be read 16 bytes at a time.
+template <typename Key>
+GRACE_FAST_DEVICE bool in_16_bytes(const Book& book, int width) {
+  return (reinterpret_cast<uintptr_t>(book.keys) | (width * sizeof(Key))) % 16 == 0;
+}
+
+// Add a lane's share of S for some queries [stride apart] and keys.
+template <typename Key, int kQueries, int kKeys>
+GRACE_FAST_DEVICE void add_squares(const float* query, int stride, const Key* const (&key)[kKeys],
+                                   int width, bool wide_loads, float (&sum)[kQueries][kKeys]) {
+  constexpr int kElements = kOf16Bytes<Key>;
+  const int lane = thread_index() % kWarp;
+  if (wide_loads) {
+    // Of 8 elements, lanes 4 .. 7 of each 8 take the last four first: together the 8 then read all
+    // banks of shared memory at once.
+    const bool swap = kElements == 8 && (lane & 4) != 0;
+#pragma unroll(kKeys* kQueries == 1 ? 4 : kKeys * kQueries <= 8 ? 2 : 1)
+    for (int j = lane * kElements; j < width; j += kWarp * kElements) {
+      uint4 raw[kKeys];
+#pragma unroll
+      for (int k = 0; k < kKeys; ++k) {
+        raw[k] = stream16(key[k] + j);
+        if (swap) raw[k] = {raw[k].z, raw[k].w, raw[k].x, raw[k].y};
+      }
+#pragma unroll
+      for (int i = 0; i < kElements; i += 4) {
+        float stored[kKeys][4];
+#pragma unroll
+        for (int k = 0; k < kKeys; ++k) {
+          widen_four(raw[k], i / 4, static_cast<Key*>(nullptr), stored[k]);
+        }
+        const float* at = query + j + (swap ? 4 - i : i);
+#pragma unroll
+        for (int b = 0; b < kQueries; ++b) {
+          const float4 asked = *reinterpret_cast<const float4*>(at + b * stride);
+          const float four[4] = {asked.x, asked.y, asked.z, asked.w};
+#pragma unroll
+          for (int k = 0; k < kKeys; ++k) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+              const float difference = four[e] - stored[k][e];
+              sum[b][k] = multiply_add(difference, difference, sum[b][k]);
+            }
+          }
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int j = lane; j < width; j += kWarp) {
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      const float stored = widen(key[k][j]);
+#pragma unroll
+      for (int b = 0; b < kQueries; ++b) {
+        const float difference = query[b * stride + j] - stored;
+        sum[b][k] = multiply_add(difference, difference, sum[b][k]);
+      }
+    }
+  }
+}
+
+// S of one key in float32, by a warp.
+template <typename Key>
+GRACE_FAST_COLD float squared_by_warp(const float* query, const Key* key, int width,
+                                      bool wide_loads) {
+  const Key* const keys[1] = {key};
+  float sum[1][1] = {{0}};
+  add_squares<Key, 1, 1>(query, 0, keys, width, wide_loads, sum);
+  return sum_of_warp(sum[0][0]);
+}
+
+// The law's S, by a warp: products side by side, sums one after the other.
+template <typename Key>
+GRACE_FAST_COLD double canonical_by_warp(const float* query, const Key* key, int width) {
+  const int lane = thread_index() % kWarp;
+  double sum = 0;
+#pragma unroll 1
+  for (int begin = 0; begin < width; begin += kWarp) {
+    double product = 0;  // adding it changes nothing
+    if (begin + lane < width) {
+      const double difference = minus(query[begin + lane], widen(key[begin + lane]));
+      product = times(difference, difference);
+    }
+#pragma unroll 8
+    for (int i = 0; i < kWarp; ++i) sum = plus(sum, shuffle(product, i));
+  }
+  return sum;
+}
+
+}  // namespace grace_fast::device

@@ -1,0 +1,257 @@
+// The last block of a look-up: from every block's best two to the law's decision.
+//
+//   one candidate within the band     its radius says miss, or its canonical S decides
+//   several                           the canonical S of each decides
+//   a block's second is among them    a third may hide behind it: the look-up reads again
+//   a hit that is not settled         (certified only) the look-up reads again, at its distance
+// A look-up is a class with
+//   batch()          queries that this block decides, the first of which is query first()
+//   query(b)         the query as float32
+//   state(b)         whether it can be answered from the slots
+//   best(b)          BestTwo [blocks], written before the ticket was taken
+//   floor()          a hit nearer than this needs no second look
+//   read_again(b, limit, skip, look)   call look(row, alone) by whole warps for every row whose S
+//                    in float32 may be within `limit`, but for those of part `skip`
+//   owner(exact)     the part whose other keys are proved to be farther than a hit, or -1
+//   needs(b, owner)  whether any part is left to be read again
+#pragma once
+#include "numbers.cuh"
+
+namespace grace_fast::device {
+
+constexpr int kMostThreads = 512;
+constexpr int kMostWarps = kMostThreads / kWarp;
+
+struct SettleShared {
+  Exact of_warp[kMostWarps];
+  Exact answer[kMostQueries];
+  int32_t hard[kMostQueries];  // what one warp cannot decide alone
+  uint32_t last;
+};
+
+// Where every look-up keeps it: at the start. An address in the open is known to be shared memory.
+GRACE_FAST_DEVICE SettleShared* settle_shared() {
+  return reinterpret_cast<SettleShared*>(shared_memory());
+}
+
+// Tell whether this block is the last of its group, and then may read what all have written.
+GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
+  SettleShared* shared = settle_shared();
+  sync_block();
+  if (thread_index() == 0) {
+    const auto last = static_cast<uint32_t>(block_count() - 1);
+    fence();
+    shared->last = take_ticket(ticket, last) == last;
+    fence();
+  }
+  sync_block();
+  return shared->last != 0;
+}
+
+template <typename Key, typename Lookup>
+class Settle {
+ public:
+  GRACE_FAST_DEVICE Settle(const Call& call, const Book& book, Lookup& lookup)
+      : call_(call),
+        book_(book),
+        lookup_(lookup),
+        band_(call.width),
+        lane_(thread_index() % kWarp),
+        warp_(thread_index() / kWarp),
+        warps_(thread_count() / kWarp) {}
+
+  // Leave the answers in shared memory and write those that are asked for.
+  GRACE_FAST_DEVICE void run() {
+    for (int b = warp_; b < lookup_.batch(); b += warps_) {
+      const bool hard = !decide_alone(b);
+      if (lane_ == 0) settle_shared()->hard[b] = hard;
+    }
+    sync_block();
+    for (int b = 0; b < lookup_.batch(); ++b) {
+      if (settle_shared()->hard[b]) decide_together(b);
+    }
+    sync_block();
+    for (int b = thread_index(); b < lookup_.batch(); b += thread_count()) write(b);
+  }
+
+ private:
+  // By one warp: false where it takes more than one canonical sum.
+  GRACE_FAST_DEVICE bool decide_alone(int b) {
+    if (lane_ == 0) settle_shared()->answer[b] = no_row();
+    if (lookup_.state(b) != kEncoded) return lookup_.state(b) == kNotFinite;
+    const uint64_t nearest = nearest_of(b);
+    if (nearest == kNone) return true;
+    const float limit = band_.above(squared_of(nearest));
+    int within = 0;
+    for (int i = lane_; i < block_count(); i += kWarp) {
+      const BestTwo two = lookup_.best(b, i);
+      within += two.first != kNone && squared_of(two.first) <= limit;
+      within += two.second != kNone && squared_of(two.second) <= limit;
+    }
+    if (sum_of_warp(within) != 1) return false;
+
+    const uint32_t tag = tag_of(nearest);
+    const double radius = book_.radius[tag >> 1];
+    const float found = squared_of(nearest);
+    if (!(radius >= 0) || found > band_.above(radius * radius)) return true;
+    Exact exact{band_.at_most(found), tag};
+    const bool inside = exact.squared <= radius * radius;
+    if (!inside || call_.squared) {
+      exact.squared = canonical(b, tag);
+      if (!(exact.squared <= radius * radius)) return true;
+    }
+    if (!is_settled(b, exact)) return false;
+    if (lane_ == 0) settle_shared()->answer[b] = exact;
+    return true;
+  }
+
+  // By the block.
+  GRACE_FAST_COLD void decide_together(int b) {
+    Exact best = no_row();  // of this warp
+    int crowded = 0;
+    float limit = infinity();
+    if (lookup_.state(b) == kEncoded) {
+      const uint64_t nearest = nearest_of(b);
+      limit = band_.above(squared_of(nearest));
+      for (int i = warp_; i < block_count(); i += warps_) {
+        const BestTwo two = lookup_.best(b, i);
+        if (two.first != kNone && squared_of(two.first) <= limit) look(b, tag_of(two.first), &best);
+        if (two.second != kNone && squared_of(two.second) <= limit) {
+          look(b, tag_of(two.second), &best);
+        }
+      }
+      for (int i = lane_; i < block_count(); i += kWarp) {
+        const BestTwo two = lookup_.best(b, i);
+        crowded |= two.second != kNone && squared_of(two.second) <= limit;
+      }
+    } else {
+      crowded = 1;  // no slots: read all
+    }
+    best = best_of_block(best);
+    const bool again = ballot(crowded != 0) != 0;
+    if (again || (is_hit(best) && !is_settled(b, best))) {
+      const int skip = again ? -1 : lookup_.owner(best);
+      Exact found = best;
+      lookup_.read_again(b, limit, skip, [&](int64_t row, uint32_t alone) {
+        look(b, static_cast<uint32_t>(row) << 1 | alone, &found);
+      });
+      best = best_of_block(found);
+    }
+    if (thread_index() == 0) settle_shared()->answer[b] = is_hit(best) ? best : no_row();
+  }
+
+  GRACE_FAST_DEVICE uint64_t nearest_of(int b) const {
+    uint64_t nearest = kNone;
+    for (int i = lane_; i < block_count(); i += kWarp) {
+      const BestTwo two = lookup_.best(b, i);
+      if (two.first < nearest) nearest = two.first;
+    }
+    return least_of_warp(nearest);
+  }
+
+  GRACE_FAST_DEVICE double canonical(int b, uint32_t tag) const {
+    return canonical_by_warp(lookup_.query(b), key_of<Key>(book_, call_.width, tag >> 1),
+                             call_.width);
+  }
+
+  GRACE_FAST_DEVICE void look(int b, uint32_t tag, Exact* best) const {
+    const Exact found{canonical(b, tag), tag};
+    if (found.before(*best)) *best = found;  // never where S is infinite or NaN
+  }
+
+  GRACE_FAST_DEVICE bool is_hit(const Exact& best) const {
+    if (!(best.squared < static_cast<double>(infinity()))) return false;
+    const double radius = book_.radius[best.tag >> 1];
+    return radius >= 0 && best.squared <= radius * radius;
+  }
+
+  // Whether nothing nearer than a hit can have been passed over.
+  GRACE_FAST_DEVICE bool is_settled(int b, const Exact& hit) const {
+    const double floor = lookup_.floor();
+    return hit.squared <= floor * floor || !lookup_.needs(b, lookup_.owner(hit));
+  }
+
+  GRACE_FAST_DEVICE Exact best_of_block(const Exact& of_warp) {
+    sync_block();
+    if (lane_ == 0) settle_shared()->of_warp[warp_] = of_warp;
+    sync_block();
+    Exact best = settle_shared()->of_warp[0];
+    for (int i = 1; i < warps_; ++i) {
+      if (settle_shared()->of_warp[i].before(best)) best = settle_shared()->of_warp[i];
+    }
+    return best;
+  }
+
+  GRACE_FAST_DEVICE void write(int b) const {
+    const Exact& answer = settle_shared()->answer[b];
+    const bool hit = answer.tag != ~0u;
+    const int query = lookup_.first() + b;
+    if (call_.hit) call_.hit[query] = hit;
+    if (call_.row) call_.row[query] = hit ? static_cast<int64_t>(answer.tag >> 1) : -1;
+    if (call_.squared) call_.squared[query] = answer.squared;
+  }
+
+  const Call& call_;
+  const Book& book_;
+  Lookup& lookup_;
+  const Band band_;
+  const int lane_, warp_, warps_;
+};
+
+// Write one value over one token, by a warp.
+GRACE_FAST_COLD void write_value(const Call& call, const Book& book, int64_t row, int query,
+                                 int token) {
+  const int lane = thread_index() % kWarp;
+  const int64_t slot = book.value_slot ? book.value_slot[row] : row;
+  const int size = call.key_dtype == Dtype::float32 ? 4 : 2;
+  const char* from = static_cast<const char*>(book.values) + slot * call.value_width * size;
+  const int64_t at = query * call.output_stride + token * call.token_stride;
+  const int output_size = call.output_dtype == Dtype::float32 ? 4 : 2;
+  char* to = static_cast<char*>(call.output) + at * output_size;
+  const int bytes = call.value_width * size;
+  const auto together = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) |
+                        static_cast<uintptr_t>(bytes);
+  if (call.output_dtype == call.key_dtype && together % 16 == 0) {
+    for (int i = lane * 16; i < bytes; i += kWarp * 16) {
+      *reinterpret_cast<uint4*>(to + i) = load16(from + i);
+    }
+    return;
+  }
+  for (int i = lane; i < call.value_width; i += kWarp) {
+    const float value = element(from, call.key_dtype, i);
+    if (call.output_dtype == Dtype::float32) {
+      reinterpret_cast<float*>(to)[i] = value;
+    } else {
+      const bool brain = call.output_dtype == Dtype::bfloat16;
+      reinterpret_cast<uint16_t*>(to)[i] = brain ? bfloat16_of(value) : half_of(value);
+    }
+  }
+}
+
+// Write the values of the hits among `batch` queries from `first` on, by a block.
+GRACE_FAST_DEVICE void write_values(const Call& call, const Book& book, int first, int batch) {
+  if (!call.output) return;
+  const int warp = thread_index() / kWarp, warps = thread_count() / kWarp;
+  for (int i = warp; i < batch * call.tokens; i += warps) {
+    const int b = i / call.tokens, token = i % call.tokens;
+    const uint32_t tag = settle_shared()->answer[b].tag;
+    if (tag == ~0u || !call.mask[(first + b) * static_cast<int64_t>(call.tokens) + token]) continue;
+    write_value(call, book, tag >> 1, first + b, token);
+  }
+}
+
+// The same for many tokens, by a node of its own: a block for some tokens of one query.
+GRACE_FAST_KERNEL(kMostThreads)
+write_kernel(const __grid_constant__ Call call) {
+  const int query = group_index();
+  const int64_t row = call.row[query];
+  if (row < 0) return;
+  const int warps = thread_count() / kWarp;
+  for (int token = block_index() * warps + thread_index() / kWarp; token < call.tokens;
+       token += block_count() * warps) {
+    const bool wanted = call.mask[query * static_cast<int64_t>(call.tokens) + token];
+    if (wanted) write_value(call, *call.book, row, query, token);
+  }
+}
+
+}  // namespace grace_fast::device

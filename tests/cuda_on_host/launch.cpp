@@ -1,0 +1,89 @@
+// csrc/cuda/launch.h for a host: the same kernels, run by on_host.h.
+//
+// Blocks are smaller than on a GPU, and how many are there at once differs from launch to launch.
+#include "launch.h"
+
+#include "certified.cuh"
+#include "dense.cuh"
+#include "on_host_order.h"
+
+namespace grace_fast::device {
+
+OnHostOrder& order() {
+  static OnHostOrder order;
+  return order;
+}
+
+namespace {
+
+int launch(void (*kernel)(Call), const Call& call, int blocks, int groups, int threads,
+           int64_t shared) {
+  OnHostOrder& how = order();
+  const int resident = 1 + static_cast<int>(how.seed++ % static_cast<uint64_t>(blocks * groups));
+  on_host::launch(blocks, groups, threads, static_cast<size_t>(shared), how.seed, resident,
+                  [&] { kernel(call); });
+  return 0;
+}
+
+template <typename Key, int kQueries>
+int launch_dense_of(const Call& call, int blocks) {
+  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
+  return launch(dense_kernel<Key, kQueries>, call, blocks, (call.batch + kQueries - 1) / kQueries,
+                order().threads, Dense<Key, kQueries>::kQueriesAt + staged);
+}
+
+template <typename Key>
+int launch_dense_of(const Call& call, int blocks) {
+  if (call.batch > 4) return launch_dense_of<Key, 8>(call, blocks);
+  if (call.batch > 1) return launch_dense_of<Key, 4>(call, blocks);
+  return launch_dense_of<Key, 1>(call, blocks);
+}
+
+template <typename Key>
+int launch_certified_of(const Call& call, int blocks) {
+  launch(encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
+  return launch(certified_kernel<Key>, call, blocks, 1, order().threads, sizeof(CertifiedShared));
+}
+
+template <typename Launch>
+int with_writing(const Call& call, const Launch& look_up) {
+  if (!call.output || call.tokens <= 8) return look_up(call);
+  Call decision = call;
+  decision.output = nullptr;
+  look_up(decision);
+  return launch(write_kernel, call, 2, call.batch, order().threads, 0);
+}
+
+template <typename Work>
+int with_key(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::bfloat16) return work(BFloat16{});
+  if (dtype == Dtype::float16) return work(Float16{});
+  return work(float{});
+}
+
+}  // namespace
+
+int device_count(int* count) {
+  *count = 1;
+  return 0;
+}
+int describe_device(int, Device* device) {
+  *device = {3, 1 << 20, 9, 0};
+  return 0;
+}
+const char* error_text(int) { return "none"; }
+
+int launch_dense(const Call& call, int blocks, void*) {
+  return with_writing(call, [&](const Call& each) {
+    return with_key(each.key_dtype,
+                    [&](auto key) { return launch_dense_of<decltype(key)>(each, blocks); });
+  });
+}
+int launch_certified(const Call& call, int blocks, void*) {
+  return with_writing(call, [&](const Call& each) {
+    return with_key(each.key_dtype,
+                    [&](auto key) { return launch_certified_of<decltype(key)>(each, blocks); });
+  });
+}
+
+}  // namespace grace_fast::device
