@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.backends import cpu, reference, triton
-from grace_fast.backends.workload import Workload
+from grace_fast.backends import cpu, cuda, reference, triton
+from grace_fast.backends.workload import Verb, Workload
 from grace_fast.codebook import Codebook, Snapshot
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton, reference)}
 
 # What `auto` tries, in this order, by where the keys are; elsewhere there is only the reference.
-# Triton takes keys on the host only when interpreted, which is for tests: it has to be named.
+# Triton takes keys on the host only when interpreted, which is for tests: it has to be named. So
+# has `cuda`, until it has been run on a GPU.
 AUTOMATIC = {"cpu": (cpu, reference), "cuda": (triton, reference)}
 
 
@@ -127,7 +128,7 @@ def nearest(
         raise ValueError(f"within must be a distance of at least 0, got {within}")
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
-    module = chosen(snapshot, len(queries), backend)
+    module = chosen(snapshot, len(queries), backend, "nearest")
     if module is cpu:
         row, squared = cpu.nearest(queries, snapshot, within)
     else:
@@ -194,18 +195,26 @@ def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Ten
     return semantics.replace(output, match.hit, snapshot.values_of(match.row), mask)
 
 
-def chosen(snapshot: Snapshot, batch: int = 1, backend: str = "auto") -> ModuleType:
+def chosen(
+    snapshot: Snapshot, batch: int = 1, backend: str = "auto", verb: Verb = "find"
+) -> ModuleType:
     """Return the back end that takes a batch of queries for a version."""
     keys = snapshot.key_slots
-    return _choose(keys.device.type, keys.dtype, batch, snapshot.rows, keys.shape[1], backend)
+    return _choose(keys.device.type, keys.dtype, batch, snapshot.rows, keys.shape[1], verb, backend)
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    device: str, dtype: torch.dtype, batch: int, rows: int, key_dim: int, backend: str
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    rows: int,
+    key_dim: int,
+    verb: Verb,
+    backend: str,
 ) -> ModuleType:
     # A Workload takes longer to make than to choose for.
-    return choose(Workload(device, dtype, batch, rows, key_dim), backend)
+    return choose(Workload(device, dtype, batch, rows, key_dim, verb), backend)
 
 
 def _snapshot(codebook: Codebook | Snapshot) -> Snapshot:

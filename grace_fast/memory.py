@@ -26,6 +26,7 @@ from grace_fast.device_memory import DeviceRows, driver_of
 SHARE, SHARE_OF_A_LIMIT = 1024, 16
 ADDRESS_BYTES = 1 << 47
 COMMIT_STEP = 1 << 20  # bytes; a commit also grows by an eighth, so commits stay rare
+HUGE_PAGE = 1 << 21  # a key read here and there costs a page walk, of huge pages a shorter one
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
@@ -35,6 +36,7 @@ _libc.mmap.argtypes = (
     ctypes.c_long,
 )
 _libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
@@ -92,7 +94,8 @@ class ReservedRows:
                 "make the codebook with a larger reserve_rows"
             )
         grown = needed + max(COMMIT_STEP, needed // 8)
-        grown = min(-(-grown // mmap.PAGESIZE) * mmap.PAGESIZE, self.reserved_bytes)
+        step = HUGE_PAGE if grown > 8 * HUGE_PAGE else mmap.PAGESIZE
+        grown = min(-(-grown // step) * step, self.reserved_bytes)
         fresh = self.address + self.committed_bytes
         size = grown - self.committed_bytes
         if _libc.mprotect(fresh, size, mmap.PROT_READ | mmap.PROT_WRITE):
@@ -137,10 +140,12 @@ def _reserve_address_space(wanted: int) -> tuple[int, int]:
 
     Raises: MemoryError where the address space is full.
     """
-    size = -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE
+    step = HUGE_PAGE if wanted > 8 * HUGE_PAGE else mmap.PAGESIZE
+    size = -(-wanted // step) * step
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     address = _libc.mmap(None, size, _PROT_NONE, flags, -1, 0)
     if address == _MAP_FAILED:
         reason = os.strerror(ctypes.get_errno())
         raise MemoryError(f"could not reserve {size} bytes of address space: {reason}")
+    _libc.madvise(address, size, mmap.MADV_HUGEPAGE)  # refused where there are none: no matter
     return address, size

@@ -62,7 +62,7 @@ def _forget(module):
 
 def settled_view(book):
     cpu.view_of(book.snapshot())
-    cpu.certificate_of(book.snapshot()).settle()
+    certificate.of(book.snapshot()).settle()
     return cpu.view_of(book.snapshot())
 
 
@@ -305,3 +305,29 @@ def test_the_workload_says_why_not():
     assert "not on a CUDA GPU" in str(cuda.why_not(Workload("cpu", torch.float32, 1, 9, 4)))
     if not torch.cuda.is_available():
         assert cuda.why_not(Workload("cuda", torch.float32, 1, 9, 4))
+
+
+def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypatch):
+    if cpu._cpu is None:
+        pytest.skip("grace_fast._cpu was not built")
+    monkeypatch.setattr(order, "ORDER_ROWS", 200)
+    data = Data(5)
+    keys, radii = data.clusters(700, 24)
+    book = book_of(keys, radii)
+    queries = data.queries(keys, radii, 24)
+    settled_view(book)
+    previous = None
+    for number in range(4):
+        snapshot = book.snapshot()
+        with certificate.of(snapshot).held(snapshot) as state:
+            table = cuda.Table(module, snapshot, state, snapshot.widest, 2, previous)
+        module.forget()
+        announce(module, table.book, *table.tensors.values())
+        assert_decides_as_the_law(table, queries)
+        if previous is not None:
+            assert table.tensors["near 0"] is previous.tensors["near 0"]
+        previous = table
+        with book.writing() as draft:
+            draft.set_radius(number, 3.0 + number)
+        book.append(queries[number : number + 1], torch.zeros(1, 2), torch.full((1,), 0.1))
+        book.remove(int(book.ids[50 + number]))

@@ -8,6 +8,7 @@ reads every key; with one, the codes first. The decision is the same.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_fast import codes, order
+from grace_fast import certificate, codes, order
 from grace_fast.backends.workload import Workload
 from grace_fast.codebook import Snapshot
 from grace_fast.order import Array, Part
@@ -41,6 +42,8 @@ def why_not(workload: Workload) -> str | None:
         return _missing
     if torch.version.hip is not None:
         return "the kernels are CUDA's, and this torch is for AMD"
+    if workload.verb != "find":
+        return "the kernels find, they do not look for the nearest key outside all balls"
     if workload.batch > MOST_QUERIES:
         return f"{workload.batch} queries are more than {MOST_QUERIES}"
     if workload.rows >= 2**31:
@@ -57,14 +60,25 @@ def why_not(workload: Workload) -> str | None:
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64; see `backends`."""
-    table = snapshot.derived(NAME, _table)
-    if table is None:  # a draft
-        table = _table(snapshot)
-    return table.find(queries)  # type: ignore[no-any-return]
+    if snapshot.is_draft:
+        return Table(_cuda, snapshot).find(queries)
+    kept = snapshot.derived(NAME, _keep)
+    known = certificate.of(snapshot)
+    if known is not None and known.current is not kept[0].state:
+        kept[0] = _newest(snapshot, kept[0])
+    return kept[0].find(queries)  # type: ignore[no-any-return]
 
 
-def _table(snapshot: Snapshot, previous: Any = None) -> Table:
-    return Table(_cuda, snapshot)
+def _keep(snapshot: Snapshot, previous: list[Table] | None) -> list[Table]:
+    return [_newest(snapshot, previous[0] if previous else None)]
+
+
+def _newest(snapshot: Snapshot, previous: Table | None) -> Table:
+    known = certificate.of(snapshot)
+    if known is None:
+        return Table(_cuda, snapshot, None, snapshot.widest)
+    with known.held(snapshot) as state:
+        return Table(_cuda, snapshot, state, snapshot.widest, previous=previous)
 
 
 @cache
@@ -79,30 +93,29 @@ def _workspace(module: Any, device: torch.device, stream: int, width: int, block
     return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
-def arrays_of(part: Part) -> dict[str, Array]:
-    """Return a part's arrays in the kernels' layout: key-major, nothing padded."""
+def arrays_of(part: Part, names: Sequence[str]) -> dict[str, Array]:
+    """Return those of a part's arrays that it has, in the kernels' layout: key-major, unpadded."""
     count = part.count
     leaves = -(-count // order.LEAF)
-    near, far = order.unpacked(part, np.arange(count))
-    arrays = {
-        "row": part.rows[:count],
-        "near": near,
-        "far": far,
-        "reach": part.reach[:leaves],
+    supers = -(-leaves // order.LEAF)
+    makers: dict[str, Callable[[], Array | None]] = {
+        "row": lambda: part.rows[:count],
+        "near": lambda: order.unpacked(part, np.arange(count))[0],
+        "far": lambda: part.far[:count],
+        "reach": lambda: part.reach[:leaves],
+        "leaf_boxes": lambda: _boxes(part.leaf_boxes, leaves),
+        "super_boxes": lambda: _boxes(part.super_boxes, supers),
+        "super_reach": lambda: None if part.super_reach is None else part.super_reach[:supers],
+        "isolated": lambda: part.isolated,
     }
-    if part.leaf_boxes is not None and part.super_boxes is not None:
-        assert part.super_reach is not None
-        supers = -(-leaves // order.LEAF)
-        arrays["leaf_boxes"] = _boxes(part.leaf_boxes, leaves)
-        arrays["super_boxes"] = _boxes(part.super_boxes, supers)
-        arrays["super_reach"] = part.super_reach[:supers]
-    if part.isolated is not None:
-        arrays["isolated"] = part.isolated
-    return arrays
+    made = {name: makers[name]() for name in names}
+    return {name: array for name, array in made.items() if array is not None}
 
 
-def _boxes(groups: Array, count: int) -> Array:
+def _boxes(groups: Array | None, count: int) -> Array | None:
     """Return boxes [n / 16, 8, 2, 16, 2] as [count, 2, 16], low and -high."""
+    if groups is None:
+        return None
     boxes = groups.transpose(0, 3, 2, 1, 4).reshape(-1, 2, codes.NEAR)[:count].copy()
     boxes[:, 1] *= -1
     return boxes
@@ -126,8 +139,11 @@ class Table:
         state: State | None = None,
         widest: float = float("inf"),
         blocks: int | None = None,
+        previous: Table | None = None,
     ) -> None:
-        self.module, self.snapshot = module, snapshot
+        self.module, self.snapshot, self.state = module, snapshot, state
+        self._runs: list[tuple[Part, dict[str, Tensor]]] = []
+        known = {id(part): (part, held) for part, held in previous._runs} if previous else {}
         self.device = device = snapshot.device
         index = device.index if device.index is not None else 0
         self.blocks = blocks or module.device(index)["multiprocessors"]
@@ -141,12 +157,17 @@ class Table:
             self.tensors["key_slot"] = snapshot.key_slot.to(device).contiguous()
         if snapshot.counts.value_moves:
             self.tensors["value_slot"] = snapshot.column("value_slot").to(device).contiguous()
+        # By codes where that is predicted to read less: one query at a time, as blocks do.
+        key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
         self.certified = state is not None
+        if blocks is None and state is not None:
+            self.certified = state.predicted_bytes < snapshot.rows * key_bytes
         phi, parts = None, []
         if state is not None:
             self.tensors |= {k: v.to(device) for k, v in packed_map(state.phi).items()}
             phi = self._map(state.phi)
-            parts = [self._part(i, part) for i, part in enumerate((*state.runs, state.tail))]
+            everything = enumerate((*state.runs, state.tail))
+            parts = [self._part(i, part, known) for i, part in everything]
         packed = module.pack_book(
             **{name: self._address(name) for name in _COLUMNS},
             rows=snapshot.rows,
@@ -161,7 +182,7 @@ class Table:
 
     def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
-        batch = len(queries)
+        batch, queries = len(queries), _in_rows(queries)
         hit = torch.empty(batch, dtype=torch.bool, device=self.device)
         row = torch.empty(batch, dtype=torch.int64, device=self.device)
         squared = torch.empty(batch, dtype=torch.float64, device=self.device)
@@ -179,6 +200,7 @@ class Table:
         batch, tokens, width = output.shape
         if output.stride(2) != 1 or width != self.snapshot.value_dim:
             raise ValueError(f"output must be [B, T, {self.snapshot.value_dim}], rows side by side")
+        queries = _in_rows(queries)
         hit = torch.empty(batch, dtype=torch.bool, device=self.device)
         row = torch.empty(batch, dtype=torch.int64, device=self.device)
         if batch and tokens:
@@ -228,10 +250,15 @@ class Table:
         arrays = {name: self._address(name) for name in ("centre", "rows", "turn")}
         return arrays | {name: getattr(phi, name) for name in numbers}
 
-    def _part(self, index: int, part: Part) -> dict[str, Any]:
-        arrays = {name: torch.from_numpy(array) for name, array in arrays_of(part).items()}
-        held = {f"{name} {index}": array.to(self.device) for name, array in arrays.items()}
-        self.tensors |= held
+    def _part(self, index: int, part: Part, known: dict[int, Any]) -> dict[str, Any]:
+        """Bring a part to the device; what never changes of a run is there from another version."""
+        arrays = arrays_of(part, _CHANGING if id(part) in known else _PART_COLUMNS)
+        held = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        if id(part) in known:
+            held = known[id(part)][1] | held
+        if part.leaf_boxes is not None:
+            self._runs.append((part, held))
+        self.tensors |= {f"{name} {index}": tensor for name, tensor in held.items()}
         addresses = {name: self._address(f"{name} {index}") for name in _PART_COLUMNS}
         return addresses | {
             "count": part.count,
@@ -242,6 +269,7 @@ class Table:
         }
 
 
+_CHANGING = ("reach", "super_reach", "isolated")
 _COLUMNS = ("keys", "key_slot", "live", "radius", "values", "value_slot")
 _PART_COLUMNS = (
     "row",
@@ -255,7 +283,9 @@ _PART_COLUMNS = (
 )
 
 
+def _in_rows(queries: Tensor) -> Tensor:
+    return queries if queries.stride(1) == 1 else queries.contiguous()
+
+
 def _asked(queries: Tensor) -> tuple[int, int, int, int]:
-    if queries.stride(1) != 1:
-        queries = queries.contiguous()
     return queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], len(queries)

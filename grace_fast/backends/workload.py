@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+
+Verb = Literal["find", "nearest"]
 
 
 @dataclass(frozen=True)
@@ -16,3 +19,4 @@ class Workload:
     batch: int  # B
     rows: int  # N
     key_dim: int  # D
+    verb: Verb = "find"
