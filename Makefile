@@ -55,6 +55,19 @@ gate-full: .venv/.bench  ## ten million, and a million with each narrower instru
 	for set in portable avx2; do PYTHONPATH=. $(BIN)/python -m benchmarks.gate \
 		--kernels $$set --seed 1 --out benchmarks/results || exit 1; done
 
+# What the machine has installed is used, for there may be no network; only this package is built.
+GPU := .venv-gpu/bin/python
+gpu:  ## with a GPU: build, test, look for invalid accesses and races, measure; no network needed
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	GRACE_FAST_CUDA=1 $(GPU) -m pip install -q --no-index --no-deps --no-build-isolation -e .
+	$(GPU) -m pytest -q -m gpu tests
+	$(GPU) -m pytest -q tests/test_lookup.py
+	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+		$(GPU) -m pytest -q -m gpu tests/test_gpu.py -k "random and 300 and cuda" || exit 1; \
+		done; fi
+	PYTHONPATH=. $(GPU) -m benchmarks.gpu
+
 check: .venv/.dev  ## format, lint, types, imports and spelling; changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -71,7 +84,7 @@ fix: .venv/.dev  ## format and mend what can be mended
 	$(BIN)/clang-format -i $(NATIVE)
 
 clean:  ## drop what was built
-	rm -rf .venv build dist *.egg-info grace_fast/*.so
+	rm -rf .venv .venv-gpu build dist *.egg-info grace_fast/*.so
 
 # torch goes first: alone it is the small build for hosts, as a dependency it brings a CUDA toolkit.
 .venv/.python:
@@ -86,5 +99,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro gate gate-full check \
-	fix clean
+.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro gate gate-full gpu \
+	check fix clean

@@ -72,8 +72,8 @@ class Build:
     def _keys(self, first: int, last: int) -> torch.Tensor:
         snapshot = self._snapshot
         if snapshot.counts.key_moves:
-            return snapshot.key_slots[snapshot.key_slot[first:last]].cpu()
-        return snapshot.key_slots[first:last].cpu()
+            return snapshot.key_slots[snapshot.key_slot[first:last]]
+        return snapshot.key_slots[first:last]
 
     def _alone(self, part: Part) -> View:
         """Return the version under a certificate of this part only, to ask it about itself."""

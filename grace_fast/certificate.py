@@ -152,7 +152,7 @@ class Certificate:
         slots = torch.from_numpy(rows)
         if snapshot.counts.key_moves:
             slots = snapshot.key_slot[slots]
-        made = codes.encode_keys(state.phi, snapshot.key_slots[slots].cpu())
+        made = codes.encode_keys(state.phi, snapshot.key_slots[slots])
         radii = snapshot.radii_of(torch.from_numpy(rows)).cpu().numpy()
         added = order.append(state.tail, made, rows, radii, state.floor)
         if added is None:  # a key the codes cannot hold: start anew, without them until then

@@ -172,11 +172,12 @@ def dot_roundings(width: int) -> float:
 
 
 def encode_keys(phi: Map, keys: Tensor) -> Codes:
-    """Encode keys [n, D], in float64."""
-    centred = keys.double() - phi.centre.double()
+    """Encode keys [n, D] where they are, in float64; the codes are on the host."""
+    centred = keys.double() - phi.centre.to(keys.device).double()
     norm = centred.norm(dim=1)
     rounding = 4 * len(phi.centre) * _UNIT64 * norm * phi.row_norm * math.sqrt(SLOTS)
-    return _encode(phi, centred @ phi.wide_rows.T, norm, rounding, 1e-12)
+    slots = centred @ phi.wide_rows.T.to(keys.device)
+    return _encode(phi, slots.cpu(), norm.cpu(), rounding.cpu(), 1e-12)
 
 
 def encode_queries(phi: Map, queries: Tensor) -> Codes:

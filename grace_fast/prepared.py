@@ -68,7 +68,9 @@ class Prepared:
     def settle(self) -> None:
         """Wait for what is computed from the keys that are there."""
         self._renew()
-        if self._certificate is not None:
+        if self._certificate is not None and self._snapshot is not None:
+            with self._certificate.held(self._snapshot):  # starts what has to be made
+                pass
             self._certificate.settle()
 
 

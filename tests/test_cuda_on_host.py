@@ -316,7 +316,7 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
     book = book_of(keys, radii)
     queries = data.queries(keys, radii, 24)
     settled_view(book)
-    previous = None
+    previous = first = captured = None
     for number in range(4):
         snapshot = book.snapshot()
         with certificate.of(snapshot).held(snapshot) as state:
@@ -324,10 +324,21 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
         module.forget()
         announce(module, table.book, *table.tensors.values())
         assert_decides_as_the_law(table, queries)
-        if previous is not None:
+        if previous is None:
+            # What a graph holds: an address of a description, and its own queries and answers.
+            first, captured = table, table._lookup()[0]
+        else:
             assert table.tensors["near 0"] is previous.tensors["near 0"]
+            assert table.book.data_ptr() == first.book.data_ptr()
+            hit, row = torch.zeros(24, dtype=torch.bool), torch.zeros(24, dtype=torch.int64)
+            captured.find(*cuda._asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
+            wanted = law(queries, snapshot)
+            assert torch.equal(hit, wanted[0])
+            assert torch.equal(row, wanted[1])
         previous = table
         with book.writing() as draft:
             draft.set_radius(number, 3.0 + number)
         book.append(queries[number : number + 1], torch.zeros(1, 2), torch.full((1,), 0.1))
         book.remove(int(book.ids[50 + number]))
+    old = cuda.Table(module, first.snapshot, None, first.snapshot.widest, 2, previous)
+    assert old.book.data_ptr() != first.book.data_ptr()  # graphs stay with the newest version

@@ -43,7 +43,6 @@ def edits(device: str) -> None:
     queries = torch.cat([keys[:3] + 0.01, torch.randn(2, 24, device=device)])
     assert_lawful(queries, book.snapshot(), "before there are codes")
     gf.prepare(book)
-    settle(book)
     assert_lawful(queries, book.snapshot(), "by codes")
     assert by_codes(book)
     append(queries[3:4], 1.0)

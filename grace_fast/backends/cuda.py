@@ -129,8 +129,34 @@ def packed_map(phi: codes.Map) -> dict[str, Tensor]:
     return {"centre": phi.padded_centre, "rows": rows, "turn": phi.turn.contiguous()}
 
 
+class Graphs:
+    """The description that captured graphs read: that of the newest version, at one address.
+
+    It is rewritten on the stream that an edit's first look-up runs on; a graph that is replayed on
+    another stream has to wait for that one.
+    """
+
+    def __init__(self) -> None:
+        self._book: Tensor | None = None
+        self._version = -1
+
+    def book_of(self, version: int, packed: bytearray, device: torch.device) -> Tensor:
+        """Return a version's description on the device, the one of the graphs if it is newest."""
+        book = torch.frombuffer(packed, dtype=torch.uint8)
+        if version < self._version:
+            return book.to(device)
+        self._version = version
+        if self._book is None:
+            self._book = torch.empty_like(book, device=device)
+        return self._book.copy_(book)
+
+
 class Table:
-    """One version on its device, with a certificate's state or without."""
+    """One version on its device, with a certificate's state or without.
+
+    Tables of one codebook share the description that a captured graph reads, so that a graph sees
+    the edits that were looked up since; which of reading codes or keys was captured stays.
+    """
 
     def __init__(
         self,
@@ -177,7 +203,8 @@ class Table:
             map=phi,
             parts=parts,
         )
-        self.book = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
+        self._graphs = previous._graphs if previous is not None else Graphs()
+        self.book = self._graphs.book_of(snapshot.version, bytearray(packed), device)
         self._lookups: dict[int, Any] = {}  # by stream
 
     def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
