@@ -329,7 +329,7 @@ def table(rows: list[Row], described: dict[str, Any], date: str) -> str:
         "",
         f"`python -m benchmarks.gpu` on {date}: {described['device']}, commit "
         f"{described['commit'] or 'unknown'}, torch {torch.__version__}. Synthetic data, a "
-        "twentieth of the queries hit. Times of the device; cold: its second-level cache was swept.",
+        "twentieth of the queries hit. Times are the device's; cold: its second-level cache swept.",
         "",
         "| kernel | N | d | B | dtype | caches | mode | p50 us | p5 | p95 | GB/s | wrong | note |",
         "| --- | ---: | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",

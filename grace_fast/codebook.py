@@ -288,7 +288,7 @@ class Draft:
         """The number of rows, removed ones included."""
         return self.counts.rows
 
-    def _set(self, **counts: int) -> None:
+    def _set(self, **counts: Any) -> None:
         self.counts = replace(self.counts, **counts)
 
     def append(

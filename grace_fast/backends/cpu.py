@@ -84,7 +84,7 @@ def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:
     that queries may have, asked of a published version on the host.
     """
     view = view_of(snapshot)
-    return None if view is None else view.version.ask(queries)  # type: ignore[no-any-return]
+    return None if view is None else view.version.ask(queries)
 
 
 def view_of(snapshot: Snapshot) -> View | None:
@@ -111,9 +111,10 @@ def _view(snapshot: Snapshot) -> View:
 def _view_of_draft(snapshot: Snapshot) -> View:
     """Return a draft's view; its keys are those of the version it changes, and new ones."""
     base = snapshot.base
-    known = None if base is None else view_of(base)
+    if base is None or (known := view_of(base)) is None:
+        return View(_cpu, snapshot, None)
     view = View(_cpu, snapshot, known)
-    if known is not None and base.counts.key_moves == snapshot.counts.key_moves:
+    if base.counts.key_moves == snapshot.counts.key_moves:
         view.use_keys_of(known)
     return view
 

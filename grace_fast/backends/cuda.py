@@ -203,7 +203,7 @@ class Table:
             map=phi,
             parts=parts,
         )
-        self._graphs = previous._graphs if previous is not None else Graphs()
+        self._graphs: Graphs = previous._graphs if previous is not None else Graphs()
         self.book = self._graphs.book_of(snapshot.version, bytearray(packed), device)
         self._lookups: dict[int, Any] = {}  # by stream
 

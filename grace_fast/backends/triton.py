@@ -131,9 +131,9 @@ class Table:
             if state is None:
                 return
             covered = min(state.covered, snapshot.rows)
-            parts = (*state.runs, state.tail)
-            same = self._codes is not None and self._parts == state.runs
-            if not same or not codes.refresh(self._codes, parts, covered):
+            parts = [*state.runs, state.tail]
+            known = self._codes if self._parts == state.runs else None
+            if known is None or not codes.refresh(known, parts, covered):
                 self._codes = codes.device_codes(
                     state.phi, parts, covered, state.floor, snapshot.device, room=TAIL_ROOM
                 )
