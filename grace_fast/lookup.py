@@ -34,7 +34,7 @@ class BackendUnavailable(RuntimeError):
 class Match:
     """The answer of `find` for a batch of queries; a field is made when it is read."""
 
-    __slots__ = ("_answers", "_hit", "_row", "_squared", "hits")
+    __slots__ = ("_answers", "_fields", "hits")
 
     def __init__(
         self,
@@ -44,32 +44,31 @@ class Match:
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
         self._answers = answers
-        self._hit: Tensor | None = None
-        self._row: Tensor | None = None
-        self._squared: Tensor | None = None
+        self._fields: dict[torch.dtype, Tensor] | None = None  # those that were read
         if fields is not None:
-            self._hit, self._row, self._squared = fields
+            self._fields = dict(zip((torch.bool, torch.int64, torch.float64), fields, strict=True))
+
+    def _field(self, dtype: torch.dtype) -> Tensor:
+        if self._fields is None:
+            self._fields = {}
+        if dtype not in self._fields:
+            self._fields[dtype] = cpu.unpack(self._answers, dtype)
+        return self._fields[dtype]
 
     @property
     def hit(self) -> Tensor:
         """[B] bool, the query is in the ball of its nearest key."""
-        if self._hit is None:
-            self._hit = cpu.unpack(self._answers, torch.bool)
-        return self._hit
+        return self._field(torch.bool)
 
     @property
     def row(self) -> Tensor:
         """[B] int64, the row that hit, the lowest on a tie; -1 where missed."""
-        if self._row is None:
-            self._row = cpu.unpack(self._answers, torch.int64)
-        return self._row
+        return self._field(torch.int64)
 
     @property
     def squared_distance(self) -> Tensor:
         """[B] float64, S of that row in the canonical order; inf where missed."""
-        if self._squared is None:
-            self._squared = cpu.unpack(self._answers, torch.float64)
-        return self._squared
+        return self._field(torch.float64)
 
     @property
     def distance(self) -> Tensor:

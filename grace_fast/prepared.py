@@ -13,6 +13,7 @@ import weakref
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from grace_fast import certificate, lookup
 from grace_fast.backends import cpu
@@ -40,13 +41,14 @@ class Prepared:
 
     def __call__(self, queries: Tensor) -> Match:
         """Return what `find(queries, codebook)` returns, and raise what it raises."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return self._registered(queries)
+        # Plain attributes: with empty caches a Python call takes as long as the look-up's proof.
         view = self._view
         if (
             view is None
-            or self._book.snapshot() is not self._snapshot
-            or not self._certificate.is_current(view)  # type: ignore[union-attr]
+            or self._book._current is not self._snapshot
+            or self._certificate._state is not view.made_from  # type: ignore[union-attr]
         ):
             view = self._renew()
         answer = None if view is None else view.version.ask(queries)
