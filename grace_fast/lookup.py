@@ -176,15 +176,53 @@ def replace(
     mode.
     """
     snapshot = _snapshot(codebook)
+    positions = _positions(output, queries, snapshot, positions)
+    mask = semantics.replacement_mask(mode, positions, output.shape[1])
+    return write(output, find(queries, snapshot, backend), snapshot, mask)
+
+
+def replace_(
+    output: Tensor,
+    queries: Tensor,
+    codebook: Codebook | Snapshot,
+    positions: Tensor | None = None,
+    mode: semantics.Replacement = "replace_prompt",
+    backend: str = "auto",
+) -> Tensor:
+    """Do what `replace` does in place, and return output: only what is replaced is written.
+
+    On a GPU nobody waits for the decision.
+
+    Raises: as `replace`, and ValueError for an output that autograd needs as it is.
+    """
+    snapshot = _snapshot(codebook)
+    positions = _positions(output, queries, snapshot, positions)
+    if output.requires_grad and torch.is_grad_enabled():
+        raise ValueError("output needs gradients and cannot be written in place; use replace")
+    mask = semantics.replacement_mask(mode, positions, output.shape[1])
+    match = find(queries, snapshot, backend)
+    if output.is_cuda and output.stride(2) == 1 and triton.writes():
+        triton.write_(output, match.hit, match.row, snapshot, positions, mode)
+    elif output.is_cuda:
+        output.copy_(write(output, match, snapshot, mask))
+    elif match.hits != 0 and len(hits := match.hit.nonzero()[:, 0]):
+        values = snapshot.values_of(match.row[hits])
+        output[hits] = semantics.replace(output[hits], match.hit[hits], values, mask[hits])
+    return output
+
+
+def _positions(
+    output: Tensor, queries: Tensor, snapshot: Snapshot, positions: Tensor | None
+) -> Tensor:
+    """Check what is to be replaced; return each row's query position, [B]."""
     wanted = (len(queries), snapshot.value_dim)
     if output.ndim != 3 or (output.shape[0], output.shape[2]) != wanted:
         raise ValueError(f"output must be [{wanted[0]}, T, {wanted[1]}], got {tuple(output.shape)}")
     if positions is None:
-        positions = torch.full((len(output),), output.shape[1] - 1, device=output.device)
-    elif positions.shape != (len(output),):
+        return torch.full((len(output),), output.shape[1] - 1, device=output.device)
+    if positions.shape != (len(output),):
         raise ValueError(f"positions must be [{len(output)}], got {tuple(positions.shape)}")
-    mask = semantics.replacement_mask(mode, positions, output.shape[1])
-    return write(output, find(queries, snapshot, backend), snapshot, mask)
+    return positions
 
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:

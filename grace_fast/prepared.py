@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from grace_fast.backends import cpu
 from grace_fast.certificate import Certificate
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.lookup import Match
+from grace_fast.semantics import Replacement
 from grace_fast.views import View
 
 _books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
@@ -58,6 +60,21 @@ class Prepared:
             return self._registered(queries)
         return lookup.find(queries, self._book)  # what is rare, and every refusal
 
+    def replace_(
+        self,
+        output: Tensor,
+        queries: Tensor,
+        positions: Tensor | None = None,
+        mode: Replacement = "replace_prompt",
+    ) -> Tensor:
+        """Do what `lookup.replace_` does for the codebook: write hits' values into output."""
+        if not torch.compiler.is_compiling():
+            return lookup.replace_(output, queries, self._book, positions, mode)
+        if positions is None:
+            positions = queries.new_full((len(output),), output.shape[1] - 1, dtype=torch.int64)
+        torch.ops.grace_fast.replace_(output, queries, positions, mode, self._handle)
+        return output
+
     def _registered(self, queries: Tensor) -> Match:
         return Match(None, fields=torch.ops.grace_fast.find(queries, self._handle))
 
@@ -93,11 +110,15 @@ def prepare(codebook: Codebook, wait: bool = True) -> Prepared:
 @torch.library.custom_op("grace_fast::find", mutates_args=())
 def find_by_handle(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B], row [B] and S [B] of queries [B, D] in the codebook of a `Prepared`."""
-    book = _books.get(codebook)
+    match = lookup.find(queries, _book(codebook))
+    return match.hit.clone(), match.row.clone(), match.squared_distance.clone()
+
+
+def _book(handle: int) -> Codebook:
+    book = _books.get(handle)
     if book is None:
         raise RuntimeError("the codebook that this graph was compiled for is gone")
-    match = lookup.find(queries, book)
-    return match.hit.clone(), match.row.clone(), match.squared_distance.clone()
+    return book
 
 
 @find_by_handle.register_fake
@@ -108,3 +129,16 @@ def _(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
         queries.new_empty(batch, dtype=torch.int64),
         queries.new_empty(batch, dtype=torch.float64),
     )
+
+
+@torch.library.custom_op("grace_fast::replace_", mutates_args={"output"})
+def replace_by_handle(
+    output: Tensor, queries: Tensor, positions: Tensor, replacement: str, codebook: int
+) -> None:
+    """Write the values of hits into output [B, T, V]; see `lookup.replace_`."""
+    lookup.replace_(output, queries, _book(codebook), positions, cast("Replacement", replacement))
+
+
+@replace_by_handle.register_fake
+def _(output: Tensor, queries: Tensor, positions: Tensor, replacement: str, codebook: int) -> None:
+    return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast import lookup, native, semantics
-from grace_fast.backends import cpu, reference, triton
+from grace_fast.backends import cpu, cuda, reference, triton
 from grace_fast.backends.workload import Workload
 from grace_fast.edits import History
 
@@ -456,3 +456,31 @@ def test_queries_of_every_kind_get_the_same_answer():
         assert torch.equal(got.row, expected.row)
         assert torch.equal(got.squared_distance, expected.squared_distance)
         assert torch.equal(gf.nearest(same, book).row, gf.nearest(queries, book).row)
+
+
+def test_the_cuda_look_up_says_why_it_refuses(monkeypatch):
+    found = {"devices": "CUDA error 35: CUDA driver version is insufficient"}
+    extension = SimpleNamespace(
+        devices=lambda: found["devices"], device=lambda index: {"shared_memory": 227 << 10}
+    )
+    monkeypatch.setattr(cuda, "_cuda", extension)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    cuda._device.cache_clear()
+
+    def reason(batch: int = 1, rows: int = 100, width: int = 64, verb: str = "find"):
+        return cuda.why_not(Workload("cuda", torch.float32, batch, rows, width, verb))
+
+    assert reason() == "CUDA error 35: CUDA driver version is insufficient"
+    found["devices"] = 0
+    assert reason() == "there is no CUDA device"
+    found["devices"] = 1
+    assert reason() is None
+    assert reason(batch=33) == "33 queries are more than 32"
+    assert reason(rows=1 << 31) == "2^31 rows or more"
+    assert reason(width=1 << 16) == "a query of width 65536 does not fit in shared memory"
+    assert reason(verb="nearest").startswith("the kernels find")
+    monkeypatch.setattr(cuda, "_cuda", None)
+    monkeypatch.setattr(cuda, "_missing", "the extension was not built")
+    with pytest.raises(gf.BackendUnavailable, match="cuda: the extension was not built"):
+        lookup.choose.__wrapped__(workload("cuda"), "cuda")
+    cuda._device.cache_clear()

@@ -218,7 +218,7 @@ def interpreted_answers(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     path = folder / "answers.pt"
     run = subprocess.run(
         [sys.executable, __file__, str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -23,6 +23,7 @@ from grace_fast.order import Array, Part
 from grace_fast.views import State
 
 _cuda: Any = None
+_missing = ""
 try:
     _cuda = importlib.import_module("grace_fast._cuda")
 except ImportError as error:

@@ -73,6 +73,22 @@ def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     return table.find(queries.contiguous())
 
 
+def writes() -> bool:
+    """Tell whether `write_` can be called."""
+    return _missing() is None and not _interpreted()
+
+
+def write_(
+    output: Tensor, hit: Tensor, row: Tensor, snapshot: Snapshot, positions: Tensor, mode: str
+) -> None:
+    """Write the hits' values into output [B, T, V] where the mode replaces; in one launch."""
+    from grace_fast.kernels import replace as kernel
+
+    slots = snapshot.column("value_slot") if snapshot.counts.value_moves else None
+    slots = None if slots is None else slots.to(output.device)
+    kernel.replace(output, hit, row, snapshot.value_slots, slots, positions, mode)
+
+
 def _table(snapshot: Snapshot, previous: Table | None) -> Table:
     return Table(snapshot, previous)
 
