@@ -200,8 +200,12 @@ def replace_(
     if output.requires_grad and torch.is_grad_enabled():
         raise ValueError("output needs gradients and cannot be written in place; use replace")
     mask = semantics.replacement_mask(mode, positions, output.shape[1])
+    rows_lie_side_by_side = output.stride(2) == 1
+    if output.is_cuda and rows_lie_side_by_side and chosen(snapshot, len(queries), backend) is cuda:
+        cuda.replace_(output, _checked(queries, snapshot), snapshot, mask)
+        return output
     match = find(queries, snapshot, backend)
-    if output.is_cuda and output.stride(2) == 1 and triton.writes():
+    if output.is_cuda and rows_lie_side_by_side and triton.writes():
         triton.write_(output, match.hit, match.row, snapshot, positions, mode)
     elif output.is_cuda:
         output.copy_(write(output, match, snapshot, mask))

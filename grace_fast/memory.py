@@ -8,6 +8,7 @@ nothing until it is committed (PROT_NONE, then mprotect); refusal comes at the c
 from __future__ import annotations
 
 import ctypes
+import logging
 import mmap
 import os
 import resource
@@ -28,6 +29,7 @@ ADDRESS_BYTES = 1 << 47
 COMMIT_STEP = 1 << 20  # bytes; a commit also grows by an eighth, so commits stay rare
 HUGE_PAGE = 1 << 21  # a key read here and there costs a page walk, of huge pages a shorter one
 
+_log = logging.getLogger("grace_fast")
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (
@@ -60,7 +62,10 @@ def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | No
     if device.type == "cpu":
         return ReservedRows(width, dtype, rows)
     if (driver := driver_of(device)) is not None:
-        return DeviceRows(width, dtype, driver, rows)
+        try:
+            return DeviceRows(width, dtype, driver, rows)
+        except (MemoryError, RuntimeError, TypeError, ValueError) as error:
+            _log.warning("rows on %s will move as they grow: %s", device, error)
     return GrowingRows(width, dtype, device)
 
 

@@ -101,6 +101,13 @@ def test_memory_goes_back_when_the_last_tensor_does():
     assert [released[0] for released in driver.released] == [address]
 
 
+def test_a_driver_that_refuses_leaves_rows_that_move(monkeypatch, caplog):
+    monkeypatch.setattr(memory, "driver_of", lambda device: HostDriver(limit=0))
+    rows = memory.reserve(4, torch.float32, torch.device("meta"))
+    assert isinstance(rows, memory.GrowingRows)
+    assert "rows on meta will move as they grow: cuMemCreate: out of memory (2)" in caplog.text
+
+
 def test_a_driver_that_is_not_there_leaves_rows_that_move():
     assert device_memory.driver_of(torch.device("cpu")) is None
     if not torch.cuda.is_available():

@@ -147,3 +147,17 @@ def test_keys_keep_their_address_while_the_codebook_grows():
     for _ in range(8):
         book.append(torch.randn(4000, 64, device="cuda"), torch.zeros(4000, 8), torch.ones(4000))
     assert book.snapshot().key_slots.data_ptr() == start
+
+
+@pytest.mark.parametrize("mode", ["replace_all", "replace_last", "replace_prompt"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replacing_in_place_is_replacing(backend, tokens, mode):
+    book = book_of(5000, 384)
+    skip_unless_taken(backend, book, 8)
+    queries = queries_of(book, 8)
+    output = torch.randn(8, tokens, 8, device="cuda")
+    positions = torch.randint(tokens, (8,), device="cuda")
+    expected = gf.replace(output, queries, book, positions, mode, backend="reference")
+    written = lookup.replace_(output.clone(), queries, book, positions, mode, backend)
+    assert torch.equal(written, expected)

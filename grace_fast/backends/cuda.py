@@ -61,13 +61,23 @@ def why_not(workload: Workload) -> str | None:
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64; see `backends`."""
+    return table_of(snapshot).find(queries)
+
+
+def replace_(output: Tensor, queries: Tensor, snapshot: Snapshot, mask: Tensor) -> None:
+    """Write the hits' values over output [B, T, V] where mask [B, T] is set, by the same launch."""
+    table_of(snapshot).replace_(output, queries, mask)
+
+
+def table_of(snapshot: Snapshot) -> Table:
+    """Return a version as the kernels read it, with what its certificate says by now."""
     if snapshot.is_draft:
-        return Table(_cuda, snapshot).find(queries)
-    kept = snapshot.derived(NAME, _keep)
+        return Table(_cuda, snapshot)
+    kept: list[Table] = snapshot.derived(NAME, _keep)
     known = certificate.of(snapshot)
     if known is not None and known.current is not kept[0].state:
         kept[0] = _newest(snapshot, kept[0])
-    return kept[0].find(queries)  # type: ignore[no-any-return]
+    return kept[0]
 
 
 def _keep(snapshot: Snapshot, previous: list[Table] | None) -> list[Table]:
