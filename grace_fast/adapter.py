@@ -142,6 +142,8 @@ class Adapter:
         if found is None:
             return None
         match, snapshot, where = found
+        if match.hits == 0:
+            return None
         mask = semantics.replacement_mask(self.replacement, where - run.cached, output.shape[1])
         written = lookup.write(output, match, snapshot, mask)
         return None if written is output else written
@@ -160,7 +162,7 @@ class Adapter:
         snapshot = self.book.snapshot()
         queries = hidden[torch.arange(len(hidden), device=hidden.device), where]
         match = lookup.find(queries.to(snapshot.dtype), snapshot)
-        if snapshot.device.type == "cpu":
+        if match.hits != 0 and snapshot.device.type == "cpu":
             self.hits.update(match.row[match.hit].tolist())
         if generation is not None:
             generation.match, generation.snapshot = match, snapshot

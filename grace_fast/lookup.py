@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -176,9 +177,12 @@ def replace(
     mode.
     """
     snapshot = _snapshot(codebook)
-    positions = _positions(output, queries, snapshot, positions)
-    mask = semantics.replacement_mask(mode, positions, output.shape[1])
-    return write(output, find(queries, snapshot, backend), snapshot, mask)
+    _check_replacement(output, queries, snapshot, positions, mode)
+    match = find(queries, snapshot, backend)
+    if match.hits == 0:
+        return output
+    mask = semantics.replacement_mask(mode, _given(positions, output), output.shape[1])
+    return write(output, match, snapshot, mask)
 
 
 def replace_(
@@ -196,7 +200,8 @@ def replace_(
     Raises: as `replace`, and ValueError for an output that autograd needs as it is.
     """
     snapshot = _snapshot(codebook)
-    positions = _positions(output, queries, snapshot, positions)
+    _check_replacement(output, queries, snapshot, positions, mode)
+    positions = _given(positions, output)
     if output.requires_grad and torch.is_grad_enabled():
         raise ValueError("output needs gradients and cannot be written in place; use replace")
     mask = semantics.replacement_mask(mode, positions, output.shape[1])
@@ -215,18 +220,28 @@ def replace_(
     return output
 
 
-def _positions(
-    output: Tensor, queries: Tensor, snapshot: Snapshot, positions: Tensor | None
-) -> Tensor:
-    """Check what is to be replaced; return each row's query position, [B]."""
+def _check_replacement(
+    output: Tensor,
+    queries: Tensor,
+    snapshot: Snapshot,
+    positions: Tensor | None,
+    mode: semantics.Replacement,
+) -> None:
+    modes = get_args(semantics.Replacement)
+    if mode not in modes:
+        raise ValueError(f"replacement must be one of {modes}, got {mode!r}")
     wanted = (len(queries), snapshot.value_dim)
     if output.ndim != 3 or (output.shape[0], output.shape[2]) != wanted:
         raise ValueError(f"output must be [{wanted[0]}, T, {wanted[1]}], got {tuple(output.shape)}")
-    if positions is None:
-        return torch.full((len(output),), output.shape[1] - 1, device=output.device)
-    if positions.shape != (len(output),):
+    if positions is not None and positions.shape != (len(output),):
         raise ValueError(f"positions must be [{len(output)}], got {tuple(positions.shape)}")
-    return positions
+
+
+def _given(positions: Tensor | None, output: Tensor) -> Tensor:
+    """Return each row's query position [B]: the last token where none is given."""
+    if positions is not None:
+        return positions
+    return torch.full((len(output),), output.shape[1] - 1, device=output.device)
 
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:
