@@ -460,6 +460,7 @@ class Codebook:
         self._writer = threading.RLock()
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
+        self._followers: dict[str, Callable[[Snapshot], None]] = {}
         self._current = Snapshot(
             0,
             _Counts(),
@@ -535,12 +536,24 @@ class Codebook:
             self._draft = draft = Draft(self)
             try:
                 yield draft
-                self._current = replace(draft.snapshot(), _derived=self._derived, base=None)
+                published = replace(draft.snapshot(), _derived=self._derived, base=None)
+                for follow in self._followers.values():
+                    follow(published)
+                self._current = published
             except BaseException:
                 self._next_id = next_id
                 raise
             finally:
                 self._draft = None
+
+    def tell(self, name: str, follow: Callable[[Snapshot], None]) -> None:
+        """Call `follow` with the newest version, and with every later one before it is published.
+
+        What it raises refuses that version. A follower of the same name is replaced.
+        """
+        with self._writer:
+            follow(self._current)
+            self._followers[name] = follow
 
     def append(
         self,

@@ -233,6 +233,10 @@ def _check_replacement(
     wanted = (len(queries), snapshot.value_dim)
     if output.ndim != 3 or (output.shape[0], output.shape[2]) != wanted:
         raise ValueError(f"output must be [{wanted[0]}, T, {wanted[1]}], got {tuple(output.shape)}")
+    if output.device != snapshot.device:
+        raise ValueError(
+            f"output must be on the codebook's device {snapshot.device}, got {output.device}"
+        )
     if positions is not None and positions.shape != (len(output),):
         raise ValueError(f"positions must be [{len(output)}], got {tuple(positions.shape)}")
 
@@ -256,12 +260,12 @@ def chosen(
 ) -> ModuleType:
     """Return the back end that takes a batch of queries for a version."""
     keys = snapshot.key_slots
-    return _choose(keys.device.type, keys.dtype, batch, snapshot.rows, keys.shape[1], verb, backend)
+    return _choose(keys.device, keys.dtype, batch, snapshot.rows, keys.shape[1], verb, backend)
 
 
 @lru_cache(maxsize=4096)
 def _choose(
-    device: str,
+    device: torch.device,
     dtype: torch.dtype,
     batch: int,
     rows: int,
@@ -270,7 +274,29 @@ def _choose(
     backend: str,
 ) -> ModuleType:
     # A Workload takes longer to make than to choose for.
-    return choose(Workload(device, dtype, batch, rows, key_dim, verb), backend)
+    workload = Workload(device.type, dtype, batch, rows, key_dim, verb, device.index)
+    return choose(workload, backend)
+
+
+def keep_for_graphs(codebook: Codebook) -> None:
+    """Keep a codebook at fixed addresses, so that captured CUDA graphs see its edits.
+
+    Every GPU back end that takes the codebook does so; each edit is on the device when the call
+    that made it returns, on that thread's current stream.
+
+    Raises: BackendUnavailable with every reason where none does, MemoryError where there is no
+    room.
+    """
+    keys = codebook.snapshot().key_slots
+    device, width = keys.device, codebook.key_dim
+    workload = Workload(device.type, keys.dtype, 1, len(codebook), width, index=device.index)
+    reasons = {module: module.why_not(workload) for module in (cuda, triton)}
+    takers = [module for module, reason in reasons.items() if reason is None]
+    if not takers:
+        said = "; ".join(f"{module.NAME}: {reason}" for module, reason in reasons.items())
+        raise BackendUnavailable(f"no back end keeps {codebook} for graphs: {said}")
+    for module in takers:
+        module.keep_for_graphs(codebook)
 
 
 def _snapshot(codebook: Codebook | Snapshot) -> Snapshot:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
 import os
 import resource
@@ -129,6 +130,35 @@ class GrowingRows:
         grown = self.tensor.new_empty(capacity, self.tensor.shape[1])
         grown[: self.committed] = self.tensor
         self.tensor, self.committed = grown, capacity
+
+
+class FixedArrays:
+    """Named arrays on a device, each at one address for life, whatever is put into it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._rows: dict[str, Rows] = {}
+
+    def make_room(self, name: str, like: Tensor) -> None:
+        """Have room for a tensor [n, ...] under a name; the widths of a name stay the same.
+
+        Raises: MemoryError where it cannot be had at one address; nothing has changed then.
+        """
+        if name not in self._rows:
+            made = reserve(math.prod(like.shape[1:]), like.dtype, self._device)
+            if isinstance(made, GrowingRows):
+                raise MemoryError(f"{self._device} has no memory that grows at one address")
+            self._rows[name] = made
+        self._rows[name].commit(max(1, len(like)))
+
+    def put(self, name: str, tensor: Tensor, first: int = 0) -> None:
+        """Copy a tensor [n, ...] that there is room for to the places from `first` on."""
+        store = self._rows[name].tensor
+        store[first : first + len(tensor)].copy_(tensor.reshape(len(tensor), store.shape[1]))
+
+    def at(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Return the first shape[0] places of a name as a tensor of this shape."""
+        return self._rows[name].tensor[: shape[0]].view(shape)
 
 
 def _fair_share() -> int:

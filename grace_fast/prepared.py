@@ -93,17 +93,25 @@ class Prepared:
             self._certificate.settle()
 
 
-def prepare(codebook: Codebook, wait: bool = True) -> Prepared:
+def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prepared:
     """Return `find` for one codebook with everything chosen once a version; it sees later edits.
 
-    With `wait`, what can be computed from the keys that are there is computed first; without, the
-    first look-ups may read all keys.
+    wait: compute first what can be computed from the keys that are there; without, the first
+        look-ups may read all keys.
+    graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are captured
+        from now on see every edit once it was made; a stream that replays one has to wait for the
+        stream of the edit.
+
+    Raises: TypeError for no codebook; with `graphs` BackendUnavailable, or MemoryError where the
+    GPU cannot keep it so.
     """
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
     prepared = Prepared(codebook)
     if wait:
         prepared.settle()
+    if graphs:
+        lookup.keep_for_graphs(codebook)
     return prepared
 
 

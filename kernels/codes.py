@@ -76,7 +76,11 @@ class DeviceCodes:
     @property
     def nbytes(self) -> int:
         """The memory that it takes on the device."""
-        return sum(field.nbytes for field in vars(self).values() if isinstance(field, Tensor))
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what lies on the device, by name."""
+        return {name: field for name, field in vars(self).items() if isinstance(field, Tensor)}
 
 
 def device_codes(

@@ -92,7 +92,7 @@ def test_random_codebooks(backend, shape, dtype):
 def test_a_captured_graph_sees_edits(backend):
     book = book_of(5000, 384)
     skip_unless_taken(backend, book, 4)
-    gf.prepare(book)
+    gf.prepare(book, graphs=True)
     queries = queries_of(book, 4)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -106,18 +106,26 @@ def test_a_captured_graph_sees_edits(backend):
         hit, row = match.hit, match.row
     graph.replay()
     assert torch.equal(hit, law(queries, book)[0])
-    if backend == "triton":
-        return  # its arguments are those of one version: it is captured again after an edit
     for number in range(20):
         fresh = torch.randn(1, 384, device="cuda")
         book.append(fresh, torch.zeros(1, 8, device="cuda"), torch.ones(1))
         queries[number % 4] = fresh[0] + 1e-3
-        gf.find(queries[:1], book, backend=backend)  # brings the new version to the device
         graph.replay()
         torch.cuda.synchronize()
         expected = law(queries, book)
         assert torch.equal(hit, expected[0])
         assert torch.equal(row, expected[1])
+
+
+def test_a_capture_that_would_not_see_edits_is_refused():
+    book = book_of(300, 64)
+    queries = queries_of(book, 2)
+    gf.find(queries, book)
+    with (
+        pytest.raises(RuntimeError, match="would not see later edits"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        gf.find(queries, book)
 
 
 def test_a_compiled_look_up_sees_edits_without_recompiling():

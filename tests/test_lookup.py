@@ -460,21 +460,24 @@ def test_queries_of_every_kind_get_the_same_answer():
 
 def test_the_cuda_look_up_says_why_it_refuses(monkeypatch):
     found = {"devices": "CUDA error 35: CUDA driver version is insufficient"}
-    extension = SimpleNamespace(
-        devices=lambda: found["devices"], device=lambda index: {"shared_memory": 227 << 10}
-    )
+    described = [
+        {"shared_memory": 227 << 10, "capability": (9, 0)},
+        {"shared_memory": 64 << 10, "capability": (7, 5)},
+    ]
+    extension = SimpleNamespace(devices=lambda: found["devices"], device=described.__getitem__)
     monkeypatch.setattr(cuda, "_cuda", extension)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     cuda._device.cache_clear()
 
-    def reason(batch: int = 1, rows: int = 100, width: int = 64, verb: str = "find"):
-        return cuda.why_not(Workload("cuda", torch.float32, batch, rows, width, verb))
+    def reason(batch=1, rows=100, width=64, verb="find", index=None):
+        return cuda.why_not(Workload("cuda", torch.float32, batch, rows, width, verb, index))
 
     assert reason() == "CUDA error 35: CUDA driver version is insufficient"
     found["devices"] = 0
     assert reason() == "there is no CUDA device"
     found["devices"] = 1
     assert reason() is None
+    assert reason(index=1) == "the GPU has compute capability 7.5, and the kernels need 8.0"
     assert reason(batch=33) == "33 queries are more than 32"
     assert reason(rows=1 << 31) == "2^31 rows or more"
     assert reason(width=1 << 16) == "a query of width 65536 does not fit in shared memory"
@@ -484,3 +487,46 @@ def test_the_cuda_look_up_says_why_it_refuses(monkeypatch):
     with pytest.raises(gf.BackendUnavailable, match="cuda: the extension was not built"):
         lookup.choose.__wrapped__(workload("cuda"), "cuda")
     cuda._device.cache_clear()
+
+
+def test_the_triton_look_up_refuses_a_gpu_that_is_too_old(monkeypatch):
+    capability = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability.__getitem__)
+    triton._too_old.cache_clear()
+    assert triton._too_old(0) is None
+    old = triton._too_old(1)
+    triton._too_old.cache_clear()
+    assert old == "the GPU has compute capability 7.5, and the kernels need 8.0"
+
+
+def test_only_a_codebook_on_a_gpu_is_kept_for_graphs():
+    book = gf.Codebook(4, 2)
+    with pytest.raises(gf.BackendUnavailable, match="for graphs: cuda: keys are on cpu"):
+        gf.prepare(book, graphs=True)
+    assert not book._followers
+
+
+def test_what_cannot_follow_an_edit_refuses_it():
+    book = gf.Codebook(4, 2)
+    followed = []
+    book.tell("a device", lambda snapshot: followed.append(snapshot.version))
+    book.append(torch.ones(1, 4), torch.ones(1, 2), torch.ones(1))
+    assert followed == [0, 1]
+
+    def out_of_memory(snapshot):
+        if snapshot.rows > 1:
+            raise MemoryError("the device has no more")
+
+    book.tell("a device", out_of_memory)
+    with pytest.raises(MemoryError, match="no more"):
+        book.append(torch.zeros(1, 4), torch.ones(1, 2), torch.ones(1))
+    assert len(book) == 1
+    assert gf.find(torch.ones(1, 4), book).row.tolist() == [0]
+
+
+def test_an_output_elsewhere_is_refused():
+    book = gf.Codebook(4, 2)
+    output = torch.zeros(1, 3, 2, device="meta")
+    with pytest.raises(ValueError, match="on the codebook's device cpu, got meta"):
+        gf.replace(output, torch.ones(1, 4), book)

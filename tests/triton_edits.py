@@ -6,12 +6,17 @@ Run as a program under the interpreter; `test_triton_find.py` runs it on a GPU w
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
+from functools import partial
 
+import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import InterpretedFunction
 
 import grace_fast as gf
-from grace_fast import semantics
+from grace_fast import certificate, semantics
+from grace_fast.backends import graphs
 from grace_fast.backends import triton as backend
 from grace_fast.codebook import Snapshot
 
@@ -78,5 +83,95 @@ def settle(book: gf.Codebook) -> None:
     gf.find(book.keys[:1], book, backend="triton")
 
 
+@contextmanager
+def recorded():
+    """Collect launches as a graph does: kernels with the very memory that they were given."""
+    launches = []
+    run = InterpretedFunction.run
+
+    def record(kernel, *arguments, grid, warmup, **options):
+        launches.append(partial(run, kernel, *arguments, grid=grid, warmup=warmup, **options))
+
+    capturing = graphs.is_capturing
+    InterpretedFunction.run, graphs.is_capturing = record, lambda snapshot: True
+    try:
+        yield launches
+    finally:
+        InterpretedFunction.run, graphs.is_capturing = run, capturing
+
+
+def replays(codes_pay: bool) -> None:
+    """Capture a look-up and the writing of values once; replay both after every kind of edit."""
+    torch.manual_seed(0)
+    keys = torch.randn(300, 24) * torch.arange(1, 25).float() ** -1
+    book = gf.Codebook(24, 4)
+
+    def append(rows: Tensor, radius: float) -> None:
+        book.append(rows, torch.randn(len(rows), 4), torch.full((len(rows),), radius))
+
+    append(keys, 0.1)
+    queries = torch.cat([keys[:3] + 0.01, torch.randn(2, 24)])
+    output, positions = torch.randn(5, 3, 4), torch.full((5,), 2)
+    with recorded() as refused, pytest.raises(RuntimeError, match="would not see later edits"):
+        gf.find(queries, book, backend="triton")
+    assert not refused
+    usual = certificate.SMALLEST
+    if codes_pay:
+        settle(book)
+    else:  # no codes before the capture
+        certificate.SMALLEST = 1 << 40
+    backend.keep_for_graphs(book)
+    backend.SHARED = 1
+    written = output.clone()
+    with recorded() as launches:
+        found = gf.find(queries, book, backend="triton")
+        backend.write_(written, found.hit, found.row, book.snapshot(), positions, "replace_all")
+    names = {launch.args[0].__name__ for launch in launches}
+    assert ("collect" in names) == codes_pay
+    assert "write_values" in names
+    certificate.SMALLEST = usual
+
+    def assert_replayed(what: str) -> None:
+        written.copy_(output)
+        for launch in launches:
+            launch()
+        snapshot = book.snapshot()
+        row, squared = semantics.nearest(queries, snapshot.keys, snapshot.live)
+        hit = semantics.in_ball(squared, snapshot.radii[row])
+        assert torch.equal(found.hit, hit), what
+        assert torch.equal(found.row, row.masked_fill(~hit, -1)), what
+        everywhere = torch.ones(5, 3, dtype=torch.bool)
+        wanted = semantics.replace(output, hit, snapshot.values_of(row), everywhere)
+        assert torch.equal(written, wanted), what
+
+    assert_replayed("as captured")
+    append(queries[3:4], 1.0)
+    assert_replayed("after an append")
+    book.remove(int(book.ids[0]))
+    with book.writing() as draft:
+        draft.set_radius(1, 1e-4)
+        draft.set_radius(2, 0.5)
+        draft.set_value(2, torch.ones(4))
+    assert_replayed("after other radii and another value")
+    with book.writing() as draft:
+        draft.set_key(5, queries[4])
+    assert_replayed("after a key moved")
+    append(torch.randn(400, 24), 0.1)
+    assert_replayed("while the codes are made anew")
+    settle(book)
+    append(queries[:1] + 0.02, 0.05)
+    assert_replayed("by new codes")
+    known = certificate.of(book.snapshot())
+    known._state, known._build_if_needed = None, lambda: None
+    append(queries[1:2] + 0.02, 0.05)
+    assert_replayed("after the codes were given up")
+    append(torch.randn(3500, 24), 0.1)
+    assert_replayed("across pages")
+    assert set(book._followers) == {backend.NAME}
+
+
 if __name__ == "__main__":
     edits(sys.argv[1])
+    if sys.argv[1] == "cpu":
+        replays(codes_pay=False)
+        replays(codes_pay=True)

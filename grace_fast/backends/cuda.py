@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from grace_fast import certificate, codes, order
+from grace_fast.backends import graphs
 from grace_fast.backends.workload import Workload
-from grace_fast.codebook import Snapshot
+from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.order import Array, Part
 from grace_fast.views import State
 
@@ -32,6 +33,7 @@ except ImportError as error:
 NAME = "cuda"
 DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # layout.h, Dtype
 MOST_QUERIES = 32  # layout.h, kMostQueries
+OLDEST = (8, 0)  # compute capability that setup.py builds for
 _OF_BLOCK = 16384  # bytes of a block's shared memory that are not a query
 
 
@@ -54,7 +56,12 @@ def why_not(workload: Workload) -> str | None:
         return found
     if found == 0:
         return "there is no CUDA device"
-    if 4 * workload.key_dim + _OF_BLOCK > _device(torch.cuda.current_device())["shared_memory"]:
+    index = torch.cuda.current_device() if workload.index is None else workload.index
+    device = _device(index)
+    if device["capability"] < OLDEST:
+        major, minor = device["capability"]
+        return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
+    if 4 * workload.key_dim + _OF_BLOCK > device["shared_memory"]:
         return f"a query of width {workload.key_dim} does not fit in shared memory"
     return None
 
@@ -69,8 +76,27 @@ def replace_(output: Tensor, queries: Tensor, snapshot: Snapshot, mask: Tensor) 
     table_of(snapshot).replace_(output, queries, mask)
 
 
+def keep_for_graphs(codebook: Codebook) -> None:
+    """Bring every version to the device before it is published; see `graphs`."""
+    graphs.keep(codebook, NAME, Following())
+
+
+class Following:
+    """What writes each version's description to where the captured graphs read it."""
+
+    version = -1  # that was followed last
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """Bring a version to the device."""
+        table_of(snapshot)
+        self.version = snapshot.version
+
+
 def table_of(snapshot: Snapshot) -> Table:
     """Return a version as the kernels read it, with what its certificate says by now."""
+    if graphs.is_capturing(snapshot):
+        graphs.kept_of(snapshot, NAME)
+        return snapshot.derived(NAME, _keep)[0]  # type: ignore[no-any-return]
     if snapshot.is_draft:
         return Table(_cuda, snapshot)
     kept: list[Table] = snapshot.derived(NAME, _keep)
@@ -227,7 +253,8 @@ class Table:
         if batch:
             lookup, stream = self._lookup()
             outputs = (hit.data_ptr(), row.data_ptr(), squared.data_ptr())
-            lookup.find(*_asked(queries), *outputs, stream)
+            with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
+                lookup.find(*_asked(queries), *outputs, stream)
         return hit, row, squared
 
     def replace_(self, output: Tensor, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,31 +271,37 @@ class Table:
         if batch and tokens:
             mask = mask.contiguous()
             lookup, stream = self._lookup()
-            lookup.replace(
-                *_asked(queries),
-                hit.data_ptr(),
-                row.data_ptr(),
-                output.data_ptr(),
-                DTYPE_NUMBERS[output.dtype],
-                output.stride(0),
-                output.stride(1),
-                tokens,
-                mask.data_ptr(),
-                stream,
-            )
+            with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
+                lookup.replace(
+                    *_asked(queries),
+                    hit.data_ptr(),
+                    row.data_ptr(),
+                    output.data_ptr(),
+                    DTYPE_NUMBERS[output.dtype],
+                    output.stride(0),
+                    output.stride(1),
+                    tokens,
+                    mask.data_ptr(),
+                    stream,
+                )
         return hit, row
 
     def _lookup(self) -> tuple[Any, int]:
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
         lookup = self._lookups.get(stream)
+        width = self.snapshot.key_dim
+        if graphs.is_capturing(self.snapshot):
+            # A graph has a workspace of its own, which every replay clears first.
+            made = _workspace.__wrapped__(self.module, self.device, stream, width, self.blocks)
+            return self._made_for(made), stream
         if lookup is None:
-            lookup = self._lookups[stream] = self._made_for(stream)
+            made = _workspace(self.module, self.device, stream, width, self.blocks)
+            lookup = self._lookups[stream] = self._made_for(made)
         return lookup, stream
 
-    def _made_for(self, stream: int) -> Any:
+    def _made_for(self, workspace: Tensor) -> Any:
         width = self.snapshot.key_dim
-        workspace = _workspace(self.module, self.device, stream, width, self.blocks)
         return self.module.Lookup(
             book=self.book.data_ptr(),
             workspace=workspace.data_ptr(),

@@ -12,6 +12,7 @@ interpreted, take host tensors, and can be tested without a GPU.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -19,13 +20,16 @@ import torch
 from torch import Tensor
 
 from grace_fast import certificate, semantics
+from grace_fast.backends import graphs
 from grace_fast.backends.workload import Workload
-from grace_fast.codebook import Snapshot
+from grace_fast.codebook import PAGE_ROWS, Codebook, Page, Snapshot
+from grace_fast.memory import FixedArrays
 from grace_fast.order import Part
 from grace_fast.views import State
 
 if TYPE_CHECKING:
     from grace_fast.kernels.codes import DeviceCodes
+    from grace_fast.kernels.exact import Keys
     from grace_fast.kernels.tiles import FilterKeys
 
 NAME = "triton"
@@ -46,7 +50,18 @@ def why_not(workload: Workload) -> str | None:
         return "keys are on cpu, and TRITON_INTERPRET=1 was not set before triton was imported"
     if workload.device == "cuda" and _interpreted():
         return "TRITON_INTERPRET is set, and interpreted kernels take keys on cpu only"
-    return None
+    return _too_old(workload.index)
+
+
+@cache
+def _too_old(index: int | None) -> str | None:
+    """Return why a GPU cannot run the kernels; None also where there is none to ask."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    if major >= 8:
+        return None
+    return f"the GPU has compute capability {major}.{minor}, and the kernels need 8.0"
 
 
 def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
@@ -66,11 +81,22 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
+    if graphs.is_capturing(snapshot):
+        kept: Captured = graphs.kept_of(snapshot, NAME)
+        return kept.find(queries.contiguous())
     if not (len(snapshot) and len(queries)):
         row, squared = semantics.no_row(len(queries), queries.device)
         return row >= 0, row, squared
     table: Table = snapshot.derived(NAME, _table) or _table(snapshot, None)
     return table.find(queries.contiguous())
+
+
+def keep_for_graphs(codebook: Codebook) -> None:
+    """Hold the codebook at fixed addresses from now on; see `graphs`.
+
+    Raises: MemoryError where the device cannot.
+    """
+    graphs.keep(codebook, NAME, Captured(codebook.device))
 
 
 def writes() -> bool:
@@ -84,8 +110,11 @@ def write_(
     """Write the hits' values into output [B, T, V] where the mode replaces; in one launch."""
     from grace_fast.kernels import replace as kernel
 
-    slots = snapshot.column("value_slot") if snapshot.counts.value_moves else None
-    slots = None if slots is None else slots.to(output.device)
+    if graphs.is_capturing(snapshot):
+        slots = graphs.kept_of(snapshot, NAME).value_slot
+    else:
+        slots = snapshot.column("value_slot") if snapshot.counts.value_moves else None
+        slots = None if slots is None else slots.to(output.device)
     kernel.replace(output, hit, row, snapshot.value_slots, slots, positions, mode)
 
 
@@ -155,6 +184,118 @@ class Table:
                 )
                 self._parts = state.runs
             self._state = state
+
+
+class Captured:
+    """The newest version at addresses that do not change: what captured graphs read.
+
+    It is written by whoever publishes an edit, before the edit is seen, on that thread's stream; a
+    graph that is replayed on another stream has to wait for that one. Which of reading codes or
+    keys was captured stays. Codes of another shape than the captured ones are not for the graphs
+    that have those: they find no codes there, and read all keys.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._arrays = FixedArrays(device)
+        self._pages: tuple[Page, ...] = ()
+        self._rows = 0
+        self.version = -1  # that was followed last
+        self._keys: Keys | None = None
+        self._coded: dict[tuple[bool, bool], tuple[FixedArrays, DeviceCodes]] = {}  # by shape
+        self._codes: DeviceCodes | None = None  # of this version
+        self._parts: tuple[Part, ...] = ()
+        self._predicted_bytes = math.inf
+        self.value_slot: Tensor | None = None
+
+    def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
+        from grace_fast.kernels import codes, dense
+
+        assert self._keys is not None
+        key_bytes = self._keys.width * self._keys.slots.element_size()
+        dense_bytes = self._rows * key_bytes / min(len(queries), SHARED)
+        if self._codes is not None and self._predicted_bytes < dense_bytes:
+            return codes.find(queries, self._keys, self._codes)
+        return dense.find(queries, self._keys)
+
+    def follow(self, snapshot: Snapshot) -> None:
+        """Bring a version to the device.
+
+        Raises: MemoryError where there is no room; what is held stays the version before then.
+        """
+        from grace_fast.kernels.exact import Keys
+
+        scalars = {
+            "count": torch.tensor([snapshot.rows], device=self._device),
+            "widest": torch.tensor([snapshot.widest], device=self._device),
+        }
+        room = max(1, len(snapshot.pages)) * PAGE_ROWS
+        for name, dtype in _COLUMNS.items():
+            self._arrays.make_room(name, torch.empty(room, dtype=dtype, device="meta"))
+        for name, scalar in scalars.items():
+            self._arrays.make_room(name, scalar)
+        self._follow_codes(snapshot)  # the last thing that there may be no room for
+        for number, page in enumerate(snapshot.pages):
+            known = number < len(self._pages) and self._pages[number] is page
+            if known and (number + 1) * PAGE_ROWS <= self._rows:
+                continue  # the last page is filled in place
+            for name in _COLUMNS:
+                self._arrays.put(name, getattr(page, name), number * PAGE_ROWS)
+        for name, scalar in scalars.items():
+            self._arrays.put(name, scalar)
+        held = {name: self._arrays.at(name, (snapshot.rows,)) for name in _COLUMNS}
+        self.value_slot = held.pop("value_slot")
+        held |= {name: self._arrays.at(name, (1,)) for name in scalars}
+        self._keys = Keys(slots=snapshot.key_slots, **held)
+        self._pages, self._rows, self.version = snapshot.pages, snapshot.rows, snapshot.version
+
+    def _follow_codes(self, snapshot: Snapshot) -> None:
+        from grace_fast.kernels import codes
+
+        known = certificate.of(snapshot)
+        if known is None:
+            return
+        with known.held(snapshot) as state:
+            if state is None:
+                self._take_codes(None)
+                return
+            parts, covered = [*state.runs, state.tail], min(state.covered, snapshot.rows)
+            self._predicted_bytes = state.predicted_bytes
+            known_codes = self._codes if self._parts == state.runs else None
+            if known_codes is not None and codes.refresh(known_codes, parts, covered):
+                return
+            made = codes.device_codes(
+                state.phi, parts, covered, state.floor, self._device, room=TAIL_ROOM
+            )
+            self._take_codes(made)
+            self._parts = state.runs
+
+    def _take_codes(self, made: DeviceCodes | None) -> None:
+        """Put codes where those of their shape are, and leave graphs of another shape none."""
+        placed = None
+        if made is not None:
+            shape, tensors = (made.norm_slot, made.has_far), made.tensors()
+            arrays = self._coded[shape][0] if shape in self._coded else FixedArrays(self._device)
+            for name, tensor in tensors.items():
+                arrays.make_room(name, tensor)
+            for name, tensor in tensors.items():
+                arrays.put(name, tensor)
+            fields = {name: arrays.at(name, tuple(field.shape)) for name, field in tensors.items()}
+            placed = type(made)(**(vars(made) | fields))
+            self._coded[shape] = (arrays, placed)
+        for _, held in self._coded.values():
+            if held is not placed:
+                held.counts.zero_()  # no row has a code: all keys are read
+        self._codes = placed
+
+
+_COLUMNS = {
+    "live": torch.bool,
+    "radius": torch.float32,
+    "key_slot": torch.int64,
+    "value_slot": torch.int64,
+}
 
 
 @cache

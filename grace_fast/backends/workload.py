@@ -20,3 +20,4 @@ class Workload:
     rows: int  # N
     key_dim: int  # D
     verb: Verb = "find"
+    index: int | None = None  # of the device, where there are several; None: the current one
