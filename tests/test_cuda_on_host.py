@@ -16,7 +16,7 @@ from test_certified import KINDS, Data, book_of, law
 
 import grace_fast as gf
 from grace_fast import certificate, order
-from grace_fast.backends import cpu, cuda
+from grace_fast.backends import cpu, cuda, graphs
 from grace_fast.backends.workload import Workload
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -342,3 +342,35 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
         book.remove(int(book.ids[50 + number]))
     old = cuda.Table(module, first.snapshot, None, first.snapshot.widest, 2, previous)
     assert old.book.data_ptr() != first.book.data_ptr()  # graphs stay with the newest version
+
+
+def test_a_captured_look_up_sees_every_edit_before_it_is_published(module, monkeypatch):
+    """A graph holds the address of a description, which is that of the newest version."""
+    monkeypatch.setattr(cuda, "_cuda", module)
+    data = Data(7)
+    keys, radii = data.clusters(300, 24)
+    book = book_of(keys, radii.abs())
+    queries = data.queries(keys, radii, 8)
+    settled_view(book)
+    with monkeypatch.context() as capture:
+        capture.setattr(graphs, "is_capturing", lambda snapshot: True)
+        with pytest.raises(RuntimeError, match="would not see later edits"):
+            cuda.find(queries, book.snapshot())
+    cuda.keep_for_graphs(book)
+    with monkeypatch.context() as capture:
+        capture.setattr(graphs, "is_capturing", lambda snapshot: True)
+        table = cuda.table_of(book.snapshot())
+    captured = table._lookup()[0]
+    for number in range(6):
+        hit, row = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
+        captured.find(*cuda._asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
+        wanted = law(queries, book.snapshot())
+        assert torch.equal(hit, wanted[0]), number
+        assert torch.equal(row, wanted[1]), number
+        with book.writing() as draft:
+            draft.set_radius(number, 0.5 + number)
+            draft.set_key(10 + number, queries[number])
+        book.append(queries[number : number + 1] + 0.01, torch.zeros(1, 2), torch.full((1,), 0.1))
+        if number == 3:
+            known = certificate.of(book.snapshot())
+            known._state, known._build_if_needed = None, lambda: None
