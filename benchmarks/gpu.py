@@ -132,7 +132,11 @@ def ours(problem: Problem) -> Iterator[tuple[str, Call]]:
     yield "triton dense", lambda queries: taken(dense.find(queries, table.keys, sums=False))
     if table._codes is not None:
         known = table._codes
-        yield "triton codes", lambda q: taken(codes.find(q, table.keys, known, sums=False))
+        one_by_one = partial(codes.find, keys=table.keys, codes=known, sums=False, tiled=False)
+        yield "triton codes", lambda queries: taken(one_by_one(queries))
+        if len(problem.queries) >= 32:
+            together = partial(codes.find, keys=table.keys, codes=known, sums=False, tiled=True)
+            yield "triton code tiles", lambda queries: taken(together(queries))
     if len(problem.queries) >= 32:
         multiplied = tiles.filter_keys(snapshot.key_slots[: snapshot.counts.keys])
         yield "triton tiles", lambda q: taken(tiles.find(q, table.keys, multiplied, sums=False))

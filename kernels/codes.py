@@ -1,7 +1,8 @@
 """The certified look-up on a GPU: most misses are proved from a few code bytes a key.
 
     encode   one program a query and 16 slots: z(q), and everything that may be wrong with it
-    collect  super boxes -> leaf boxes -> near codes -> far codes -> the query's ring
+    collect  super boxes -> leaf boxes -> near codes -> far codes -> the query's ring; for many
+             queries tensor cores read all positions for it (`code_tiles`)
     decide   one program a query: float32 sums, canonical sums within their band, the verdict
 
 `grace_fast/codes.py` has the proof and `csrc/lookup.h` the contract; both are kept to the letter.
@@ -22,7 +23,22 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from grace_fast.kernels import dense
+from grace_fast.kernels import code_tiles, dense
+from grace_fast.kernels.code_cuts import (
+    ERRORS,
+    ETA,
+    FLOOR,
+    LIPSCHITZ,
+    NOTES,
+    PER_STEP,
+    ROW_NORM,
+    SLOPE,
+    box_sums,
+    cut_of,
+    query_errors,
+    root,
+    within_cuts,
+)
 from grace_fast.kernels.exact import Found, Keys, any_of, slack_of, write_verdict
 from grace_fast.kernels.nearest import CHUNK_BYTES, OPTIONS
 from grace_fast.kernels.ring import CHUNK, LANES, WARPS, append, settle
@@ -37,16 +53,10 @@ PROGRAMS_PER_PROCESSOR = 16  # of one warp; not measured
 
 REGISTERS = 168  # of a lane of `decide`: three programs to a multiprocessor
 ENCODE_CHUNK, ENCODE_WARPS = 256, 8  # a lane adds 16 numbers of a row, then lanes are added
-_NOTES = tl.constexpr(8)  # float64 of a query: near error, far rounding, residuals of 4 x 16 slots
 _UNIT = tl.constexpr(2.0**-24)
 _SLOT_LIMIT = tl.constexpr(2.0**21)
 _ROUNDER = tl.constexpr(1.5 * 2.0**23)  # added and taken away, it leaves a whole number
 _POINT_LIMIT = tl.constexpr(16000)
-_SLACK_STEPS = tl.constexpr(1e-3)  # what underflow may take from a projection
-
-# Where `numbers` holds what.
-PER_STEP, SLOPE, LIPSCHITZ, ROW_NORM, ETA, FLOOR = (tl.constexpr(i) for i in range(6))
-ERRORS = tl.constexpr(6)  # e_k: near and far of ordered positions, then near and far of the others
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +75,8 @@ class DeviceCodes:
     near: Tensor  # [positions, 4] int32, four code bytes each
     far: Tensor  # [positions, 12] int32
     row: Tensor  # [positions] int32
+    folded: Tensor  # [positions + 64, 32] int8, what `code_tiles` multiplies
+    half_norm: Tensor  # [positions + 64] int32, half the squares of their norms
     reach: Tensor  # [leaves] float32
     super_reach: Tensor  # [supers] float32
     leaf_boxes: Tensor  # [leaves in order, 2, 16] int16, low and high
@@ -132,7 +144,9 @@ def device_codes(
         "isolated": torch.zeros(max(1, positions // 8), dtype=torch.uint8),
     }
     moved = {name: field.to(device) for name, field in fields.items()}
+    moved |= code_tiles.folded_room(positions, device)
     made = DeviceCodes(**moved, norm_slot=phi.norm_slot, has_far=phi.far)
+    code_tiles.fold_positions(made, 0, positions)
     assert refresh(made, parts, covered)
     return made
 
@@ -169,6 +183,7 @@ def refresh(codes: DeviceCodes, parts: list[Any], covered: int) -> bool:
         laid = _laid_out(tail, whole)
         for name in ("near", "far", "row"):
             getattr(codes, name)[at - whole : at] = laid[name]
+        code_tiles.fold_positions(codes, at - whole, at)
     codes.counts[2] = at - first
     codes.counts[0] = covered
     return True
@@ -251,7 +266,7 @@ def encode(
     norm = tl.sqrt(square) * 1.0001 + 1e-16
     relative = (48.0 + width / 256.0) * (_UNIT * 1.0001)
     value = tl.sum(sums, axis=1).to(tl.float64)
-    residual_note = notes + query * _NOTES + 2 + group
+    residual_note = notes + query * NOTES + 2 + group
     if group > 0:
         whole, residual = rounded(value * per_step)
         tl.store(residual_note, tl.sum(residual, axis=0))
@@ -276,8 +291,8 @@ def encode(
     clamped = tl.minimum(tl.maximum(whole, -_POINT_LIMIT), _POINT_LIMIT)
     tl.store(point + query * 16 + slot, clamped.to(tl.int16))
     near_error = tl.sqrt(tl.sum(residual, axis=0)) + error * per_step
-    tl.store(notes + query * _NOTES, near_error)
-    tl.store(notes + query * _NOTES + 1, far_error * per_step)
+    tl.store(notes + query * NOTES, near_error)
+    tl.store(notes + query * NOTES + 1, far_error * per_step)
     tl.store(residual_note, tl.sum(tl.where(of_rows, residual, 0.0), axis=0))
 
 
@@ -288,55 +303,6 @@ def rounded(steps) -> tuple[tl.tensor, tl.tensor]:
     whole = (t + _ROUNDER) - _ROUNDER
     apart = (t - whole).to(tl.float64)
     return whole.to(tl.int32), apart * apart
-
-
-@triton.jit
-def root(square) -> tl.tensor:
-    """Return no less than a square root, as float64, by the approximate one of float32."""
-    return tl.sqrt(square.to(tl.float32)).to(tl.float64) * (1.0 + 1e-6)
-
-
-@triton.jit
-def cut_of(radius, slope, offset) -> tl.tensor:
-    """Return the largest sum of squared code differences of a key within a radius, as int32."""
-    steps = radius * slope + offset
-    return tl.minimum(steps * steps * (1.0 + 1e-6) + 1.0, 2147483647.0).to(tl.int32)
-
-
-@triton.jit
-def circular_squares(words, others, NATIVE: tl.constexpr) -> tl.tensor:
-    """Return sums of four squared differences of bytes, around a circle of 256, of int32 words.
-
-    |a - b| of unsigned bytes, squared as signed ones, is the circular square for every pair.
-    """
-    if NATIVE:
-        sums = tl.inline_asm_elementwise(
-            "{ .reg .b32 t, z; mov.b32 z, 0; vabsdiff4.u32.u32.u32 t, $1, $2, z;"
-            " dp4a.s32.s32 $0, t, t, 0; }",
-            "=r,r,r",
-            [words, tl.broadcast_to(others, words.shape)],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        sums = tl.zeros(words.shape, dtype=tl.int32)
-        for byte in tl.static_range(4):
-            apart = (((words >> (8 * byte)) - (others >> (8 * byte))) << 24) >> 24
-            sums += apart * apart
-    return sums
-
-
-@triton.jit
-def box_sums(boxes, index, here, point) -> tl.tensor:
-    """Return squared distances, in steps, from a point [1, 16] int32 to boxes; each slot cut off
-    where 16 squares still fit an int32."""
-    at = boxes + index[:, None] * 32 + tl.arange(0, 16)[None, :]
-    low = tl.load(at, mask=here[:, None], other=0).to(tl.int32)
-    high = tl.load(at + 16, mask=here[:, None], other=0).to(tl.int32)
-    apart = tl.maximum(tl.maximum(low - point, point - high), 0)
-    apart = tl.minimum(apart, 2047)
-    return tl.sum(apart * apart, axis=1)
 
 
 @triton.jit
@@ -372,23 +338,21 @@ def scan_positions(
     RING: tl.constexpr,
 ) -> None:
     """Append the positions whose codes are within the cut of their radius [n] float64."""
-    j = tl.arange(0, 4)
-    words = tl.load(near + position[:, None] * 4 + j[None, :], mask=here[:, None], other=0)
-    wanted = tl.load(code + j)[None, :]
-    sums = tl.sum(circular_squares(words, wanted, NATIVE), axis=1)
-    keep = here & (sums <= cut_of(radius, slope, near_offset))
+    keep = within_cuts(
+        position,
+        here,
+        radius,
+        slope,
+        near_offset,
+        far_offset,
+        code,
+        near,
+        far,
+        NORM_SLOT,
+        HAS_FAR,
+        NATIVE,
+    )
     if any_of(keep):
-        if HAS_FAR:
-            if NORM_SLOT:  # what rows 0 .. 14 leave over is what the far rows look at
-                rows_only = tl.where(j == 3, 0x00FFFFFF, -1)[None, :]
-                sums = circular_squares(words & rows_only, wanted & rows_only, NATIVE)
-                sums = tl.sum(sums, axis=1)
-            for part in tl.static_range(3):
-                at = far + position[:, None] * 12 + (part * 4 + j)[None, :]
-                words = tl.load(at, mask=keep[:, None], other=0)
-                wanted = tl.load(code + 4 + part * 4 + j)[None, :]
-                sums += tl.sum(circular_squares(words, wanted, NATIVE), axis=1)
-            keep = keep & (sums <= cut_of(radius, slope, far_offset))
         append(ring, entries, position.to(tl.int32), keep, RING)
 
 
@@ -422,14 +386,8 @@ def collect_part(
 ) -> None:
     """Append to a query's ring what one of `programs` programs finds."""
     code, ring, entries = code + query * 16, ring + query * RING, entries + query
-    notes = notes + query * _NOTES
     slope = tl.load(numbers + SLOPE)
-    near_error = tl.load(notes) + _SLACK_STEPS
-    far_error = near_error
-    if HAS_FAR:
-        residual = tl.load(notes + 2) + tl.load(notes + 3) + tl.load(notes + 4)
-        residual += tl.load(notes + 5)
-        far_error = root(residual) + tl.load(notes + 1) + _SLACK_STEPS
+    near_error, far_error = query_errors(notes + query * NOTES, HAS_FAR)
     supers = tl.load(counts + 1)
     wanted = tl.load(point + query * 16 + tl.arange(0, 16)).to(tl.int32)[None, :]
     near_offset = near_error + tl.load(numbers + ERRORS)
@@ -682,6 +640,20 @@ def _is_native(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
+def places_of(codes: DeviceCodes) -> tuple[Tensor, ...]:
+    """Return what a scan reads of codes, in the kernels' order."""
+    return (
+        codes.numbers,
+        codes.counts,
+        codes.near,
+        codes.far,
+        codes.reach,
+        codes.super_reach,
+        codes.leaf_boxes,
+        codes.super_boxes,
+    )
+
+
 def programs_of(keys: Keys, codes: DeviceCodes, batch: int) -> int:
     """Return among how many programs the codes of one query are shared."""
     supers = len(codes.super_boxes) - 1
@@ -692,12 +664,18 @@ def programs_of(keys: Keys, codes: DeviceCodes, batch: int) -> int:
 
 
 def find(
-    queries: Tensor, keys: Keys, codes: DeviceCodes, sums: bool = True, ring: int = RING
+    queries: Tensor,
+    keys: Keys,
+    codes: DeviceCodes,
+    sums: bool = True,
+    ring: int = RING,
+    tiled: bool | None = None,
 ) -> Found:
     """Return whether each query [B, D] is in the ball of its nearest key, by the law (R64).
 
     queries: contiguous, on the keys' device, B at least 1. ring: room for candidates, a power of
-    two. Without `sums` the S of a hit is the law's only to within float32.
+    two. Without `sums` the S of a hit is the law's only to within float32. `tiled` says whether
+    tensor cores read the codes; None leaves it to how many queries there are.
     """
     batch, width = queries.shape
     device = queries.device
@@ -708,25 +686,16 @@ def find(
     doubtful, entries = torch.empty(2, batch, dtype=torch.int32, device=device)
     candidates = torch.empty(batch, ring, dtype=torch.int32, device=device)
     scratch = torch.empty(batch, ring, device=device)
-    programs = programs_of(keys, codes, batch)
+    native = _is_native(device)
     shape: dict[str, Any] = {
         "NORM_SLOT": codes.norm_slot,
         "HAS_FAR": codes.has_far,
-        "NATIVE": _is_native(device),
+        "NATIVE": native,
         "RING": ring,
         "SUPERS": SUPERS,
         "LINEAR": LINEAR,
     }
-    places = (
-        codes.numbers,
-        codes.counts,
-        codes.near,
-        codes.far,
-        codes.reach,
-        codes.super_reach,
-        codes.leaf_boxes,
-        codes.super_boxes,
-    )
+    places = places_of(codes)
     words = code.view(torch.int32)
     with torch.cuda.device_of(queries):
         encode[(batch, 4 if codes.has_far else 1)](
@@ -747,21 +716,36 @@ def find(
             num_warps=ENCODE_WARPS,
             **OPTIONS,
         )
-        collect[(programs * batch,)](
-            words,
-            point,
-            notes,
-            doubtful,
-            *places,
-            keys.count,
-            candidates,
-            entries,
-            batch,
-            programs,
-            **shape,
-            num_warps=1,
-            **OPTIONS,
-        )
+        if batch >= code_tiles.TILED if tiled is None else tiled:
+            code_tiles.collect(
+                code,
+                point,
+                notes,
+                doubtful,
+                codes,
+                keys.count,
+                candidates,
+                entries,
+                dense.processors(keys),
+                native,
+            )
+        else:
+            programs = programs_of(keys, codes, batch)
+            collect[(programs * batch,)](
+                words,
+                point,
+                notes,
+                doubtful,
+                *places,
+                keys.count,
+                candidates,
+                entries,
+                batch,
+                programs,
+                **shape,
+                num_warps=1,
+                **OPTIONS,
+            )
         decide[(batch,)](
             queries,
             keys.slots,

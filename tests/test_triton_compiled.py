@@ -42,7 +42,7 @@ class Kernel:
 
 
 def kernels() -> dict[str, Kernel]:
-    from grace_fast.kernels import codes, dense, tiles
+    from grace_fast.kernels import code_tiles, codes, dense, tiles
     from grace_fast.kernels.ring import CHUNK, LANES
 
     rows, chunk = dense.TILES[-1][1:]
@@ -154,6 +154,29 @@ def kernels() -> dict[str, Kernel]:
             warps=1,
             holds=bytes_apart,
         ),
+        "filter_codes": Kernel(
+            "code_tiles",
+            "filter_codes",
+            {
+                **ENCODED,
+                **PLACES,
+                **RING,
+                "code": "*u8",
+                "words": "*i32",
+                "folded": "*i8",
+                "half_norm": "*i32",
+                "count": "*i64",
+                **dict.fromkeys(("batch", "shares", "steps"), "i32"),
+            },
+            {
+                **{name: found[name] for name in ("NORM_SLOT", "HAS_FAR", "NATIVE", "RING")},
+                "SLOTS": code_tiles.FOLDED,
+                **code_tiles.TILE,
+            },
+            registers=168,
+            warps=code_tiles.WARPS,
+            holds=("IGMMA", *bytes_apart),
+        ),
         "decide among codes": Kernel(
             "codes",
             "decide",
@@ -202,6 +225,7 @@ NAMES = (
     "decide among candidates",
     "encode",
     "collect",
+    "filter_codes",
     "decide among codes",
     "write_values",
 )
@@ -251,10 +275,14 @@ def test_every_kernel_compiles(name, target, tmp_path):
     built = built_for(kernels()[name], target)
     if target == "gfx942":
         assert instructions(built.asm["amdgcn"], r"\.vgpr_spill_count:\s+(\d+)") == {"0"}
+        if name == "filter_codes":
+            assert instructions(built.asm["amdgcn"], r"v_mfma_i32_\w+_i8")
         return
     code = dumped(built.asm["cubin"], "-sass", tmp_path)
     if name == "filter_tiles":
         assert re.search("HMMA" if target == "sm_80" else "UTCHMMA", code)
-    if name == "collect":
+    if name == "filter_codes":
+        assert re.search(r"\b(?:UTC)?IMMA", code)  # triton 3.6 has the one of sm_80 for sm_100
+    if name in ("collect", "filter_codes"):
         assert "VABSDIFF4" in code
         assert "IDP.4A" in code

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,18 +81,20 @@ def test_the_cases_hold_hits_and_misses():
     assert hits.count(False) > 50
 
 
-def test_codes_decide_by_themselves(found):
+@pytest.mark.parametrize("path", ["codes", "code tiles"])
+def test_codes_decide_by_themselves(found, path):
     """Nothing is read densely but what the codes cannot hold and what a ring is too small for."""
     given_up = {
         name: told[3]
         for name in triton_cases.NAMES
-        if (told := found.get(f"codes: {name}")) and told[3]
+        if (told := found.get(f"{path}: {name}")) and told[3]
     }
     not_finite = {
         "NaN and infinity are misses and leave the others alone": 3,
         "one NaN among finite coordinates": 2,
     }
     assert given_up.pop("a ring too small") > 0
+    assert given_up.pop("more rows without codes than a ring holds") == triton_cases.MOST_QUERIES
     assert given_up == not_finite
 
 
@@ -100,6 +103,7 @@ def test_tiles_give_up_only_where_a_ring_is_too_small_or_float32_ends(found):
     assert "a ring too small" in given_up
     assert given_up <= {
         "a ring too small",
+        "more rows without codes than a ring holds",
         "squares beyond fp32",
         "across pages",
         "far from the origin",
@@ -109,6 +113,45 @@ def test_tiles_give_up_only_where_a_ring_is_too_small_or_float32_ends(found):
 def test_a_hit_beyond_the_floor_needs_its_second_look(found):
     assert found["without a second look"] == [True, True]
     assert triton_cases.expected("a wide ball hides a nearer key")[0] == [False, True]
+
+
+def test_many_queries_read_codes_until_survivors_cost_more_than_keys_that_are_shared():
+    skip_unless_importable()
+    rows = 1_000_000
+
+    def reads_codes(batch: int, width: int, survivors: int) -> bool:
+        table = SimpleNamespace(
+            _snapshot=SimpleNamespace(rows=rows, key_dim=width, dtype=torch.bfloat16),
+            _state=SimpleNamespace(predicted_bytes=16 * rows + survivors, fitted_rows=rows),
+        )
+        return backend.Table._reads_codes(table, batch)
+
+    assert all(reads_codes(batch, 4096, rows) for batch in (1, 32, 4096))
+    assert reads_codes(4096, 32, survivors=rows // 4)
+    assert not reads_codes(4096, 32, survivors=rows // 2)
+    assert not reads_codes(4096, 16, survivors=0)
+
+
+def test_folded_codes_are_no_farther_apart_than_codes():
+    skip_unless_importable()
+    from grace_fast.kernels.code_tiles import fold
+
+    byte = torch.arange(256, dtype=torch.uint8)
+    folded = fold(byte).int()
+    around = (byte.int()[:, None] - byte.int()[None, :]) % 256
+    assert ((folded[:, None] - folded[None, :]).abs() <= torch.minimum(around, 256 - around)).all()
+    assert int(folded.abs().max()) == 64
+    centred = byte[:65].int()
+    assert torch.equal(folded[:65] - folded[0], -centred)  # nothing is lost of codes around 0
+
+
+def test_products_of_codes_leave_the_candidates_that_codes_leave(found):
+    held = 0
+    for code_by_code, by_products in found["collected"]:
+        assert by_products == code_by_code
+        assert not by_products[3]
+        held += sum(map(len, by_products))
+    assert held > 60
 
 
 def test_queries_are_encoded_as_on_the_host(found):

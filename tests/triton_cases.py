@@ -21,7 +21,7 @@ from grace_fast import order, semantics
 from grace_fast.backends import cpu
 
 MOST_QUERIES = 4  # the interpreter takes a tenth of a second for one
-PATHS = ("dense", "tiles", "codes")
+PATHS = ("dense", "tiles", "codes", "code tiles")
 
 
 @dataclass
@@ -114,6 +114,14 @@ def alone() -> Drawn:
     return Drawn(keys, radii, keys[70][None] + torch.tensor([[0.3], [0.9]]))
 
 
+def ray() -> Drawn:
+    """Keys in a row, two steps of a code from one to the next: some sum is next to every cut."""
+    direction = unit(1, 24, seed=14)
+    keys = torch.linspace(-1.5, 1.5, 192)[:, None] * direction + 1e-3 * normal(192, 24, seed=15)
+    on_it = torch.tensor([[-0.3], [0.1], [1.7], [2.5]]) * direction
+    return Drawn(keys, torch.full((192,), 0.25), on_it)
+
+
 def giant() -> Drawn:
     drawn = clusters(150, 20)
     drawn.radii[75], drawn.radii[30] = 40.0, -1.0
@@ -126,6 +134,7 @@ DRAWN = {
     "clusters in fp16": clusters(150, 33, torch.float16),
     "two runs, a tail and rows without codes": clusters(260, 24, runs=(80, 180, 250)),
     "a ring too small": clusters(150, 24, ring=1),
+    "more rows without codes than a ring holds": clusters(150, 24, runs=(64, 100), ring=16),
     "better rows past the end": clusters(130, 20, spare=40),
     "a radius missed by 1e-8": within_1e8(above=True),
     "a radius held by 1e-8": within_1e8(above=False),
@@ -133,12 +142,19 @@ DRAWN = {
     "a wide ball hides a nearer key": shadowed(),
     "wide balls that are isolated": alone(),
     "one giant radius": giant(),
+    "keys along a ray": ray(),
 }
 WITHOUT_SUMS = (
     "clusters in bf16",
     "a radius missed by 1e-8",
     "ties within 1e-8, the later row nearer",
     "a wide ball hides a nearer key",
+)
+COLLECTED = (
+    "two runs, a tail and rows without codes",
+    "keys along a ray",
+    "width 129",
+    "width 7",
 )
 NAMES = [*(name for name, case in NAMED.items() if len(case.queries) and len(case.keys)), *DRAWN]
 
@@ -255,16 +271,17 @@ def found_by(path: str, name: str, device: str, sums: bool = True, floor: float 
         return None
     if floor is not None:
         made.numbers[codes.FLOOR.value] = floor
-    return codes.find(queries, keys, made, sums, ring)
+    return codes.find(queries, keys, made, sums, ring, tiled=path == "code tiles")
 
 
 def answers(device: str) -> dict[str, object]:
     """Return what every look-up says of every case, and how often it had to read all keys."""
-    from grace_fast.kernels import codes, dense, tiles
+    from grace_fast.kernels import code_tiles, codes, dense, tiles
 
     # Programs that take several blocks each, as on a full device.
     dense.PROGRAMS_PER_PROCESSOR, codes.PROGRAMS_PER_PROCESSOR = 3, 4
     if device == "cpu":
+        code_tiles.TILE.update(BLOCK_B=16)
         tiles.TILE.update(BLOCK_B=16, BLOCK_N=32, BLOCK_D=32)
     doubts: list[int] = []
     usual = dense.find
@@ -291,13 +308,13 @@ def answers(device: str) -> dict[str, object]:
     found["without a second look"] = hasty.hit.tolist()
     dense.find = usual
     found["encoded"] = encoded(device)
+    found["collected"] = collected(device)
     found["replaced"] = replaced(device)
     return found
 
 
 def encoded(device: str) -> list[tuple[int, float, float]]:
     """Return how far codes and errors are from the host's: whole numbers apart, and ratios."""
-    from grace_fast.kernels import codes
 
     told = []
     for name in ("clusters", "width 129", "width 7"):
@@ -305,36 +322,93 @@ def encoded(device: str) -> list[tuple[int, float, float]]:
         _, keys, radii, _ = on_device(name, "cpu")
         phi = host_codes.fit(keys, host_codes.scale_of(radii[radii > 0], keys))
         made = certificate(name, device)
-        batch, groups = len(queries), 4 if made.has_far else 1
-        code = torch.zeros(batch, 64, dtype=torch.uint8, device=device)
-        point = torch.zeros(batch, 16, dtype=torch.int16, device=device)
-        notes = torch.zeros(batch, 8, dtype=torch.float64, device=device)
-        flags = torch.zeros(2, batch, dtype=torch.int32, device=device)
-        asked = queries.to(device)
-        codes.encode[(batch, groups)](
-            asked,
-            made.centre,
-            made.rows,
-            made.turn,
-            made.numbers,
-            code,
-            point,
-            notes,
-            *flags,
-            asked.shape[1],
-            made.rows.shape[1],
-            NORM_SLOT=made.norm_slot,
-            CHUNK=codes.ENCODE_CHUNK,
-            num_warps=codes.ENCODE_WARPS,
-            **codes.OPTIONS,
-        )
+        code, point, notes, _, _ = encoded_by(made, queries.to(device))
         host = host_codes.encode_queries(phi, queries)
         near = (host.whole[:, :16] - point.cpu().int()).abs().max()
-        used = 16 * groups
+        used = 64 if made.has_far else 16
         bytes_apart = (host.whole[:, :used] - code.cpu()[:, :used].int() + 128) % 256 - 128
         ratio = notes[:, 0].cpu() / host.near_error
         apart = max(int(near), int(bytes_apart.abs().max()))
         told.append((apart, float(ratio.min()), float(ratio.max())))
+    return told
+
+
+def encoded_by(made, queries: Tensor) -> tuple[Tensor, ...]:
+    """Return what `encode` writes of queries: codes, points, notes, doubts and empty rings."""
+    from grace_fast.kernels import codes
+
+    batch, device = len(queries), queries.device
+    code = torch.zeros(batch, 64, dtype=torch.uint8, device=device)
+    point = torch.zeros(batch, 16, dtype=torch.int16, device=device)
+    notes = torch.zeros(batch, 8, dtype=torch.float64, device=device)
+    doubtful, entries = torch.zeros(2, batch, dtype=torch.int32, device=device)
+    codes.encode[(batch, 4 if made.has_far else 1)](
+        queries,
+        made.centre,
+        made.rows,
+        made.turn,
+        made.numbers,
+        code,
+        point,
+        notes,
+        doubtful,
+        entries,
+        queries.shape[1],
+        made.rows.shape[1],
+        NORM_SLOT=made.norm_slot,
+        CHUNK=codes.ENCODE_CHUNK,
+        num_warps=codes.ENCODE_WARPS,
+        **codes.OPTIONS,
+    )
+    return code, point, notes, doubtful, entries
+
+
+def collected(device: str) -> list[tuple[list[set[int]], list[set[int]]]]:
+    """Return the candidates of several queries, code by code and by products of codes."""
+    from grace_fast.kernels import code_tiles, codes
+
+    told = []
+    for name in COLLECTED:
+        keys, of_rows, _, _ = on_device(name, device)
+        made = certificate(name, device)
+        picked = of_rows[:: len(of_rows) // 17][:17].float()
+        # From the place of a key to beyond its reach, so that sums lie on both sides of a cut.
+        away = torch.linspace(0, 0.4, len(picked))[:, None] * unit(*picked.shape, seed=13)
+        queries = (picked + away).to(device)
+        code, point, notes, doubtful, entries = encoded_by(made, queries)
+        doubtful[3] = 1  # it asks for nothing
+        rings = [torch.zeros(len(queries), 1024, dtype=torch.int32, device=device) for _ in "ab"]
+        counts = [entries, entries.clone()]
+        native = device != "cpu"
+        codes.collect[(len(queries),)](
+            code.view(torch.int32),
+            point,
+            notes,
+            doubtful,
+            *codes.places_of(made),
+            keys.count,
+            rings[0],
+            counts[0],
+            len(queries),
+            1,
+            NORM_SLOT=made.norm_slot,
+            HAS_FAR=made.has_far,
+            NATIVE=native,
+            RING=1024,
+            SUPERS=codes.SUPERS,
+            LINEAR=codes.LINEAR,
+            num_warps=1,
+            **codes.OPTIONS,
+        )
+        code_tiles.collect(
+            code, point, notes, doubtful, made, keys.count, rings[1], counts[1], 1, native
+        )
+        rows = made.row.cpu()
+        lists = []
+        for ring, count in zip(rings, counts, strict=True):
+            held = [ring[b, :n].tolist() for b, n in enumerate(count.tolist())]
+            lists.append([{e for e in some if e < 0 or rows[e] >= 0} for some in held])
+        told.append((lists[0], lists[1]))
     return told
 
 

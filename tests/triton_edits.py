@@ -37,7 +37,11 @@ def by_codes(book: gf.Codebook) -> bool:
 
 def edits(device: str) -> None:
     """Append, remove, widen, shrink, move, refit and draft; look up after each."""
+    from grace_fast.kernels import code_tiles
+
     torch.manual_seed(0)
+    if device == "cpu":
+        code_tiles.TILE.update(BLOCK_B=16)
     keys = torch.randn(300, 24, device=device) * torch.arange(1, 25, device=device).float() ** -1
 
     def append(rows: Tensor, radius: float) -> None:
@@ -68,6 +72,14 @@ def edits(device: str) -> None:
     assert_lawful(queries, book.snapshot(), "by new codes")
     assert by_codes(book)
     assert_lawful(queries, old, "of an earlier version")
+    usual, code_tiles.TILED = code_tiles.TILED, 4
+    many = torch.cat([queries, book.keys[:13] + 0.01])
+    assert_lawful(many, book.snapshot(), "by code tiles")
+    append(queries[:2] * 1.001, 0.2)
+    assert_lawful(many, book.snapshot(), "by code tiles, after an append")
+    assert by_codes(book)
+    assert book.derived(backend.NAME, backend._table)._reads_codes(len(many))
+    code_tiles.TILED = usual
     usual, backend.TILED = backend.TILED, 4
     backend.SHARED *= 1 << 20  # reading all keys together is the cheaper one, then
     assert_lawful(queries, book.snapshot(), "by tiles")

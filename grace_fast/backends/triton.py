@@ -1,9 +1,10 @@
 """The Triton kernels on the codebook's GPU: by codes, or with every key read.
 
 `find` looks up by the codebook's certificate (`kernels.codes`) where it is predicted to read less
-than all keys; those are read in float32 with an exact band (`kernels.dense`) or, for many queries,
-multiplied by tensor cores with a bounded error (`kernels.tiles`). `nearest` reads every key in the
-canonical order (`kernels.nearest`). Nothing waits for the host.
+than all keys, counting what queries share; those are read in float32 with an exact band
+(`kernels.dense`) or, for many queries, multiplied by tensor cores with a bounded error
+(`kernels.tiles`). `nearest` reads every key in the canonical order (`kernels.nearest`). Nothing
+waits for the host.
 
 Triton is imported at the first call that may use it, so that neither a missing triton nor the time
 to load it is anyone else's concern. With TRITON_INTERPRET set before that import the kernels are
@@ -152,9 +153,7 @@ class Table:
         if self._certificate is not None and self._certificate.current is not self._state:
             self._take_codes_in()
         snapshot, batch = self._snapshot, len(queries)
-        key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
-        dense_bytes = snapshot.rows * key_bytes / min(batch, SHARED)
-        if self._state is not None and self._state.predicted_bytes < dense_bytes:
+        if self._reads_codes(batch):
             assert self._codes is not None
             return codes.find(queries, self.keys, self._codes)
         if batch < TILED:
@@ -163,6 +162,25 @@ class Table:
         if self._filter is None or len(self._filter.norm) < used:
             self._filter = tiles.filter_keys(snapshot.key_slots[:used], known=self._filter)
         return tiles.find(queries, self.keys, self._filter)
+
+    def _reads_codes(self, batch: int) -> bool:
+        """Tell whether codes are predicted to read less for a query than all keys would.
+
+        Queries of one tile share what it reads, but not what survives it. Not measured.
+        """
+        from grace_fast.kernels import code_tiles, codes, tiles
+
+        state, snapshot = self._state, self._snapshot
+        if state is None:
+            return False
+        shared = min(batch, SHARED if batch < TILED else tiles.TILE["BLOCK_B"])
+        dense_bytes = snapshot.rows * snapshot.key_dim * snapshot.dtype.itemsize / shared
+        if batch < code_tiles.TILED:
+            return state.predicted_bytes < dense_bytes
+        survivors = max(0.0, state.predicted_bytes - codes.NEAR * state.fitted_rows)
+        shared = min(batch, code_tiles.TILE["BLOCK_B"])
+        scanned = snapshot.rows * code_tiles.POSITION_BYTES / shared
+        return scanned + survivors < dense_bytes
 
     def _take_codes_in(self) -> None:
         """Bring what the certificate knows of this version by now to the device."""
