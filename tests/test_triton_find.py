@@ -120,11 +120,9 @@ def test_many_queries_read_codes_until_survivors_cost_more_than_keys_that_are_sh
     rows = 1_000_000
 
     def reads_codes(batch: int, width: int, survivors: int) -> bool:
-        table = SimpleNamespace(
-            _snapshot=SimpleNamespace(rows=rows, key_dim=width, dtype=torch.bfloat16),
-            _state=SimpleNamespace(predicted_bytes=16 * rows + survivors, fitted_rows=rows),
-        )
-        return backend.Table._reads_codes(table, batch)
+        snapshot = SimpleNamespace(rows=rows, key_dim=width, dtype=torch.bfloat16)
+        state = SimpleNamespace(predicted_bytes=16 * rows + survivors, fitted_rows=rows)
+        return backend.codes_pay(state, snapshot, batch)
 
     assert all(reads_codes(batch, 4096, rows) for batch in (1, 32, 4096))
     assert reads_codes(4096, 32, survivors=rows // 4)

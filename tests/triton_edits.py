@@ -78,7 +78,8 @@ def edits(device: str) -> None:
     append(queries[:2] * 1.001, 0.2)
     assert_lawful(many, book.snapshot(), "by code tiles, after an append")
     assert by_codes(book)
-    assert book.derived(backend.NAME, backend._table)._reads_codes(len(many))
+    state = book.derived(backend.NAME, backend._table)._state
+    assert backend.codes_pay(state, book.snapshot(), len(many))
     code_tiles.TILED = usual
     usual, backend.TILED = backend.TILED, 4
     backend.SHARED *= 1 << 20  # reading all keys together is the cheaper one, then

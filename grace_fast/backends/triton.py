@@ -13,7 +13,6 @@ interpreted, take host tensors, and can be tested without a GPU.
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from torch import Tensor
 from grace_fast import certificate, semantics
 from grace_fast.backends import graphs
 from grace_fast.backends.workload import Workload
-from grace_fast.codebook import PAGE_ROWS, Codebook, Page, Snapshot
+from grace_fast.codebook import PAGE_ROWS, Codebook, Snapshot
 from grace_fast.memory import FixedArrays
 from grace_fast.order import Part
 from grace_fast.views import State
@@ -123,6 +122,22 @@ def _table(snapshot: Snapshot, previous: Table | None) -> Table:
     return Table(snapshot, previous)
 
 
+def codes_pay(state: State, snapshot: Snapshot, batch: int) -> bool:
+    """Tell whether codes are predicted to read less for a query than all keys would.
+
+    Queries of one tile share what it reads, but not what survives it. Not measured.
+    """
+    from grace_fast.kernels import code_tiles, codes, tiles
+
+    shared = min(batch, SHARED if batch < TILED else tiles.TILE["BLOCK_B"])
+    dense_bytes = snapshot.rows * snapshot.key_dim * snapshot.dtype.itemsize / shared
+    if batch < code_tiles.TILED:
+        return state.predicted_bytes < dense_bytes
+    survivors = max(0.0, state.predicted_bytes - codes.NEAR * state.fitted_rows)
+    scanned = snapshot.rows * code_tiles.POSITION_BYTES / min(batch, code_tiles.TILE["BLOCK_B"])
+    return scanned + survivors < dense_bytes
+
+
 class Table:
     """One version as the kernels read it; what versions share is taken from another one."""
 
@@ -152,35 +167,16 @@ class Table:
 
         if self._certificate is not None and self._certificate.current is not self._state:
             self._take_codes_in()
-        snapshot, batch = self._snapshot, len(queries)
-        if self._reads_codes(batch):
+        snapshot = self._snapshot
+        if self._state is not None and codes_pay(self._state, snapshot, len(queries)):
             assert self._codes is not None
             return codes.find(queries, self.keys, self._codes)
-        if batch < TILED:
+        if len(queries) < TILED:
             return dense.find(queries, self.keys)
         used = snapshot.counts.keys
         if self._filter is None or len(self._filter.norm) < used:
             self._filter = tiles.filter_keys(snapshot.key_slots[:used], known=self._filter)
         return tiles.find(queries, self.keys, self._filter)
-
-    def _reads_codes(self, batch: int) -> bool:
-        """Tell whether codes are predicted to read less for a query than all keys would.
-
-        Queries of one tile share what it reads, but not what survives it. Not measured.
-        """
-        from grace_fast.kernels import code_tiles, codes, tiles
-
-        state, snapshot = self._state, self._snapshot
-        if state is None:
-            return False
-        shared = min(batch, SHARED if batch < TILED else tiles.TILE["BLOCK_B"])
-        dense_bytes = snapshot.rows * snapshot.key_dim * snapshot.dtype.itemsize / shared
-        if batch < code_tiles.TILED:
-            return state.predicted_bytes < dense_bytes
-        survivors = max(0.0, state.predicted_bytes - codes.NEAR * state.fitted_rows)
-        shared = min(batch, code_tiles.TILE["BLOCK_B"])
-        scanned = snapshot.rows * code_tiles.POSITION_BYTES / shared
-        return scanned + survivors < dense_bytes
 
     def _take_codes_in(self) -> None:
         """Bring what the certificate knows of this version by now to the device."""
@@ -216,24 +212,28 @@ class Captured:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._arrays = FixedArrays(device)
-        self._pages: tuple[Page, ...] = ()
-        self._rows = 0
-        self.version = -1  # that was followed last
+        self._snapshot: Snapshot | None = None  # that was followed last
         self._keys: Keys | None = None
         self._coded: dict[tuple[bool, bool], tuple[FixedArrays, DeviceCodes]] = {}  # by shape
         self._codes: DeviceCodes | None = None  # of this version
         self._parts: tuple[Part, ...] = ()
-        self._predicted_bytes = math.inf
+        self._state: State | None = None  # whose codes they are
         self.value_slot: Tensor | None = None
+
+    @property
+    def version(self) -> int:
+        """The version that was followed last."""
+        return -1 if self._snapshot is None else self._snapshot.version
 
     def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
         from grace_fast.kernels import codes, dense
 
         assert self._keys is not None
-        key_bytes = self._keys.width * self._keys.slots.element_size()
-        dense_bytes = self._rows * key_bytes / min(len(queries), SHARED)
-        if self._codes is not None and self._predicted_bytes < dense_bytes:
+        assert self._snapshot is not None
+        state = self._state
+        if state is not None and codes_pay(state, self._snapshot, len(queries)):
+            assert self._codes is not None
             return codes.find(queries, self._keys, self._codes)
         return dense.find(queries, self._keys)
 
@@ -254,10 +254,11 @@ class Captured:
         for name, scalar in scalars.items():
             self._arrays.make_room(name, scalar)
         self._follow_codes(snapshot)  # the last thing that there may be no room for
+        before = self._snapshot
+        known = () if before is None else before.pages[: before.rows // PAGE_ROWS]
         for number, page in enumerate(snapshot.pages):
-            known = number < len(self._pages) and self._pages[number] is page
-            if known and (number + 1) * PAGE_ROWS <= self._rows:
-                continue  # the last page is filled in place
+            if number < len(known) and known[number] is page:
+                continue  # a page that is not full is filled in place
             for name in _COLUMNS:
                 self._arrays.put(name, getattr(page, name), number * PAGE_ROWS)
         for name, scalar in scalars.items():
@@ -266,7 +267,7 @@ class Captured:
         self.value_slot = held.pop("value_slot")
         held |= {name: self._arrays.at(name, (1,)) for name in scalars}
         self._keys = Keys(slots=snapshot.key_slots, **held)
-        self._pages, self._rows, self.version = snapshot.pages, snapshot.rows, snapshot.version
+        self._snapshot = snapshot
 
     def _follow_codes(self, snapshot: Snapshot) -> None:
         from grace_fast.kernels import codes
@@ -276,20 +277,19 @@ class Captured:
             return
         with known.held(snapshot) as state:
             if state is None:
-                self._take_codes(None)
+                self._take_codes(None, ())
+                self._state = None
                 return
             parts, covered = [*state.runs, state.tail], min(state.covered, snapshot.rows)
-            self._predicted_bytes = state.predicted_bytes
             known_codes = self._codes if self._parts == state.runs else None
-            if known_codes is not None and codes.refresh(known_codes, parts, covered):
-                return
-            made = codes.device_codes(
-                state.phi, parts, covered, state.floor, self._device, room=TAIL_ROOM
-            )
-            self._take_codes(made)
-            self._parts = state.runs
+            if known_codes is None or not codes.refresh(known_codes, parts, covered):
+                made = codes.device_codes(
+                    state.phi, parts, covered, state.floor, self._device, room=TAIL_ROOM
+                )
+                self._take_codes(made, state.runs)
+            self._state = state
 
-    def _take_codes(self, made: DeviceCodes | None) -> None:
+    def _take_codes(self, made: DeviceCodes | None, parts: tuple[Part, ...]) -> None:
         """Put codes where those of their shape are, and leave graphs of another shape none."""
         placed = None
         if made is not None:
@@ -305,7 +305,7 @@ class Captured:
         for _, held in self._coded.values():
             if held is not placed:
                 held.counts.zero_()  # no row has a code: all keys are read
-        self._codes = placed
+        self._codes, self._parts = placed, parts
 
 
 _COLUMNS = {
