@@ -268,8 +268,7 @@ class Grace:
         padding = None if self.kind == "classifier" else padding
         first_id, count = self._history.next_id, len(queries)
         labels = [
-            batches.labels_of(batch, at, padding, rules.semantics != "paper")
-            for at in range(count)
+            batches.labels_of(batch, at, padding, rules.semantics != "paper") for at in range(count)
         ]
         enacted = []
         for at in range(count):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from compat_cases import EPSILON, RATE, STEPS, TASKS, config, editor, stream, wrapped
 from models import FAMILIES, build, edit_batch, prompt_batch, prompts
-from reference_rules import PlainAdaptor, PlainEditor, exact_distances
+from reference_rules import ExactAdaptor, PlainEditor, exact_distances
 from safetensors.torch import load_file
 from torch import nn
 
@@ -75,7 +75,7 @@ def plain_twin(name, model, replacement, **modes):
     """Return the reference's editor, in our words, on a copy of a model."""
     family, twin = FAMILIES[name], copy.deepcopy(model)
     layer = twin.get_submodule(family.layer)
-    adaptor = PlainAdaptor(layer, EPSILON[name], replacement, **modes)
+    adaptor = ExactAdaptor(layer, EPSILON[name], replacement, **modes)
     return PlainEditor(twin, family.layer, adaptor, TASKS[name] == "hallucination")
 
 
@@ -348,10 +348,10 @@ def test_a_codebook_that_does_not_fit_the_layer_is_refused(name, given, error, m
 def test_a_codebook_of_unequal_parts_is_refused_when_it_is_used():
     adaptor = linear_adaptor()
     adaptor.keys, adaptor.values = torch.zeros(2, 6), torch.zeros(3, 4)
-    with pytest.raises(ValueError, match="needs .*'epsilons'.*; epsilons is not assigned"):
+    with pytest.raises(ValueError, match=r"needs .*'epsilons'.*; epsilons is not assigned"):
         adaptor(torch.ones(1, 1, 6))
     adaptor.epsilons = torch.ones(2, 1)
-    with pytest.raises(ValueError, match="as many of each, got {'keys': 2, 'values': 3"):
+    with pytest.raises(ValueError, match=r"as many of each, got {'keys': 2, 'values': 3"):
         adaptor(torch.ones(1, 1, 6))
 
 
@@ -457,7 +457,7 @@ def test_a_mode_that_does_not_exist_is_refused_with_those_that_do(part, name, gi
 def test_a_layer_that_cannot_be_edited_is_refused(layer):
     model = build("bert")
     before = model.get_submodule(layer)
-    with pytest.raises(ValueError, match="cannot be edited.*name a linear layer"):
+    with pytest.raises(ValueError, match=r"cannot be edited.*name a linear layer"):
         gf.GRACE(config(layer, "qa", 1.0, "replace_all"), wrapped(model))
     assert model.get_submodule(layer) is before
 

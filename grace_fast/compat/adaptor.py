@@ -55,6 +55,9 @@ class Change:
 class Adaptor(nn.Module):
     """GRACE in the place of one layer; the references' adaptors are made of it."""
 
+    layer: nn.Module
+    values: nn.Parameter  # [N, V]; there are none before the first edit
+
     def __init__(self, layer: nn.Module, method: Method, device: Any, transpose: bool) -> None:
         super().__init__()
         self.key_shape, self.value_shape = widths(layer, transpose)
@@ -253,7 +256,7 @@ class Adaptor(nn.Module):
             raise ValueError("an edit needs edit_label: the label tensor of its tokens")
         if not queries.isfinite().all():
             raise ValueError("the query of an edit must be finite, got NaN or infinity")
-        labels = [label] if len(queries) == 1 else list(label.split(1))
+        labels = [label] if len(queries) == 1 else list(torch.split(label, 1))
         if len(labels) != len(queries):
             raise ValueError(
                 f"edit_label must have {len(queries)} rows like the batch, got {len(labels)}"
@@ -472,7 +475,7 @@ class Adaptor(nn.Module):
         if self._book is not None:
             self._settle()
             keys, epsilons, labels = self.keys, self.epsilons, self.key_labels
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._book is not None and not torch.is_same_size(self.values, self._book.values):
             raise RuntimeError("moving a module must not change the shape of its values")
         if self._book is not None and self._moved():
@@ -500,7 +503,7 @@ class Adaptor(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         saved = state.pop("_saved")
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
         if saved is not None:
             self.load(*saved)
@@ -576,7 +579,7 @@ def _choose(queries: Tensor, snapshot: Snapshot, before: Chosen | None = None) -
     near = lookup.nearest(queries, snapshot)
     hit = semantics.in_ball(near.squared_distance, snapshot.radii_of(near.row))
     if before is None or before.trained is None:
-        rows, which = near.row.unique(return_inverse=True)
+        rows, which = torch.unique(near.row, return_inverse=True)
         return Chosen(queries.clone(), near.row, hit, rows, which)
     # Dropout moved the query: what was chosen first is trained, other rows answer as they are.
     same = near.row[:, None] == before.rows[None, :]

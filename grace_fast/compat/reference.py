@@ -6,7 +6,8 @@ is not as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, get_args
 
@@ -48,14 +49,20 @@ class Editor(nn.Module):
     numpy scalars, and `loss` the last of them.
     """
 
-    def __init__(self, model: nn.Module, layer: str, adaptor: type[Adaptor], *given: Any) -> None:
-        super().__init__()
-        self.layer, replaced = find_layer(model, layer)
+    def __init__(
+        self, model: nn.Module, layer: str, stand_in: Callable[[nn.Module, bool], Adaptor]
+    ) -> None:
+        name, replaced = find_layer(model, layer)
         if editor.has_adapter(replaced):
-            raise ValueError(f"{self.layer} has an adaptor already; a layer takes one")
-        self.model = model
-        transpose = type(replaced).__name__ != "Conv1D"
-        self.put(adaptor(*given, replaced, transpose))
+            raise ValueError(f"{name} has an adaptor already; a layer takes one")
+        adaptor = stand_in(replaced, type(replaced).__name__ != "Conv1D")
+        self._resume(model, name)
+        self.put(adaptor)
+
+    def _resume(self, model: nn.Module, layer: str) -> None:
+        """Use the adaptor that is on a layer, or will be."""
+        super().__init__()
+        self.layer, self.model = find_layer(model, layer)[0], model
         self.log_dict: dict[str, Any] = {}
         self.losses: list[Any] = []
         self.loss: Tensor | None = None
@@ -103,7 +110,7 @@ class GRACE(Editor):
     def __init__(self, config: Mapping[str, Any], model: Any) -> None:
         self._check(config)
         layers = _reader(config, "model")("inner_params")
-        super().__init__(model.model, layers[0], GRACEAdapter, config)
+        super().__init__(model.model, layers[0], functools.partial(GRACEAdapter, config))
         self.config, self.device = config, config["device"]
         self.tokenizer = getattr(model, "tokenizer", None)
 
@@ -169,7 +176,7 @@ class GRACE_barebones(Editor):
                 "eps_expand": "coverage",
             },
         }
-        super().__init__(model, layer, GRACEAdapter, config)
+        super().__init__(model, layer, functools.partial(GRACEAdapter, config))
         self.config, self.device, self.generation = config, device, generation
         self._steps = Steps(200, learning_rate)
 

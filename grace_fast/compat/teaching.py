@@ -1,7 +1,8 @@
 """One edit through an adaptor: exactly as many steps of Adam as asked, the last value kept.
 
 The keys do not change after the first step and the query stays where it is, so the nearest row is
-found once; only its value has a gradient. Nothing is published before the last step.
+found once, and the layers before the adaptor run once; only that row's value has a gradient.
+Nothing is published before the last step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import Steps
+from grace_fast.compat.prefix import Prefix
 from grace_fast.semantics import IGNORED_LABEL
 
 
@@ -60,10 +62,12 @@ def _train(
     losses = []
     adam: torch.optim.Optimizer | None = None
     with without_weight_gradients(model), torch.enable_grad(), adaptor.editing(labels):
+        prefix = Prefix(model, adaptor)
         for step in range(steps.n_iter):
             adaptor.iter = step
-            loss = getattr(model(**asked), "loss", None)
-            if loss is None:
+            with prefix.returning() if step else prefix.keeping():
+                loss: Any = getattr(model(**asked), "loss", None)
+            if not isinstance(loss, Tensor):
                 raise TypeError("the model must return an object with .loss when given labels")
             losses.append(loss.detach().float().cpu().numpy()[()])
             trained = adaptor.trained
