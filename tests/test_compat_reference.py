@@ -257,6 +257,7 @@ def test_only_the_value_that_is_trained_moves():
             assert torch.equal(ours.adaptor.values[:at], before)
     assert ours.adaptor.values.grad is None
     assert all(parameter.grad is None for parameter in ours.model.parameters())
+    assert all(parameter.requires_grad for parameter in ours.model.parameters())
 
 
 def test_a_batch_is_looked_up_row_by_row():

@@ -476,8 +476,6 @@ class Adaptor(nn.Module):
             self._settle()
             keys, epsilons, labels = self.keys, self.epsilons, self.key_labels
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._book is not None and not torch.is_same_size(self.values, self._book.values):
-            raise RuntimeError("moving a module must not change the shape of its values")
         if self._book is not None and self._moved():
             self.load(fn(keys), self.values, epsilons, labels)
         return self
