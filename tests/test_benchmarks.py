@@ -312,7 +312,7 @@ def test_the_command_prints_one_json_object(monkeypatch):
     assert json.loads(answer.output)["passed"] is True
 
 
-EDITS = "--quick --keys 150 --steps 2 --rounds 2 --budget 0.05".split()
+EDITS = ["--quick", "--keys", "150", "--steps", "2", "--rounds", "2", "--budget", "0.05"]
 
 
 def test_the_benchmark_of_edits_says_what_it_compared_and_how_long_it_took(tmp_path):

@@ -490,6 +490,7 @@ def test_an_edit_that_fails_changes_nothing():
         ours.edit(ours.config, edits.batch(at), None)
     before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
     learning = [parameter.requires_grad for parameter in ours.model.parameters()]
+    book = ours.adaptor._book
     real, calls = ours.model.lm_head.forward, []
 
     def fail_late(hidden):
@@ -509,6 +510,7 @@ def test_an_edit_that_fails_changes_nothing():
     assert [parameter.requires_grad for parameter in ours.model.parameters()] == learning
     assert not ours.adaptor.training
     ours.edit(ours.config, edits.batch(7), None)
+    assert ours.adaptor._book is book  # and nothing had to be made anew
 
 
 def test_an_expanded_ball_is_found_again_from_the_26th_key_on():

@@ -141,7 +141,7 @@ class GRACEAdapter(Adaptor):
             for edit_id, key, radius in zip(ids, self.keys.clone(), radii, strict=True)
         ]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adaptor:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GRACEAdapter:
         touches = self._touches
         super()._apply(fn, recurse)
         if self._touches is not touches:  # loaded anew, elsewhere

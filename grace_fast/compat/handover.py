@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from grace_fast.adapter import place
 from grace_fast.advice import GraceWarning
 from grace_fast.compat import easyedit, reference
-from grace_fast.compat.adaptor import CODEBOOK, Adaptor, as_epsilons
+from grace_fast.compat.adaptor import Adaptor
+from grace_fast.compat.live import CODEBOOK, as_epsilons
 
 _NAMES = ("layer", "init_epsilon", "replacement", "key_id", "config")  # of any reference's adaptor
 # `training` is not moved: where the model is in training mode it says nothing of an edit.
