@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
@@ -31,7 +32,6 @@ from benchmarks import machine
 from benchmarks.reference_rule import PlainAdaptor, PlainEditor, exact_distances
 from benchmarks.timing import Run, ratio
 from grace_fast.compat.reference import GRACEAdapter
-from grace_fast.quickbench import times_us
 
 Call = Callable[[Any], Any]
 RESULTS = Path(__file__).parent / "results"
@@ -167,11 +167,12 @@ def forward_rows(keys: int, rounds: int, budget_s: float) -> list[Row]:
 def pairs(one: Call, other: Call, batches: list[Any], rounds: int, budget_s: float) -> list[Run]:
     """Time two calls on the same batches, one right after the other and each first in turn.
 
-    What a busy machine does to one it does to the other; `interleave` leaves longer between them.
+    What a busy machine does to one it does to the other; and a time is what the process computed,
+    all its threads together, so that waiting for a core does not count.
     """
     calls = (one, other)
-    first = [float(times_us(call, batches[:1])[0]) for call in calls]
-    each = sum(float(times_us(call, batches[1:2])[0]) for call in calls) / 1e6
+    first = [cpu_us(call, batches[0]) for call in calls]
+    each = sum(cpu_us(call, batches[1]) for call in calls) / 1e6
     count = max(1, round(budget_s / rounds / each))
     stream = cycle(batches)
     taken: list[list[Any]] = [[], []]
@@ -179,10 +180,17 @@ def pairs(one: Call, other: Call, batches: list[Any], rounds: int, budget_s: flo
         times: list[list[float]] = [[], []]
         for at, batch in enumerate(islice(stream, count)):
             for which in (0, 1) if at % 2 else (1, 0):
-                times[which].append(float(times_us(calls[which], [batch])[0]))
+                times[which].append(cpu_us(calls[which], batch))
         for which in (0, 1):
             taken[which].append(np.array(times[which]))
     return [Run(tuple(rounds_of), start) for rounds_of, start in zip(taken, first, strict=True)]
+
+
+def cpu_us(call: Call, batch: Any) -> float:
+    """Return what one call took of the processor, in microseconds."""
+    start = time.process_time_ns()
+    call(batch)
+    return (time.process_time_ns() - start) / 1e3
 
 
 def _row(work: str, keys: int, checked: int, differs: int | None, base: Run, other: Run) -> Row:
@@ -289,7 +297,7 @@ def markdown(described: dict[str, Any], command: str, date: str, load: str, rows
         f"`{command}` on {date}: {described['cpu']}, {described['threads']} of "
         f"{described['cores']} cores, commit {described['commit']}, Python "
         f"{described['python']}, torch {described['packages']['torch']}. Load average {load}: "
-        "other programs ran beside it; contestants took turns.",
+        "other programs ran beside it, so times are of the processor, not of the clock.",
         "",
         "Before timing, keys, radii and chosen rows are compared with the law's after each of the "
         "edits of a stream with repeats (`wrong`); `cdist` counts the edits after which the "
