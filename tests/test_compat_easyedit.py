@@ -226,6 +226,16 @@ def test_an_edit_that_fails_leaves_ids_as_they_were():
     assert len(ours.adaptor.keys) == 0
 
 
+def test_an_adaptor_of_another_kind_on_the_layer_is_refused():
+    model = build("gpt2")
+    gf.attach(model, FAMILY.layer)
+    with pytest.raises(ValueError, match="has an adaptor already"):
+        GRACE(hparams(), model)
+    ours = editor()
+    again = GRACE(hparams(), ours.model)  # EasyEdit makes an editor for each edit
+    assert again.adaptor is ours.adaptor
+
+
 def test_generation_sets_key_id_and_keeps_it():
     ours = editor(n_iter=40, replacement="replace_last")
     prompt = prompts(1, shortest=8)[0]

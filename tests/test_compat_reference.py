@@ -513,6 +513,26 @@ def test_an_edit_that_fails_changes_nothing():
     assert ours.adaptor._book is book  # and nothing had to be made anew
 
 
+def test_an_edit_whose_training_runs_away_is_refused():
+    ours, tokens = editor("bert"), edit_batch(FAMILIES["bert"], [prompts(1)[0]], [[1]])
+    ours.edit(ours.config, tokens, None)
+    values = ours.adaptor.values.detach().clone()
+    steep = copy.deepcopy(ours.config)
+    steep["editor"]["edit_lr"] = float("inf")
+    with pytest.raises(ValueError, match="value that is not finite; lower edit_lr"):
+        ours.edit(steep, tokens, None)
+    assert torch.equal(ours.adaptor.values, values)
+
+
+def test_values_that_were_put_elsewhere_are_taken_in_by_the_next_edit():
+    ours, edits = editor("bert"), prompts(2)
+    ours.edit(ours.config, edit_batch(FAMILIES["bert"], [edits[0]], [[1]]), None)
+    ours.adaptor.values.data = torch.full((1, 32), 2.5)
+    ours.edit(ours.config, edit_batch(FAMILIES["bert"], [edits[1]], [[2]]), None)
+    assert ours.adaptor.values[0].tolist() == [2.5] * 32
+    assert len(ours.adaptor.values) == 2
+
+
 def test_an_expanded_ball_is_found_again_from_the_26th_key_on():
     adaptor = linear_adaptor(eps_expand="coverage")
     generator = torch.Generator().manual_seed(1)

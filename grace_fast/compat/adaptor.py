@@ -221,10 +221,10 @@ class Adaptor(LiveCodebook):
             raise ValueError(
                 f"edit_label must have {len(queries)} rows like the batch, got {len(labels)}"
             )
+        if not self._teaching:
+            self._own_values()
         book = self._book_for_edits()
-        queries = queries.to(book.dtype)
-        self._own_values()
-        before = list(self._labels)
+        queries, before = queries.to(book.dtype), list(self._labels)
         values = output[torch.arange(len(output)), _positions(token, output)]
         try:
             with book.writing() as draft:
@@ -292,6 +292,7 @@ class Adaptor(LiveCodebook):
         It is published whole, or not at all.
         """
         self._settle()
+        self._own_values()
         book, before = self._book_for_edits(), self._bookkeeping()
         was_empty = not len(book)
         batch = label.shape[0] if label.ndim else 1
@@ -304,6 +305,8 @@ class Adaptor(LiveCodebook):
                 chosen = self._chosen
                 if chosen is None or chosen.trained is None:
                     raise RuntimeError("the edited layer did not run in the model's forward call")
+                if not chosen.trained.isfinite().all():
+                    raise ValueError("training led to a value that is not finite; lower edit_lr")
                 with torch.no_grad():
                     draft.snapshot().values[chosen.rows] = chosen.trained.to(book.dtype)
             self._renew()

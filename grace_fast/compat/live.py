@@ -150,8 +150,7 @@ class LiveCodebook(nn.Module):
 
     def _own_values(self) -> None:
         """Take in values that were put elsewhere, as by `values.data = ...`."""
-        assert self._book is not None
-        if self.values.data_ptr() != self._book.snapshot().values.data_ptr() and len(self._book):
+        if self._book is not None and self._moved() and len(self._book):
             self.load(self.keys, self.values, self.epsilons, self.key_labels)
 
     def _empty_book(self) -> Codebook:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,11 +61,12 @@ def _train(
 ) -> Taught:
     losses = []
     adam: torch.optim.Optimizer | None = None
-    with without_weight_gradients(model), torch.enable_grad(), adaptor.editing(labels):
+    still = without_weight_gradients(model)
+    with still, torch.enable_grad(), adaptor.editing(labels), ExitStack() as later_steps:
         prefix = Prefix(model, adaptor)
         for step in range(steps.n_iter):
             adaptor.iter = step
-            with prefix.returning() if step else prefix.keeping():
+            with nullcontext() if step else prefix.keeping():
                 loss: Any = getattr(model(**asked), "loss", None)
             if not isinstance(loss, Tensor):
                 raise TypeError("the model must return an object with .loss when given labels")
@@ -74,6 +75,7 @@ def _train(
             if trained is None:
                 raise RuntimeError("the edited layer did not run in the model's forward call")
             if adam is None:
+                later_steps.enter_context(prefix.returning())
                 adam = torch.optim.Adam([trained], lr=steps.edit_lr)
             # A mode that replaces no token here leaves the loss without a gradient.
             (gradient,) = torch.autograd.grad(loss, [trained], allow_unused=True)
