@@ -74,6 +74,12 @@ def test_the_reference_s_own_editor_edits_on(kind):
     plain.edit(other, STEPS, RATE, "later")
     assert len(plain.adaptor.keys) == keys + 1
     assert plain.losses[-1] < plain.losses[0]
+    for parameter in plain.model.parameters():  # as each new editor of EasyEdit does
+        parameter.requires_grad_(False)
+    before = plain.adaptor.values.detach().clone()
+    plain.edit(other, STEPS, RATE, "again")
+    assert len(plain.adaptor.keys) == keys + 1
+    assert not torch.equal(plain.adaptor.values, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,7 +85,7 @@ def plain_twin(name, model, replacement, **modes):
 @pytest.mark.parametrize("replacement", ["replace_all", "replace_last", "replace_prompt"])
 @pytest.mark.parametrize("name", TASKS)
 def test_a_stream_of_edits_is_decided_as_by_the_reference_at_every_step(name, replacement, expand):
-    edits, outcomes = stream(name, 60), set()
+    edits, outcomes = stream(name, 48), set()
     ours = editor(name, replacement, eps_expand=expand)
     plain = plain_twin(name, build(name), replacement, expand=expand)
     for at in range(len(edits)):
@@ -589,6 +591,17 @@ def test_the_notebook_s_form_edits_in_two_hundred_steps(generation):
     assert adaptor.replacement == "replace_prompt"
     if not generation:
         assert bare(**tokens).logits.argmax() == 3
+
+
+def test_nothing_of_the_references_is_read_before_it_is_asked_for():
+    asked = (
+        "import sys, grace_fast as gf; "
+        "assert not [name for name in sys.modules if 'grace_fast.compat' in name]; "
+        "assert gf.GRACE.__module__ == 'grace_fast.compat.reference'; gf.accelerate"
+    )
+    subprocess.run([sys.executable, "-c", asked], check=True)
+    with pytest.raises(AttributeError, match="'grace_fast' has no attribute 'GRACES'"):
+        _ = gf.GRACES
 
 
 def test_the_adaptor_has_the_names_of_the_reference():

@@ -225,7 +225,7 @@ class Adaptor(LiveCodebook):
             self._own_values()
         book = self._book_for_edits()
         queries, before = queries.to(book.dtype), list(self._labels)
-        values = output[torch.arange(len(output)), _positions(token, output)]
+        values = output[torch.arange(len(output), device=output.device), _positions(token, output)]
         try:
             with book.writing() as draft:
                 for at, query in enumerate(queries):
@@ -238,6 +238,7 @@ class Adaptor(LiveCodebook):
         self._fresh = None
         if not self._teaching:
             self._renew()
+            self.values.requires_grad_()  # who freezes a whole model means its weights
         snapshot = self._snapshot()
         self._chosen = _choose(queries, snapshot)
         if self._teaching:
