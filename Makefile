@@ -44,6 +44,9 @@ bench-million: .venv/.bench  ## N = 1e6, warm and with flushed caches; 20 GB of 
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
 
+bench-edits: .venv/.bench  ## edits and edited forwards against the reference's algorithm, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.edits
+
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
@@ -99,5 +102,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro gate gate-full gpu \
-	check fix clean
+.PHONY: help demo test slow sanitize bench bench-million bench-full bench-edits bench-micro gate \
+	gate-full gpu check fix clean

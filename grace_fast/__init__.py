@@ -1,5 +1,7 @@
 """GRACE for deployed language models: lifelong edits, found again exactly and fast."""
 
+from typing import Any
+
 from grace_fast._version import __version__
 from grace_fast.advice import GraceWarning
 from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
@@ -31,3 +33,14 @@ __all__ = [
     "prepare",
     "replace",
 ]
+
+# The references' surfaces are read when they are asked for; nothing else looks at them.
+_COMPAT = {"GRACE": "reference", "accelerate": "handover"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _COMPAT:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"grace_fast.compat.{_COMPAT[name]}"), name)

@@ -200,7 +200,7 @@ class History:
         row, squared = int(near.row[0]), float(near.squared_distance[0])
         radius, same = 0.0, False
         if row >= 0:
-            radius, known = before.radius_of(row), before.label_of(row)
+            radius, known = before.radius_of(row), _label_compared(rules, before, row)
             same = known is not None and semantics.same_label(rules, label, known)
         decision = semantics.decide(rules, squared, radius, same)
         distance = math.inf if decision.outcome == "added" else float(near.distance[0])
@@ -348,6 +348,14 @@ class History:
             elif event.edit != NO_EDIT:  # undone, and kept up by later edits on the row it made
                 by = max(by, self.rows[event.lasts_with].edits[-1])
         return by
+
+
+def _label_compared(rules: Rules, snapshot: Snapshot, row: int) -> Tensor | None:
+    """Return the label that an edit near a live row is compared with."""
+    if rules.semantics != "easyedit":
+        return snapshot.label_of(row)
+    live = snapshot.live.nonzero()[:, 0].tolist()
+    return snapshot.label_of(live[semantics.label_row(rules, live.index(row), len(live))])
 
 
 def _answers_alike(rules: Rules, edit: Edit, newest: Edit) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor
 Expand = Literal["coverage", "moving_average"]
 Outcome = Literal["added", "split", "expanded", "reused", "replaced"]
 Replacement = Literal["replace_all", "replace_last", "replace_prompt"]
-Semantics = Literal["paper", "reference"]
+Semantics = Literal["paper", "reference", "easyedit"]
 
 # A split keeps the two balls apart by this much; the reference's constant.
 SPLIT_GAP = 1e-5
@@ -117,6 +117,7 @@ class Rules:
 
     `paper` is the native mode. `reference` reproduces the authors' code: labels match by their
     mean, expanded radii have no margin, and an exact repeat with a new label kills both keys.
+    `easyedit` is `reference` with labels kept the other way round: see `label_row`.
     """
 
     epsilon: float  # radius of a new key, in the units of the layer's input
@@ -202,9 +203,18 @@ def label_ids(labels: Tensor, padding: int | None = None) -> Tensor:
 def same_label(rules: Rules, one: Tensor, other: Tensor) -> bool:
     """Tell whether two stored labels call for the same answer.
 
-    `paper` compares ids; `reference` compares means, as the authors' code does ([1, 9] equals [4,
+    `paper` compares ids; the others compare means, as the authors' code does ([1, 9] equals [4,
     6]).
     """
-    if rules.semantics == "reference":
-        return bool(one.float().mean() == other.float().mean())
-    return torch.equal(one, other)
+    if rules.semantics == "paper":
+        return torch.equal(one, other)
+    return bool(one.float().mean() == other.float().mean())
+
+
+def label_row(rules: Rules, row: int, rows: int) -> int:
+    """Return whose label is compared where a row of `rows` is nearest.
+
+    EasyEdit puts a new label in front of the others and a new key behind them, so that it compares
+    with the label of the row as far from the other end.
+    """
+    return rows - 1 - row if rules.semantics == "easyedit" else row

@@ -54,7 +54,7 @@ class Settings:
 
     def schedule(self) -> Schedule:
         """Return how a value is trained."""
-        if self.semantics == "reference":
+        if self.semantics != "paper":
             return Schedule(self.iterations, self.learning_rate, self.stop_loss, keep_best=False)
         stop = STOP_LOSS if self.stop_loss is None else self.stop_loss
         return Schedule(self.iterations, self.learning_rate, stop)

@@ -1,0 +1,358 @@
+"""Measure edits and edited forwards: `python -m benchmarks.edits [--quick]`.
+
+An edit of tiny GPT-2s through `grace_fast.GRACE` against the reference's algorithm, with as many
+keys and steps; and the forward of a model of MiniLM's size with the adaptor against the one
+without. Decisions are compared with the law's before anything is timed; where ours decides
+otherwise no speed is reported and the command fails. Results go to `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import grace_fast as gf
+from benchmarks import machine
+from benchmarks.reference_rule import PlainAdaptor, PlainEditor, exact_distances
+from benchmarks.timing import Run, ratio
+from grace_fast.compat.reference import GRACEAdapter
+
+Call = Callable[[Any], Any]
+RESULTS = Path(__file__).parent / "results"
+VOCABULARY = 1000
+PROMPT, TARGET = 9, 3
+CHECKED = 24  # edits whose decisions are compared before timing
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A GPT-2 from its config, and the layer that is edited."""
+
+    width: int
+    layers: int
+    layer: str
+
+    def __str__(self) -> str:
+        return f"GPT-2 {self.layers} x {self.width}, {self.layer}"
+
+
+TINY = (
+    Tiny(32, 3, "transformer.h.1.mlp.c_fc"),
+    Tiny(32, 3, "transformer.h.1.mlp.c_proj"),
+    Tiny(64, 2, "transformer.h.1.mlp.c_fc"),
+    Tiny(128, 4, "transformer.h.2.mlp.c_fc"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison; a ratio is the other's time over ours, or with over without."""
+
+    work: str
+    keys: int
+    checked: int  # decisions
+    wrong: int  # of ours
+    cdist_differs: int | None  # edits after which the reference's own arithmetic led elsewhere
+    us: float | None = None
+    us_other: float | None = None
+    ratio: float | None = None
+    ratio_least: float | None = None
+    ratio_most: float | None = None
+
+
+def edit_row(tiny: Tiny, keys: int, steps: int, rounds: int, budget_s: float) -> Row:
+    """Compare the edits of one tiny model."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=tiny.width,
+        n_layer=tiny.layers,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.15,
+        loss_type="ForCausalLM",
+    )
+    model = GPT2LMHeadModel(config).eval()
+    queries = _layer_inputs(model, tiny.layer, keys)
+    epsilon = _spacing(queries) / 4
+    ours, exact, plain = (
+        _editor(kind, copy.deepcopy(model), tiny.layer, epsilon, steps, queries)
+        for kind in ("ours", "exact", "cdist")
+    )
+    checked, wrong, differs = 0, 0, 0
+    tokens = _tokens(torch.Generator().manual_seed(1))
+    for at, batch in enumerate(_repeating(tokens, CHECKED)):
+        for editor in (ours, exact, plain):
+            torch.manual_seed(at)
+            _edit(editor, batch, 1)
+        checked += 1
+        wrong += not _alike(ours.adaptor, exact.adaptor)
+        differs += not _alike(plain.adaptor, exact.adaptor)
+    work = f"edit, {steps} steps: {tiny}"
+    if wrong:
+        return Row(work, keys, checked, wrong, differs)
+    base, other = pairs(
+        lambda batch: _edit(ours, batch, steps),
+        lambda batch: _edit(plain, batch, steps),
+        [next(tokens) for _ in range(64)],
+        rounds,
+        budget_s,
+    )
+    return _row(work, keys, checked, differs, base, other)
+
+
+def forward_rows(keys: int, rounds: int, budget_s: float) -> list[Row]:
+    """Compare the forwards of a model of MiniLM's size with the adaptor and without."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=384, intermediate_size=1536, num_hidden_layers=6
+    )
+    model, name = BertModel(config, add_pooling_layer=False).eval(), "encoder.layer.4.output.dense"
+    layer = model.get_submodule(name)
+    queries = _layer_inputs(model, name, keys)
+    epsilon = _spacing(queries) / 4
+    adaptor = GRACEAdapter(_config(name, "qa", epsilon, 1), layer, transpose=True)
+    _load(adaptor, queries, epsilon)
+    parent = model.get_submodule(name.rpartition(".")[0])
+    draw = torch.Generator().manual_seed(2)
+    rows = []
+    for length in (32, 128):
+        batches = [
+            {"input_ids": torch.randint(0, 30522, (1, length), generator=draw)} for _ in range(32)
+        ]
+
+        def run(module: nn.Module, batch: Any) -> Tensor:
+            parent.dense = module
+            with torch.no_grad():
+                return model(**batch).last_hidden_state
+
+        wrong = 0
+        for batch in batches:
+            same = torch.equal(run(adaptor, batch), run(layer, batch))
+            seen, book = adaptor._asked
+            wrong += not (same and not gf.find(seen, book, backend="reference").hit.any())
+        work = f"forward, {length} tokens that miss: BERT 6 x 384, {name}"
+        if wrong:
+            rows.append(Row(work, keys, len(batches), wrong, None))
+            continue
+        without, with_it = pairs(
+            lambda batch: run(layer, batch),
+            lambda batch: run(adaptor, batch),
+            batches,
+            rounds,
+            budget_s,
+        )
+        rows.append(_row(work, keys, len(batches), None, without, with_it))
+    return rows
+
+
+def pairs(one: Call, other: Call, batches: list[Any], rounds: int, budget_s: float) -> list[Run]:
+    """Time two calls on the same batches, one right after the other and each first in turn.
+
+    What a busy machine does to one it does to the other; and a time is what the process computed,
+    all its threads together, so that waiting for a core does not count.
+    """
+    calls = (one, other)
+    first = [cpu_us(call, batches[0]) for call in calls]
+    each = sum(cpu_us(call, batches[1]) for call in calls) / 1e6
+    count = max(1, round(budget_s / rounds / each))
+    stream = cycle(batches)
+    taken: list[list[Any]] = [[], []]
+    for _ in range(rounds):
+        times: list[list[float]] = [[], []]
+        for at, batch in enumerate(islice(stream, count)):
+            for which in (0, 1) if at % 2 else (1, 0):
+                times[which].append(cpu_us(calls[which], batch))
+        for which in (0, 1):
+            taken[which].append(np.array(times[which]))
+    return [Run(tuple(rounds_of), start) for rounds_of, start in zip(taken, first, strict=True)]
+
+
+def cpu_us(call: Call, batch: Any) -> float:
+    """Return what one call took of the processor, in microseconds."""
+    start = time.process_time_ns()
+    call(batch)
+    return (time.process_time_ns() - start) / 1e3
+
+
+def _row(work: str, keys: int, checked: int, differs: int | None, base: Run, other: Run) -> Row:
+    spread = ratio(other, base)
+    times = (base.p50, other.p50, spread.median, spread.least, spread.most)
+    return Row(work, keys, checked, 0, differs, *times)
+
+
+def _config(layer: str, task: str, epsilon: float, steps: int) -> dict[str, Any]:
+    edits = {"eps": epsilon, "replacement": "replace_all", "val_init": "cold"}
+    return {
+        "device": "cpu",
+        "model": {"inner_params": [layer]},
+        "experiment": {"task": task},
+        "editor": edits | {"eps_expand": "coverage", "n_iter": steps, "edit_lr": 1.0},
+    }
+
+
+def _editor(kind: str, model: Any, layer: str, epsilon: float, steps: int, queries: Tensor) -> Any:
+    if kind == "ours":
+        config = _config(layer, "hallucination", epsilon, steps)
+        ours = gf.GRACE(config, SimpleNamespace(model=model, tokenizer=None))
+        _load(ours.adaptor, queries, epsilon)
+        return ours
+    distances = {"distances": exact_distances} if kind == "exact" else {}
+    adaptor = PlainAdaptor(model.get_submodule(layer), epsilon, "replace_all", **distances)
+    editor = PlainEditor(model, layer, adaptor, at_labels=True)
+    _load(adaptor, queries, epsilon)
+    return editor
+
+
+def _load(adaptor: Any, keys: Tensor, epsilon: float) -> None:
+    draw = torch.Generator().manual_seed(3)
+    adaptor.keys = keys.clone()
+    width = adaptor.layer.nf if hasattr(adaptor.layer, "nf") else adaptor.layer.out_features
+    adaptor.values = nn.Parameter(torch.rand(len(keys), width, generator=draw))
+    adaptor.epsilons = torch.full((len(keys), 1), epsilon)
+    adaptor.key_labels = [torch.tensor([[-at]]) for at in range(len(keys))]
+    if isinstance(adaptor, GRACEAdapter):
+        adaptor._settle()
+        gf.prepare(adaptor._book)  # as it is once the codebook has been there for a while
+
+
+def _edit(editor: Any, batch: dict[str, Tensor], steps: int) -> None:
+    if isinstance(editor, gf.GRACE):
+        editor.edit({"editor": {"n_iter": steps, "edit_lr": 1.0}}, batch, None)
+    else:
+        editor.edit(batch, steps, 1.0)
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return (
+        one.keys.shape == other.keys.shape
+        and torch.equal(one.keys, other.keys)
+        and torch.allclose(one.epsilons, other.epsilons, rtol=1e-6, atol=1e-7)
+        and torch.equal(one.chosen_key, other.chosen_key)
+    )
+
+
+def _tokens(draw: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    while True:
+        ids = torch.randint(3, VOCABULARY, (1, PROMPT + TARGET), generator=draw)
+        labels = ids.clone()
+        labels[:, :PROMPT] = -100
+        yield {"input_ids": ids, "labels": labels}
+
+
+def _repeating(tokens: Iterator[dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+    """Yield new prompts, and among them old ones with their own answer and with another."""
+    known: list[dict[str, Tensor]] = []
+    for at in range(count):
+        batch = dict(next(tokens))
+        if at % 3 and known:
+            old = known[at // 3 % len(known)]
+            batch = old if at % 3 == 1 else old | {"labels": old["labels"].clamp(max=5)}
+        known.append(batch)
+        yield batch
+
+
+def _layer_inputs(model: Any, layer: str, rows: int) -> Tensor:
+    """Return inputs of a layer for random tokens, each once."""
+    draw, seen = torch.Generator().manual_seed(4), []
+    hook = model.get_submodule(layer).register_forward_hook(
+        lambda _, given, __: seen.append(given[0].flatten(0, 1))
+    )
+    with torch.no_grad():
+        for _ in range(rows // 512 + 1):
+            model(torch.randint(3, VOCABULARY, (16, 32), generator=draw))
+    hook.remove()
+    return torch.cat(seen)[:rows].clone()
+
+
+def _spacing(keys: Tensor) -> float:
+    """Return the median distance of a key to the one nearest to it."""
+    some = keys[:256].double()
+    return float(torch.cdist(some, keys.double()).topk(2, largest=False).values[:, 1].median())
+
+
+def markdown(described: dict[str, Any], command: str, date: str, load: str, rows: list[Row]) -> str:
+    """Return the results as a page."""
+    lines = [
+        "# Edits and edited forwards",
+        "",
+        f"`{command}` on {date}: {described['cpu']}, {described['threads']} of "
+        f"{described['cores']} cores, commit {described['commit']}, Python "
+        f"{described['python']}, torch {described['packages']['torch']}. Load average {load}: "
+        "other programs ran beside it, so times are of the processor, not of the clock.",
+        "",
+        "Before timing, keys, radii and chosen rows are compared with the law's after each of the "
+        "edits of a stream with repeats (`wrong`); `cdist` counts the edits after which the "
+        "reference's algorithm, with `torch.cdist`, has another codebook. An edit's ratio is the "
+        "reference's time over ours; a forward's the time with the adaptor over the one without. "
+        "Both are called in pairs, each first in turn; the ratio of the medians in each round, and "
+        "of these the median (least to most).",
+        "",
+        "|  | keys | wrong | cdist | ours or without | other or with | ratio |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        differs = "-" if row.cdist_differs is None else f"{row.cdist_differs} / {row.checked}"
+        cells = [row.work, f"{row.keys:,}", f"{row.wrong} / {row.checked}", differs]
+        if row.us is None or row.us_other is None:
+            cells += ["-", "-", "-"]
+        else:
+            spread = f"{row.ratio:.3g}x ({row.ratio_least:.3g} to {row.ratio_most:.3g})"
+            cells += [f"{row.us / 1e3:.2f} ms", f"{row.us_other / 1e3:.2f} ms", spread]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code, 1 where a decision of ours was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the first model only")
+    parser.add_argument("--keys", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=100, help="of Adam, in each edit")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=10.0, help="seconds of calls a contestant")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    described = machine.describe(given.threads)
+    words = sys.argv[1:] if arguments is None else arguments
+    shown = [word for word in words if not word.startswith("--out")]
+    command = " ".join(["python -m benchmarks.edits", *shown])
+    load = f"{os.getloadavg()[0]:.1f}"
+    rows = []
+    for tiny in TINY[:1] if given.quick else TINY:
+        rows.append(edit_row(tiny, given.keys, given.steps, given.rounds, given.budget))
+        print(rows[-1])
+    rows += forward_rows(given.keys, given.rounds, given.budget)
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    page = markdown(described, command, today, load, rows)
+    print(page)
+    given.out.mkdir(parents=True, exist_ok=True)
+    path = given.out / f"edits-{machine.short_name(described)}-{today}.json"
+    whole = {"machine": described, "command": command, "date": today, "load": load}
+    path.write_text(json.dumps(whole | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
+    return 1 if any(row.wrong for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

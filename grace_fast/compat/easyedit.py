@@ -1,0 +1,378 @@
+"""EasyEdit's surface: hparams by attribute, one editor a model, edits named by their target text.
+
+Decisions are those of the authors' rules; labels stand in the order of the keys and ids are flat,
+so that any edit can be rolled back. EasyEdit itself compares an edit with the label of another row
+(`semantics.label_row`); `semantics="easyedit"` does so too, to have old results again.
+"""
+
+from __future__ import annotations
+
+import copy as copying
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from grace_fast import semantics as law
+from grace_fast.attachment import find_layer
+from grace_fast.codebook import Draft
+from grace_fast.compat.adaptor import Adaptor, Change
+from grace_fast.compat.method import read_method, read_steps
+from grace_fast.compat.reference import Editor
+from grace_fast.compat.teaching import prompt_end
+from grace_fast.semantics import IGNORED_LABEL, Rules
+
+
+@dataclass
+class GraceHyperParams:
+    """The settings of EasyEdit's GRACE YAML; those after `eps_expand` change no decision."""
+
+    inner_params: list[str]
+    edit_lr: float = 1.0
+    n_iter: int = 100
+    eps: float = 1.0
+    val_init: str = "cold"
+    replacement: str = "replace_last"
+    eps_expand: str = "coverage"
+    dist_fn: str = "euc"
+    val_train: str = "sgd"
+    val_reg: Any = None
+    reg: str = "early_stop"
+    num_pert: int = 8
+    dropout: float = 0.0
+    alg_name: str = "GRACE"
+    model_name: str = ""
+    device: Any = None
+    batch_size: int = 1
+    max_length: int = 30
+    model_parallel: bool = False
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> GraceHyperParams:
+        """Read a YAML file; `.yaml` may be left out of its name.
+
+        Raises: FileNotFoundError, ValueError for another algorithm or without `inner_params`.
+        """
+        import yaml
+
+        path = Path(hparams_name_or_path)
+        path = path if ".yaml" in path.name else path.with_name(f"{path.name}.yaml")
+        given = yaml.safe_load(path.read_text())
+        if not isinstance(given, dict) or given.get("alg_name") != "GRACE":
+            found = given.get("alg_name") if isinstance(given, dict) else given
+            raise ValueError(f"{path} must have alg_name: GRACE, got {found!r}")
+        if not given.get("inner_params"):
+            raise ValueError(f"{path} needs inner_params: the layers to edit")
+        known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
+        # YAML takes 1e-3 for text.
+        known |= {name: float(known[name]) for name in ("edit_lr", "eps") if name in known}
+        return cls(**known)
+
+
+@dataclass(eq=False)
+class Touch:
+    """What one edit left on a row."""
+
+    edit_id: Any
+    key: Tensor  # [D], of the row from then on
+    radius: float
+    value: Tensor | None = None  # [V], what it trained, once another edit on the row followed
+    guest: list[Touch] | None = None  # of a ball that was split: the row that room was made for
+
+
+class GRACEAdapter(Adaptor):
+    """The module in the place of the edited layer, with `edit_id`, `edit_ids` and `delete_key`.
+
+    config: hparams by attribute; semantics: "reference", or "easyedit" to compare labels in
+    EasyEdit's order.
+
+    Raises: AttributeError for hparams without a needed name, ValueError for a mode that does not
+    exist or a layer that cannot be edited.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer: nn.Module,
+        transpose: bool = True,
+        semantics: Literal["reference", "easyedit"] = "reference",
+    ) -> None:
+        method = read_method(_reader(config), lambda name: getattr(config, name, None))
+        super().__init__(layer, method, None, transpose)
+        self.config = config
+        self.edit_id: Any = None
+        self._label_order = Rules(1.0, semantics=semantics)
+        self._touches: list[list[Touch]] = []  # of each row, oldest first
+
+    @property
+    def edit_ids(self) -> list[Any]:
+        """The id of each key, in the order of the keys: of the oldest edit that remains on it."""
+        if self._book is None:
+            raise AttributeError("edit_ids")
+        self._settle()
+        return [touches[0].edit_id for touches in self._touches]
+
+    def load(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        epsilons: Tensor,
+        labels: list[Tensor | None],
+        edit_ids: Sequence[Any] | None = None,
+    ) -> None:
+        """Take a codebook over, with an id for each key or those of as many keys before.
+
+        Raises: as `Adaptor.load`.
+        """
+        ids = [touches[0].edit_id for touches in self._touches] if edit_ids is None else edit_ids
+        if edit_ids is not None and len(ids) != len(keys):
+            raise ValueError(f"edit_ids must be {len(keys)}, one for each key, got {len(ids)}")
+        super().load(keys, values, epsilons, labels)
+        if len(ids) != len(keys):
+            ids = [None] * len(keys)
+        radii = self.epsilons.reshape(-1).tolist()
+        self._touches = [
+            [Touch(edit_id, key, radius)]
+            for edit_id, key, radius in zip(ids, self.keys.clone(), radii, strict=True)
+        ]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GRACEAdapter:
+        touches = self._touches
+        super()._apply(fn, recurse)
+        if self._touches is not touches:  # loaded anew, elsewhere
+            for touch in (touch for row in touches for touch in row):
+                touch.key = fn(touch.key)
+                touch.value = None if touch.value is None else fn(touch.value)
+            self._touches = touches
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        touches = state["_touches"]
+        super().__setstate__(state)
+        self._touches = touches
+
+    def _label_compared(self, row: int) -> Tensor | None:
+        return self._labels[law.label_row(self._label_order, row, len(self._labels))]
+
+    def _enact(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Change:
+        change = super()._enact(draft, query, label, fresh)
+        after = draft.snapshot()
+        ball = (after.key_of(change.row).clone(), after.radius_of(change.row))
+        made = Touch(self.edit_id, *ball)
+        if change.decision.outcome in ("added", "split"):
+            self._touches.append([made])
+        else:
+            newest = next(t for t in reversed(self._touches[change.row]) if t.guest is None)
+            newest.value = after.value_of(change.row).clone()
+            self._touches[change.row].append(made)
+        if change.neighbour is not None:
+            near = change.neighbour
+            ball = (after.key_of(near).clone(), after.radius_of(near))
+            guest = self._touches[change.row]
+            self._touches[near].append(Touch(self.edit_id, *ball, guest=guest))
+        return change
+
+    def _bookkeeping(self) -> Any:
+        values = {id(touch): touch.value for row in self._touches for touch in row}
+        return super()._bookkeeping(), list(map(list, self._touches)), values
+
+    def _keep_books(self, before: Any) -> None:
+        labels, touches, values = before
+        super()._keep_books(labels)
+        for row, kept in zip(self._touches, touches, strict=False):
+            row[:] = kept  # a guest is known by its list
+        self._touches = self._touches[: len(touches)]
+        for touch in (touch for row in self._touches for touch in row):
+            touch.value = values[id(touch)]
+
+    def delete_key(self, edit_id: Any) -> None:
+        """Take back every edit of an id: a key goes with its last edit, and its split with it.
+
+        A key that has other edits keeps the ball and the value of the newest of them.
+
+        Raises: KeyError where no edit has the id, naming those that remain.
+        """
+        self._settle()
+        known = {str(touch.edit_id) for row in self._touches for touch in row}
+        if not any(
+            touch.edit_id == edit_id and touch.guest is None
+            for row in self._touches
+            for touch in row
+        ):
+            raise KeyError(f"no edit has the id {edit_id!r}; there are {sorted(known)[:9]}")
+        keys, values = self.keys.clone(), self.values.detach().clone()
+        radii, staying = self.epsilons.reshape(-1).clone(), []
+        for row, touches in enumerate(self._touches):
+            own = [touch for touch in touches if touch.guest is None]
+            remain = [touch for touch in own if touch.edit_id != edit_id]
+            if remain and remain[-1] is not own[-1]:
+                assert remain[-1].value is not None
+                values[row], remain[-1].value = remain[-1].value, None
+            touches[:] = [t for t in touches if t.guest is not None or t in remain]
+            if remain:
+                staying.append(row)
+        rows = [self._touches[row] for row in staying]
+        there = set(map(id, rows))
+        for row, touches in zip(staying, rows, strict=True):
+            touches[:] = [t for t in touches if t.guest is None or id(t.guest) in there]
+            keys[row], radii[row] = touches[-1].key, touches[-1].radius
+        labels = [self._labels[row] for row in staying]
+        picked = torch.tensor(staying, dtype=torch.int64, device=keys.device)
+        super().load(keys[picked], values[picked], radii[picked], labels)
+        self._touches = rows
+
+
+class GRACE(Editor):
+    """EasyEdit's editor on a transformers model.
+
+    config: hparams by attribute: inner_params, eps, replacement, val_init, eps_expand, n_iter,
+    edit_lr. A layer that has such an adaptor already is edited on.
+
+    Raises: as `GRACEAdapter`, ValueError for an unknown layer or one that has another adaptor.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        model: nn.Module,
+        device: Any = None,
+        semantics: Literal["reference", "easyedit"] = "reference",
+    ) -> None:
+        read_steps(_reader(config))
+        inner = _reader(config)("inner_params")[0]
+        there = find_layer(model, inner)[1]
+        if isinstance(there, GRACEAdapter):
+            self._resume(model, inner)
+        else:
+            super().__init__(model, inner, partial(GRACEAdapter, config, semantics=semantics))
+        self.config, self.device = config, device
+
+    def edit(self, config: Any, tokens: Mapping[str, Any], edit_id: Any) -> None:
+        """Make the model answer tokens with their `labels`, by exactly `n_iter` steps of Adam.
+
+        edit_id: the name to roll the edit back by, in EasyEdit the target's text.
+        """
+        steps = read_steps(_reader(self.config if config is None else config))
+        before, self.adaptor.edit_id = self.adaptor.edit_id, edit_id
+        try:
+            self.teach(tokens, steps, at_labels=True)
+        except BaseException:
+            self.adaptor.edit_id = before
+            raise
+
+    def forward(self, **tokens: Any) -> Any:
+        """Return what the edited model answers, asking before the first of `labels` if given."""
+        if isinstance(tokens.get("labels"), Tensor):
+            self.adaptor.key_id = prompt_end(tokens["labels"])
+        return self.model(**tokens)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what the edited model generates, asking at the prompt's last token."""
+        adaptor = self.adaptor
+        adaptor.key_id = -1
+        with adaptor.pinned():
+            return super().generate(*args, **kwargs)
+
+    def rolllback(self, edit_id: Any) -> None:
+        """Take back every edit of an id, whatever came after it.
+
+        Raises: KeyError where no edit has the id.
+        """
+        cast(GRACEAdapter, self.adaptor).delete_key(edit_id)
+
+    def reset_layer(self) -> None:
+        """Put the original layer back."""
+        self.put(self.adaptor.layer)
+
+
+def apply_grace_to_model(
+    model: Any,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    keep_original_weight: bool = False,
+    **kwargs: Any,
+) -> tuple[GRACE, Callable[[], None]]:
+    """Edit the first request (`prompt`, `target_new`) into a model; return editor and its undoing.
+
+    A model that is edited already, or its editor, is edited on; with `copy` a copy of it.
+    `return_orig_weights` and `keep_original_weight` have no effect: the weights never change, and
+    what is returned second is `reset_layer`.
+    """
+    inner = model.model if isinstance(model, GRACE) else model
+    if copy:
+        inner = copying.deepcopy(inner)
+    editor = GRACE(hparams, inner, next(inner.parameters()).device)
+    request = requests[0]
+    editor.edit(hparams, tokenize(request, tok, editor.device), request["target_new"])
+    return editor, editor.reset_layer
+
+
+def tokenize(request: Mapping[str, Any], tok: Any, device: Any) -> dict[str, Tensor]:
+    """Return the tokens of one request: prompt and target, of which the target is labelled."""
+    prompt, target = str(request["prompt"]), str(request["target_new"])
+    whole = tok(f"{prompt} {target}", return_tensors="pt")
+    ids: Tensor = whole["input_ids"]
+    labels = ids.clone()
+    labels[:, : len(tok(prompt)["input_ids"])] = IGNORED_LABEL
+    mask = whole["attention_mask"]
+    tokens = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in tokens.items()}
+
+
+def install() -> Callable[[], None]:
+    """Put `apply_grace_to_model` and `GRACE` in the place of those of an imported EasyEdit.
+
+    Every module of `easyeditor` that holds the originals gets ours, and so does its table of
+    algorithms. Returns a function that puts the originals back.
+
+    Raises: RuntimeError where EasyEdit is not imported or has no GRACE.
+    """
+    modules = [
+        module
+        for name, module in list(sys.modules.items())
+        if module is not None and (name == "easyeditor" or name.startswith("easyeditor."))
+    ]
+    ours = {"apply_grace_to_model": apply_grace_to_model, "GRACE": GRACE}
+    changes: list[tuple[dict[Any, Any], Any, Any]] = []
+    for module in modules:
+        names = vars(module)
+        for name, replacement in ours.items():
+            # `GRACE` names a module in its package and a class in that module.
+            if callable(names.get(name)) and names[name] is not replacement:
+                changes.append((names, name, names[name]))
+                names[name] = replacement
+        table = names.get("ALG_DICT")
+        if isinstance(table, dict) and table.get("GRACE") not in (None, apply_grace_to_model):
+            changes.append((table, "GRACE", table["GRACE"]))
+            table["GRACE"] = apply_grace_to_model
+    if not any(name == "apply_grace_to_model" for _, name, _ in changes):
+        wanted = "import easyeditor first" if not modules else "this easyeditor has no GRACE"
+        raise RuntimeError(f"there is nothing to install into: {wanted}")
+
+    def uninstall() -> None:
+        for names, name, original in changes:
+            names[name] = original
+
+    return uninstall
+
+
+def _reader(config: Any) -> Callable[[str], Any]:
+    """Return a function that reads hparams by attribute.
+
+    Raises: AttributeError that names what is missing.
+    """
+
+    def read(name: str) -> Any:
+        if not hasattr(config, name):
+            raise AttributeError(f"hparams.{name} is needed")
+        return getattr(config, name)
+
+    return read

@@ -1,0 +1,73 @@
+"""What the references' configurations say of an adaptor, read once and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+from grace_fast.semantics import Expand, Replacement, Rules
+from grace_fast.settings import ValueInit
+
+Task = Literal["qa", "scotus", "hallucination"]
+Read = Callable[[str], Any]  # a setting by its name in the references; raises where it is missing
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one adaptor edits. `dist_fn` and `num_pert` have no effect, as in the references."""
+
+    epsilon: float = 1.0
+    replacement: Replacement = "replace_prompt"
+    val_init: ValueInit = "cold"
+    eps_expand: Expand = "coverage"
+    dist_fn: Any = "euc"
+    num_pert: Any = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How one value is trained."""
+
+    n_iter: int = 100
+    edit_lr: float = 1.0
+
+
+def read_method(read: Read, read_idle: Read) -> Method:
+    """Return what a configuration says; `read_idle` reads what has no effect and may be missing.
+
+    Raises: ValueError for a mode that does not exist, naming those that do.
+    """
+    method = Method(
+        epsilon=float(read("eps")),
+        replacement=cast(Replacement, one_of("replacement", read("replacement"), Replacement)),
+        val_init=cast(ValueInit, one_of("val_init", read("val_init"), ValueInit)),
+        eps_expand=cast(Expand, one_of("eps_expand", read("eps_expand"), Expand)),
+        dist_fn=read_idle("dist_fn"),
+        num_pert=read_idle("num_pert"),
+    )
+    Rules(method.epsilon)  # refuses an epsilon that no ball can have
+    return method
+
+
+def read_steps(read: Read) -> Steps:
+    """Return how a configuration has values trained.
+
+    Raises: ValueError for fewer than one step or a learning rate that is not positive.
+    """
+    n_iter, edit_lr = int(read("n_iter")), float(read("edit_lr"))
+    if n_iter < 1:
+        raise ValueError(f"n_iter must be at least 1, got {n_iter}")
+    if not edit_lr > 0:
+        raise ValueError(f"edit_lr must be a number > 0, got {edit_lr}")
+    return Steps(n_iter, edit_lr)
+
+
+def one_of(name: str, given: Any, choices: Any) -> str:
+    """Return a setting that is one of the choices.
+
+    Raises: ValueError naming them.
+    """
+    if given not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {given!r}")
+    return str(given)
