@@ -8,6 +8,7 @@ from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
 from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
 from grace_fast.prepared import Prepared, prepare
+from grace_fast.selection import using
 from grace_fast.store.files import CodebookCorrupt
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "nearest",
     "prepare",
     "replace",
+    "using",
 ]
