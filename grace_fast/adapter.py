@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import adapter_op, generation, lookup, positions, selection, shards
-from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.answers import Answer, write_values
+from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.generation import Generation
 from grace_fast.positions import Call, Query
 from grace_fast.semantics import Replacement
@@ -67,9 +67,20 @@ class Trial:
 class _Asked:
     """One look-up of a layer in training, to be recognised when a checkpoint runs it again."""
 
-    queries: Tensor
-    position: Tensor
+    queries: Tensor  # [Q, D]
+    position: Tensor  # [Q], in this call; among all its tokens where the answer has an owner
     answer: Answer
+
+    def is_of(self, hidden: Tensor) -> bool:
+        """Tell whether a layer's input [B, T, D] asks exactly this."""
+        rows, width, each = hidden.flatten(0, 1), hidden.shape[1], self.position
+        if self.answer.owner is None:
+            if len(each) != len(hidden) or bool((each >= width).any()):
+                return False
+            each = each + width * torch.arange(len(hidden), device=each.device)
+        elif len(self.answer.owner) != len(rows):
+            return False
+        return torch.equal(rows[each.to(rows.device)], self.queries)
 
 
 class _Run(threading.local):
@@ -299,15 +310,8 @@ class Adapter:
         Raises: RuntimeError where that is not known.
         """
         for asked in reversed(self._remembered):
-            if asked.answer.owner is not None:
-                tokens, count = hidden.reshape(-1, hidden.shape[-1]), len(asked.answer.owner)
-                if count == len(tokens) and torch.equal(tokens[asked.position], asked.queries):
-                    return asked.answer
-            elif len(asked.position) == len(hidden) and bool(
-                (asked.position < hidden.shape[1]).all()
-            ):
-                if torch.equal(_at(hidden, asked.position), asked.queries):
-                    return asked.answer
+            if asked.is_of(hidden):
+                return asked.answer
         raise RuntimeError(
             "a checkpoint runs the edited layer again on an input that it was not run on in the "
             "forward pass, so its prompts' ends are unknown; run forward and backward in turn"

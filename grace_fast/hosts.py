@@ -1,4 +1,4 @@
-"""What stands around an edited layer: the model under its wrappers, and where the layer computes."""
+"""What stands around a layer: the model under its wrappers, and where the layer computes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grace_fast.shards import declared_widths
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` or peft was given: its forward call names the tokens."""
+    """Return the model that `torch.compile` or peft was given, whose call names the tokens."""
     while True:
         base: Any = getattr(model, "_orig_mod", None)
         if base is None and hasattr(model, "peft_config"):

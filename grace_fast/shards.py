@@ -1,7 +1,7 @@
-"""A layer that is spread over processes: its input, seen by a hook, is the local part of a query.
+"""A layer that is spread over processes: what a hook sees of its input is a part of each query.
 
-`rowwise` tensor parallelism gives each process a slice of the layer's input. A query is put together
-from the slices of the group before it is looked up; every process then decides the same.
+`rowwise` tensor parallelism gives each process a slice of the layer's input. A query is put
+together from the slices of the group before it is looked up; every process decides the same.
 """
 
 from __future__ import annotations

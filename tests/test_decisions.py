@@ -1,0 +1,129 @@
+"""Every way to run a prompt decides as the prompt alone does; no expanded edit is lost in any."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import models
+import pytest
+import torch
+from models import FAMILIES
+
+import grace_fast as gf
+from grace_fast.semantics import EXPAND_MARGIN
+
+BATCH = 16
+
+
+@contextmanager
+def listened(grace):
+    """Collect what each look-up decides, as one list of hits a look-up."""
+    adapter, decide, heard = grace._adapter, grace._adapter._decide, []
+
+    def listening(queries, *args, **kwargs):
+        answer = decide(queries, *args, **kwargs)
+        hit = torch.zeros(len(queries), dtype=torch.bool) if answer.hit is None else answer.hit
+        heard.append(hit.tolist())
+        return answer
+
+    adapter._decide = listening
+    try:
+        yield heard
+    finally:
+        del adapter._decide
+
+
+def forward(side):
+    def run(model, family, rows):
+        batch = models.prompt_batch(rows, side)
+        if family.labels == "continuation":
+            batch = models.with_positions(batch)
+        if family.labels == "target":
+            batch["decoder_input_ids"] = torch.zeros(len(rows), 1, dtype=torch.long)
+        with torch.no_grad():
+            model(**batch)
+
+    return run
+
+
+def generate(**settings):
+    def run(model, family, rows):
+        batch = models.prompt_batch(rows, "left")
+        model.generate(**batch, max_new_tokens=2, do_sample=False, **settings)
+
+    return run
+
+
+EVERYWHERE = {"right": forward("right")}
+GENERATED = {
+    "cached": generate(),
+    "uncached": generate(use_cache=False),
+    "beams": generate(num_beams=2),
+}
+DECODED = {
+    "left": forward("left"),
+    "static": generate(cache_implementation="static"),
+    "chunks": generate(prefill_chunk_size=3),
+}
+
+
+def ways_of(family):
+    if family.labels == "class":
+        return EVERYWHERE
+    return EVERYWHERE | GENERATED | (DECODED if family.labels == "continuation" else {})
+
+
+def edited(model, family, first, second):
+    """Edit pairs of prompts with one answer; return the editor and the prompts that expanded."""
+    probe = gf.attach(model, family.layer, iterations=0)
+    apart = [
+        float((probe.query_of(one) - probe.query_of(other)).double().norm())
+        for one, other in (
+            (models.prompt_batch([row]) for row in pair) for pair in zip(first, second, strict=True)
+        )
+    ]
+    probe.unload()
+    # The epsilon that finds the most of them outside a first ball and inside a second.
+    epsilon = max(apart, key=lambda e: sum(1.01 * e < d < 1.99 * e for d in apart))
+    grace = gf.attach(
+        model, family.layer, epsilon=max(epsilon, 1e-6), iterations=0, replacement="replace_last"
+    )
+    expanded = []
+    for one, other in zip(first, second, strict=True):
+        grace.edit(models.edit_batch(family, [one], [[3]]))
+        if grace.edit(models.edit_batch(family, [other], [[3]])).outcome == "expanded":
+            expanded.append(other)
+    return grace, expanded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "t5-decoder"])
+@pytest.mark.filterwarnings("ignore::grace_fast.GraceWarning")
+def test_every_way_to_run_a_prompt_decides_as_the_prompt_alone(name, dtype):
+    family, model = FAMILIES[name], models.build(name, dtype)
+    first = models.prompts(32, shortest=8, longest=16)
+    second = [[row[0] + 1 if row[0] < 99 else 3, *row[1:]] for row in first]
+    grace, expanded = edited(model, family, first, second)
+    assert len(expanded) > 3
+    rows = first + second + models.prompts(32, seed=9, shortest=8, longest=16)
+    alone = [grace.explain(models.prompt_batch([row]))[0] for row in rows]
+    assert 10 < sum(one.fires for one in alone) < len(rows)
+    near = [abs(one.margin) <= EXPAND_MARGIN[dtype] * one.distance for one in alone]
+    otherwise = 0
+    for way, run in ways_of(family).items():
+        with listened(grace) as heard:
+            for start in range(0, len(rows), BATCH):
+                run(model, family, rows[start : start + BATCH])
+        fires = [hit for look_up in heard for hit in look_up]
+        several = len(fires) // len(rows)  # beams
+        assert len(fires) == several * len(rows), way
+        for at, row in enumerate(rows):
+            decided = set(fires[at * several : (at + 1) * several])
+            assert row not in expanded or decided == {True}, way
+            if decided != {alone[at].fires}:
+                otherwise += 1
+                assert near[at], (way, alone[at])
+    print(
+        f"{name} {dtype}: {len(expanded)} expanded edits, none lost; {otherwise} of "
+        f"{len(rows) * len(ways_of(family))} decisions within the margin fell otherwise"
+    )
