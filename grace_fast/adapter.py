@@ -13,6 +13,7 @@ here when it runs.
 from __future__ import annotations
 
 import inspect
+import math
 import threading
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -71,16 +72,17 @@ class _Asked:
     position: Tensor  # [Q], in this call; among all its tokens where the answer has an owner
     answer: Answer
 
-    def is_of(self, hidden: Tensor) -> bool:
-        """Tell whether a layer's input [B, T, D] asks exactly this."""
+    def difference(self, hidden: Tensor) -> float:
+        """Return how far a layer's input [B, T, D] is from asking this, relative to the queries."""
         rows, width, each = hidden.flatten(0, 1), hidden.shape[1], self.position
         if self.answer.owner is None:
             if len(each) != len(hidden) or bool((each >= width).any()):
-                return False
+                return math.inf
             each = each + width * torch.arange(len(hidden), device=each.device)
         elif len(self.answer.owner) != len(rows):
-            return False
-        return torch.equal(rows[each.to(rows.device)], self.queries)
+            return math.inf
+        apart = rows[each.to(rows.device)].float() - self.queries.float()
+        return float(apart.norm() / self.queries.float().norm().clamp(min=1e-30))
 
 
 class _Run(threading.local):
@@ -182,10 +184,12 @@ class Adapter:
         idle = book is None or not len(book) or not self.enabled or selection.is_idle(self.name)
         if idle and run.trial is None and run.observing is None:
             return None
-        hidden, shaped = self._shaped(hidden, call), self._shaped(output, call)
+        # Nothing is learnt through a query: a decision has no gradient.
+        hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
         if run.observing is not None:
-            seen = (shards.whole(hidden, self.layer).detach(), shaped.detach())
-            run.observing.append(Observation(*seen, self._prompt_ends(hidden, call)))
+            whole = shards.whole(hidden, self.layer)
+            ends = self._prompt_ends(hidden, call)
+            run.observing.append(Observation(whole, shaped.detach(), ends))
             return None
         answer = (
             self._try(run.trial, hidden, shaped, call)
@@ -283,7 +287,7 @@ class Adapter:
         assert self.book is not None
         snapshot = self.book.snapshot()
         whole = shards.whole(queries, self.layer, snapshot.key_dim)
-        match = lookup.find(whole.detach().to(snapshot.device, snapshot.dtype), snapshot)
+        match = lookup.find(whole.to(snapshot.device, snapshot.dtype), snapshot)
         if match.hits == 0:
             answer = Answer(position, snapshot, None, None, owner)
         else:
@@ -301,7 +305,7 @@ class Adapter:
             answer = Answer(position, snapshot, hit, row, owner)
         if self.layer.training and self.query != "every_token":
             relative = position if here is None else here
-            self._remembered.append(_Asked(queries.detach().clone(), relative, answer))
+            self._remembered.append(_Asked(queries.clone(), relative, answer))
         return answer
 
     def _recall(self, hidden: Tensor) -> Answer:
@@ -309,9 +313,11 @@ class Adapter:
 
         Raises: RuntimeError where that is not known.
         """
-        for asked in reversed(self._remembered):
-            if asked.is_of(hidden):
-                return asked.answer
+        known = [(asked.difference(hidden), asked.answer) for asked in self._remembered]
+        difference, answer = min(known, key=lambda one: one[0], default=(math.inf, None))
+        # What runs again may round otherwise, where attention has another kernel for gradients.
+        if answer is not None and difference <= torch.finfo(hidden.dtype).eps ** 0.5:
+            return answer
         raise RuntimeError(
             "a checkpoint runs the edited layer again on an input that it was not run on in the "
             "forward pass, so its prompts' ends are unknown; run forward and backward in turn"
@@ -329,7 +335,7 @@ class Adapter:
         if trial.others is None:
             rows = shards.whole(hidden, self.layer, trial.snapshot.key_dim).flatten(0, 1)
             match = lookup.find(
-                rows.detach().to(trial.snapshot.device, trial.snapshot.dtype), trial.snapshot
+                rows.to(trial.snapshot.device, trial.snapshot.dtype), trial.snapshot
             )
             token = torch.arange(len(rows), device=hidden.device)
             hit, row = match.hit.clone(), match.row.clone()

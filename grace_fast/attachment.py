@@ -16,7 +16,7 @@ from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
 from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
-from grace_fast.hosts import place
+from grace_fast.hosts import place, uncompiled
 from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
@@ -132,7 +132,7 @@ def from_pretrained(
     saved = read_saved(path)
     layer, module = find_layer(model, saved.settings.layer)
     _refuse_second(layer, module, name)
-    odd = differences(saved.fingerprint, fingerprint(model, module))
+    odd = differences(saved.fingerprint, fingerprint(uncompiled(model), module))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
     placed = place(module)
@@ -192,7 +192,7 @@ def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
     """
     name = re.sub(r"\[(\d+)\]", r".\1", str(layer))
     name = re.sub(r"\.(weight|bias)$", "", name)
-    modules = dict(model.named_modules())
+    modules = dict(uncompiled(model).named_modules())
     if name and name in modules:
         return name, modules[name]
     alike = difflib.get_close_matches(name, [known for known in modules if known], n=3, cutoff=0.3)

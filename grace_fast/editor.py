@@ -27,7 +27,7 @@ from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
 from grace_fast.edits import Edit, Enacted, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
-from grace_fast.hosts import declared_codebook, stack_of, unwrapped
+from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
 from grace_fast.store import files, layout
@@ -486,7 +486,7 @@ class Grace:
         config = {
             "grace_fast": __version__,
             "settings": asdict(self.settings),
-            "fingerprint": fingerprint(self.model, self._layer),
+            "fingerprint": fingerprint(uncompiled(self.model), self._layer),
             "next_id": self._history.next_id,
             "hits": {str(row): count for row, count in self.hits.items()},
             "texts": texts,

@@ -11,15 +11,19 @@ from grace_fast.codebook import DTYPES, Codebook
 from grace_fast.shards import declared_widths
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that `torch.compile` was given, with the names that it has there."""
+    original: Any = getattr(model, "_orig_mod", None)
+    return original if isinstance(original, nn.Module) else model
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model that `torch.compile` or peft was given, whose call names the tokens."""
-    while True:
-        base: Any = getattr(model, "_orig_mod", None)
-        if base is None and hasattr(model, "peft_config"):
-            base = model.get_base_model() if hasattr(model, "get_base_model") else None
-        if not isinstance(base, nn.Module) or base is model:
-            return model
-        model = base
+    """Return the model that `torch.compile` and peft were given, whose call names the tokens."""
+    model = uncompiled(model)
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    base: nn.Module = model.get_base_model()
+    return uncompiled(base)
 
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:

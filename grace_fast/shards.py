@@ -32,7 +32,7 @@ def whole(hidden: Tensor, layer: nn.Module, width: int | None = None) -> Tensor:
             "attach to a layer that is not split by its input"
         )
     parts = [torch.empty_like(hidden, memory_format=torch.contiguous_format) for _ in range(ranks)]
-    torch.distributed.all_gather(parts, hidden.detach().contiguous(), group=group)
+    torch.distributed.all_gather(parts, hidden.contiguous(), group=group)
     return torch.cat(parts, dim=-1)
 
 

@@ -82,6 +82,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
             initializer_range=0.15,
         )
         model = GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"  # else it is guessed, with a warning that no graph may hold
     elif name == "llama":
         model = LlamaForCausalLM(LlamaConfig(**decoder))
     elif name == "qwen":

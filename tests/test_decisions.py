@@ -73,20 +73,42 @@ def ways_of(family):
     return EVERYWHERE | GENERATED | (DECODED if family.labels == "continuation" else {})
 
 
-def edited(model, family, first, second):
-    """Edit pairs of prompts with one answer; return the editor and the prompts that expanded."""
+def pairs(seed):
+    """Return prompts, and others that are one token away from them."""
+    first = models.prompts(32, seed, shortest=8, longest=16)
+    return first, [[row[0] + 1 if row[0] < 99 else 3, *row[1:]] for row in first]
+
+
+def apart(model, family, first, second):
+    """Return how far the queries of pairs are apart, and how far a batch moves a query."""
     probe = gf.attach(model, family.layer, iterations=0)
-    apart = [
-        float((probe.query_of(one) - probe.query_of(other)).double().norm())
-        for one, other in (
-            (models.prompt_batch([row]) for row in pair) for pair in zip(first, second, strict=True)
-        )
-    ]
+    one, other = (
+        torch.cat([probe.query_of(models.prompt_batch([row])) for row in rows]).double()
+        for rows in (first, second)
+    )
+    together = probe.query_of(models.prompt_batch(second, "right")).double()
     probe.unload()
+    return (one - other).norm(dim=1), (together - other).norm(dim=1)
+
+
+def measured_margin(model, family):
+    """Return twice what prompts need that no edit is made of, as a part of the distance."""
+    distance, moved = apart(model, family, *pairs(seed=5))
+    return 2 * float((moved / distance)[distance > 0].max())
+
+
+def edited(model, family, first, second, margin):
+    """Edit pairs of prompts with one answer; return the editor and the prompts that expanded."""
+    distances = apart(model, family, first, second)[0].tolist()
     # The epsilon that finds the most of them outside a first ball and inside a second.
-    epsilon = max(apart, key=lambda e: sum(1.01 * e < d < 1.99 * e for d in apart))
+    epsilon = max(distances, key=lambda e: sum(1.01 * e < d < 1.99 * e for d in distances))
     grace = gf.attach(
-        model, family.layer, epsilon=max(epsilon, 1e-6), iterations=0, replacement="replace_last"
+        model,
+        family.layer,
+        epsilon=epsilon,
+        expand_margin=margin,
+        iterations=0,
+        replacement="replace_last",
     )
     expanded = []
     for one, other in zip(first, second, strict=True):
@@ -101,14 +123,16 @@ def edited(model, family, first, second):
 @pytest.mark.filterwarnings("ignore::grace_fast.GraceWarning")
 def test_every_way_to_run_a_prompt_decides_as_the_prompt_alone(name, dtype):
     family, model = FAMILIES[name], models.build(name, dtype)
-    first = models.prompts(32, shortest=8, longest=16)
-    second = [[row[0] + 1 if row[0] < 99 else 3, *row[1:]] for row in first]
-    grace, expanded = edited(model, family, first, second)
-    assert len(expanded) > 3
+    first, second = pairs(seed=0)
+    # In bf16 a batch moves a query by a hundredth of its norm: where prompts are much closer than
+    # that, as in these models, the margin that is the default is not enough and has to be measured.
+    margin = EXPAND_MARGIN[dtype] if dtype == torch.float32 else measured_margin(model, family)
+    grace, expanded = edited(model, family, first, second, margin)
+    assert len(expanded) >= 3
     rows = first + second + models.prompts(32, seed=9, shortest=8, longest=16)
     alone = [grace.explain(models.prompt_batch([row]))[0] for row in rows]
     assert 10 < sum(one.fires for one in alone) < len(rows)
-    near = [abs(one.margin) <= EXPAND_MARGIN[dtype] * one.distance for one in alone]
+    near = [abs(one.margin) <= margin * one.distance for one in alone]
     otherwise = 0
     for way, run in ways_of(family).items():
         with listened(grace) as heard:
@@ -124,6 +148,6 @@ def test_every_way_to_run_a_prompt_decides_as_the_prompt_alone(name, dtype):
                 otherwise += 1
                 assert near[at], (way, alone[at])
     print(
-        f"{name} {dtype}: {len(expanded)} expanded edits, none lost; {otherwise} of "
-        f"{len(rows) * len(ways_of(family))} decisions within the margin fell otherwise"
+        f"{name} {dtype}, margin {margin:.2g}: {len(expanded)} expanded edits, none lost; "
+        f"{otherwise} of {len(rows) * len(ways_of(family))} decisions otherwise, within the margin"
     )
