@@ -47,6 +47,9 @@ bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hou
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
+bench-adaptor: .venv/.bench  ## what an adaptor adds to a forward call of MiniLM, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.adaptor
+
 gate: .venv/.bench  ## a million decisions over a grid compared with the law, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gate
 
@@ -99,5 +102,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro gate gate-full gpu \
+.PHONY: help demo test slow sanitize bench bench-million bench-full bench-micro bench-adaptor gate gate-full gpu \
 	check fix clean

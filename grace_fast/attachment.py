@@ -107,6 +107,8 @@ def attach(
 
 
 def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"name must be a word, or None, got {name!r}")
     if not has_adapter(module, name):
         return
     if name is None:

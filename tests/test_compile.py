@@ -30,6 +30,9 @@ class Counting:
         self.graphs += 1
         return module.forward
 
+    def __deepcopy__(self, _):
+        return self  # `generate` copies what it is told of compiling
+
 
 @pytest.fixture(params=list(FAMILIES), ids=list(FAMILIES))
 def family(request):
@@ -74,10 +77,21 @@ def compiled_before_and_attached_beneath(model, backend):
     return model, torch.compile(model, backend=backend, fullgraph=True)
 
 
+def slow(*families):
+    """Return families to test with, of which torch takes seconds to trace each."""
+    return [pytest.param(FAMILIES[name], id=name, marks=pytest.mark.slow) for name in families]
+
+
+def quick(*families):
+    return [pytest.param(FAMILIES[name], id=name) for name in families]
+
+
+SOME = quick("bert", "llama") + slow("gpt2", "qwen", "t5-encoder", "t5-decoder")
 BEFORE = (compiled_before, compiled_before_by_its_own_method, compiled_before_and_attached_beneath)
 
 
 @pytest.mark.parametrize("compile_it", BEFORE)
+@pytest.mark.parametrize("family", quick("bert") + slow("llama", "t5-decoder"))
 def test_what_was_compiled_and_run_before_attach_sees_edits(family, compile_it):
     model, backend = models.build(family.name), Counting()
     attach_to, compiled = compile_it(model, backend)
@@ -98,6 +112,7 @@ def test_what_was_compiled_and_run_before_attach_sees_edits(family, compile_it):
     assert torch.equal(asked(compiled, batch), plain)
 
 
+@pytest.mark.parametrize("family", SOME)
 def test_a_hundred_edits_are_seen_without_a_recompile(family):
     model, backend = models.build(family.name), Counting()
     grace = attach(model, family)
@@ -127,10 +142,10 @@ def test_an_edit_of_a_compiled_model_is_trained_as_without_compiling(family):
     assert reports[0].steps == reports[1].steps > 0
 
 
-@pytest.mark.parametrize("replacement", MODES)
-@pytest.mark.parametrize("name", models.DECODERS)
-def test_a_compiled_model_asks_at_the_same_tokens(name, replacement):
-    family, model, backend = FAMILIES[name], models.build(name), Counting()
+@pytest.mark.parametrize("replacement", ["replace_last", "replace_prompt"])
+@pytest.mark.parametrize("family", quick("gpt2") + slow("llama", "qwen"))
+def test_a_compiled_model_asks_at_the_same_tokens(family, replacement):
+    model, backend = models.build(family.name), Counting()
     grace = attach(model, family, replacement=replacement)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     prompts = models.prompts(4)
@@ -145,9 +160,9 @@ def test_a_compiled_model_asks_at_the_same_tokens(name, replacement):
     assert grace.hits[0] == 6
 
 
-@pytest.mark.parametrize("name", models.DECODERS)
-def test_generate_with_a_compiled_step_says_what_it_says_without(name, monkeypatch):
-    family, model, backend = FAMILIES[name], models.build(name), Counting()
+@pytest.mark.parametrize("family", quick("llama") + slow("gpt2", "qwen"))
+def test_generate_with_a_compiled_step_says_what_it_says_without(family, monkeypatch):
+    model, backend = models.build(family.name), Counting()
     grace = attach(model, family)
     prompts = models.prompts(4)
     models.remember(grace, prompts[:2])
@@ -292,6 +307,12 @@ def test_a_model_in_training_learns_around_what_is_replaced(family):
     product = flow.flatten(0, 1).T @ held["hidden"].flatten(0, 1)
     product = product if product.shape == weight.shape else product.T
     torch.testing.assert_close(own, product.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_compiled_model_in_training_learns_as_without_compiling(family):
+    model, _, batch = in_training(family)
+    eager = gradients(model, batch, model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     close(gradients(model, batch, compiled), eager)
 
@@ -302,12 +323,14 @@ def checkpoint(model, reentrant=False):
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": reentrant})
 
 
-CHECKPOINTED = [(query, mode) for query in ("prompt_end", "every_step") for mode in MODES]
-CHECKPOINTED.append(("every_token", "replace_last"))
+CHECKPOINTED = [
+    *(("prompt_end", mode, reentrant) for mode in MODES for reentrant in (False, True)),
+    ("every_step", "replace_last", False),
+    ("every_token", "replace_last", False),
+]
 
 
-@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
-@pytest.mark.parametrize(("query", "replacement"), CHECKPOINTED)
+@pytest.mark.parametrize(("query", "replacement", "reentrant"), CHECKPOINTED)
 def test_a_checkpoint_asks_and_decides_again_as_it_did(family, query, replacement, reentrant):
     if family.name == "t5-decoder" and replacement == "replace_prompt":
         replacement = "replace_last"
