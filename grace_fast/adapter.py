@@ -13,9 +13,8 @@ here when it runs.
 from __future__ import annotations
 
 import inspect
-import math
 import threading
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,15 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import adapter_op, generation, lookup, positions, selection, shards
-from grace_fast.answers import Answer, write_values
-from grace_fast.codebook import Codebook, Snapshot
+from grace_fast import adapter_op, generation, lookup, positions, recall, selection, shards
+from grace_fast.answers import Answer
+from grace_fast.codebook import Codebook
 from grace_fast.generation import Generation
 from grace_fast.positions import Call, Query
 from grace_fast.semantics import Replacement
-
-# How many look-ups of a layer in training are kept for a checkpoint to run it again.
-REMEMBERED = 64
+from grace_fast.trial import Trial
 
 
 @dataclass
@@ -52,37 +49,6 @@ class Observation:
     def outputs(self) -> Tensor:
         """[B, V], the layer's own output at each row's query position."""
         return _at(self.output, self.positions)
-
-
-@dataclass
-class Trial:
-    """A value in training, in place of one row's."""
-
-    value: Tensor  # [V]
-    row: int
-    snapshot: Snapshot  # the codebook as this edit leaves it
-    others: Answer | None = None  # what the tokens of the batch hit otherwise
-
-
-@dataclass
-class _Asked:
-    """One look-up of a layer in training, to be recognised when a checkpoint runs it again."""
-
-    queries: Tensor  # [Q, D]
-    position: Tensor  # [Q], in this call; among all its tokens where the answer has an owner
-    answer: Answer
-
-    def difference(self, hidden: Tensor) -> float:
-        """Return how far a layer's input [B, T, D] is from asking this, relative to the queries."""
-        rows, width, each = hidden.flatten(0, 1), hidden.shape[1], self.position
-        if self.answer.owner is None:
-            if len(each) != len(hidden) or bool((each >= width).any()):
-                return math.inf
-            each = each + width * torch.arange(len(hidden), device=each.device)
-        elif len(self.answer.owner) != len(rows):
-            return math.inf
-        apart = rows[each.to(rows.device)].float() - self.queries.float()
-        return float(apart.norm() / self.queries.float().norm().clamp(min=1e-30))
 
 
 class _Run(threading.local):
@@ -119,7 +85,7 @@ class Adapter:
         """Put the hooks in."""
         self._run = _Run()
         self._traced: Call | None = None  # of the graph that is being made
-        self._remembered: deque[_Asked] = deque(maxlen=REMEMBERED)
+        self._memory = recall.Memory()
         self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
         self._number = adapter_op.register(self)
         config = getattr(self.model, "config", None)
@@ -207,8 +173,8 @@ class Adapter:
         answer: Answer | None
         if self.query == "every_token":
             answer, cached = self._of_tokens(hidden), 0
-        elif call is None and _is_in_backward():
-            answer = self._recall(hidden)
+        elif call is None and recall.is_in_backward():
+            answer = self._memory.recall(hidden)
         elif self.query == "every_step":
             answer, cached = self._of_newest(hidden, call), 0
         else:
@@ -222,8 +188,8 @@ class Adapter:
         return self._decide(rows, token, owner=token, batch=len(hidden))
 
     def _of_newest(self, hidden: Tensor, call: Call | None) -> Answer:
-        named = call is not None and not self.first_token
-        where = self._within(positions.prompt_end(call) if named else None, hidden)
+        named = None if call is None or self.first_token else positions.prompt_end(call)
+        where = self._within(named, hidden)
         return self._decide(_at(hidden, where), where)
 
     def _of_prompts(self, hidden: Tensor, call: Call | None, cached: int | Tensor) -> Answer | None:
@@ -304,54 +270,17 @@ class Adapter:
                 self.hits.update(row[hit].tolist())
             answer = Answer(position, snapshot, hit, row, owner)
         if self.layer.training and self.query != "every_token":
-            relative = position if here is None else here
-            self._remembered.append(_Asked(queries.clone(), relative, answer))
+            self._memory.keep(queries, position if here is None else here, answer)
         return answer
-
-    def _recall(self, hidden: Tensor) -> Answer:
-        """Return what was decided when this layer ran forward, for a checkpoint that repeats it.
-
-        Raises: RuntimeError where that is not known.
-        """
-        known = [(asked.difference(hidden), asked.answer) for asked in self._remembered]
-        difference, answer = min(known, key=lambda one: one[0], default=(math.inf, None))
-        # What runs again may round otherwise, where attention has another kernel for gradients.
-        if answer is not None and difference <= torch.finfo(hidden.dtype).eps ** 0.5:
-            return answer
-        raise RuntimeError(
-            "a checkpoint runs the edited layer again on an input that it was not run on in the "
-            "forward pass, so its prompts' ends are unknown; run forward and backward in turn"
-        )
 
     def _try(
         self, trial: Trial, hidden: Tensor, output: Tensor, call: Call | None
     ) -> tuple[Tensor, Tensor]:
-        """Write a value in training: every row of the batch hits it at its prompt's end."""
-        ends, count = self._prompt_ends(hidden, call), len(hidden)
+        ends = self._prompt_ends(hidden, call)
         if self.query != "every_token":
-            hit = torch.ones(count, dtype=torch.bool, device=output.device)
-            return write_values(output, hit, trial.value.expand(count, -1), ends, self.replacement)
-        # The other tokens hit what they will hit when this edit is published.
-        if trial.others is None:
-            rows = shards.whole(hidden, self.layer, trial.snapshot.key_dim).flatten(0, 1)
-            match = lookup.find(
-                rows.to(trial.snapshot.device, trial.snapshot.dtype), trial.snapshot
-            )
-            token = torch.arange(len(rows), device=hidden.device)
-            hit, row = match.hit.clone(), match.row.clone()
-            asked = (torch.arange(count, device=ends.device) * hidden.shape[1] + ends).to(
-                row.device
-            )
-            hit[asked], row[asked] = True, trial.row
-            trial.others = Answer(token, trial.snapshot, hit, row, token)
-        others = trial.others
-        assert others.hit is not None
-        assert others.row is not None
-        stored = trial.snapshot.values_of(others.row).to(trial.value.dtype)
-        values = torch.where((others.row == trial.row)[:, None], trial.value, stored)
-        return write_values(
-            output, others.hit, values, others.position, "replace_last", others.owner
-        )
+            return trial.write(output, ends, self.replacement)
+        whole = shards.whole(hidden, self.layer, trial.snapshot.key_dim)
+        return trial.write_tokens(whole.flatten(0, 1), output, ends)
 
     # Where the queries are
 
@@ -444,7 +373,3 @@ def _at(tensor: Tensor, where: Tensor) -> Tensor:
 
 def _is_draft(held: Generation | None) -> bool:
     return held is not None and held.is_draft
-
-
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from grace_fast import advice, batches, calibrate, compiled, lookup, positions, semantics
 from grace_fast._version import __version__
-from grace_fast.adapter import Adapter, Observation, Trial
+from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
 from grace_fast.edits import Edit, Enacted, History, Verification
@@ -32,6 +32,7 @@ from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
 from grace_fast.store import files, layout
 from grace_fast.training import Attempt, Trained, frozen, train
+from grace_fast.trial import Trial
 
 # A layer takes one adaptor of each name.
 _attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()

@@ -22,8 +22,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     model = uncompiled(model)
     if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
         return model
-    base: nn.Module = model.get_base_model()
-    return uncompiled(base)
+    find_base: Any = model.get_base_model
+    return uncompiled(find_base())
 
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:

@@ -373,7 +373,7 @@ def test_a_checkpoint_of_a_forward_that_was_forgotten_says_so():
     model, grace, batch = in_training(family)
     checkpoint(model)
     loss = model(**batch, use_cache=False).loss
-    grace._adapter._remembered.clear()
+    grace._adapter._memory.asked.clear()
     with pytest.raises(RuntimeError, match="run forward and backward in turn"):
         loss.backward()
 

@@ -1,6 +1,7 @@
-"""One of two processes that share a tiny Llama: `two_ranks.py FOLDER tp_plan|by_hand`.
+"""One of two processes that share a tiny Llama: `two_ranks.py FOLDER`.
 
-Looks prompts up in a codebook that a process alone filled, edits one more, and writes what it saw.
+Looks prompts up in a codebook that a process alone filled, and writes what it saw: with the model
+split by hand, and by the plan that transformers has for it.
 """
 
 from __future__ import annotations
@@ -53,11 +54,7 @@ def shared(folder: Path, how: str, rank: int) -> LlamaForCausalLM:
     return model
 
 
-def main(folder: Path, how: str) -> None:
-    rank = int(os.environ["RANK"])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    warnings.simplefilter("ignore")
+def look_up(folder: Path, how: str, rank: int) -> None:
     model = shared(folder / "model", how, rank).eval()
     stored = load_file(folder / "codebook.safetensors")
     grace = gf.attach(model, LAYER, epsilon=0.1, replacement="replace_all", iterations=0)
@@ -66,12 +63,19 @@ def main(folder: Path, how: str) -> None:
         answer = model(stored["prompts"], use_cache=False).logits
     hits = torch.tensor([grace.hits[0], grace.hits[1]])
     query = grace.query_of({"input_ids": stored["prompts"][3:]})
-    save_file(
-        {"logits": answer.contiguous(), "hits": hits, "query": query.contiguous()},
-        folder / f"{rank}.safetensors",
-    )
+    seen = {"logits": answer.contiguous(), "hits": hits, "query": query.contiguous()}
+    save_file(seen, folder / f"{how}-{rank}.safetensors")
+
+
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for how in ("by_hand", "tp_plan"):
+        look_up(folder, how, rank)
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
