@@ -84,13 +84,11 @@ class Adapter:
     def install(self) -> None:
         """Put the hooks in."""
         self._run = _Run()
-        self._traced: Call | None = None  # of the graph that is being made
+        self._order: Tensor | None = None  # of the ops in a compiled graph
         self._memory = recall.Memory()
         self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
         self._number = adapter_op.register(self)
-        config = getattr(self.model, "config", None)
-        self._padding = getattr(config, "pad_token_id", None)
-        self._ending = getattr(config, "eos_token_id", None)
+        self._padding = positions.Padding.of(getattr(self.model, "config", None))
         self._handles = [
             self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.stack.register_forward_hook(self._leave, always_call=True),
@@ -112,15 +110,19 @@ class Adapter:
             {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
         )
         if torch.compiler.is_compiling():
-            self._traced = call
+            self._order = adapter_op.entered(call, self._number)
         else:
             self._run.call = call
 
     def _leave(self, *_: Any) -> None:
         if torch.compiler.is_compiling():
-            self._traced = None
+            self._order = None
         else:
             self._run.call = None
+
+    def enter(self, call: Call | None) -> None:
+        """Take a forward call as this thread's, until there is another or none."""
+        self._run.call = call
 
     def _at_layer(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -132,21 +134,19 @@ class Adapter:
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
-            return adapter_op.adapted(hidden, output, self._traced, self._number)
-        answer = self.respond(hidden, output, self._run.call)
+            return adapter_op.adapted(hidden, output, self._order, self._number)
+        answer = self.respond(hidden, output)
         return None if answer is None else answer[0]
 
-    def respond(
-        self, hidden: Tensor, output: Tensor, call: Call | None
-    ) -> tuple[Tensor, Tensor] | None:
+    def respond(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
         """Return the layer's output with values and which tokens were replaced, or None.
 
         hidden: [B, T, D] or, from a model that flattens them, [B*T, D]; output: the same with V.
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        run = self._run
-        book = self.book
+        run, book = self._run, self.book
+        call = run.call
         idle = book is None or not len(book) or not self.enabled or selection.is_idle(self.name)
         if idle and run.trial is None and run.observing is None:
             return None
@@ -188,6 +188,8 @@ class Adapter:
         return self._decide(rows, token, owner=token, batch=len(hidden))
 
     def _of_newest(self, hidden: Tensor, call: Call | None) -> Answer:
+        if call is not None and hidden.shape[1] > 1:
+            self.refuse_hidden_padding(call)
         named = None if call is None or self.first_token else positions.prompt_end(call)
         where = self._within(named, hidden)
         return self._decide(_at(hidden, where), where)
@@ -202,8 +204,8 @@ class Adapter:
         if known is None and cached and (length == 1 or self.first_token or _is_draft(held)):
             return None  # a decoding step: the prompt's end was in an earlier call
         if known is None and run.given is None and call is not None and not self.first_token:
-            if self.decoder_only and not cached:
-                positions.refuse_hidden_padding(call, self._padding, self._ending)
+            if not cached:
+                self.refuse_hidden_padding(call)
             if (rows := positions.packed(call)) is not None:
                 flat = hidden.reshape(-1, hidden.shape[-1])[rows.position]
                 return self._decide(flat, rows.position, owner=rows.owner, batch=batch)
@@ -294,6 +296,14 @@ class Adapter:
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
 
+    def refuse_hidden_padding(self, call: Call) -> None:
+        """Refuse prompts of a decoder that end in padding which no mask shows.
+
+        Raises: ValueError.
+        """
+        if self.decoder_only:
+            positions.refuse_hidden_padding(call, self._padding)
+
     def _prompt_ends(self, hidden: Tensor, call: Call | None) -> Tensor:
         """Return the position of each row's query in this call, [B]."""
         if self._run.given is not None:
@@ -348,8 +358,8 @@ class Adapter:
         """
         ends = None
         if self.decoder_only and not is_draft:
-            if self.query == "prompt_end" and self.book is not None and len(self.book):
-                positions.refuse_hidden_padding(call, self._padding, self._ending)
+            if self.query != "every_token" and self.book is not None and len(self.book):
+                self.refuse_hidden_padding(call)
             ends = generation.prompt_end(call)
         with self.holding(Generation(ends, is_draft=is_draft)):
             yield

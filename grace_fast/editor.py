@@ -389,7 +389,9 @@ class Grace:
         self._require_attached()
         where = None
         if not self._adapter.first_token and self._adapter.stack is self._adapter.model:
-            where = positions.prompt_end(positions.read(batch, self.kind == "decoder"))
+            call = positions.read(batch, self.kind == "decoder")
+            self._adapter.refuse_hidden_padding(call)
+            where = positions.prompt_end(call)
         asked = batches.runnable(batch, self.kind, self.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name != "labels"}

@@ -167,23 +167,39 @@ def _starts(call: Call) -> Tensor | None:
     return starts if bool(starts[:, 1:].any()) else None
 
 
-def refuse_hidden_padding(call: Call, padding: int | None, ending: int | None) -> None:
-    """Refuse rows of a decoder that end in padding which no mask shows.
+class Padding(NamedTuple):
+    """The token that rows are padded with, as far as a model's config says."""
 
-    padding, ending: the ids of the padding and of the end token, which may be the same.
+    token: int | None
+    is_text_too: bool  # it also ends sequences, so that one of them says nothing
+
+    @classmethod
+    def of(cls, config: Any) -> Padding:
+        """Return a config's padding; where there is none, rows are padded with an end token."""
+        ends = getattr(config, "eos_token_id", None)
+        ends = list(ends) if isinstance(ends, list | tuple) else [ends]
+        token = getattr(config, "pad_token_id", None)
+        token = ends[0] if token is None else token
+        return cls(token if isinstance(token, int) else None, token in ends)
+
+
+def refuse_hidden_padding(call: Call, padding: Padding) -> None:
+    """Refuse rows of a decoder that end in padding which no mask shows.
 
     Raises: ValueError naming the first such row.
     """
     ids = call.tokens
     shown = call.mask is not None or call.labels is not None
-    if shown or ids is None or ids.is_floating_point() or padding is None or ids.shape[1] < 2:
+    if shown or ids is None or ids.is_floating_point() or padding.token is None:
         return
-    padded = (ids[:, -1] == padding) & (newest(call) == ids.shape[1] - 1)
-    if padding == ending:  # one of them may be a token of the text
-        padded &= ids[:, -2] == padding
+    if ids.shape[1] < 2:
+        return
+    padded = (ids[:, -1] == padding.token) & (newest(call) == ids.shape[1] - 1)
+    if padding.is_text_too:
+        padded &= ids[:, -2] == padding.token
     if bool(padded.any()):
         raise ValueError(
-            f"row {int(padded.nonzero()[0])} ends in padding (token {padding}) and there is no "
-            "attention_mask, so the end of its prompt is unknown; give the attention_mask, or pad "
-            "on the left"
+            f"row {int(padded.nonzero()[0])} ends in padding (token {padding.token}) and there is "
+            "no attention_mask, so the end of its prompt is unknown; give the attention_mask, or "
+            "pad on the left"
         )

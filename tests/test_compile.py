@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 from models import FAMILIES
-from transformers import CompileConfig
+from transformers import CompileConfig, DynamicCache
 
 import grace_fast as gf
 
@@ -101,13 +101,14 @@ def test_what_was_compiled_and_run_before_attach_sees_edits(family, compile_it):
     assert backend.graphs == 1
     grace = attach(attach_to, family)
     assert torch.equal(asked(compiled, batch), plain)
+    assert backend.graphs == 3  # once more: the hook before the call, and the model with its hook
     models.remember(grace, prompts[:1])
     edited = asked(compiled, batch)
     assert grace.hits[0] == 1
     assert not torch.allclose(edited[0], plain[0])
     assert torch.equal(edited[1:], plain[1:])
     assert torch.equal(edited, eagerly(model, batch))
-    assert backend.graphs == 2  # once more for the hook, never again
+    assert backend.graphs == 3
     grace.unload()
     assert torch.equal(asked(compiled, batch), plain)
 
@@ -119,6 +120,7 @@ def test_a_hundred_edits_are_seen_without_a_recompile(family):
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     prompts = models.prompts(100, shortest=6, longest=6)
     last = asked(compiled, batch_of(family, prompts[:1]))
+    made = backend.graphs
     for at, prompt in enumerate(prompts):
         before = asked(compiled, batch_of(family, [prompt]))
         models.remember(grace, [prompt], radius=1e-4, seed=at)
@@ -127,7 +129,7 @@ def test_a_hundred_edits_are_seen_without_a_recompile(family):
     assert torch.equal(last, eagerly(model, batch_of(family, [prompts[-1]])))
     grace.codebook.remove(99)
     assert not torch.equal(asked(compiled, batch_of(family, [prompts[-1]])), last)
-    assert backend.graphs == 1
+    assert backend.graphs == made <= 2  # the hook before the call, and the model
 
 
 def test_an_edit_of_a_compiled_model_is_trained_as_without_compiling(family):
@@ -184,7 +186,30 @@ def test_generate_with_a_compiled_step_says_what_it_says_without(family, monkeyp
     assert torch.equal(model.generate(**batch, **settings), edited)
 
 
+def test_a_compiled_loop_of_ones_own_holds_what_its_prompt_found():
+    family, model, backend = FAMILIES["llama"], models.build("llama"), Counting()
+    grace = attach(model, family)
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=True)
+    prompts = models.prompts(3, shortest=6, longest=6)
+    models.remember(grace, prompts[:1])
+
+    def decoded(model):
+        cache, said = DynamicCache(config=model.config), []
+        tokens = torch.tensor(prompts)
+        with torch.no_grad(), grace.prompt():
+            for _ in range(4):
+                logits = model(input_ids=tokens, past_key_values=cache).logits[:, -1]
+                tokens = logits.argmax(1)[:, None]
+                said.append(logits)
+        return torch.stack(said)
+
+    assert torch.equal(decoded(compiled), decoded(model))
+    assert grace.hits[0] == 2
+    assert backend.graphs == 2 + 2  # of prompt and step: the call's entry, and the model
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor imports
 @pytest.mark.parametrize("name", ["gpt2", "bert"])
 def test_inductor_compiles_an_edited_model(name):
     family, model = FAMILIES[name], models.build(name)
@@ -220,9 +245,8 @@ def test_an_exported_model_sees_edits_in_its_process(name):
 
 def test_a_graph_of_another_process_says_that_its_adaptor_is_missing():
     output, hidden = torch.zeros(1, 2, 3), torch.zeros(1, 2, 4)
-    nothing = [None] * 6
     with pytest.raises(RuntimeError, match=r"is not in this process; attach it, then compile or"):
-        torch.ops.grace_fast.adapt(output, hidden, *nothing, 0, True, False, 7)
+        torch.ops.grace_fast.adapt(output, hidden, None, 7)
 
 
 def asked_op(dtype=torch.float32, replacement="replace_prompt"):
@@ -232,12 +256,15 @@ def asked_op(dtype=torch.float32, replacement="replace_prompt"):
     grace = gf.attach(layer, "0", replacement=replacement, iterations=0)
     hidden = torch.randn(2, 5, 4)
     grace.codebook.append(hidden[:1, -1], torch.ones(1, 3), torch.ones(1) * 0.1)
-    arguments = (hidden.to(dtype), *[None] * 6, 0, False, False, grace._adapter._number)
+    arguments = (hidden.to(dtype), None, grace._adapter._number)
     return grace, arguments, torch.randn(2, 5, 3, dtype=dtype)
 
 
-def test_the_op_keeps_its_schema():
-    _grace, arguments, output = asked_op()
+def test_the_ops_keep_their_schema():
+    grace, arguments, output = asked_op()
+    ids = torch.zeros(2, 5, dtype=torch.long)
+    call = (ids, ids, None, ids, None, None, 0, False, grace._adapter._number)
+    torch.library.opcheck(torch.ops.grace_fast.enter, call)
     torch.library.opcheck(torch.ops.grace_fast.adapt, (output, *arguments))
     torch.library.opcheck(torch.ops.grace_fast.adapt, (output.requires_grad_(), *arguments))
 

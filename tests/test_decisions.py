@@ -98,7 +98,10 @@ def measured_margin(model, family):
 
 
 def edited(model, family, first, second, margin):
-    """Edit pairs of prompts with one answer; return the editor and the prompts that expanded."""
+    """Edit pairs of prompts with one answer; return the editor and the prompts that expanded.
+
+    They are those that still fire.
+    """
     distances = apart(model, family, first, second)[0].tolist()
     # The epsilon that finds the most of them outside a first ball and inside a second.
     epsilon = max(distances, key=lambda e: sum(1.01 * e < d < 1.99 * e for d in distances))
@@ -110,12 +113,16 @@ def edited(model, family, first, second, margin):
         iterations=0,
         replacement="replace_last",
     )
-    expanded = []
+    expanded = {}
     for one, other in zip(first, second, strict=True):
         grace.edit(models.edit_batch(family, [one], [[3]]))
-        if grace.edit(models.edit_batch(family, [other], [[3]])).outcome == "expanded":
-            expanded.append(other)
-    return grace, expanded
+        report = grace.edit(models.edit_batch(family, [other], [[3]]))
+        if report.outcome == "expanded":
+            expanded[report.id] = other
+    # A later edit may have put its key between an edit and its own: that one is superseded.
+    verified = grace.verify()
+    assert verified.ok
+    return grace, [expanded[edit] for edit in verified.fires if edit in expanded]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -128,7 +135,7 @@ def test_every_way_to_run_a_prompt_decides_as_the_prompt_alone(name, dtype):
     # that, as in these models, the margin that is the default is not enough and has to be measured.
     margin = EXPAND_MARGIN[dtype] if dtype == torch.float32 else measured_margin(model, family)
     grace, expanded = edited(model, family, first, second, margin)
-    assert len(expanded) >= 3
+    assert len(expanded) >= 2
     rows = first + second + models.prompts(32, seed=9, shortest=8, longest=16)
     alone = [grace.explain(models.prompt_batch([row]))[0] for row in rows]
     assert 10 < sum(one.fires for one in alone) < len(rows)

@@ -207,8 +207,16 @@ def test_an_end_token_at_the_end_is_not_padding():
     models.remember(grace, [[5, 6, 2]])
     model(input_ids=torch.tensor([[5, 6, 2]]))
     assert grace.hits[0] == 1
-    with pytest.raises(ValueError, match="ends in padding"):
-        model(input_ids=torch.tensor([[5, 6, 2, 2]]))
+    for padding in (2, None):
+        model.config.pad_token_id = padding
+        grace.unload()
+        grace = gf.attach(model, family.layer, epsilon=1.0)
+        models.remember(grace, [[5, 6, 2]])
+        padded = {"input_ids": torch.tensor([[5, 6, 2, 2]])}
+        with pytest.raises(ValueError, match="ends in padding"):
+            model(**padded)
+        with pytest.raises(ValueError, match="ends in padding"):
+            grace.explain(padded)
 
 
 def test_a_token_that_asks_for_itself_is_what_is_replaced():

@@ -136,10 +136,12 @@ def test_a_compiled_model_sees_which_codebook_is_used():
         return module.forward
 
     compiled = torch.compile(model, backend=backend, fullgraph=True)
+    logits(compiled)
+    made = len(graphs)
     for name in (None, "tenant-a", "tenant-b"):
         with gf.using(name):
             assert torch.equal(logits(compiled), logits(model)), name
-    assert len(graphs) == 1
+    assert len(graphs) == made
     torch.compiler.reset()
 
 
