@@ -86,12 +86,12 @@ def quick(*families):
     return [pytest.param(FAMILIES[name], id=name) for name in families]
 
 
-SOME = quick("bert", "llama") + slow("gpt2", "qwen", "t5-encoder", "t5-decoder")
+SOME = quick("bert", "llama") + slow("gpt2", "t5-decoder")
 BEFORE = (compiled_before, compiled_before_by_its_own_method, compiled_before_and_attached_beneath)
 
 
 @pytest.mark.parametrize("compile_it", BEFORE)
-@pytest.mark.parametrize("family", quick("bert") + slow("llama", "t5-decoder"))
+@pytest.mark.parametrize("family", quick("bert") + slow("t5-decoder"))
 def test_what_was_compiled_and_run_before_attach_sees_edits(family, compile_it):
     model, backend = models.build(family.name), Counting()
     attach_to, compiled = compile_it(model, backend)
@@ -145,7 +145,7 @@ def test_an_edit_of_a_compiled_model_is_trained_as_without_compiling(family):
 
 
 @pytest.mark.parametrize("replacement", ["replace_last", "replace_prompt"])
-@pytest.mark.parametrize("family", quick("gpt2") + slow("llama", "qwen"))
+@pytest.mark.parametrize("family", quick("gpt2") + slow("llama"))
 def test_a_compiled_model_asks_at_the_same_tokens(family, replacement):
     model, backend = models.build(family.name), Counting()
     grace = attach(model, family, replacement=replacement)
@@ -162,7 +162,7 @@ def test_a_compiled_model_asks_at_the_same_tokens(family, replacement):
     assert grace.hits[0] == 6
 
 
-@pytest.mark.parametrize("family", quick("llama") + slow("gpt2", "qwen"))
+@pytest.mark.parametrize("family", quick("llama") + slow("gpt2"))
 def test_generate_with_a_compiled_step_says_what_it_says_without(family, monkeypatch):
     model, backend = models.build(family.name), Counting()
     grace = attach(model, family)
@@ -210,7 +210,7 @@ def test_a_compiled_loop_of_ones_own_holds_what_its_prompt_found():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what inductor imports
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["bert", "llama"])
 def test_inductor_compiles_an_edited_model(name):
     family, model = FAMILIES[name], models.build(name)
     grace = attach(model, family)
