@@ -209,17 +209,19 @@ class Adapter:
             if (rows := positions.packed(call)) is not None:
                 flat = hidden.reshape(-1, hidden.shape[-1])[rows.position]
                 return self._decide(flat, rows.position, owner=rows.owner, batch=batch)
-        where, inside = self._prompt_ends(hidden, call), None
-        if known is not None or cached:
-            if known is not None:
-                where = known.to(hidden.device) - cached
-            inside = self._inside(where, cached, length, _is_draft(held))
+        if known is None and not cached:
+            ends = self._prompt_ends(hidden, call)
+            answer, inside = self._decide(_at(hidden, ends), ends), None
+        else:
+            ends = self._prompt_ends(hidden, call) + cached
+            ends = ends if known is None else known.to(hidden.device)
+            inside = self._inside(ends - cached, cached, length, _is_draft(held))
             if inside is not None and not inside.any():
                 return None
-        here = where.clamp(0, length - 1)
-        answer = self._decide(_at(hidden, here), where + cached, here, inside)
+            here = (ends - cached).clamp(0, length - 1)
+            answer = self._decide(_at(hidden, here), ends, here, inside)
         if held is not None and inside is None:
-            held.answer, held.positions = answer, where + cached
+            held.answer, held.positions = answer, ends
         return answer
 
     def _inside(self, where: Tensor, cached: int, length: int, is_draft: bool) -> Tensor | None:
@@ -307,18 +309,18 @@ class Adapter:
     def _prompt_ends(self, hidden: Tensor, call: Call | None) -> Tensor:
         """Return the position of each row's query in this call, [B]."""
         if self._run.given is not None:
-            return self._within(self._run.given, hidden)
+            return self._within(self._run.given, hidden).clamp(max=hidden.shape[1] - 1)
         if self.first_token:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         return self._within(None if call is None else positions.prompt_end(call), hidden)
 
     @staticmethod
     def _within(known: Tensor | None, hidden: Tensor) -> Tensor:
-        """Return positions [B] within the call's tokens; the last ones where none are known."""
+        """Return positions [B] where the input is; the last ones where none are known."""
         batch, length = hidden.shape[:2]
         if known is None or len(known) != batch:
             return torch.full((batch,), length - 1, dtype=torch.int64, device=hidden.device)
-        return known.to(hidden.device, torch.int64).clamp(max=length - 1)
+        return known.to(hidden.device, torch.int64)
 
     # For a while
 
