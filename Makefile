@@ -50,6 +50,9 @@ bench-edits: .venv/.bench  ## edits and edited forwards against the reference's 
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
+bench-adaptor: .venv/.bench  ## what an adaptor adds to a forward call of MiniLM, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.adaptor
+
 gate: .venv/.bench  ## a million decisions over a grid compared with the law, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gate
 
@@ -102,5 +105,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-million bench-full bench-edits bench-micro gate \
-	gate-full gpu check fix clean
+.PHONY: help demo test slow sanitize bench bench-million bench-full bench-edits bench-micro \
+	bench-adaptor gate gate-full gpu check fix clean

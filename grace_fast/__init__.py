@@ -10,6 +10,7 @@ from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
 from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
 from grace_fast.prepared import Prepared, prepare
+from grace_fast.selection import using
 from grace_fast.store.files import CodebookCorrupt
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "nearest",
     "prepare",
     "replace",
+    "using",
 ]
 
 # The references' surfaces are read when they are asked for; nothing else looks at them.

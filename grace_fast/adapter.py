@@ -1,4 +1,4 @@
-"""The hook on one layer: take each row's query, look it up, write the value where it hits.
+"""The hook on one layer: take each sequence's query, look it up, write the value where it hits.
 
     query = layer input at the query position;  output = hit ? value : output  at the tokens of the
     mode
@@ -6,26 +6,30 @@
 The model is not changed: no module is put in the place of another, `state_dict` keeps its names,
 and while the codebook is empty the layer's output goes through untouched. What a call needs to know
 (which token is the query, how much of the sequence is cached, whether `generate` is running) is
-kept for each thread by `_Run`. A sequence is looked up once: within `generate`, cached steps write
-what the prompt's own look-up found.
+kept for each thread by `_Run`. In a compiled graph the hook is one op (`adapter_op`), which asks
+here when it runs.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grace_fast import lookup, positions, semantics
-from grace_fast.codebook import DTYPES, Codebook, Snapshot
+from grace_fast import adapter_op, generation, lookup, positions, recall, selection, tensor_parallel
+from grace_fast.answers import Answer
+from grace_fast.codebook import Codebook
+from grace_fast.generation import Generation
+from grace_fast.positions import Call, Query
+from grace_fast.semantics import Replacement
+from grace_fast.trial import Trial
 
 
 @dataclass
@@ -39,31 +43,21 @@ class Observation:
     @property
     def queries(self) -> Tensor:
         """[B, D], the input at each row's query position."""
-        return self.hidden[torch.arange(len(self.hidden)), self.positions]
+        return _at(self.hidden, self.positions)
 
     @property
     def outputs(self) -> Tensor:
         """[B, V], the layer's own output at each row's query position."""
-        return self.output[torch.arange(len(self.output)), self.positions]
-
-
-@dataclass
-class Generation:
-    """One `generate` in progress: the sequences' query positions and what their prompts found."""
-
-    positions: Tensor | None = None
-    match: lookup.Match | None = None
-    snapshot: Snapshot | None = None
+        return _at(self.output, self.positions)
 
 
 class _Run(threading.local):
     """The state of this thread's forward call."""
 
-    positions: Tensor | None = None  # [B], of this call
+    call: Call | None = None  # None outside a call of the stack
     given: Tensor | None = None  # [B], set by the caller, before any rule
-    cached: int = 0  # tokens of the sequence that are in a cache already
     generation: Generation | None = None
-    trial: Tensor | None = None  # [V], a value in training: every row of the call hits it
+    trial: Trial | None = None
     observing: list[Observation] | None = None
 
 
@@ -79,114 +73,256 @@ class Adapter:
     layer: nn.Module
     stack: nn.Module
     book: Codebook | None  # None until the layer's widths are known
-    replacement: semantics.Replacement
+    replacement: Replacement
+    query: Query
     decoder_only: bool
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
+    name: str | None = None
     enabled: bool = True
     hits: Counter[int] = field(default_factory=Counter)  # by row; a look-up writes nothing else
 
     def install(self) -> None:
         """Put the hooks in."""
         self._run = _Run()
-        self._parameters = inspect.signature(self.stack.forward).parameters
+        self._order: Tensor | None = None  # of the ops in a compiled graph
+        self._memory = recall.Memory()
+        self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
+        self._number = adapter_op.register(self)
+        self._padding = positions.Padding.of(getattr(self.model, "config", None))
         self._handles = [
             self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.stack.register_forward_hook(self._leave, always_call=True),
             self.layer.register_forward_hook(self._at_layer, with_kwargs=True),
         ]
-        _listen_to_generate(self.model, self)
+        generation.listen(self.model, self)
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
         for handle in self._handles:
             handle.remove()
-        _stop_listening(self.model, self)
+        generation.stop_listening(self.model, self)
+        adapter_op.forget(self._number)
+
+    # In the forward call
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = dict(zip(self._parameters, args, strict=False)) | kwargs
-        cache: Any = call.get("past_key_values")
-        self._run.cached = int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-        if self._run.given is None and not self.first_token:
-            self._run.positions = positions.prompt_end(call, self.decoder_only)
+        call = positions.read(
+            {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
+        )
+        if torch.compiler.is_compiling():
+            self._order = adapter_op.entered(call, self._number)
+        else:
+            self._run.call = call
 
     def _leave(self, *_: Any) -> None:
-        self._run.positions, self._run.cached = None, 0
+        if torch.compiler.is_compiling():
+            self._order = None
+        else:
+            self._run.call = None
+
+    def enter(self, call: Call | None) -> None:
+        """Take a forward call as this thread's, until there is another or none."""
+        self._run.call = call
 
     def _at_layer(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Tensor | None:
-        run = self._run
-        idle = self.book is None or not len(self.book) or not self.enabled
-        if idle and run.trial is None and run.observing is None:
-            return None
-        hidden = args[0] if args else next(iter(kwargs.values()))
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the edited layer must return one tensor, got {type(output).__name__}; "
                 "attach to a linear layer"
             )
-        shaped, where = self._shaped(hidden), self._query_positions(hidden)
-        written = self._write(shaped, self._shaped(output), where)
-        return None if written is None else written.view(output.shape)
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_compiling():
+            return adapter_op.adapted(hidden, output, self._order, self._number)
+        answer = self.respond(hidden, output)
+        return None if answer is None else answer[0]
 
-    def _write(self, hidden: Tensor, output: Tensor, where: Tensor) -> Tensor | None:
-        run = self._run
+    def respond(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's output with values and which tokens were replaced, or None.
+
+        hidden: [B, T, D] or, from a model that flattens them, [B*T, D]; output: the same with V.
+
+        Raises: ValueError where the prompts' ends are not told, or were computed already.
+        """
+        run, book = self._run, self.book
+        call = run.call
+        idle = book is None or not len(book) or not self.enabled or selection.is_idle(self.name)
+        if idle and run.trial is None and run.observing is None:
+            return None
+        # Nothing is learnt through a query: a decision has no gradient.
+        hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
         if run.observing is not None:
-            run.observing.append(Observation(hidden.detach(), output.detach(), where))
+            whole = tensor_parallel.whole(hidden, self.layer)
+            ends = self._prompt_ends(hidden, call)
+            run.observing.append(Observation(whole, shaped.detach(), ends))
             return None
-        if run.trial is not None:
-            mask = semantics.replacement_mask(self.replacement, where, output.shape[1])
-            hit = torch.ones(len(output), dtype=torch.bool, device=output.device)
-            return semantics.replace(output, hit, run.trial.expand(len(output), -1), mask)
-        found = self._found(hidden, where)
-        if found is None:
+        answer = (
+            self._try(run.trial, hidden, shaped, call)
+            if run.trial is not None
+            else self._look_up(hidden, shaped, call)
+        )
+        if answer is None:
             return None
-        match, snapshot, where = found
-        if match.hits == 0:
-            return None
-        mask = semantics.replacement_mask(self.replacement, where - run.cached, output.shape[1])
-        written = lookup.write(output, match, snapshot, mask)
-        return None if written is output else written
+        return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
 
-    def _found(self, hidden: Tensor, where: Tensor) -> tuple[lookup.Match, Snapshot, Tensor] | None:
-        """Return the sequences' match, its codebook and query positions; None in a cached step."""
-        run, generation = self._run, self._run.generation
-        if generation is not None and generation.match is not None:
-            assert generation.snapshot is not None
-            assert generation.positions is not None
-            if len(generation.positions) == len(hidden):
-                return generation.match, generation.snapshot, generation.positions
-        elif run.cached:
-            return None  # the prompt's end was in an earlier call
+    def _look_up(
+        self, hidden: Tensor, output: Tensor, call: Call | None
+    ) -> tuple[Tensor, Tensor] | None:
+        cached: int | Tensor = 0 if call is None else call.cached
+        answer: Answer | None
+        if self.query == "every_token":
+            answer, cached = self._of_tokens(hidden), 0
+        elif call is None and recall.is_in_backward():
+            answer = self._memory.recall(hidden)
+        elif self.query == "every_step":
+            answer, cached = self._of_newest(hidden, call), 0
+        else:
+            answer = self._of_prompts(hidden, call, cached)
+        return None if answer is None else answer.write(output, self.replacement, cached)
+
+    def _of_tokens(self, hidden: Tensor) -> Answer:
+        """Decide for each token [B*T] as a query of its own."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        token = torch.arange(len(rows), device=rows.device)
+        return self._decide(rows, token, owner=token, batch=len(hidden))
+
+    def _of_newest(self, hidden: Tensor, call: Call | None) -> Answer:
+        if call is not None and hidden.shape[1] > 1:
+            self.refuse_hidden_padding(call)
+        named = None if call is None or self.first_token else positions.prompt_end(call)
+        where = self._within(named, hidden)
+        return self._decide(_at(hidden, where), where)
+
+    def _of_prompts(self, hidden: Tensor, call: Call | None, cached: int | Tensor) -> Answer | None:
+        """Decide for the prompts' ends, once a sequence; None where they are not in this call."""
+        run, held, batch = self._run, self._run.generation, len(hidden)
+        if held is not None and held.answer is not None and held.answer.fits(batch):
+            return held.answer
+        cached, length = int(cached), hidden.shape[1]
+        known = None if held is None else held.positions_for(batch)
+        if known is None and cached and (length == 1 or self.first_token or _is_draft(held)):
+            return None  # a decoding step: the prompt's end was in an earlier call
+        if known is None and run.given is None and call is not None and not self.first_token:
+            if not cached:
+                self.refuse_hidden_padding(call)
+            if (rows := positions.packed(call)) is not None:
+                flat = hidden.reshape(-1, hidden.shape[-1])[rows.position]
+                return self._decide(flat, rows.position, owner=rows.owner, batch=batch)
+        if known is None and not cached:
+            ends = self._prompt_ends(hidden, call)
+            answer, inside = self._decide(_at(hidden, ends), ends), None
+        else:
+            ends = self._prompt_ends(hidden, call) + cached
+            ends = ends if known is None else known.to(hidden.device)
+            inside = self._inside(ends - cached, cached, length, _is_draft(held))
+            if inside is not None and not inside.any():
+                return None
+            here = (ends - cached).clamp(0, length - 1)
+            answer = self._decide(_at(hidden, here), ends, here, inside)
+        if held is not None and inside is None:
+            held.answer, held.positions = answer, ends
+        return answer
+
+    def _inside(self, where: Tensor, cached: int, length: int, is_draft: bool) -> Tensor | None:
+        """Tell which prompts end in this call, [B] bool; None for all of them.
+
+        Raises: ValueError where a prompt goes on, or went before, and that matters to the mode.
+        """
+        before, beyond = where < 0, where >= length
+        inside = ~(before | beyond)
+        in_parts = bool(beyond.any()) or (bool(cached) and bool(inside.any()))
+        if in_parts and self.replacement != "replace_last" and not is_draft:
+            raise ValueError(
+                f"{self.replacement} writes tokens before the prompt's end, and here they are "
+                "computed in an earlier call (chunked prefill or a cached prefix); attach with "
+                "replacement='replace_last' or query='every_token'"
+            )
+        return None if bool(inside.all()) else inside
+
+    def _decide(
+        self,
+        queries: Tensor,
+        position: Tensor,
+        here: Tensor | None = None,
+        asked: Tensor | None = None,
+        owner: Tensor | None = None,
+        batch: int | None = None,
+    ) -> Answer:
+        """Look queries [Q, D] up.
+
+        here: their positions in this call, where that is not all of the sequence; asked: which of
+        them count, [Q] bool; owner, batch: where a row holds several queries.
+        """
         assert self.book is not None
         snapshot = self.book.snapshot()
-        queries = hidden[torch.arange(len(hidden), device=hidden.device), where]
-        match = lookup.find(queries.to(snapshot.dtype), snapshot)
-        if match.hits != 0 and snapshot.device.type == "cpu":
-            self.hits.update(match.row[match.hit].tolist())
-        if generation is not None:
-            generation.match, generation.snapshot = match, snapshot
-            generation.positions = where + run.cached
-        return match, snapshot, where + run.cached
+        whole = tensor_parallel.whole(queries, self.layer, snapshot.key_dim)
+        match = lookup.find(whole.to(snapshot.device, snapshot.dtype), snapshot)
+        if match.hits == 0:
+            answer = Answer(position, snapshot, None, None, owner)
+        else:
+            hit, row = match.hit, match.row
+            chosen = selection.chosen_rows(self.name, len(queries) if batch is None else batch)
+            if chosen is not None:
+                if owner is not None:
+                    tokens = chosen.repeat_interleave(len(owner) // len(chosen))
+                    chosen = tokens[position.to(tokens.device)]
+                hit = hit & chosen.to(hit.device)
+            if asked is not None:
+                hit = hit & asked.to(hit.device)
+            if snapshot.device.type == "cpu":
+                self.hits.update(row[hit].tolist())
+            answer = Answer(position, snapshot, hit, row, owner)
+        if self.layer.training and self.query != "every_token":
+            self._memory.keep(queries, position if here is None else here, answer)
+        return answer
 
-    def _shaped(self, tensor: Tensor) -> Tensor:
+    def _try(
+        self, trial: Trial, hidden: Tensor, output: Tensor, call: Call | None
+    ) -> tuple[Tensor, Tensor]:
+        ends = self._prompt_ends(hidden, call)
+        if self.query != "every_token":
+            return trial.write(output, ends, self.replacement)
+        whole = tensor_parallel.whole(hidden, self.layer, trial.snapshot.key_dim)
+        return trial.write_tokens(whole.flatten(0, 1), output, ends)
+
+    # Where the queries are
+
+    def _shaped(self, tensor: Tensor, call: Call | None) -> Tensor:
         """Return a layer's tensor as [B, T, width], even from a model that flattens B and T."""
         if tensor.ndim == 3:
             return tensor
-        known = self._run.given if self._run.given is not None else self._run.positions
+        known = self._run.given
+        if known is None and call is not None and call.tokens is not None:
+            known = call.tokens
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
 
-    def _query_positions(self, hidden: Tensor) -> Tensor:
-        run = self._run
-        batch, length = self._shaped(hidden).shape[:2]
-        last = torch.full((batch,), length - 1, dtype=torch.int64, device=hidden.device)
-        known = run.given if run.given is not None else run.positions
-        if self.first_token and run.given is None:
-            return torch.zeros_like(last)
+    def refuse_hidden_padding(self, call: Call) -> None:
+        """Refuse prompts of a decoder that end in padding which no mask shows.
+
+        Raises: ValueError.
+        """
+        if self.decoder_only:
+            positions.refuse_hidden_padding(call, self._padding)
+
+    def _prompt_ends(self, hidden: Tensor, call: Call | None) -> Tensor:
+        """Return the position of each row's query in this call, [B]."""
+        if self._run.given is not None:
+            return self._within(self._run.given, hidden).clamp(max=hidden.shape[1] - 1)
+        if self.first_token:
+            return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
+        return self._within(None if call is None else positions.prompt_end(call), hidden)
+
+    @staticmethod
+    def _within(known: Tensor | None, hidden: Tensor) -> Tensor:
+        """Return positions [B] where the input is; the last ones where none are known."""
+        batch, length = hidden.shape[:2]
         if known is None or len(known) != batch:
-            return last
-        return torch.minimum(known.to(last), last)
+            return torch.full((batch,), length - 1, dtype=torch.int64, device=hidden.device)
+        return known.to(hidden.device, torch.int64)
+
+    # For a while
 
     @contextmanager
     def asking_at(self, where: Tensor | None) -> Iterator[None]:
@@ -208,85 +344,44 @@ class Adapter:
             self._run.observing = None
 
     @contextmanager
-    def trying(self, value: Tensor) -> Iterator[None]:
-        """Let every row of this thread's calls hit a value [V] that is being trained."""
-        self._run.trial = value
+    def trying(self, trial: Trial) -> Iterator[None]:
+        """Let every row of this thread's calls hit a value that is being trained."""
+        self._run.trial = trial
         try:
             yield
         finally:
             self._run.trial = None
 
     @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Hold each sequence's look-up until the end of one `generate`."""
-        before, self._run.generation = self._run.generation, Generation()
+    def generating(self, call: Call, is_draft: bool = False) -> Iterator[None]:
+        """Hold each sequence's look-up until the end of one `generate`.
+
+        Raises: ValueError for prompts of a decoder that are padded on the right without a mask.
+        """
+        ends = None
+        if self.decoder_only and not is_draft:
+            if self.query != "every_token" and self.book is not None and len(self.book):
+                self.refuse_hidden_padding(call)
+            ends = generation.prompt_end(call)
+        with self.holding(Generation(ends, is_draft=is_draft)):
+            yield
+
+    @contextmanager
+    def holding(self, held: Generation) -> Iterator[None]:
+        """Hold what the sequences of this thread's calls find."""
+        before = self._run.generation
+        # A draft by layers of the model itself is of the sequences that it is generating already.
+        self._run.generation = before if held.is_draft and before is not None else held
         try:
             yield
         finally:
             self._run.generation = before
 
 
-class _Listeners(list[Adapter]):
-    """The adaptors that are told when a model generates."""
+def _at(tensor: Tensor, where: Tensor) -> Tensor:
+    """Return the tokens of a tensor [B, T, width] at one position a row, [B, width]."""
+    return tensor[torch.arange(len(tensor), device=tensor.device), where.to(tensor.device)]
 
 
-def _listen_to_generate(model: nn.Module, adapter: Adapter) -> None:
-    generate: Callable[..., Any] | None = getattr(model, "generate", None)
-    if generate is None:
-        return
-    listeners: _Listeners | None = getattr(generate, "grace_listeners", None)
-    if listeners is None:
-        listeners = _Listeners()
-        model.__dict__["generate"] = _announcing(generate, listeners)
-    listeners.append(adapter)
-
-
-def _announcing(generate: Callable[..., Any], listeners: _Listeners) -> Callable[..., Any]:
-    @functools.wraps(generate)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with ExitStack() as holds:
-            for adapter in listeners:
-                holds.enter_context(adapter.generating())
-            return generate(*args, **kwargs)
-
-    wrapper.grace_listeners = listeners  # type: ignore[attr-defined]
-    return wrapper
-
-
-def _stop_listening(model: nn.Module, adapter: Adapter) -> None:
-    wrapper = model.__dict__.get("generate")
-    listeners: _Listeners | None = getattr(wrapper, "grace_listeners", None)
-    if listeners is None:
-        return
-    listeners[:] = [other for other in listeners if other is not adapter]
-    if not listeners:
-        del model.__dict__["generate"]
-
-
-def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:
-    """Return the module whose call names the layer's tokens, and if that is a second decoder."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model, False
-    find_encoder: Any = getattr(model, "get_encoder", None)
-    encoder = None if find_encoder is None else find_encoder()
-    if isinstance(encoder, nn.Module) and any(module is layer for module in encoder.modules()):
-        return encoder, False
-    return model, True
-
-
-def place(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return where a layer computes and in which element type."""
-    for parameter in layer.parameters():
-        if parameter.dtype in DTYPES:
-            return parameter.device, parameter.dtype
-    return torch.device("cpu"), torch.float32
-
-
-def declared_codebook(layer: nn.Module) -> Codebook | None:
-    """Return an empty codebook of the widths a layer declares, or None where it declares none."""
-    key_dim = getattr(layer, "in_features", getattr(layer, "nx", None))
-    value_dim = getattr(layer, "out_features", getattr(layer, "nf", None))
-    if not isinstance(key_dim, int) or not isinstance(value_dim, int):
-        return None
-    device, dtype = place(layer)
-    return Codebook(key_dim, value_dim, dtype, device)
+def _is_draft(held: Generation | None) -> bool:
+    return held is not None and held.is_draft

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grace_fast.adapter import place
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
 from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
+from grace_fast.hosts import place, uncompiled
+from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
 from grace_fast.store import files, layout
@@ -39,7 +40,8 @@ def attach(
     expand: Expand = "coverage",
     expand_margin: float | None = None,
     value_init: ValueInit = "cold",
-    query: Literal["prompt_end"] = "prompt_end",
+    query: Query = "prompt_end",
+    name: str | None = None,
     stop_loss: float | None = None,
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None = None,
     path: str | Path | None = None,
@@ -53,6 +55,11 @@ def attach(
     replacement: the tokens that a hit replaces: `replace_prompt` (those before the query token),
         `replace_last` (the query token) or `replace_all`. A decoder beside an encoder asks at its
         start token, which has none before it: there `replace_prompt` becomes `replace_last`.
+    query: which token asks: `prompt_end` (once a sequence, at the end of its prompt), `every_step`
+        (the newest token of each forward call) or `every_token` (each for itself, and it is what a
+        hit replaces).
+    name: several codebooks fit on one layer where their names differ; a named one answers within
+        `using(name)` only.
     expand_margin: m in radius = distance * (1 + m) of an expanded ball; by default what the element
         type needs for the same prompt in another batch.
     stop_loss: training stops below this loss once the prediction is right; .1 by default, never in
@@ -66,14 +73,13 @@ def attach(
     Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor, or a
     setting that does not exist; CodebookMismatch for a codebook of another model.
     """
-    name, module = find_layer(model, layer)
-    if has_adapter(module):
-        raise ValueError(f"{name} has an adaptor already; unload() it first")
+    found, module = find_layer(model, layer)
+    _refuse_second(found, module, name)
     if path is not None and files.holds_codebook(path):
-        return from_pretrained(model, path, tokenizer=tokenizer, durable=True)
+        return from_pretrained(model, path, tokenizer=tokenizer, durable=True, name=name)
     auto = epsilon == "auto"
     settings = Settings(
-        layer=name,
+        layer=found,
         epsilon=1.0 if auto else float(epsilon),
         semantics=semantics,
         replacement=replacement,
@@ -89,7 +95,7 @@ def attach(
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
     if auto and calibration_inputs is None:
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
-    grace = Grace(model, module, settings, tokenizer, path=path)
+    grace = Grace(model, module, settings, tokenizer, path=path, name=name)
     if auto:
         assert calibration_inputs is not None
         try:
@@ -100,25 +106,41 @@ def attach(
     return grace
 
 
+def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
+    if name is not None and not (isinstance(name, str) and name):
+        raise ValueError(f"name must be a word, or None, got {name!r}")
+    if not has_adapter(module, name):
+        return
+    if name is None:
+        raise ValueError(f"{layer} has an adaptor already; unload() it first, or give it a name")
+    raise ValueError(f"{layer} has an adaptor named {name!r} already; unload() it first")
+
+
 def from_pretrained(
-    model: nn.Module, path: str | Path, tokenizer: Any = None, *, durable: bool = False
+    model: nn.Module,
+    path: str | Path,
+    tokenizer: Any = None,
+    *,
+    durable: bool = False,
+    name: str | None = None,
 ) -> Grace:
     """Attach a saved codebook to its model.
 
-    durable: save every further edit to the same directory.
+    durable: save every further edit to the same directory; name: as in `attach`.
 
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
     saved = read_saved(path)
-    name, module = find_layer(model, saved.settings.layer)
-    if has_adapter(module):
-        raise ValueError(f"{name} has an adaptor already; unload() it first")
-    odd = differences(saved.fingerprint, fingerprint(model, module))
+    layer, module = find_layer(model, saved.settings.layer)
+    _refuse_second(layer, module, name)
+    odd = differences(saved.fingerprint, fingerprint(uncompiled(model), module))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
-    book, history = saved.codebook(place(module)[0])
-    grace = Grace(model, module, saved.settings, tokenizer, path=path if durable else None)
+    placed = place(module)
+    book, history = saved.codebook("cpu" if placed is None else placed[0])
+    durably = path if durable else None
+    grace = Grace(model, module, saved.settings, tokenizer, path=durably, name=name)
     grace.take(book, history)
     grace.hits.update(saved.hits)
     return grace
@@ -172,7 +194,7 @@ def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
     """
     name = re.sub(r"\[(\d+)\]", r".\1", str(layer))
     name = re.sub(r"\.(weight|bias)$", "", name)
-    modules = dict(model.named_modules())
+    modules = dict(uncompiled(model).named_modules())
     if name and name in modules:
         return name, modules[name]
     alike = difflib.get_close_matches(name, [known for known in modules if known], n=3, cutoff=0.3)

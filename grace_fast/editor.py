@@ -7,37 +7,40 @@ fails leaves model and codebook as they were.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, lookup, positions, semantics
+from grace_fast import advice, batches, calibrate, compiled, lookup, positions, semantics
 from grace_fast._version import __version__
-from grace_fast.adapter import Adapter, Observation, declared_codebook, stack_of
+from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
-from grace_fast.codebook import DTYPES, Codebook, Draft
+from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
 from grace_fast.edits import Edit, Enacted, History, Verification
 from grace_fast.fingerprint import fingerprint
+from grace_fast.generation import Generation
+from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
 from grace_fast.store import files, layout
-from grace_fast.training import Trained, frozen, train
+from grace_fast.training import Attempt, Trained, frozen, train
+from grace_fast.trial import Trial
 
-_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # a layer takes one adaptor
+# A layer takes one adaptor of each name.
+_attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
 
 
-def has_adapter(layer: nn.Module) -> bool:
-    """Tell whether an editor is attached to a layer, or an adaptor stands in a layer's place."""
-    return layer in _attached or hasattr(layer, "init_epsilon")
+def has_adapter(layer: nn.Module, name: str | None = None) -> bool:
+    """Tell whether an editor of this name is attached to a layer, or an adaptor is in its place."""
+    return name in _attached.get(layer, ()) or hasattr(layer, "init_epsilon")
 
 
 @dataclass(frozen=True)
@@ -66,28 +69,34 @@ class Grace:
         settings: Settings,
         tokenizer: Any = None,
         path: str | Path | None = None,
+        name: str | None = None,
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.name = model, tokenizer, name
         self.path = None if path is None else Path(path)
-        self.kind = batches.kind_of(model)
-        stack, in_decoder = stack_of(model, layer)
-        if in_decoder and settings.replacement == "replace_prompt":
+        base = unwrapped(model)
+        self.kind = batches.kind_of(base)
+        stack, in_decoder = stack_of(base, layer)
+        before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
+        if before_it_is_nothing or settings.query == "every_token":
             settings = Settings(**{**asdict(settings), "replacement": "replace_last"})
         self.settings = settings
         self._layer = layer
         self._history = History()
         self._scale_is_checked = False
         self._adapter = Adapter(
-            model=model,
+            model=base,
             layer=layer,
             stack=stack,
             book=declared_codebook(layer),
             replacement=settings.replacement,
+            query=settings.query,
             decoder_only=self.kind == "decoder",
             first_token=in_decoder,
+            name=name,
         )
+        compiled.forget_compiled_code()
         self._adapter.install()
-        _attached.add(layer)
+        _attached.setdefault(layer, set()).add(name)
         self._is_attached = True
 
     def __repr__(self) -> str:
@@ -207,7 +216,23 @@ class Grace:
             return Verification(())
         return self._history.verify(self.codebook, self.settings.rules(self.codebook.dtype))
 
-    # Standing aside
+    # For a while
+
+    @contextmanager
+    def prompt(self, positions: Tensor | Sequence[int] | None = None) -> Iterator[None]:
+        """Take the calls of a `with` block as one prompt and its continuation, as in `generate`.
+
+        For decoding loops of your own: the prompts' ends are looked up in the call that computes
+        them, and what is found is held until the block ends.
+
+        positions: [B], the last token of each row's prompt, counted from the first token of the
+            row, padding and cached tokens included; by default where the first call's prompts end.
+        """
+        ends = None if positions is None else torch.as_tensor(positions, dtype=torch.int64)
+        if ends is not None and (ends.ndim != 1 or bool((ends < 0).any())):
+            raise ValueError(f"positions must be [B] and at least 0, got {ends.tolist()}")
+        with self._adapter.holding(Generation(ends)):
+            yield
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -222,7 +247,7 @@ class Grace:
         """Take the adaptor off and return the model, bit for bit as it was before `attach`."""
         if self._is_attached:
             self._adapter.remove()
-            _attached.discard(self._layer)
+            _attached[self._layer].discard(self.name)
             self._is_attached = False
         return self.model
 
@@ -324,7 +349,7 @@ class Grace:
         for row, picked in members.items():
             part = batches.rows(batch, picked)
             where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
-            attempt = functools.partial(self._attempt, batch=part, where=where)
+            attempt = self._attempts(row, decided, part, where)
             result = train(decided.value_of(row), attempt, self.settings.schedule())
             if result.steps or self.settings.iterations == 0:
                 draft.set_value(row, result.value)
@@ -332,16 +357,23 @@ class Grace:
                 results[at] = result
         return results
 
-    def _attempt(self, value: Tensor, batch: Batch, where: Tensor) -> tuple[Tensor, bool]:
-        with self._adapter.asking_at(where), self._adapter.trying(value):
-            answer = self._call(batch)
-        loss, logits = getattr(answer, "loss", None), getattr(answer, "logits", None)
-        if loss is None or logits is None:
-            raise TypeError(
-                "the model must return an object with .loss and .logits when it is given labels, "
-                f"got {type(answer).__name__}"
-            )
-        return loss, batches.is_correct(logits.detach(), batch["labels"], self.kind)
+    def _attempts(self, row: int, decided: Snapshot, batch: Batch, where: Tensor) -> Attempt:
+        """Return what runs a batch with a value in place of a row's, asked at where [B]."""
+        trial = Trial(decided.value_of(row), row, decided)
+
+        def attempt(value: Tensor) -> tuple[Tensor, bool]:
+            trial.value = value
+            with self._adapter.asking_at(where), self._adapter.trying(trial):
+                answer = self._call(batch)
+            loss, logits = getattr(answer, "loss", None), getattr(answer, "logits", None)
+            if loss is None or logits is None:
+                raise TypeError(
+                    "the model must return an object with .loss and .logits when it is given "
+                    f"labels, got {type(answer).__name__}"
+                )
+            return loss, batches.is_correct(logits.detach(), batch["labels"], self.kind)
+
+        return attempt
 
     def _fresh_value(self, seen: Observation, at: int, edit_id: int, dtype: torch.dtype) -> Tensor:
         if self.settings.value_init == "warm":
@@ -356,8 +388,10 @@ class Grace:
         """Run the model once and return what the layer sees; nothing is replaced."""
         self._require_attached()
         where = None
-        if not self._adapter.first_token and self._adapter.stack is self.model:
-            where = positions.prompt_end(batch, self.kind == "decoder")
+        if not self._adapter.first_token and self._adapter.stack is self._adapter.model:
+            call = positions.read(batch, self.kind == "decoder")
+            self._adapter.refuse_hidden_padding(call)
+            where = positions.prompt_end(call)
         asked = batches.runnable(batch, self.kind, self.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name != "labels"}
@@ -372,10 +406,10 @@ class Grace:
         return seen[0]
 
     def _call(self, batch: Batch) -> Any:
-        accepted = inspect.signature(self.model.forward).parameters
-        if "use_cache" in accepted and "use_cache" not in batch:
-            return self.model(**batch, use_cache=False)
-        return self.model(**batch)
+        accepted = inspect.signature(self._adapter.model.forward).parameters
+        cacheless = {} if "use_cache" not in accepted else {"use_cache": False}
+        with compiled.stood_aside():
+            return self.model(**{**cacheless, **batch})
 
     # Small print
 
@@ -455,7 +489,7 @@ class Grace:
         config = {
             "grace_fast": __version__,
             "settings": asdict(self.settings),
-            "fingerprint": fingerprint(self.model, self._layer),
+            "fingerprint": fingerprint(uncompiled(self.model), self._layer),
             "next_id": self._history.next_id,
             "hits": {str(row): count for row, count in self.hits.items()},
             "texts": texts,

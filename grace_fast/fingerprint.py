@@ -41,6 +41,8 @@ def _weight(layer: nn.Module) -> dict[str, Any] | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, torch.Tensor) or weight.is_meta:
         return None
+    if hasattr(weight, "full_tensor"):  # spread over processes, all of which ask
+        weight = weight.full_tensor()
     flat = weight.detach().reshape(-1)[: PROBE_BYTES // weight.element_size()]
     raw = flat.to("cpu").contiguous().view(torch.uint8).numpy().data
     return {

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 
+from grace_fast.positions import Query
 from grace_fast.semantics import EXPAND_MARGIN, Expand, Replacement, Rules, Semantics
 from grace_fast.training import Schedule
 
@@ -28,18 +29,16 @@ class Settings:
     expand: Expand = "coverage"
     expand_margin: float | None = None
     value_init: ValueInit = "cold"
-    query: Literal["prompt_end"] = "prompt_end"
+    query: Query = "prompt_end"
     stop_loss: float | None = None
     store_text: bool = False
 
     def __post_init__(self) -> None:
-        choices = {"replacement": Replacement, "value_init": ValueInit}
+        choices = {"replacement": Replacement, "value_init": ValueInit, "query": Query}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 given = getattr(self, name)
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {given!r}")
-        if self.query != "prompt_end":
-            raise ValueError(f"query must be 'prompt_end', got {self.query!r}")
         if not isinstance(self.iterations, int) or self.iterations < 0:
             raise ValueError(f"iterations must be a whole number >= 0, got {self.iterations!r}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -82,6 +82,7 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
             initializer_range=0.15,
         )
         model = GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"  # else it is guessed, with a warning that no graph may hold
     elif name == "llama":
         model = LlamaForCausalLM(LlamaConfig(**decoder))
     elif name == "qwen":
@@ -146,3 +147,24 @@ def edit_batch(
     whole = [row + target for row, target in zip(rows, targets, strict=True)]
     labels = [[-100] * len(row) + target for row, target in zip(rows, targets, strict=True)]
     return prompt_batch(whole, side) | {"labels": pad(labels, side, -100)}
+
+
+DECODERS = ("gpt2", "llama", "qwen")
+
+
+def remember(grace: Any, rows: list[list[int]], radius: float = 1e-2, seed: int = 0) -> None:
+    """Put a key for each prompt into an editor's codebook, with a random value of the layer's size.
+
+    No value is trained: what a hit writes is as far from the layer's own output as can be.
+    """
+    queries = torch.cat([grace.query_of(prompt_batch([row])) for row in rows])
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(len(rows), grace.codebook.value_dim, generator=generator)
+    radii = torch.full((len(rows),), radius)
+    grace.codebook.append(queries, values.to(queries.dtype), radii)
+
+
+def with_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return a decoder's batch with the position ids that `generate` gives: padding has none."""
+    ids = batch["attention_mask"].cumsum(1) - 1
+    return batch | {"position_ids": ids.masked_fill(batch["attention_mask"] == 0, 0)}

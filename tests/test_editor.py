@@ -501,7 +501,7 @@ def test_attach_refuses_what_cannot_be_edited():
         "semantics": "semantics must be one of",
         "expand": "expand must be one of",
         "value_init": "value_init must be one of",
-        "query": "query must be 'prompt_end'",
+        "query": "query must be one of",
         "iterations": "iterations must be a whole number",
         "learning_rate": "learning_rate must be a number > 0",
     }.items():

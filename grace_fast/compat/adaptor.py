@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import lookup, semantics
-from grace_fast.adapter import place
 from grace_fast.codebook import Codebook, Draft, Snapshot
-from grace_fast.compat.live import LiveCodebook
+from grace_fast.compat.live import LiveCodebook, home
 from grace_fast.compat.method import Method
 from grace_fast.semantics import Decision, Rules
 
@@ -54,7 +53,7 @@ class Adaptor(LiveCodebook):
 
     def __init__(self, layer: nn.Module, method: Method, device: Any, transpose: bool) -> None:
         super().__init__(layer, *widths(layer, transpose))
-        self.device = place(layer)[0] if device is None else device
+        self.device = home(layer)[0] if device is None else device
         self._method = method
         self.init_epsilon, self.replacement = method.epsilon, method.replacement
         self.dist_fn, self.num_pert = method.dist_fn, method.num_pert

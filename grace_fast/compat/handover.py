@@ -13,11 +13,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from grace_fast.adapter import place
 from grace_fast.advice import GraceWarning
 from grace_fast.compat import easyedit, reference
 from grace_fast.compat.adaptor import Adaptor
-from grace_fast.compat.live import CODEBOOK, as_epsilons
+from grace_fast.compat.live import CODEBOOK, as_epsilons, home
 
 _NAMES = ("layer", "init_epsilon", "replacement", "key_id", "config")  # of any reference's adaptor
 # `training` is not moved: where the model is in training mode it says nothing of an edit.
@@ -120,7 +119,7 @@ def _move_codebook(original: Any, twin: Adaptor, name: str) -> None:
     missing = [part for part in CODEBOOK if not hasattr(original, part)]
     if missing:
         raise ValueError(f"the adaptor at {name} has keys but no {', '.join(missing)}")
-    device = place(twin.layer)[0]
+    device = home(twin.layer)[0]
     keys: Tensor = original.keys.detach().to(device)
     values = original.values.detach().to(device)
     epsilons = torch.as_tensor(original.epsilons).to(device)

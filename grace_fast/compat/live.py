@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast.adapter import place
 from grace_fast.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.hosts import place
 from grace_fast.prepared import Prepared, prepare
 
 CODEBOOK = ("keys", "values", "epsilons", "key_labels")
@@ -133,7 +133,7 @@ class LiveCodebook(nn.Module):
             raise ValueError(f"a codebook needs as many of each, got {counts}")
         # One element type that holds both exactly: keys may be bf16 where values are fp32.
         dtype = torch.promote_types(keys.dtype, values.dtype)
-        book = Codebook(self.key_shape, self.value_shape, dtype, place(self.layer)[0])
+        book = Codebook(self.key_shape, self.value_shape, dtype, home(self.layer)[0])
         if len(keys):
             book.append(
                 keys.detach().to(book.device, dtype), values.detach().to(book.device, dtype), radii
@@ -154,7 +154,7 @@ class LiveCodebook(nn.Module):
             self.load(self.keys, self.values, self.epsilons, self.key_labels)
 
     def _empty_book(self) -> Codebook:
-        device, dtype = place(self.layer)
+        device, dtype = home(self.layer)
         return Codebook(self.key_shape, self.value_shape, dtype, device)
 
     def _renew(self) -> None:
@@ -242,6 +242,11 @@ class LiveCodebook(nn.Module):
             self.load(saved["keys"], saved["values"], saved["epsilons"], labels)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+def home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return where the codebook of a layer is and in which element type, whatever its weights."""
+    return place(layer) or (torch.device("cpu"), torch.float32)
 
 
 def as_epsilons(radii: Tensor) -> Tensor:

