@@ -51,17 +51,29 @@ py::tuple answered(int64_t batch, const Find& find) {
   return py::make_tuple(hits, buffer);
 }
 
+// Keys in a file: `test(block)` is called in Python, once a block, by whichever thread needs it.
+struct MappedKeys {
+  Mapped mapped;
+  MappedKeys(int64_t slots, int64_t block_bytes, Address tested, py::function test)
+      : mapped{slots, block_bytes, pointer<const uint8_t>(tested),
+               [test = std::move(test)](int64_t block) {
+                 const py::gil_scoped_acquire locked;
+                 test(block);
+               }} {}
+};
+
 struct Book {
   Keys keys;
   Book(Address slots, Address slot_pages, Address live_pages, Address radius_pages, int64_t rows,
-       int64_t width, const std::string& dtype)
+       int64_t width, const std::string& dtype, const MappedKeys* mapped)
       : keys{pointer<const void>(slots),
              pointer<const int64_t* const>(slot_pages),
              pointer<const bool* const>(live_pages),
              pointer<const float* const>(radius_pages),
              rows,
              width,
-             dtype_of(dtype)} {}
+             dtype_of(dtype),
+             mapped ? &mapped->mapped : nullptr} {}
 
   Queries queries(Address first, int64_t stride, int dtype, int64_t batch) const {
     return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
@@ -178,19 +190,24 @@ struct Version {
 
 TensorReader Version::tensors;
 
-void kd_order_at(Address points, int64_t count, Address order) {
+void kd_order_at(Address points, int64_t count, Address order, int threads) {
   const py::gil_scoped_release unlocked;
-  kd_order(pointer<const int16_t>(points), count, pointer<int32_t>(order));
+  kd_order(pointer<const int16_t>(points), count, threads, pointer<int32_t>(order));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Look-ups on the host; see csrc/lookup.h for the contract.";
+  py::class_<MappedKeys>(module, "MappedKeys", "The slots of a codebook that are in a file.")
+      .def(py::init<int64_t, int64_t, Address, py::function>(), py::kw_only(), arg("slots"),
+           arg("block_bytes"), arg("tested"), arg("test"));
   py::class_<Book>(module, "Book", "The keys of one version: addresses of slots and page tables.")
-      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&>(),
+      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&,
+                    const MappedKeys*>(),
            py::kw_only(), arg("slots"), arg("slot_pages"), arg("live_pages"), arg("radius_pages"),
-           arg("rows"), arg("width"), arg("dtype"));
+           arg("rows"), arg("width"), arg("dtype"), arg("mapped").none(true),
+           py::keep_alive<1, 9>());
   py::class_<Plan>(module, "Plan", "A certificate as one version sees it.")
       .def(py::init<>())
       .def("set_map", &Plan::set_map, py::kw_only(), arg("centre"), arg("rows"), arg("turn"),
@@ -225,6 +242,7 @@ PYBIND11_MODULE(_cpu, module) {
       "use_tensors", [](py::handle type) { return Version::tensors.use(type.ptr()); },
       "Let `Version.ask` read tensors of this type; tell whether it can.");
   module.def("kd_order", &kd_order_at, py::kw_only(), arg("points"), arg("count"), arg("order"),
+             arg("threads") = 1,
              "Write the kd order of points [count, 16] int16 as rows [count] int32.");
   module.def("instruction_set", &instruction_set, "The instruction set in use.");
   module.def("use_instruction_set", &use_instruction_set, arg("name"),

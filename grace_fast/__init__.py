@@ -9,6 +9,8 @@ from grace_fast.edits import Edit, Verification
 from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
 from grace_fast.prepared import Prepared, prepare
 from grace_fast.store.files import CodebookCorrupt
+from grace_fast.store.resident import open, save
+from grace_fast.store.stream import build
 
 __all__ = [
     "BackendUnavailable",
@@ -25,9 +27,12 @@ __all__ = [
     "Verification",
     "__version__",
     "attach",
+    "build",
     "find",
     "from_pretrained",
     "nearest",
+    "open",
     "prepare",
     "replace",
+    "save",
 ]

@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 LEAF = 64  # keys of a leaf, and leaves of a super leaf
 BLOCK = 16  # keys of a block of codes
 ORDER_ROWS = 4096  # below this the linear scan is as fast (lookup.md)
+MOST_ROWS = 2**31 - LEAF  # positions and their rows are int32; later rows are read as they are
 POINT_LIMIT = 16000  # box coordinates are int16, with room for a difference
 # e_k of a tail's keys before they are known: half a step in every slot, and rounding.
 TAIL_NEAR_ERROR, TAIL_FAR_ERROR = (NEAR**0.5) / 2 + 1e-2, ((NEAR + FAR) ** 0.5) / 2 + 1e-2
@@ -69,7 +70,7 @@ def _padded(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _reach_of(radii: Array, floor: float) -> Array:
+def reach_of(radii: Array, floor: float) -> Array:
     """Return the largest radius of each 64, at least `floor`, padded for 16 at a time."""
     leaves = _padded(len(radii), LEAF) // LEAF
     padded = np.full(leaves * LEAF, floor, np.float32)
@@ -115,6 +116,7 @@ class Encoded:
     far: Array  # [n, 48] uint8
     near_error: float = 0.0
     far_error: float = 0.0
+    rows: int = 0  # encoded so far
 
     @staticmethod
     def room(count: int) -> Encoded:
@@ -122,15 +124,16 @@ class Encoded:
         points = np.empty((count, NEAR), np.int16)
         return Encoded(points, np.empty((count, NEAR), np.uint8), np.empty((count, FAR), np.uint8))
 
-    def put(self, at: int, codes: Codes) -> None:
-        """Take the codes of some keys in, from row `at` on."""
+    def put(self, codes: Codes) -> None:
+        """Take the codes of the next keys in."""
         whole = codes.whole.numpy()
-        rows = slice(at, at + len(whole))
+        rows = slice(self.rows, self.rows + len(whole))
         self.points[rows] = np.clip(whole[:, :NEAR], -POINT_LIMIT, POINT_LIMIT)
         self.near[rows] = whole[:, :NEAR].astype(np.uint8)
         self.far[rows] = whole[:, NEAR:].astype(np.uint8)
         self.near_error = max(self.near_error, float(codes.near_error.max()))
         self.far_error = max(self.far_error, float(codes.far_error.max()))
+        self.rows = rows.stop
 
 
 def run(encoded: Encoded, first: int, radii: Array, floor: float, kd_order: Any) -> Part:
@@ -152,7 +155,7 @@ def run(encoded: Encoded, first: int, radii: Array, floor: float, kd_order: Any)
         rows=order + np.int32(first),
         near=_packed(encoded.near[order]),
         far=far,
-        reach=_reach_of(radii[order], floor),
+        reach=reach_of(radii[order], floor),
         near_error=encoded.near_error + 1e-9,
         far_error=encoded.far_error + 1e-9,
         first=first,
@@ -168,7 +171,7 @@ def run(encoded: Encoded, first: int, radii: Array, floor: float, kd_order: Any)
         part.leaf_boxes = _boxes(low, high)
         part.super_boxes = _boxes(*_edges(low, high))
         leaves = _padded(count, LEAF) // LEAF
-        part.super_reach = _reach_of(part.reach[:leaves], floor)
+        part.super_reach = reach_of(part.reach[:leaves], floor)
     return part
 
 
@@ -180,7 +183,7 @@ def tail(capacity: int, floor: float) -> Part:
         rows=np.zeros(capacity, np.int32),
         near=np.zeros((capacity // BLOCK, NEAR // 4, BLOCK, 4), np.uint8),
         far=np.zeros((capacity, FAR), np.uint8),
-        reach=_reach_of(np.full(capacity, floor, np.float32), floor),
+        reach=reach_of(np.full(capacity, floor, np.float32), floor),
         near_error=TAIL_NEAR_ERROR,
         far_error=TAIL_FAR_ERROR,
     )
