@@ -6,6 +6,8 @@ It works from a snapshot, in a thread of its own, and shares nothing with look-u
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -62,14 +64,22 @@ class Build:
         self.phi = phi
         return True
 
-    def encode(self, encoded: order.Encoded) -> bool:
-        """Encode what is not yet; False where that was cancelled."""
-        for at in range(self._start + encoded.rows, self.rows, _CHUNK):
+    def encode(self, encoded: order.Encoded, threads: int = 0) -> bool:
+        """Encode what is not yet; False where that was cancelled.
+
+        threads: of our own, each with one of torch's; without any, torch's share each product.
+        """
+        chunks = range(self._start + encoded.rows, self.rows, _CHUNK)
+        made = _in_order(self._encoded, chunks, threads) if threads else map(self._encoded, chunks)
+        for some in made:
             if self._cancelled():
                 return False
-            keys = self._snapshot.keys_between(at, min(at + _CHUNK, self.rows))
-            encoded.put(codes.encode_keys(self.phi, keys))
+            encoded.put(some)
         return True
+
+    def _encoded(self, first: int) -> codes.Codes:
+        keys = self._snapshot.keys_between(first, min(first + _CHUNK, self.rows))
+        return codes.encode_keys(self.phi, keys)
 
     def sort(self, encoded: order.Encoded, threads: int = 1) -> Part:
         """Return the run of what was encoded, with all that is known of it."""
@@ -143,3 +153,15 @@ class Build:
         others = (float(survives.sum(dim=1).double().mean()) - 1) / len(keys) * part.count
         key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
         return codes.NEAR * part.count + max(0.0, others) * (codes.FAR + key_bytes)
+
+
+def _in_order(work: Any, items: Sequence[int], threads: int) -> Iterator[Any]:
+    """Give work(item) for each item, in order; a few hundred are made ahead."""
+    usual = torch.get_num_threads()
+    one_each = partial(torch.set_num_threads, 1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=one_each) as pool:
+            for at in range(0, len(items), 256):
+                yield from pool.map(work, items[at : at + 256])
+    finally:
+        torch.set_num_threads(usual)  # it is for all threads that are still to come

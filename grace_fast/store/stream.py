@@ -263,8 +263,9 @@ class _Unfinished:
         if not self._fit(made):
             return snapshot, None
         encoded = _EncodedOnDisk(self._work, made.rows, self._state.get("encoded"), self._note, bar)
-        made.encode(encoded)
-        part = made.sort(encoded, threads=torch.get_num_threads())
+        threads = torch.get_num_threads()
+        made.encode(encoded, threads)
+        part = made.sort(encoded, threads)
         state = State(made.phi, made.fitted_rows, made.floor)
         state.runs, state.covered = (part,), made.rows
         state.predicted_bytes = made.predicted_bytes
