@@ -168,6 +168,21 @@ class MappedFile:
                 if not self.tested[block]:
                     self.test_block(block)
 
+    def read(self, first: int, last: int) -> Tensor:
+        """Return a copy of rows [first, last), which are read in one go and tested.
+
+        Raises: CodebookCorrupt where they are not what was saved.
+        """
+        self.test_rows(first, last)
+        shape, size = self.shape, (last - first) * self.shape.row_bytes
+        content = bytearray(size)
+        begin = HEADER_BYTES + first * shape.row_bytes
+        if os.preadv(self.descriptor, [content], begin) != size:
+            self._check_size("shrank while it was in use")
+        if not size:
+            return torch.empty(0, shape.width, dtype=shape.dtype)
+        return torch.frombuffer(content, dtype=shape.dtype).view(last - first, shape.width)
+
     def test_all(self, each: Callable[[int], object] = lambda size: None) -> None:
         """Test every block that was not, and that the file is whole; tell `each` their bytes."""
         self._check_size("shrank while it was in use")
