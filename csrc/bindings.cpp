@@ -54,13 +54,26 @@ py::tuple answered(int64_t batch, const Find& find) {
 // Keys in a file: `test(block)` is called in Python, once a block, by whichever thread needs it.
 struct MappedKeys {
   Mapped mapped;
-  MappedKeys(int64_t slots, int64_t block_bytes, Address tested, py::function test)
-      : mapped{slots, block_bytes, pointer<const uint8_t>(tested),
+  MappedKeys(int64_t slots, int64_t block_bytes, Address tested, py::function test,
+             py::function lose, int guarded)
+      : mapped{slots,
+               block_bytes,
+               pointer<const uint8_t>(tested),
                [test = std::move(test)](int64_t block) {
                  const py::gil_scoped_acquire locked;
                  test(block);
-               }} {}
+               },
+               [lose = std::move(lose)] {
+                 const py::gil_scoped_acquire locked;
+                 lose();
+               },
+               guarded} {}
 };
+
+// After keys were read: nothing that a file no longer held may decide.
+void check_not_lost(const Keys& keys) {
+  if (keys.mapped && is_lost(keys.mapped->guarded)) keys.mapped->lose();
+}
 
 struct Book {
   Keys keys;
@@ -145,6 +158,7 @@ struct Version {
     const py::gil_scoped_release unlocked;
     nearest_dense(book.queries(first, stride, dtype, batch), book.keys, threads,
                   pointer<int64_t>(row), pointer<double>(squared));
+    check_not_lost(book.keys);
   }
   // The same by the certificate, for keys that are not farther than `within`.
   void nearest_within(Address first, int64_t stride, int dtype, int64_t batch, int threads,
@@ -152,6 +166,7 @@ struct Version {
     const py::gil_scoped_release unlocked;
     nearest_certified(book.queries(first, stride, dtype, batch), book.keys, plan->certificate,
                       within, threads, pointer<int64_t>(row), pointer<double>(squared));
+    check_not_lost(book.keys);
   }
   py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
     return found(book.queries(first, stride, dtype, batch), threads);
@@ -176,15 +191,21 @@ struct Version {
  private:
   py::tuple found(const Queries& queries, int threads) const {
     return answered(queries.batch, [&](bool* hit, int64_t* row, double* squared) {
-      if (!plan || queries.batch > certified_up_to) {
-        return find_dense(queries, book.keys, widest, threads, hit, row, squared);
-      }
-      // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
-      const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
-      return find_certified(queries, book.keys, plan->certificate,
-                            static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
-                            nullptr);
+      const int64_t hits = decided(queries, threads, hit, row, squared);
+      check_not_lost(book.keys);
+      return hits;
     });
+  }
+  int64_t decided(const Queries& queries, int threads, bool* hit, int64_t* row,
+                  double* squared) const {
+    if (!plan || queries.batch > certified_up_to) {
+      return find_dense(queries, book.keys, widest, threads, hit, row, squared);
+    }
+    // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
+    const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
+    return find_certified(queries, book.keys, plan->certificate,
+                          static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
+                          nullptr);
   }
 };
 
@@ -200,8 +221,9 @@ void kd_order_at(Address points, int64_t count, Address order, int threads) {
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Look-ups on the host; see csrc/lookup.h for the contract.";
   py::class_<MappedKeys>(module, "MappedKeys", "The slots of a codebook that are in a file.")
-      .def(py::init<int64_t, int64_t, Address, py::function>(), py::kw_only(), arg("slots"),
-           arg("block_bytes"), arg("tested"), arg("test"));
+      .def(py::init<int64_t, int64_t, Address, py::function, py::function, int>(), py::kw_only(),
+           arg("slots"), arg("block_bytes"), arg("tested"), arg("test"), arg("lose"),
+           arg("guarded"));
   py::class_<Book>(module, "Book", "The keys of one version: addresses of slots and page tables.")
       .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&,
                     const MappedKeys*>(),
@@ -241,6 +263,10 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "use_tensors", [](py::handle type) { return Version::tensors.use(type.ptr()); },
       "Let `Version.ask` read tensors of this type; tell whether it can.");
+  module.def("guard", &guard, py::kw_only(), arg("first"), arg("bytes"),
+             "Let a mapped file that shrinks be seen by `is_lost`, not end the process.");
+  module.def("unguard", &unguard, arg("number"), "Forget memory that is no longer mapped.");
+  module.def("is_lost", &is_lost, arg("number"), "Whether something was read that is gone.");
   module.def("kd_order", &kd_order_at, py::kw_only(), arg("points"), arg("count"), arg("order"),
              arg("threads") = 1,
              "Write the kd order of points [count, 16] int16 as rows [count] int32.");

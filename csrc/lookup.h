@@ -32,7 +32,15 @@ struct Mapped {
   int64_t block_bytes;                      // of a block, the first one beginning with slot 0
   const uint8_t* tested;                    // by block, not 0 once it was found to be as saved
   std::function<void(int64_t block)> test;  // sets that, or throws; any thread may call it
+  std::function<void()> lose;               // throws: the file no longer holds what was read
+  int guarded;                              // by `guard`
 };
+
+// Let reads of a mapped file's memory give zeros where the file has shrunk, and be marked, rather
+// than end the process. Returns a number for `is_lost`; -1 where there are too many.
+int guard(uintptr_t first, int64_t bytes);
+void unguard(int number);
+bool is_lost(int number);
 
 struct Keys {
   const void* slots;                 // [*, D] in `dtype`

@@ -190,9 +190,7 @@ class Snapshot:
         Raises: CodebookCorrupt where they are not.
         """
         slots = self.key_slot[rows] if self.counts.key_moves else rows
-        if self.key_file is not None:
-            self.key_file.test_slots(slots)
-        return self.key_slots[slots.to(self.device)]
+        return _fetched(self.key_slots, slots.to(self.device), self.key_file)
 
     def keys_between(self, first: int, last: int) -> Tensor:
         """Return the keys of rows [first, last), as [n, D]; see `keys_at`.
@@ -248,14 +246,14 @@ class Snapshot:
         """Return the key of one row, [D]."""
         slot = self.key_slot_of(row)
         if self.key_file is not None:
-            self.key_file.test_rows(slot, slot + 1)
+            return _fetched(self.key_slots, torch.tensor([slot]), self.key_file)[0]
         return self.key_slots[slot]
 
     def value_of(self, row: int) -> Tensor:
         """Return the value of one row, [V]."""
         slot = self.value_slot_of(row)
         if self.value_file is not None:
-            self.value_file.test_rows(slot, slot + 1)
+            return _fetched(self.value_slots, torch.tensor([slot]), self.value_file)[0]
         return self.value_slots[slot]
 
     def values_of(self, rows: Tensor) -> Tensor:
@@ -263,9 +261,7 @@ class Snapshot:
         slots = rows.clamp(min=0)
         if self.counts.value_moves:
             slots = self._gather("value_slot", slots).to(self.device)
-        if self.value_file is not None:
-            self.value_file.test_slots(slots)
-        return self.value_slots[slots]
+        return _fetched(self.value_slots, slots, self.value_file)
 
     def radii_of(self, rows: Tensor) -> Tensor:
         """Return the radii of rows [B], as [B] float32; -1 for row -1."""
@@ -696,6 +692,16 @@ class Codebook:
         return self._current.live
 
 
+def _fetched(store: Tensor, slots: Tensor, file: MappedFile | None) -> Tensor:
+    """Return slots [n] of a store, as [n, width], tested where they lie in a file."""
+    if file is None:
+        return store[slots]
+    file.test_slots(slots)
+    found = store[slots]
+    file.check_not_lost()
+    return found
+
+
 def _shape(rows: Tensor | MappedFile) -> tuple[int, int]:
     if isinstance(rows, MappedFile):
         return rows.shape.rows, rows.shape.width
@@ -710,7 +716,9 @@ def _filled(store: Rows, rows: Tensor | MappedFile) -> Rows:
     """Return a store whose first slots are some rows: in it, or where they lie in a file."""
     if isinstance(rows, MappedFile):
         shape = rows.shape
-        return MappedRows(rows.descriptor, HEADER_BYTES, shape.rows, shape.width, shape.dtype)
+        made = MappedRows(rows.descriptor, HEADER_BYTES, shape.rows, shape.width, shape.dtype)
+        rows.guard(made.region, made.address)
+        return made
     store.commit(len(rows))
     store.tensor[: len(rows)] = rows
     return store

@@ -3,7 +3,8 @@
 The file is a safetensors file of one matrix. Its header is filled up to a page, so that the rows
 can be mapped where they lie. Nobody reads 30 GB to open a codebook: a block of 4 MiB is read by
 `pread` and held against its checksum when one of its rows is first fetched. A file that shrank is
-seen there; what shrinks after that is a bus error, which no checksum can turn into an answer.
+seen there. What shrinks after that is a bus error where the mapping is read, which the extension
+turns into CodebookCorrupt (csrc/cpu/bus_error.cpp); without the extension it ends the process.
 """
 
 from __future__ import annotations
@@ -102,11 +103,28 @@ class MappedFile:
         self.tested: npt.NDArray[np.uint8] = np.zeros(shape.blocks + 1, np.uint8)
         self._testing = threading.Lock()
         self._for_extension: Any = None
+        self._guarded = -1
 
     def _check_size(self, what: str) -> None:
         found, wanted = os.fstat(self.descriptor), HEADER_BYTES + self.shape.nbytes
         if not stat.S_ISREG(found.st_mode) or found.st_size != wanted:
             raise CodebookCorrupt(f"{self.path} {what}: {found.st_size} bytes, wanted {wanted}")
+
+    def guard(self, region: Any, address: int) -> None:
+        """Let a file that shrinks under its mapping be seen, as long as `region` is alive."""
+        if native.cpu is not None and self.shape.rows:
+            self._guarded = native.cpu.guard(first=address, bytes=self.shape.nbytes)
+            self._for_extension = None  # it knows the mapping that it was made for
+            weakref.finalize(region, native.cpu.unguard, self._guarded)
+
+    def check_not_lost(self) -> None:
+        """Raise CodebookCorrupt where something was read that the file no longer holds."""
+        if self._guarded >= 0 and native.cpu.is_lost(self._guarded):
+            self._lose()
+
+    def _lose(self) -> None:
+        self._check_size("shrank while it was in use")
+        raise CodebookCorrupt(f"{self.path} could not be read where it is mapped")
 
     def for_extension(self) -> Any:
         """Return what the extension asks before it reads a row."""
@@ -118,6 +136,8 @@ class MappedFile:
                 block_bytes=BLOCK_BYTES,
                 tested=self.tested.ctypes.data,
                 test=lambda block: _alive(known).test_block(block),
+                lose=lambda: _alive(known)._lose(),
+                guarded=self._guarded,
             )
         return self._for_extension
 

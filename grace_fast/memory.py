@@ -86,6 +86,7 @@ class ReservedRows:
         region = region_type.from_address(self.address)
         # The tensor keeps the region alive, the region the mapping.
         weakref.finalize(region, _libc.munmap, self.address, self.reserved_bytes).atexit = False
+        self.region = region
         capacity = self.reserved_bytes // self.row_bytes
         self.tensor = torch.frombuffer(region, dtype=dtype, count=capacity * width)
         self.tensor = self.tensor.view(capacity, width)
