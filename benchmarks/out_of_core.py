@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ from grace_fast.codebook import Codebook
 from grace_fast.quickbench import times_us
 from grace_fast.store import layout
 
-BLOCK_ROWS = 1 << 15
+THREADS = os.cpu_count() or 1
+BLOCK_ROWS = 1 << 14
 SCAN_ROWS = 1 << 14
 VALUE_DIM = 16
 HIT_RATE = 0.05
@@ -57,20 +59,26 @@ class Source:
 
     def __call__(self, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the blocks from a row on, with radii of 0.1 of the spacing."""
-        for block in range(first // BLOCK_ROWS, -(-self.rows // BLOCK_ROWS)):
-            start = time.perf_counter()
-            begin = block * BLOCK_ROWS
-            count = min(BLOCK_ROWS, self.rows - begin)
-            generator = torch.Generator().manual_seed(block + 1)
-            keys = self._base[begin : begin + count]
-            if len(keys) < count:
-                fresh = jitter(self._base, count - len(keys), self.spacing / 2, generator)
-                keys = torch.cat([keys, fresh])
-            values = torch.randn(count, VALUE_DIM, generator=generator)
-            skip = max(0, first - begin)
-            made = keys.to(DTYPE), values.to(DTYPE), torch.full((count,), 0.1 * self.spacing)
-            self.seconds += time.perf_counter() - start
-            yield tuple(part[skip:] for part in made)
+        numbers = range(first // BLOCK_ROWS, -(-self.rows // BLOCK_ROWS))
+        with ThreadPoolExecutor(THREADS) as pool:  # a block's numbers are drawn by one thread
+            for at in range(0, len(numbers), THREADS):
+                start = time.perf_counter()
+                made = list(pool.map(self._block, numbers[at : at + THREADS]))
+                self.seconds += time.perf_counter() - start
+                for begin, parts in made:
+                    yield tuple(part[max(0, first - begin) :] for part in parts)
+
+    def _block(self, number: int) -> tuple[int, tuple[Tensor, Tensor, Tensor]]:
+        begin = number * BLOCK_ROWS
+        count = min(BLOCK_ROWS, self.rows - begin)
+        generator = torch.Generator().manual_seed(number + 1)
+        keys = self._base[begin : begin + count]
+        if len(keys) < count:
+            fresh = jitter(self._base, count - len(keys), self.spacing / 2, generator)
+            keys = torch.cat([keys, fresh])
+        values = torch.randn(count, VALUE_DIM, generator=generator)
+        radii = torch.full((count,), RATIOS[0] * self.spacing)
+        return begin, (keys.to(DTYPE), values.to(DTYPE), radii)
 
     def queries(self, book: Codebook, epsilon: float, count: int) -> Tensor:
         """Return unseen rows, some of them replaced by near hits, [count, D] float32."""
@@ -102,7 +110,7 @@ def serve(folder: Path, asked: Path, epsilon: float) -> dict[str, Any]:
     book = gf.open(folder)
     opened_s = time.perf_counter() - start
     if float(book.radii[0]) != np.float32(epsilon):
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(THREADS)
         book = with_radii(book, epsilon)
         gf.prepare(book)
         torch.set_num_threads(1)
@@ -148,7 +156,7 @@ def forget(folder: Path) -> None:
 def run(source: Source, folder: Path, decisions: int, whole: int) -> dict[str, Any]:
     """Build, open, ask and check one size; return its figures."""
     start = time.perf_counter()
-    book = gf.build(folder, source, rows=source.rows)
+    book = gf.build(folder, source, rows=source.rows, threads=THREADS)
     built_s = time.perf_counter() - start
     found: dict[str, Any] = {
         "keys": source.rows,

@@ -54,16 +54,18 @@ def build(
     blocks: Blocks,
     *,
     rows: int | None = None,
+    threads: int | None = None,
     progress: bool | None = None,
 ) -> Codebook:
     """Make a codebook of a stream in a directory, in bounded memory, and open it.
 
     An interrupted build goes on when it is called again with the same stream: rows that were
-    written are compared and passed over. It takes torch's threads, and 100 bytes of memory a key.
+    written are compared and passed over. It takes about 100 bytes of memory for each key.
 
     blocks: (keys [M, D], values [M, V], radii [M]) again and again, of any M; or a function of the
         first row that is wanted, which returns them from there on.
     rows: how many there will be, for the progress bar.
+    threads: that encode and sort; by default as many as torch uses.
     progress: show a bar; by default where there is a terminal, if tqdm is installed.
 
     Raises: ValueError and TypeError as `Codebook.append`, naming the row; ValueError where the
@@ -75,7 +77,7 @@ def build(
     resident.refuse_taken(folder)
     with _locked(folder / resident.BUILDING) as work:
         try:
-            _make(folder, work, blocks, rows, progress)
+            _make(folder, work, blocks, rows, threads or torch.get_num_threads(), progress)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -87,13 +89,18 @@ def build(
 
 
 def _make(
-    folder: Path, work: Path, blocks: Blocks, rows: int | None, progress: bool | None
+    folder: Path,
+    work: Path,
+    blocks: Blocks,
+    rows: int | None,
+    threads: int,
+    progress: bool | None,
 ) -> None:
     unfinished = _Unfinished(folder, work)
     with _bar(progress, "rows", rows) as bar:
         written = unfinished.write(blocks, bar)
     with _bar(progress, "codes", written["keys"].shape.rows) as bar:
-        snapshot, coded = unfinished.encode(written, bar)
+        snapshot, coded = unfinished.encode(written, threads, bar)
     unfinished.publish(written, snapshot, coded)
 
 
@@ -247,7 +254,7 @@ class _Unfinished:
     # Their codes.
 
     def encode(
-        self, written: Mapping[str, Written], bar: Any
+        self, written: Mapping[str, Written], threads: int, bar: Any
     ) -> tuple[Snapshot, dict[str, Tensor] | None]:
         """Return the codebook that was written, and its codes; none where it has too few keys."""
         keys, values = (
@@ -263,7 +270,6 @@ class _Unfinished:
         if not self._fit(made):
             return snapshot, None
         encoded = _EncodedOnDisk(self._work, made.rows, self._state.get("encoded"), self._note, bar)
-        threads = torch.get_num_threads()
         made.encode(encoded, threads)
         part = made.sort(encoded, threads)
         state = State(made.phi, made.fitted_rows, made.floor)
@@ -348,10 +354,11 @@ def _mapped(
 def _tensors(block: Block) -> tuple[Tensor, Tensor, Tensor]:
     if not isinstance(block, (tuple, list)) or len(block) != 3:
         raise ValueError("blocks must be (keys [M, D], values [M, V], radii [M])")
-    keys, values, radii = (
-        torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in block
-    )
-    return keys, values, radii
+    parts = [torch.from_numpy(part) if isinstance(part, np.ndarray) else part for part in block]
+    for part in parts:
+        if not isinstance(part, Tensor):
+            raise TypeError(f"blocks must be of tensors or arrays, got {type(part).__name__}")
+    return parts[0], parts[1], parts[2]
 
 
 class _Behind:
