@@ -29,17 +29,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import grace_fast as gf
-from benchmarks import machine, scan
+from benchmarks import machine
 from benchmarks.activations import activations
 from benchmarks.workloads import jitter, median_spacing
 from grace_fast.backends import cpu
 from grace_fast.codebook import Codebook
+from grace_fast.largebench import Scan, chunks_of, scan
 from grace_fast.quickbench import times_us
 from grace_fast.store import layout
 
 THREADS = os.cpu_count() or 1
 BLOCK_ROWS = 1 << 14
-SCAN_ROWS = 1 << 14
 VALUE_DIM = 16
 HIT_RATE = 0.05
 RATIOS = (0.1, 0.2, 0.3)  # epsilon as a fraction of the median nearest-neighbour distance
@@ -196,9 +196,9 @@ def _check(
     sizes = [len(queries) for queries in asked.values()]
     queries = torch.cat(list(asked.values()))
     radius = torch.cat([torch.full((n,), r * spacing) for n, r in zip(sizes, asked, strict=True)])
-    law = scan.filtered(queries, _chunks(book), radius).hits(radius)
+    law = scan(queries, chunks_of(book), radius).hits(radius)
     some = torch.linspace(0, len(queries) - 1, whole).long()
-    again = scan.whole(queries[some], _chunks(book)).hits(radius[some])
+    again = _scan_whole(queries[some], book).hits(radius[some])
     found["scans_disagree"] = int((again != law[some]).sum())
     found["whole"] = whole
     for figures, rows in zip(found["epsilons"], law.split(sizes), strict=True):
@@ -210,10 +210,15 @@ def _check(
         }
 
 
-def _chunks(book: Codebook) -> Iterator[tuple[int, Tensor]]:
-    snapshot = book.snapshot()
-    for first in range(0, snapshot.rows, SCAN_ROWS):
-        yield first, snapshot.keys_between(first, min(first + SCAN_ROWS, snapshot.rows))
+def _scan_whole(queries: Tensor, book: Codebook) -> Scan:
+    """Return the nearest rows by float64 differences of all pairs; queries [B, D]."""
+    found, wide = Scan(queries), queries.double()
+    for first, keys in chunks_of(book):
+        distance = torch.cdist(wide, keys.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        least = torch.minimum(distance.amin(dim=1), found.squared.sqrt())
+        # Sums in another order are not off by a relative 1e-9.
+        found.offer(keys, first, distance <= least[:, None] * (1 + 1e-9))
+    return found
 
 
 def wrong(sizes: list[dict[str, Any]]) -> int:
