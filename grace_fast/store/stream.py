@@ -13,10 +13,8 @@ import fcntl
 import itertools
 import json
 import os
-import queue
 import secrets
 import shutil
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,6 +33,7 @@ from grace_fast.codes import Codes
 from grace_fast.mapped import HEADER_BYTES, CodebookCorrupt, MappedFile
 from grace_fast.order import Encoded
 from grace_fast.store import files, layout, resident
+from grace_fast.store.background import behind
 from grace_fast.store.coded import pack_map, pack_state, unpack_map
 from grace_fast.store.rows import RowWriter, Written
 from grace_fast.views import State
@@ -206,7 +205,7 @@ class _Unfinished:
             bar.update(len(block[0]))
 
         row = 0 if skip else known
-        with _behind(write) as put:
+        with behind(write) as put:
             try:
                 for block in given:
                     checked = self._checked(block, row)
@@ -359,49 +358,6 @@ def _tensors(block: Block) -> tuple[Tensor, Tensor, Tensor]:
         if not isinstance(part, Tensor):
             raise TypeError(f"blocks must be of tensors or arrays, got {type(part).__name__}")
     return parts[0], parts[1], parts[2]
-
-
-class _Behind:
-    """Work that another thread does, a few pieces behind; what it raises is raised here."""
-
-    def __init__(self, work: Callable[[Any], None]) -> None:
-        self._pieces: queue.Queue[Any] = queue.Queue(maxsize=2)
-        self._error: BaseException | None = None
-        self._work = work
-        self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (piece := self._pieces.get()) is not None:
-            if self._error is None:
-                try:
-                    self._work(piece)
-                except BaseException as error:
-                    self._error = error
-
-    def __call__(self, piece: Any) -> None:
-        """Leave a piece to the other thread."""
-        if self._error is not None:
-            raise self._error
-        self._pieces.put(piece)
-
-    def finish(self) -> None:
-        """Wait until everything is done."""
-        if self._thread is not None:
-            self._pieces.put(None)
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            raise self._error
-
-
-@contextmanager
-def _behind(work: Callable[[Any], None]) -> Iterator[_Behind]:
-    behind = _Behind(work)
-    try:
-        yield behind
-    finally:
-        behind.finish()
 
 
 @contextmanager
