@@ -23,7 +23,8 @@ SANITIZED := build/sanitized/lib
 LIBRARIES := $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.so)
 UNDER_SANITIZERS := LD_PRELOAD="$(LIBRARIES)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)
-REACH_NATIVE := lookup certified prepared codebook codes edits golden store
+REACH_NATIVE := lookup certified prepared codebook codes edits golden store out_of_core streams \
+	changed_files
 
 sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-behaviour sanitizers
 	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'
@@ -34,12 +35,19 @@ sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-b
 		assert '$(SANITIZED)' in _cpu.__file__, _cpu.__file__; print(_cpu.instruction_set())"
 	$(UNDER_SANITIZERS) $(BIN)/python -m pytest -q -m "not slow" $(REACH_NATIVE:%=tests/test_%.py)
 
+FOLDER ?= /tmp
 # The repository itself is what `-m benchmarks.run` needs to find, and nothing else is on that path.
 bench: .venv/.bench  ## look-ups against their peers up to N = 1e5, checked before timed, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run
 
 bench-million: .venv/.bench  ## N = 1e6, warm and with flushed caches; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --million
+
+bench-ten-million: .venv/.bench  ## N = 1e6 and 1e7 on the disk: 40 GB of it in FOLDER, an hour
+	PYTHONPATH=. $(BIN)/python -m benchmarks.out_of_core --folder $(FOLDER) --out benchmarks/results
+
+bench-beside-appends: .venv/.bench  ## look-ups of two threads beside 100 000 appends, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.beside_appends --out benchmarks/results
 
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
@@ -105,5 +113,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-million bench-full bench-edits bench-micro \
-	bench-adaptor gate gate-full gpu check fix clean
+.PHONY: help demo test slow sanitize bench bench-million bench-ten-million bench-beside-appends \
+	bench-full bench-edits bench-micro bench-adaptor gate gate-full gpu check fix clean

@@ -51,17 +51,42 @@ py::tuple answered(int64_t batch, const Find& find) {
   return py::make_tuple(hits, buffer);
 }
 
+// Keys in a file: `test(block)` is called in Python, once a block, by whichever thread needs it.
+struct MappedKeys {
+  Mapped mapped;
+  MappedKeys(int64_t slots, int64_t block_bytes, Address tested, py::function test,
+             py::function lose, int guarded)
+      : mapped{slots,
+               block_bytes,
+               pointer<const uint8_t>(tested),
+               [test = std::move(test)](int64_t block) {
+                 const py::gil_scoped_acquire locked;
+                 test(block);
+               },
+               [lose = std::move(lose)] {
+                 const py::gil_scoped_acquire locked;
+                 lose();
+               },
+               guarded} {}
+};
+
+// After keys were read: nothing that a file no longer held may decide.
+void check_not_lost(const Keys& keys) {
+  if (keys.mapped && is_lost(keys.mapped->guarded)) keys.mapped->lose();
+}
+
 struct Book {
   Keys keys;
   Book(Address slots, Address slot_pages, Address live_pages, Address radius_pages, int64_t rows,
-       int64_t width, const std::string& dtype)
+       int64_t width, const std::string& dtype, const MappedKeys* mapped)
       : keys{pointer<const void>(slots),
              pointer<const int64_t* const>(slot_pages),
              pointer<const bool* const>(live_pages),
              pointer<const float* const>(radius_pages),
              rows,
              width,
-             dtype_of(dtype)} {}
+             dtype_of(dtype),
+             mapped ? &mapped->mapped : nullptr} {}
 
   Queries queries(Address first, int64_t stride, int dtype, int64_t batch) const {
     return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
@@ -133,6 +158,7 @@ struct Version {
     const py::gil_scoped_release unlocked;
     nearest_dense(book.queries(first, stride, dtype, batch), book.keys, threads,
                   pointer<int64_t>(row), pointer<double>(squared));
+    check_not_lost(book.keys);
   }
   // The same by the certificate, for keys that are not farther than `within`.
   void nearest_within(Address first, int64_t stride, int dtype, int64_t batch, int threads,
@@ -140,6 +166,7 @@ struct Version {
     const py::gil_scoped_release unlocked;
     nearest_certified(book.queries(first, stride, dtype, batch), book.keys, plan->certificate,
                       within, threads, pointer<int64_t>(row), pointer<double>(squared));
+    check_not_lost(book.keys);
   }
   py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
     return found(book.queries(first, stride, dtype, batch), threads);
@@ -164,33 +191,45 @@ struct Version {
  private:
   py::tuple found(const Queries& queries, int threads) const {
     return answered(queries.batch, [&](bool* hit, int64_t* row, double* squared) {
-      if (!plan || queries.batch > certified_up_to) {
-        return find_dense(queries, book.keys, widest, threads, hit, row, squared);
-      }
-      // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
-      const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
-      return find_certified(queries, book.keys, plan->certificate,
-                            static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
-                            nullptr);
+      const int64_t hits = decided(queries, threads, hit, row, squared);
+      check_not_lost(book.keys);
+      return hits;
     });
+  }
+  int64_t decided(const Queries& queries, int threads, bool* hit, int64_t* row,
+                  double* squared) const {
+    if (!plan || queries.batch > certified_up_to) {
+      return find_dense(queries, book.keys, widest, threads, hit, row, squared);
+    }
+    // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
+    const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
+    return find_certified(queries, book.keys, plan->certificate,
+                          static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
+                          nullptr);
   }
 };
 
 TensorReader Version::tensors;
 
-void kd_order_at(Address points, int64_t count, Address order) {
+void kd_order_at(Address points, int64_t count, Address order, int threads) {
   const py::gil_scoped_release unlocked;
-  kd_order(pointer<const int16_t>(points), count, pointer<int32_t>(order));
+  kd_order(pointer<const int16_t>(points), count, threads, pointer<int32_t>(order));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "Look-ups on the host; see csrc/lookup.h for the contract.";
+  py::class_<MappedKeys>(module, "MappedKeys", "The slots of a codebook that are in a file.")
+      .def(py::init<int64_t, int64_t, Address, py::function, py::function, int>(), py::kw_only(),
+           arg("slots"), arg("block_bytes"), arg("tested"), arg("test"), arg("lose"),
+           arg("guarded"));
   py::class_<Book>(module, "Book", "The keys of one version: addresses of slots and page tables.")
-      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&>(),
+      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&,
+                    const MappedKeys*>(),
            py::kw_only(), arg("slots"), arg("slot_pages"), arg("live_pages"), arg("radius_pages"),
-           arg("rows"), arg("width"), arg("dtype"));
+           arg("rows"), arg("width"), arg("dtype"), arg("mapped").none(true),
+           py::keep_alive<1, 9>());
   py::class_<Plan>(module, "Plan", "A certificate as one version sees it.")
       .def(py::init<>())
       .def("set_map", &Plan::set_map, py::kw_only(), arg("centre"), arg("rows"), arg("turn"),
@@ -224,7 +263,12 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "use_tensors", [](py::handle type) { return Version::tensors.use(type.ptr()); },
       "Let `Version.ask` read tensors of this type; tell whether it can.");
+  module.def("guard", &guard, py::kw_only(), arg("first"), arg("bytes"),
+             "Let a mapped file that shrinks be seen by `is_lost`, not end the process.");
+  module.def("unguard", &unguard, arg("number"), "Forget memory that is no longer mapped.");
+  module.def("is_lost", &is_lost, arg("number"), "Whether something was read that is gone.");
   module.def("kd_order", &kd_order_at, py::kw_only(), arg("points"), arg("count"), arg("order"),
+             arg("threads") = 1,
              "Write the kd order of points [count, 16] int16 as rows [count] int32.");
   module.def("instruction_set", &instruction_set, "The instruction set in use.");
   module.def("use_instruction_set", &use_instruction_set, arg("name"),

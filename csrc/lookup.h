@@ -12,6 +12,7 @@
 //   sum (z_q - z_k)^2 <= ((lipschitz * r + delta) / step + e_q + e_k)^2.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 namespace grace_fast {
@@ -25,6 +26,22 @@ constexpr int kFar = 48;             // further code bytes, read for survivors
 constexpr int kBlock = 16;           // keys of a block: [kNear / 4][16 keys][4 bytes]
 constexpr int kPadding = 64;         // widths are padded with zeros to a multiple of this
 
+// The first slots of a codebook that lies in a file: blocks of it are tested before they are read.
+struct Mapped {
+  int64_t slots;                            // slots below are in the file
+  int64_t block_bytes;                      // of a block, the first one beginning with slot 0
+  const uint8_t* tested;                    // by block, not 0 once it was found to be as saved
+  std::function<void(int64_t block)> test;  // sets that, or throws; any thread may call it
+  std::function<void()> lose;               // throws: the file no longer holds what was read
+  int guarded;                              // by `guard`
+};
+
+// Let reads of a mapped file's memory give zeros where the file has shrunk, and be marked, rather
+// than end the process. Returns a number for `is_lost`; -1 where there are too many.
+int guard(uintptr_t first, int64_t bytes);
+void unguard(int number);
+bool is_lost(int number);
+
 struct Keys {
   const void* slots;                 // [*, D] in `dtype`
   const int64_t* const* slot_pages;  // of [4096], the slot of each row; null when row i is slot i
@@ -33,6 +50,7 @@ struct Keys {
   int64_t rows;                      // N
   int64_t width;                     // D
   Dtype dtype;
+  const Mapped* mapped = nullptr;  // null when every slot is in memory
 };
 
 struct Queries {
@@ -104,8 +122,9 @@ int64_t find_certified(const Queries& queries, const Keys& keys, const Certifica
 void find_isolated(const Keys& keys, const Certificate& certificate, int64_t part,
                    const int64_t* positions, int64_t count, uint8_t* isolated);
 
-// Write the kd order of points [count, 16]: leaves of 64, the widest slot split at its median.
-void kd_order(const int16_t* points, int64_t count, int32_t* order);
+// Write the kd order of points [count, 16]: leaves of 64, the widest slot split at its median. It
+// is the same for any number of threads.
+void kd_order(const int16_t* points, int64_t count, int threads, int32_t* order);
 
 // "avx512vnni", "avx2" or "portable": the widest this processor runs, or the one asked for.
 const char* instruction_set();

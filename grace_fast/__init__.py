@@ -12,6 +12,8 @@ from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest,
 from grace_fast.prepared import Prepared, prepare
 from grace_fast.selection import using
 from grace_fast.store.files import CodebookCorrupt
+from grace_fast.store.resident import open, save
+from grace_fast.store.stream import build
 
 __all__ = [
     "BackendUnavailable",
@@ -28,11 +30,14 @@ __all__ = [
     "Verification",
     "__version__",
     "attach",
+    "build",
     "find",
     "from_pretrained",
     "nearest",
+    "open",
     "prepare",
     "replace",
+    "save",
     "using",
 ]
 

@@ -46,13 +46,19 @@ def of(snapshot: Snapshot) -> Certificate | None:
     )
 
 
+def restore(snapshot: Snapshot, state: State) -> None:
+    """Let a codebook that nobody has asked yet begin with codes that are known."""
+    if native.cpu is not None:
+        snapshot.derived("certificate", lambda *_: Certificate(native.cpu, state))
+
+
 class Certificate:
     """The codes of one codebook's keys, on the host; look-ups call only `view` and `held`."""
 
-    def __init__(self, cpu: Any) -> None:
+    def __init__(self, cpu: Any, state: State | None = None) -> None:
         self._cpu = cpu
         self._lock = threading.RLock()
-        self._state: State | None = None
+        self._state = state
         self._seen: set[int] = set()
         self._pages: tuple[Page, ...] = ()  # of the version seen last
         self._newest: Snapshot | None = None
@@ -91,6 +97,12 @@ class Certificate:
     def is_current(self, view: View) -> bool:
         """Tell whether a new view of the same version would say no more."""
         return view.made_from is self._state
+
+    def build(self, snapshot: Snapshot) -> None:
+        """Have all codes of a version that can be had, before returning."""
+        with self.held(snapshot):  # starts what has to be made
+            pass
+        self.settle()
 
     def settle(self) -> None:
         """Wait until nothing is being built."""
@@ -149,10 +161,7 @@ class Certificate:
 
     def _encode_rows(self, state: State, snapshot: Snapshot, rows: Array) -> None:
         """Give rows a position at the end of the tail."""
-        slots = torch.from_numpy(rows)
-        if snapshot.counts.key_moves:
-            slots = snapshot.key_slot[slots]
-        made = codes.encode_keys(state.phi, snapshot.key_slots[slots])
+        made = codes.encode_keys(state.phi, snapshot.keys_at(torch.from_numpy(rows)))
         radii = snapshot.radii_of(torch.from_numpy(rows)).cpu().numpy()
         added = order.append(state.tail, made, rows, radii, state.floor)
         if added is None:  # a key the codes cannot hold: start anew, without them until then
@@ -169,7 +178,8 @@ class Certificate:
         state = self._state
         if state is None:
             return
-        new = snapshot.rows - state.covered
+        last = min(snapshot.rows, order.MOST_ROWS)
+        new = last - state.covered
         first = state.covered
         page = first // PAGE_ROWS  # rows added in place: their page may be the known one
         if new > 0:
@@ -177,8 +187,8 @@ class Certificate:
             radii = radii[first - page * PAGE_ROWS :][:new]
             self._widest = max(self._widest, float(radii.max()))
         if 0 < new <= INLINE_ROWS:
-            self._encode_rows(state, snapshot, np.arange(first, snapshot.rows))
-            state.covered = snapshot.rows
+            self._encode_rows(state, snapshot, np.arange(first, last))
+            state.covered = last
 
     # What happens in a thread.
 
@@ -186,16 +196,17 @@ class Certificate:
         newest, state = self._newest, self._state
         if newest is None or self._builder is not None or self._cancelled:
             return
+        rows = min(newest.rows, order.MOST_ROWS)
         if state is None:
             if len(newest) < SMALLEST or newest.rows < 2 * self._hopeless_rows:
                 return
             start = 0
-        elif newest.rows >= 2 * state.fitted_rows or newest.version < state.oldest:
+        elif rows >= 2 * state.fitted_rows or newest.version < state.oldest:
             start, state = 0, None
-        elif state.tail.count > TAIL_ROWS or newest.rows - state.covered > INLINE_ROWS:
+        elif state.tail.count > TAIL_ROWS or rows - state.covered > INLINE_ROWS:
             start = state.runs[-1].last if state.runs else 0
             for part in reversed(state.runs):
-                if part.last - part.first >= MERGE_RATIO * (newest.rows - start):
+                if part.last - part.first >= MERGE_RATIO * (rows - start):
                     break
                 start = part.first
         else:
@@ -226,7 +237,7 @@ class Certificate:
             return self._build_if_needed()  # the codes were given up meanwhile
         now = State(built.phi, built.fitted_rows, built.floor)
         now.runs = (*(p for p in state.runs if p.last <= made.first), made) if state else (made,)
-        now.covered, now.oldest = snapshot.rows, snapshot.version
+        now.covered, now.oldest = built.rows, snapshot.version
         now.predicted_bytes = built.predicted_bytes
         if state is not None:
             old = state.tail
@@ -236,7 +247,7 @@ class Certificate:
             near, far = order.unpacked(old, keep)
             radii = old.reach[keep // order.LEAF]
             now.tail = order.append_codes(now.tail, near, far, rows, radii, now.floor)
-            now.covered = max(state.covered, snapshot.rows)
+            now.covered = max(state.covered, built.rows)
         self._state = now
         newest = self._newest
         assert newest is not None

@@ -7,6 +7,7 @@ something is wrong.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -19,6 +20,7 @@ from tqdm import tqdm
 import grace_fast as gf
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
+from grace_fast.store.files import read_config
 
 app = typer.Typer(
     help="GRACE: lifelong edits of a language model, found again exactly.",
@@ -137,14 +139,25 @@ def info(
 @app.command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="About a minute, synthetic keys.")] = False,
+    rows: Annotated[
+        str, typer.Option(help="Build this many keys on the disk and open them: 10M, 500k.")
+    ] = "",
+    folder: Annotated[Path | None, typer.Option(help="With --rows: where there is room.")] = None,
     as_json: Json = False,
 ) -> None:
     """Time look-ups on this machine; every decision is checked before it is timed."""
-    from grace_fast.quickbench import run
+    from grace_fast import largebench, quickbench
 
-    if not quick:
-        _fail("only --quick runs from an installed package; in the source tree run `make bench`")
-    figures = run(as_json=as_json)
+    if quick == bool(rows):
+        _fail("choose --quick or --rows; for more, in the source tree, run `make bench`")
+    try:
+        figures = (
+            largebench.run(_count(rows), folder, as_json)
+            if rows
+            else quickbench.run(as_json=as_json)
+        )
+    except OSError as error:
+        _fail(str(error))
     if as_json:
         typer.echo(json.dumps(figures))
     if not figures["passed"]:
@@ -152,10 +165,41 @@ def bench(
 
 
 @app.command()
+def build(
+    directory: Annotated[Path, typer.Argument(help="Where the codebook goes.")],
+    shards: Annotated[
+        list[Path],
+        typer.Argument(help="safetensors files: keys [M, D], values [M, V] and perhaps radii [M]."),
+    ],
+    radius: Annotated[
+        float | None, typer.Option(help="Of the keys of files that have no radii.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="By default as many as torch uses.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Build a codebook larger than memory from files, going on where it was interrupted."""
+    from grace_fast.store.source import FilesOfRows
+
+    try:
+        given = FilesOfRows(shards, radius)
+        book = gf.build(directory, given.blocks, rows=given.rows, threads=threads)
+    except (OSError, ValueError, TypeError) as error:
+        _fail(str(error))
+    figures = {"keys": len(book), "key_dim": book.key_dim, "value_dim": book.value_dim}
+    if as_json:
+        typer.echo(json.dumps(figures | {"out": str(directory)}))
+        return
+    typer.echo(f"{len(book):,} keys [D = {book.key_dim}] in {directory}")
+
+
+@app.command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
 ) -> None:
     """Check every checksum of a codebook and look every stored query up again."""
+    if _is_bare(directory):
+        _verify_files(directory, as_json)
+        return
     saved, book, history = _open(directory)
     verification = history.verify(book, saved.settings.rules(book.dtype))
     if as_json:
@@ -176,6 +220,38 @@ def verify(
     if not verification.ok:
         typer.echo(f"broken: edits {verification.broken}", err=True)
         raise typer.Exit(FAILED)
+
+
+def _is_bare(directory: Path) -> bool:
+    """Tell whether a directory holds a codebook alone, without a model's edits."""
+    try:
+        return "settings" not in read_config(directory)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+def _verify_files(directory: Path, as_json: bool) -> None:
+    try:
+        book = gf.open(directory, verify=True)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "keys": len(book)}))
+    else:
+        typer.echo(f"{len(book):,} keys and their values are as they were saved")
+
+
+def _count(rows: str) -> int:
+    """Return the number that `10M`, `500k` or `1e6` stands for."""
+    units = {"k": 10**3, "m": 10**6, "g": 10**9}
+    text = rows.lower().replace("_", "").replace(",", "")
+    try:
+        count = float(text.rstrip("kmg")) * units.get(text[-1:], 1)
+    except ValueError:
+        count = 0
+    if not 1 <= count < math.inf or text[:-1].rstrip("kmg") != text[:-1]:
+        _fail(f"--rows must be a number such as 10M, 500k or 1e6, got {rows!r}")
+    return round(count)
 
 
 def _open(directory: Path) -> tuple[Saved, gf.Codebook, History]:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.memory import Rows, reserve
+from grace_fast.mapped import HEADER_BYTES, MappedFile
+from grace_fast.memory import MappedRows, Rows, reserve
 
 PAGE_ROWS = 4096
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -83,6 +84,9 @@ class Snapshot:
     # rows may yet be dropped and given to other keys.
     _derived: dict[str, tuple[Snapshot, Any]] | None = None
     base: Snapshot | None = None  # of a draft: the published version that it changes
+    # The files that the first slots lie in, of a codebook that was opened where it lies.
+    key_file: MappedFile | None = None
+    value_file: MappedFile | None = None
 
     # The fields reach beyond the rows there are, into memory that may not be read.
     def __repr__(self) -> str:
@@ -172,10 +176,45 @@ class Snapshot:
 
     @cached_property
     def keys(self) -> Tensor:
-        """[N, D]; a view of the store, or a gather once a key has moved."""
+        """[N, D]; a view of the store, or a gather once a key has moved.
+
+        What lies in a file is not tested by a view; `keys_at` tests what it reads.
+        """
         if not self.counts.key_moves:
             return self.key_slots[: self.rows]
         return self.key_slots[self.key_slot.to(self.device)]
+
+    def keys_at(self, rows: Tensor) -> Tensor:
+        """Return the keys of rows [n], as [n, D]; of a file, once they are what was saved.
+
+        Raises: CodebookCorrupt where they are not.
+        """
+        slots = self.key_slot[rows] if self.counts.key_moves else rows
+        return _fetched(self.key_slots, slots.to(self.device), self.key_file)
+
+    def keys_between(self, first: int, last: int) -> Tensor:
+        """Return the keys of rows [first, last), as [n, D]; see `keys_at`.
+
+        Through a mapping for single rows the disk would give a page at a time; a file is read.
+        """
+        if self.counts.key_moves:
+            return self.keys_at(torch.arange(first, last))
+        file = self.key_file
+        if file is None or first >= file.shape.rows:
+            return self.key_slots[first:last]
+        inside = file.read(first, min(last, file.shape.rows))
+        if first + len(inside) == last:
+            return inside
+        return torch.cat([inside, self.key_slots[first + len(inside) : last]])
+
+    def test_files(self) -> None:
+        """Test all of what lies in files, once.
+
+        Raises: CodebookCorrupt where it is not what was saved.
+        """
+        for file in (self.key_file, self.value_file):
+            if file is not None:
+                file.test_all()
 
     @cached_property
     def key_slot(self) -> Tensor:
@@ -205,19 +244,24 @@ class Snapshot:
 
     def key_of(self, row: int) -> Tensor:
         """Return the key of one row, [D]."""
-        page, offset = self._page(row)
-        return self.key_slots[int(page.key_slot[offset])]
+        slot = self.key_slot_of(row)
+        if self.key_file is not None:
+            return _fetched(self.key_slots, torch.tensor([slot]), self.key_file)[0]
+        return self.key_slots[slot]
 
     def value_of(self, row: int) -> Tensor:
         """Return the value of one row, [V]."""
-        return self.value_slots[self.value_slot_of(row)]
+        slot = self.value_slot_of(row)
+        if self.value_file is not None:
+            return _fetched(self.value_slots, torch.tensor([slot]), self.value_file)[0]
+        return self.value_slots[slot]
 
     def values_of(self, rows: Tensor) -> Tensor:
         """Return the values of rows [B], as [B, V]; row 0's for -1, to be masked by the caller."""
-        rows = rows.clamp(min=0)
-        if not self.counts.value_moves:
-            return self.value_slots[rows]
-        return self.value_slots[self._gather("value_slot", rows).to(self.device)]
+        slots = rows.clamp(min=0)
+        if self.counts.value_moves:
+            slots = self._gather("value_slot", slots).to(self.device)
+        return _fetched(self.value_slots, slots, self.value_file)
 
     def radii_of(self, rows: Tensor) -> Tensor:
         """Return the radii of rows [B], as [B] float32; -1 for row -1."""
@@ -422,6 +466,8 @@ class Draft:
             book._label_slots,
             book._ids.tensor,
             base=self._base,
+            key_file=self._base.key_file,
+            value_file=self._base.value_file,
         )
 
 
@@ -475,18 +521,20 @@ class Codebook:
     @classmethod
     def restore(
         cls,
-        keys: Tensor,
-        values: Tensor,
+        keys: Tensor | MappedFile,
+        values: Tensor | MappedFile,
         labels: list[Tensor | None],
         columns: Mapping[str, Tensor],
         device: torch.device,
     ) -> Codebook:
-        """Return a codebook from checked parts: slots, and a column for each field of a page."""
-        book = cls(keys.shape[1], values.shape[1], keys.dtype, device)
+        """Return a codebook from checked parts: slots, and a column for each field of a page.
+
+        Slots of a file stay where they are; further ones are in memory.
+        """
+        book = cls(_shape(keys)[1], _shape(values)[1], _dtype(keys), device)
         count = len(columns["id"])
-        for store, rows in ((book._keys, keys), (book._values, values)):
-            store.commit(len(rows))
-            store.tensor[: len(rows)] = rows
+        book._keys = _filled(book._keys, keys)
+        book._values = _filled(book._values, values)
         book._ids.commit(count)
         book._ids.tensor[:count, 0] = columns["id"]
         book._next_id = int(columns["id"][-1]) + 1 if count else 0
@@ -502,8 +550,8 @@ class Codebook:
         counts = _Counts(
             rows=count,
             live=int(columns["live"].sum()),
-            keys=len(keys),
-            values=len(values),
+            keys=_shape(keys)[0],
+            values=_shape(values)[0],
             labels=len(labels),
             key_moves=int(not torch.equal(columns["key_slot"], in_order)),
             value_moves=int(not torch.equal(columns["value_slot"], in_order)),
@@ -515,6 +563,8 @@ class Codebook:
             pages=tuple(pages),
             key_slots=book._keys.tensor,
             value_slots=book._values.tensor,
+            key_file=keys if isinstance(keys, MappedFile) else None,
+            value_file=values if isinstance(values, MappedFile) else None,
         )
         return book
 
@@ -570,9 +620,9 @@ class Codebook:
         Raises: ValueError for another width, element type or count, TypeError for no tensor,
         MemoryError where the rows cannot be had. The codebook is as before then.
         """
-        keys = self._checked("keys", keys, self.key_dim)
-        values = self._checked("values", values, self.value_dim)
-        radii = _checked_radii(radii)
+        keys = checked_rows("keys", keys, self.key_dim, self.dtype).to(self.device)
+        values = checked_rows("values", values, self.value_dim, self.dtype).to(self.device)
+        radii = checked_radii(radii)
         if not len(keys) == len(values) == len(radii):
             raise ValueError(
                 "keys, values and radii must have as many rows, "
@@ -592,22 +642,6 @@ class Codebook:
         """
         with self.writing() as draft:
             draft.remove(draft.snapshot().row_of(int(key_id)))
-
-    def _checked(self, name: str, rows: Tensor, width: int) -> Tensor:
-        if not isinstance(rows, Tensor):
-            raise TypeError(f"{name} must be a tensor [M, {width}], got {type(rows).__name__}")
-        if rows.ndim != 2 or rows.shape[1] != width:
-            raise ValueError(f"{name} must be [M, {width}], got {tuple(rows.shape)}")
-        # bf16 and fp16 fit fp32 exactly; anything else would store another key than was given.
-        if rows.dtype != self.dtype and not (
-            self.dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
-        ):
-            raise ValueError(f"{name} must be {self.dtype} like the codebook, got {rows.dtype}")
-        finite = rows.isfinite().all(dim=1)
-        if not finite.all():
-            row = int((~finite).nonzero()[0])
-            raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
-        return rows.detach().to(self.device, self.dtype)
 
     def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
         """Return what a back end computes from the keys of this version; see `Snapshot.derived`."""
@@ -658,7 +692,66 @@ class Codebook:
         return self._current.live
 
 
-def _checked_radii(radii: Tensor) -> Tensor:
+def _fetched(store: Tensor, slots: Tensor, file: MappedFile | None) -> Tensor:
+    """Return slots [n] of a store, as [n, width], tested where they lie in a file."""
+    if file is None:
+        return store[slots]
+    file.test_slots(slots)
+    found = store[slots]
+    file.check_not_lost()
+    return found
+
+
+def _shape(rows: Tensor | MappedFile) -> tuple[int, int]:
+    if isinstance(rows, MappedFile):
+        return rows.shape.rows, rows.shape.width
+    return rows.shape[0], rows.shape[1]
+
+
+def _dtype(rows: Tensor | MappedFile) -> torch.dtype:
+    return rows.shape.dtype if isinstance(rows, MappedFile) else rows.dtype
+
+
+def _filled(store: Rows, rows: Tensor | MappedFile) -> Rows:
+    """Return a store whose first slots are some rows: in it, or where they lie in a file."""
+    if isinstance(rows, MappedFile):
+        shape = rows.shape
+        made = MappedRows(rows.descriptor, HEADER_BYTES, shape.rows, shape.width, shape.dtype)
+        rows.guard(made.region, made.address)
+        return made
+    store.commit(len(rows))
+    store.tensor[: len(rows)] = rows
+    return store
+
+
+def checked_rows(name: str, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """Return keys or values [M, width] in a codebook's element type.
+
+    Raises: TypeError for no tensor, ValueError for another width or element type, or for rows that
+    are not finite.
+    """
+    if not isinstance(rows, Tensor):
+        raise TypeError(f"{name} must be a tensor [M, {width}], got {type(rows).__name__}")
+    if rows.ndim != 2 or rows.shape[1] != width:
+        raise ValueError(f"{name} must be [M, {width}], got {tuple(rows.shape)}")
+    # bf16 and fp16 fit fp32 exactly; anything else would store another key than was given.
+    if rows.dtype != dtype and not (
+        dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
+    ):
+        raise ValueError(f"{name} must be {dtype} like the codebook, got {rows.dtype}")
+    # The extremes are not finite where anything is not; of float16 they are had 20 times as fast as
+    # a truth for every element.
+    if rows.numel() and not torch.stack(torch.aminmax(rows)).isfinite().all():
+        row = int((~rows.isfinite().all(dim=1)).nonzero()[0])
+        raise ValueError(f"{name} must be finite, got NaN or infinity in row {row}")
+    return rows.detach().to(dtype)
+
+
+def checked_radii(radii: Tensor) -> Tensor:
+    """Return radii [M] as float32.
+
+    Raises: ValueError for anything but finite floats [M].
+    """
     if not isinstance(radii, Tensor):
         radii = torch.as_tensor(radii)
     if radii.ndim != 1 or not radii.dtype.is_floating_point:

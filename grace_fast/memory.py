@@ -43,6 +43,7 @@ _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
+_MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -85,6 +86,7 @@ class ReservedRows:
         region = region_type.from_address(self.address)
         # The tensor keeps the region alive, the region the mapping.
         weakref.finalize(region, _libc.munmap, self.address, self.reserved_bytes).atexit = False
+        self.region = region
         capacity = self.reserved_bytes // self.row_bytes
         self.tensor = torch.frombuffer(region, dtype=dtype, count=capacity * width)
         self.tensor = self.tensor.view(capacity, width)
@@ -110,6 +112,33 @@ class ReservedRows:
                 f"could not commit {size} bytes for row {rows} of the codebook: {reason}"
             )
         self.committed_bytes = grown
+
+
+class MappedRows(ReservedRows):
+    """Rows whose first ones are those of a file; later ones are in memory beside them.
+
+    The file is never written: its last page is copied once a row is put behind its end.
+    """
+
+    def __init__(
+        self, descriptor: int, offset: int, file_rows: int, width: int, dtype: torch.dtype
+    ) -> None:
+        row_bytes = width * dtype.itemsize
+        super().__init__(width, dtype, file_rows + _fair_share() // row_bytes)
+        self.committed_bytes = size = -(-file_rows * row_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        if not size:
+            return
+        flags = mmap.MAP_PRIVATE | _MAP_FIXED
+        found = _libc.mmap(self.address, size, mmap.PROT_READ, flags, descriptor, offset)
+        if found == _MAP_FAILED:
+            reason = os.strerror(ctypes.get_errno())
+            raise MemoryError(f"could not map {size} bytes of a codebook's file: {reason}")
+        # Survivors are a row here and a row there: what lies beside one will not be asked for.
+        _libc.madvise(self.address, size, mmap.MADV_RANDOM)
+        last_page = self.address + size - mmap.PAGESIZE
+        if _libc.mprotect(last_page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE):
+            reason = os.strerror(ctypes.get_errno())
+            raise MemoryError(f"could not make room behind a codebook's file: {reason}")
 
 
 class GrowingRows:

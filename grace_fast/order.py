@@ -21,6 +21,7 @@ Array = npt.NDArray[Any]
 LEAF = 64  # keys of a leaf, and leaves of a super leaf
 BLOCK = 16  # keys of a block of codes
 ORDER_ROWS = 4096  # below this the linear scan is as fast (lookup.md)
+MOST_ROWS = 2**31 - LEAF  # positions and their rows are int32; later rows are read as they are
 POINT_LIMIT = 16000  # box coordinates are int16, with room for a difference
 # e_k of a tail's keys before they are known: half a step in every slot, and rounding.
 TAIL_NEAR_ERROR, TAIL_FAR_ERROR = (NEAR**0.5) / 2 + 1e-2, ((NEAR + FAR) ** 0.5) / 2 + 1e-2
@@ -69,7 +70,7 @@ def _padded(count: int, step: int) -> int:
     return -(-count // step) * step
 
 
-def _reach_of(radii: Array, floor: float) -> Array:
+def reach_of(radii: Array, floor: float) -> Array:
     """Return the largest radius of each 64, at least `floor`, padded for 16 at a time."""
     leaves = _padded(len(radii), LEAF) // LEAF
     padded = np.full(leaves * LEAF, floor, np.float32)
@@ -79,10 +80,16 @@ def _reach_of(radii: Array, floor: float) -> Array:
     return reach
 
 
-def _packed(bytes_of: Array) -> Array:
-    """Return codes [n, 16] as blocks [n / 16, 4, 16, 4], whole leaves of them."""
-    padded = np.zeros((_padded(len(bytes_of), LEAF), NEAR), np.uint8)
-    padded[: len(bytes_of)] = bytes_of
+def _gathered(codes: Array, order: Array) -> Array:
+    """Return codes [n, width] in an order, zeros behind them up to whole leaves."""
+    room = np.zeros((_padded(len(order), LEAF), codes.shape[1]), codes.dtype)
+    # "clip" writes to where it is to go; "raise" has a copy of all made first.
+    np.take(codes, order, axis=0, out=room[: len(order)], mode="clip")
+    return room
+
+
+def _packed(padded: Array) -> Array:
+    """Return codes [n, 16] of whole leaves as blocks [n / 16, 4, 16, 4]."""
     blocks = padded.reshape(-1, BLOCK, NEAR // 4, 4).transpose(0, 2, 1, 3)
     return np.ascontiguousarray(blocks)
 
@@ -100,10 +107,15 @@ def _boxes(low: Array, high: Array) -> Array:
 
 def _edges(low: Array, high: Array) -> tuple[Array, Array]:
     """Return the boxes around each 64 of boxes [n, 16]."""
-    short = _padded(len(low), LEAF) - len(low)
-    low = np.concatenate([low, np.repeat(low[-1:], short, axis=0)])
-    high = np.concatenate([high, np.repeat(high[-1:], short, axis=0)])
-    return low.reshape(-1, LEAF, NEAR).min(axis=1), high.reshape(-1, LEAF, NEAR).max(axis=1)
+    return _each_64(np.min, low), _each_64(np.max, high)
+
+
+def _each_64(extreme: Any, edges: Array) -> Array:
+    whole = len(edges) // LEAF * LEAF
+    found = extreme(edges[:whole].reshape(-1, LEAF, NEAR), axis=1)
+    if whole == len(edges):
+        return found  # type: ignore[no-any-return]
+    return np.concatenate([found, extreme(edges[whole:], axis=0)[None]])
 
 
 @dataclass(eq=False)
@@ -115,6 +127,7 @@ class Encoded:
     far: Array  # [n, 48] uint8
     near_error: float = 0.0
     far_error: float = 0.0
+    rows: int = 0  # encoded so far
 
     @staticmethod
     def room(count: int) -> Encoded:
@@ -122,15 +135,16 @@ class Encoded:
         points = np.empty((count, NEAR), np.int16)
         return Encoded(points, np.empty((count, NEAR), np.uint8), np.empty((count, FAR), np.uint8))
 
-    def put(self, at: int, codes: Codes) -> None:
-        """Take the codes of some keys in, from row `at` on."""
+    def put(self, codes: Codes) -> None:
+        """Take the codes of the next keys in."""
         whole = codes.whole.numpy()
-        rows = slice(at, at + len(whole))
+        rows = slice(self.rows, self.rows + len(whole))
         self.points[rows] = np.clip(whole[:, :NEAR], -POINT_LIMIT, POINT_LIMIT)
         self.near[rows] = whole[:, :NEAR].astype(np.uint8)
         self.far[rows] = whole[:, NEAR:].astype(np.uint8)
         self.near_error = max(self.near_error, float(codes.near_error.max()))
         self.far_error = max(self.far_error, float(codes.far_error.max()))
+        self.rows = rows.stop
 
 
 def run(encoded: Encoded, first: int, radii: Array, floor: float, kd_order: Any) -> Part:
@@ -144,32 +158,32 @@ def run(encoded: Encoded, first: int, radii: Array, floor: float, kd_order: Any)
     if ordered:
         points = np.ascontiguousarray(encoded.points)
         kd_order(points=points.ctypes.data, count=count, order=order.ctypes.data)
+    reach = reach_of(radii[order], floor)
+    boxes: dict[str, Array] = {}
+    if ordered:
+        points = encoded.points[order]
+        low, high = _edges(points, points)
+        del points  # of a large run, before there are more copies
+        boxes["leaf_boxes"] = _boxes(low, high)
+        boxes["super_boxes"] = _boxes(*_edges(low, high))
+        boxes["super_reach"] = reach_of(reach[: _padded(count, LEAF) // LEAF], floor)
+    places = np.empty(count, np.int32)
+    places[order] = np.arange(count, dtype=np.int32)
     # Whole leaves: a code of the rest of the last one may survive until its position is looked at.
-    far = np.zeros((_padded(count, LEAF), FAR), np.uint8)
-    far[:count] = encoded.far[order]
-    part = Part(
+    return Part(
         count=count,
         rows=order + np.int32(first),
-        near=_packed(encoded.near[order]),
-        far=far,
-        reach=_reach_of(radii[order], floor),
+        near=_packed(_gathered(encoded.near, order)),
+        far=_gathered(encoded.far, order),
+        reach=reach,
         near_error=encoded.near_error + 1e-9,
         far_error=encoded.far_error + 1e-9,
         first=first,
         last=first + count,
-        places=np.empty(count, np.int32),
+        places=places,
         isolated=np.zeros(_padded(count, LEAF) // 8, np.uint8),
+        **boxes,
     )
-    assert part.places is not None
-    part.places[order] = np.arange(count, dtype=np.int32)
-    if ordered:
-        points = encoded.points[order]
-        low, high = _edges(points, points)
-        part.leaf_boxes = _boxes(low, high)
-        part.super_boxes = _boxes(*_edges(low, high))
-        leaves = _padded(count, LEAF) // LEAF
-        part.super_reach = _reach_of(part.reach[:leaves], floor)
-    return part
 
 
 def tail(capacity: int, floor: float) -> Part:
@@ -180,7 +194,7 @@ def tail(capacity: int, floor: float) -> Part:
         rows=np.zeros(capacity, np.int32),
         near=np.zeros((capacity // BLOCK, NEAR // 4, BLOCK, 4), np.uint8),
         far=np.zeros((capacity, FAR), np.uint8),
-        reach=_reach_of(np.full(capacity, floor, np.float32), floor),
+        reach=reach_of(np.full(capacity, floor, np.float32), floor),
         near_error=TAIL_NEAR_ERROR,
         far_error=TAIL_FAR_ERROR,
     )

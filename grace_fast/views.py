@@ -63,6 +63,7 @@ class PageTable:
             rows=snapshot.rows,
             width=snapshot.key_dim,
             dtype=str(snapshot.dtype).removeprefix("torch."),
+            mapped=snapshot.key_file.for_extension() if snapshot.key_file is not None else None,
         )
 
 
@@ -73,7 +74,7 @@ class View:
         self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
         self._cpu = cpu
         self.pages = snapshot.pages
-        self.keys = snapshot.key_slots
+        self.keys, self.key_file = snapshot.key_slots, snapshot.key_file
         self.book = self.table.book(cpu, snapshot)
         self.plan: Any = None  # None while the certificate says nothing about this version
         self.made_from: Any = None  # the certificate's state

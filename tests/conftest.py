@@ -2,8 +2,12 @@
 
 import os
 
+import disk
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+import grace_fast as gf
 
 torch.set_num_threads(1)
 
@@ -17,3 +21,25 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """Keys, values and radii."""
+    return disk.some_keys()
+
+
+@pytest.fixture(scope="module")
+def saved(parts, tmp_path_factory):
+    """A directory that no test may change."""
+    folder = tmp_path_factory.mktemp("saved")
+    gf.save(disk.in_memory(*parts), folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    """A copy of it that a test may break."""
+    for path in saved.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path

@@ -130,7 +130,7 @@ def test_a_directory_that_is_not_ours_is_refused(tmp_path):
         b"[" * 100_000: "is not JSON",
         b"[]": "no format number",
         b'{"format": "1"}': "no format number",
-        b'{"format": 99}': "has format 99, this version of grace_fast reads up to 1",
+        b'{"format": 99}': "has format 99, this version of grace_fast reads up to 2",
         b'{"format": 1}': "does not describe its tensors",
         b'{"format": 1, "tensors": {"file": "../x", "sha256": {}}}': "not the name of a file in",
         b'{"format": 1, "tensors": {"file": 3, "sha256": {}}}': "not the name of a file in",

@@ -229,7 +229,7 @@ def certificate(name: str, device: str):
             parts.append(order.append(room, encoded, rows, radii[first:last].numpy(), floor))
         else:
             made = order.Encoded.room(last - first)
-            made.put(0, encoded)
+            made.put(encoded)
             part = order.run(made, first, radii[first:last].numpy(), floor, kd_order)
             look_around(part, keys, radii)
             parts.append(part)

@@ -49,10 +49,28 @@ inline float radius_of(const Keys& keys, int64_t row) {
   return keys.radius_pages[row / kPageRows][row % kPageRows];
 }
 
+inline int64_t slot_of(const Keys& keys, int64_t row) {
+  return keys.slot_pages ? keys.slot_pages[row / kPageRows][row % kPageRows] : row;
+}
+
+inline int64_t key_bytes(const Keys& keys) {
+  return keys.width * (keys.dtype == Dtype::float32 ? 4 : 2);
+}
+
 inline const char* key_of(const Keys& keys, int64_t row) {
-  const int64_t slot = keys.slot_pages ? keys.slot_pages[row / kPageRows][row % kPageRows] : row;
-  const int64_t bytes = keys.dtype == Dtype::float32 ? 4 : 2;
-  return static_cast<const char*>(keys.slots) + slot * keys.width * bytes;
+  return static_cast<const char*>(keys.slots) + slot_of(keys, row) * key_bytes(keys);
+}
+
+// Before a key is read: test the blocks of the file that it lies in, once each.
+inline void fetch(const Keys& keys, int64_t row) {
+  if (!keys.mapped) return;
+  const Mapped& mapped = *keys.mapped;
+  const int64_t slot = slot_of(keys, row), bytes = key_bytes(keys);
+  if (slot >= mapped.slots) return;
+  const int64_t last = ((slot + 1) * bytes - 1) / mapped.block_bytes;
+  for (int64_t block = slot * bytes / mapped.block_bytes; block <= last; ++block) {
+    if (!__atomic_load_n(mapped.tested + block, __ATOMIC_ACQUIRE)) mapped.test(block);
+  }
 }
 
 inline bool in_ball(double squared, float radius) {

@@ -73,6 +73,7 @@ class Lookup {
   // Tell whether no other row of a part has a key within twice the radius of the row at a position.
   bool isolated(int32_t part, int64_t position) {
     const int64_t self = certificate_.parts[part].row[position];
+    fetch(keys_, self);
     const Queries key{key_of(keys_, self), 0, keys_.dtype, 1};
     const double apart = 2.0 * radius_of(keys_, self);
     if (apart < 0 || !widen_query(key, 0, keys_.width, wide_)) return false;
@@ -231,6 +232,7 @@ class Lookup {
   Best settle() { return candidates_.settle(query_, band_, balls_); }
 
   float squared(int64_t row, float limit) const {
+    fetch(keys_, row);
     return kernels().squared[static_cast<int>(keys_.dtype)](query_, key_of(keys_, row), keys_.width,
                                                             limit);
   }

@@ -62,13 +62,14 @@ class Dense {
 
  private:
   void read(const Task& task, Candidates* candidates) const {
-    const int64_t key_bytes = keys_.width * (keys_.dtype == Dtype::float32 ? 4 : 2);
-    const int64_t step = std::max<int64_t>(2, kTileBytes / key_bytes);
+    const int64_t step = std::max<int64_t>(2, kTileBytes / key_bytes(keys_));
     std::vector<int64_t> rows;
     for (int64_t first = task.row_first; first < task.row_last; first += step) {
       rows.clear();
       for (int64_t row = first; row < std::min(first + step, task.row_last); ++row) {
-        if (is_live(keys_, row)) rows.push_back(row);
+        if (!is_live(keys_, row)) continue;
+        fetch(keys_, row);
+        rows.push_back(row);
       }
       for (int64_t group = task.group_first; group < task.group_last; ++group) {
         const int64_t query_first = group * kGroup;

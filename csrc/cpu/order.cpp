@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels.h"
+#include "scratch.h"
 
 namespace grace_fast {
 namespace {
@@ -36,30 +36,66 @@ int widest_slot(const Point* points, int64_t count) {
   return widest;
 }
 
+// The first half's length: whole leaves, or whole super leaves; 0 for points that are one leaf.
+int64_t half_of(int64_t count) {
+  if (count <= kLeaf) return 0;
+  const int64_t unit = count > kLeaf * kLeaf ? kLeaf * kLeaf : kLeaf;
+  const int64_t half = std::max<int64_t>(1, (count / 2 + unit / 2) / unit) * unit;
+  return half < count ? half : 0;
+}
+
+int64_t divide(Point* points, int64_t count) {
+  const int64_t half = half_of(count);
+  if (!half) return 0;
+  const int slot = widest_slot(points, count);
+  std::nth_element(points, points + half, points + count,
+                   [slot](const Point& a, const Point& b) { return a.slot[slot] < b.slot[slot]; });
+  return half;
+}
+
 void split(Point* points, int64_t count) {
-  while (count > kLeaf) {
-    const int64_t unit = count > kLeaf * kLeaf ? kLeaf * kLeaf : kLeaf;
-    const int64_t half = std::max<int64_t>(1, (count / 2 + unit / 2) / unit) * unit;
-    if (half >= count) return;
-    const int slot = widest_slot(points, count);
-    std::nth_element(points, points + half, points + count, [slot](const Point& a, const Point& b) {
-      return a.slot[slot] < b.slot[slot];
-    });
+  while (const int64_t half = divide(points, count)) {
     split(points, half);
     points += half;
     count -= half;
   }
 }
 
+struct Range {
+  Point* points;
+  int64_t count;
+};
+
+// Divide all ranges until there are a few for each thread; what no range shares, threads share.
+std::vector<Range> shares(Point* points, int64_t count, int threads) {
+  std::vector<Range> ranges{{points, count}};
+  while (threads > 1 && static_cast<int>(ranges.size()) < 4 * threads) {
+    std::vector<int64_t> halves(ranges.size());
+    in_parallel(static_cast<int64_t>(ranges.size()), threads,
+                [&](int64_t i) { halves[i] = divide(ranges[i].points, ranges[i].count); });
+    std::vector<Range> finer;
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      const auto [first, length] = ranges[i];
+      if (halves[i]) finer.push_back({first, halves[i]});
+      finer.push_back({first + halves[i], length - halves[i]});
+    }
+    if (finer.size() == ranges.size()) break;
+    ranges.swap(finer);
+  }
+  return ranges;
+}
+
 }  // namespace
 
-void kd_order(const int16_t* points, int64_t count, int32_t* order) {
+void kd_order(const int16_t* points, int64_t count, int threads, int32_t* order) {
   std::vector<Point> sorted(static_cast<size_t>(count));
   for (int64_t i = 0; i < count; ++i) {
     std::copy_n(points + i * kNear, kNear, sorted[i].slot);
     sorted[i].row = static_cast<int32_t>(i);
   }
-  split(sorted.data(), count);
+  const std::vector<Range> ranges = shares(sorted.data(), count, threads);
+  in_parallel(static_cast<int64_t>(ranges.size()), threads,
+              [&](int64_t i) { split(ranges[i].points, ranges[i].count); });
   for (int64_t i = 0; i < count; ++i) order[i] = sorted[i].row;
 }
 

@@ -28,6 +28,7 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     """Return the nearest live row and its S of queries [B, D]; see `backends`."""
     if not len(snapshot):
         return semantics.no_row(len(queries), queries.device)
+    snapshot.test_files()
     found = [_nearest_of_one(query, snapshot) for query in queries.double()]
     if not found:
         return semantics.no_row(0, queries.device)

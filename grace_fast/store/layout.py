@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grace_fast.codebook import DTYPES, Codebook, Snapshot
 from grace_fast.edits import NO_EDIT, Base, Edit, Event, History
+from grace_fast.mapped import MappedFile
 from grace_fast.semantics import Outcome
 from grace_fast.store.files import CodebookCorrupt
 
@@ -49,12 +50,19 @@ _EVENT_NUMBERS = {
 def pack_codebook(snapshot: Snapshot) -> dict[str, Tensor]:
     """Return a codebook as tensors."""
     counts = snapshot.counts
+    slots = {
+        "keys": snapshot.key_slots[: counts.keys],
+        "values": snapshot.value_slots[: counts.values],
+    }
+    return slots | pack_rows(snapshot)
+
+
+def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
     labels = snapshot.stored_labels()
     lengths = [-1 if label is None else len(label) for label in labels]
     present = [label for label in labels if label is not None]
     return {
-        "keys": snapshot.key_slots[: counts.keys],
-        "values": snapshot.value_slots[: counts.values],
         "labels.length": torch.tensor(lengths, dtype=torch.int64),
         "labels.ids": torch.cat(present) if present else torch.zeros(0, dtype=torch.int64),
         "rows.id": snapshot.ids,
@@ -72,21 +80,76 @@ def unpack_codebook(tensors: Mapping[str, Tensor], device: torch.device) -> Code
     Raises: CodebookCorrupt naming the column that does not fit.
     """
     keys, values = _get(tensors, "keys"), _get(tensors, "values")
-    lengths = _column(tensors, "labels.length", torch.int64)
+    if "keys.blocks" in tensors:  # they came from files of their own
+        tensors = with_the_usual(tensors)
     if keys.ndim != 2 or values.ndim != 2 or keys.dtype != values.dtype:
         raise CodebookCorrupt("keys and values must be matrices of one element type")
     if keys.dtype not in DTYPES or not keys.shape[1] or not values.shape[1]:
         raise CodebookCorrupt(f"keys and values must be numbers [*, >= 1] in one of {DTYPES}")
+    for name, slots in (("keys", keys), ("values", values)):
+        _check_finite(name, slots)
+    return unpack_rows(tensors, keys, values, device)
+
+
+def unpack_rows(
+    tensors: Mapping[str, Tensor],
+    keys: Tensor | MappedFile,
+    values: Tensor | MappedFile,
+    device: torch.device,
+) -> Codebook:
+    """Return the codebook of `pack_rows` and the slots of its keys and values.
+
+    Raises: CodebookCorrupt naming the column that does not fit.
+    """
+    lengths = _column(tensors, "labels.length", torch.int64)
     count = len(_column(tensors, "rows.id", torch.int64))
     columns = {
         name: _column(tensors, f"rows.{name}", dtype, count) for name, dtype in _ROW_COLUMNS.items()
     }
-    for name, slots in (("key_slot", keys), ("value_slot", values), ("label_slot", lengths)):
-        _check_slots(f"rows.{name}", columns[name], len(slots))
-    for name, tensor in (("keys", keys), ("values", values), ("rows.radius", columns["radius"])):
-        _check_finite(name, tensor)
+    slots = (("key_slot", _slots(keys)), ("value_slot", _slots(values)))
+    for name, there in (*slots, ("label_slot", len(lengths))):
+        _check_slots(f"rows.{name}", columns[name], there)
+    _check_finite("rows.radius", columns["radius"])
     _check_ids("rows.id", columns["id"])
     return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device)
+
+
+def drop_the_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return `pack_rows` without the columns that `with_the_usual` knows: most of the bytes."""
+    usual = _usual(len(tensors["rows.radius"]))
+    labels = ("labels.length", "rows.label_slot")
+    if bool((tensors["labels.length"] < 0).all()):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in labels}
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name not in usual or name in labels or not torch.equal(tensor, usual[name])
+    }
+
+
+def with_the_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with the columns that were left out: row i is in slot i, live, unlabelled.
+
+    Raises: CodebookCorrupt where there are no radii to tell how many rows there are.
+    """
+    return _usual(len(_column(tensors, "rows.radius", torch.float32))) | dict(tensors)
+
+
+def _usual(count: int) -> dict[str, Tensor]:
+    numbers = torch.arange(count)
+    return {
+        "labels.length": torch.full((1,), -1),
+        "labels.ids": torch.zeros(0, dtype=torch.int64),
+        "rows.id": numbers,
+        "rows.live": torch.ones(count, dtype=torch.bool),
+        "rows.key_slot": numbers,
+        "rows.value_slot": numbers,
+        "rows.label_slot": torch.zeros_like(numbers),
+    }
+
+
+def _slots(slots: Tensor | MappedFile) -> int:
+    return slots.shape.rows if isinstance(slots, MappedFile) else len(slots)
 
 
 def _labels(tensors: Mapping[str, Tensor], lengths: Tensor) -> list[Tensor | None]:

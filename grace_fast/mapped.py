@@ -1,0 +1,226 @@
+"""Rows of a codebook that lie in a file: mapped, and tested block by block before they are used.
+
+The file is a safetensors file of one matrix. Its header is filled up to a page, so that the rows
+can be mapped where they lie. Nobody reads 30 GB to open a codebook: a block of 4 MiB is read by
+`pread` and held against its checksum when one of its rows is first fetched. A file that shrank is
+seen there. What shrinks after that is a bus error where the mapping is read, which the extension
+turns into CodebookCorrupt (csrc/cpu/bus_error.cpp); without the extension it ends the process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import threading
+import weakref
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from grace_fast import native
+
+BLOCK_BYTES = 1 << 22
+HEADER_BYTES = 4096  # a page: mappings begin at a multiple of it
+_EXPONENT = {  # an element whose exponent bits are all set is NaN or infinite
+    torch.float32: (np.uint32, 0x7F800000),
+    torch.bfloat16: (np.uint16, 0x7F80),
+    torch.float16: (np.uint16, 0x7C00),
+}
+_SAFETENSORS_NAME = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+class CodebookCorrupt(ValueError):
+    """A file is not what was saved: truncated, changed, or never a codebook of ours."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The matrix that a file holds."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+
+    @property
+    def row_bytes(self) -> int:
+        """The bytes of one row."""
+        return self.width * self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all rows."""
+        return self.rows * self.row_bytes
+
+    @property
+    def blocks(self) -> int:
+        """The number of blocks, the last one perhaps short."""
+        return -(-self.nbytes // BLOCK_BYTES)
+
+    def header(self, name: str) -> bytes:
+        """Return the safetensors header of a file that holds this matrix under a name."""
+        described = {
+            "dtype": _SAFETENSORS_NAME[self.dtype],
+            "shape": [self.rows, self.width],
+            "data_offsets": [0, self.nbytes],
+        }
+        text = json.dumps({name: described}).encode().ljust(HEADER_BYTES - 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+class MappedFile:
+    """A file of rows as it was saved, and which blocks of it were found to be so.
+
+    checks: [blocks] int64, the CRC-32 of each.
+
+    Raises: CodebookCorrupt where the file is missing, of another size, or has another header.
+    """
+
+    def __init__(self, path: Path, name: str, shape: Shape, checks: Tensor) -> None:
+        self.path, self.name, self.shape = path, name, shape
+        self._checks = checks.tolist()
+        if len(self._checks) != shape.blocks:
+            raise CodebookCorrupt(
+                f"{path} has {shape.blocks} blocks, and there are {len(self._checks)} checksums"
+            )
+        try:
+            # Kept open: whoever replaces the file leaves this one to us.
+            self.descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise CodebookCorrupt(f"{path} is missing: the codebook is not complete") from error
+        weakref.finalize(self, os.close, self.descriptor)
+        self._check_size("is truncated or was changed")
+        if os.pread(self.descriptor, HEADER_BYTES, 0) != shape.header(name):
+            raise CodebookCorrupt(f"{path} does not begin with the header of its {name}")
+        # One more: an empty file has a table too.
+        self.tested: npt.NDArray[np.uint8] = np.zeros(shape.blocks + 1, np.uint8)
+        self._testing = threading.Lock()
+        self._for_extension: Any = None
+        self._guarded = -1
+
+    def _check_size(self, what: str) -> None:
+        found, wanted = os.fstat(self.descriptor), HEADER_BYTES + self.shape.nbytes
+        if not stat.S_ISREG(found.st_mode) or found.st_size != wanted:
+            raise CodebookCorrupt(f"{self.path} {what}: {found.st_size} bytes, wanted {wanted}")
+
+    def guard(self, region: Any, address: int) -> None:
+        """Let a file that shrinks under its mapping be seen, as long as `region` is alive."""
+        if native.cpu is not None and self.shape.rows:
+            self._guarded = native.cpu.guard(first=address, bytes=self.shape.nbytes)
+            self._for_extension = None  # it knows the mapping that it was made for
+            weakref.finalize(region, native.cpu.unguard, self._guarded)
+
+    def check_not_lost(self) -> None:
+        """Raise CodebookCorrupt where something was read that the file no longer holds."""
+        if self._guarded >= 0 and native.cpu.is_lost(self._guarded):
+            self._lose()
+
+    def _lose(self) -> None:
+        self._check_size("shrank while it was in use")
+        raise CodebookCorrupt(f"{self.path} could not be read where it is mapped")
+
+    def for_extension(self) -> Any:
+        """Return what the extension asks before it reads a row."""
+        if self._for_extension is None:
+            # No cycle: the extension's object is not seen by the collector of cycles.
+            known = weakref.ref(self)
+            self._for_extension = native.cpu.MappedKeys(
+                slots=self.shape.rows,
+                block_bytes=BLOCK_BYTES,
+                tested=self.tested.ctypes.data,
+                test=lambda block: _alive(known).test_block(block),
+                lose=lambda: _alive(known)._lose(),
+                guarded=self._guarded,
+            )
+        return self._for_extension
+
+    def test_block(self, block: int) -> None:
+        """Read one block and hold it against its checksum, unless that was done.
+
+        Raises: CodebookCorrupt where it is not what was saved, or not finite.
+        """
+        with self._testing:
+            if self.tested[block]:
+                return
+            first = block * BLOCK_BYTES
+            size = min(BLOCK_BYTES, self.shape.nbytes - first)
+            content = os.pread(self.descriptor, size, HEADER_BYTES + first)
+            if len(content) != size:
+                self._check_size("shrank while it was in use")
+            row = first // self.shape.row_bytes
+            if zlib.crc32(content) != self._checks[block]:
+                raise CodebookCorrupt(
+                    f"{self.path}: block {block}, from row {row} on, is not what was saved "
+                    "(checksum)"
+                )
+            if (at := first_not_finite(content, self.shape.dtype)) is not None:
+                row = (first + at * self.shape.dtype.itemsize) // self.shape.row_bytes
+                raise CodebookCorrupt(
+                    f"{self.path}: {self.name} must be finite, got NaN or infinity in row {row}"
+                )
+            self.tested[block] = 1
+
+    def test_rows(self, first: int, last: int) -> None:
+        """Test the blocks of rows [first, last); rows past the file are none of its business."""
+        last = min(last, self.shape.rows)
+        if first >= last:
+            return
+        begin = first * self.shape.row_bytes // BLOCK_BYTES
+        end = -(-last * self.shape.row_bytes // BLOCK_BYTES)
+        for block in np.flatnonzero(self.tested[begin:end] == 0):
+            self.test_block(begin + int(block))
+
+    def test_slots(self, slots: Tensor) -> None:
+        """Test the blocks of some rows [n] int64."""
+        row_bytes = self.shape.row_bytes
+        inside = slots[slots < self.shape.rows].cpu()
+        begin = torch.div(inside * row_bytes, BLOCK_BYTES, rounding_mode="floor")
+        end = torch.div((inside + 1) * row_bytes - 1, BLOCK_BYTES, rounding_mode="floor")
+        for first, last in {*zip(begin.tolist(), end.tolist(), strict=True)}:
+            for block in range(first, last + 1):
+                if not self.tested[block]:
+                    self.test_block(block)
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Return a copy of rows [first, last), which are read in one go and tested.
+
+        Raises: CodebookCorrupt where they are not what was saved.
+        """
+        self.test_rows(first, last)
+        shape, size = self.shape, (last - first) * self.shape.row_bytes
+        content = bytearray(size)
+        begin = HEADER_BYTES + first * shape.row_bytes
+        if os.preadv(self.descriptor, [content], begin) != size:
+            self._check_size("shrank while it was in use")
+        if not size:
+            return torch.empty(0, shape.width, dtype=shape.dtype)
+        return torch.frombuffer(content, dtype=shape.dtype).view(last - first, shape.width)
+
+    def test_all(self, each: Callable[[int], object] = lambda size: None) -> None:
+        """Test every block that was not, and that the file is whole; tell `each` their bytes."""
+        self._check_size("shrank while it was in use")
+        for block in range(self.shape.blocks):
+            self.test_block(block)
+            each(min(BLOCK_BYTES, self.shape.nbytes - block * BLOCK_BYTES))
+
+
+def _alive(known: weakref.ref[MappedFile]) -> MappedFile:
+    file = known()
+    assert file is not None, "a version keeps the files that it reads"
+    return file
+
+
+def first_not_finite(content: bytes | memoryview, dtype: torch.dtype) -> int | None:
+    """Return the first element of a buffer that is NaN or infinite, None where none is."""
+    kind, exponent = _EXPONENT[dtype]
+    raised = np.frombuffer(content, kind) & kind(exponent)
+    if not len(raised) or raised.max() != exponent:
+        return None
+    return int(np.argmax(raised == exponent))

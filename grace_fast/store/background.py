@@ -1,0 +1,53 @@
+"""Work behind one's back: the rows of a stream are written while the next ones are made."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Behind:
+    """Work that another thread does, a few pieces behind; what it raises is raised here."""
+
+    def __init__(self, work: Callable[[Any], None]) -> None:
+        self._pieces: queue.Queue[Any] = queue.Queue(maxsize=2)
+        self._error: BaseException | None = None
+        self._work = work
+        self._thread: threading.Thread | None = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            if self._error is None:
+                try:
+                    self._work(piece)
+                except BaseException as error:
+                    self._error = error
+
+    def __call__(self, piece: Any) -> None:
+        """Leave a piece to the other thread."""
+        if self._error is not None:
+            raise self._error
+        self._pieces.put(piece)
+
+    def finish(self) -> None:
+        """Wait until everything is done."""
+        if self._thread is not None:
+            self._pieces.put(None)
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+
+@contextmanager
+def behind(work: Callable[[Any], None]) -> Iterator[Behind]:
+    """Give what leaves pieces to another thread; all of them are done at the end."""
+    made = Behind(work)
+    try:
+        yield made
+    finally:
+        made.finish()
