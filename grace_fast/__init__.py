@@ -3,6 +3,7 @@
 from grace_fast._version import __version__
 from grace_fast.advice import GraceWarning
 from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
+from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
@@ -17,6 +18,7 @@ __all__ = [
     "CodebookMismatch",
     "Edit",
     "Explanation",
+    "FaissIndex",
     "Grace",
     "GraceWarning",
     "Match",

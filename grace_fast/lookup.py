@@ -16,11 +16,14 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.backends import cpu, cuda, reference, triton
+from grace_fast.backends import cpu, cuda, faiss, reference, triton
+from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.backends.workload import Verb, Workload
 from grace_fast.codebook import Codebook, Snapshot
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {
+    module.NAME: module for module in (cpu, cuda, triton, faiss, reference)
+}
 
 # What `auto` tries, in this order, by where the keys are; elsewhere there is only the reference.
 # Triton takes keys on the host only when interpreted, which is for tests: it has to be named. So
@@ -35,16 +38,18 @@ class BackendUnavailable(RuntimeError):
 class Match:
     """The answer of `find` for a batch of queries; a field is made when it is read."""
 
-    __slots__ = ("_answers", "_fields", "hits")
+    __slots__ = ("_answers", "_certified", "_fields", "hits")
 
     def __init__(
         self,
         hits: int | None,
         answers: bytearray | None = None,
         fields: tuple[Tensor, Tensor, Tensor] | None = None,
+        certified: Tensor | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
         self._answers = answers
+        self._certified = certified
         self._fields: dict[torch.dtype, Tensor] | None = None  # those that were read
         if fields is not None:
             self._fields = dict(zip((torch.bool, torch.int64, torch.float64), fields, strict=True))
@@ -76,6 +81,11 @@ class Match:
         """[B] float32, to that row; inf where missed."""
         return self.squared_distance.sqrt().float()
 
+    @property
+    def certified(self) -> Tensor:
+        """[B] bool, the answer is R64's; False where a FAISS index found it and proved nothing."""
+        return torch.ones_like(self.hit) if self._certified is None else self._certified
+
     def __repr__(self) -> str:
         return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"
 
@@ -87,10 +97,11 @@ class Nearest:
     row: Tensor  # [B] int64, the lowest row on a tie; -1 where no key is within, or no finite query
     distance: Tensor  # [B] float32; inf where row is -1
     squared_distance: Tensor  # [B] float64, S in the canonical order
+    certified: Tensor  # [B] bool; False where a FAISS index found the row and proved nothing
 
 
 @lru_cache(maxsize=4096)
-def choose(workload: Workload, backend: str = "auto") -> ModuleType:
+def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType:
     """Return the back end that takes a call.
 
     Raises: ValueError for a name that does not exist, BackendUnavailable with every reason.
@@ -98,6 +109,8 @@ def choose(workload: Workload, backend: str = "auto") -> ModuleType:
     candidates: tuple[ModuleType, ...]
     if backend == "auto":
         candidates = AUTOMATIC.get(workload.device, (reference,))
+    elif isinstance(backend, FaissIndex):
+        candidates = (faiss,)
     elif backend in BACKENDS:
         candidates = (BACKENDS[backend],)
     else:
@@ -114,7 +127,7 @@ def choose(workload: Workload, backend: str = "auto") -> ModuleType:
 def nearest(
     queries: Tensor,
     codebook: Codebook | Snapshot,
-    backend: str = "auto",
+    backend: str | FaissIndex = "auto",
     within: float = math.inf,
 ) -> Nearest:
     """Return the nearest key of every query, inside its ball or not.
@@ -131,18 +144,24 @@ def nearest(
     module = chosen(snapshot, len(queries), backend, "nearest")
     if module is cpu:
         row, squared = cpu.nearest(queries, snapshot, within)
+    elif module is faiss:
+        row, squared, proved = faiss.nearest(queries, snapshot, within, _index(backend))
+        return Nearest(row, squared.sqrt().float(), squared, proved)
     else:
         row, squared = semantics.not_beyond(within, *module.nearest(queries, snapshot))
-    return Nearest(row, squared.sqrt().float(), squared)
+    return Nearest(row, squared.sqrt().float(), squared, torch.ones_like(row, dtype=torch.bool))
 
 
-def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") -> Match:
+def find(
+    queries: Tensor, codebook: Codebook | Snapshot, backend: str | FaissIndex = "auto"
+) -> Match:
     """Return which queries are inside the ball of their nearest key, and of which.
 
     queries: [B, D] on the codebook's device. A query with a NaN or an infinity is a miss.
+    backend: a name, or a `FaissIndex` that may answer without proof: see `Match.certified`.
 
-    Raises: TypeError for no tensor, ValueError for another width, element type or device,
-    BackendUnavailable.
+    Raises: TypeError for no tensor, ValueError for another width, element type or device, or an
+    index that FAISS does not know or cannot train, BackendUnavailable.
     """
     snapshot = _snapshot(codebook)
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
@@ -151,6 +170,9 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     module = chosen(snapshot, len(queries), backend)
     if module is cpu:
         return Match(*cpu.find_packed(queries, snapshot))
+    if module is faiss:
+        *answer, proved = faiss.find(queries, snapshot, _index(backend))
+        return Match(None, fields=(answer[0], answer[1], answer[2]), certified=proved)
     if hasattr(module, "find"):
         return Match(None, fields=module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)
@@ -165,7 +187,7 @@ def replace(
     codebook: Codebook | Snapshot,
     positions: Tensor | None = None,
     mode: semantics.Replacement = "replace_prompt",
-    backend: str = "auto",
+    backend: str | FaissIndex = "auto",
 ) -> Tensor:
     """Return the layer's output with the value written where a query hits.
 
@@ -191,7 +213,7 @@ def replace_(
     codebook: Codebook | Snapshot,
     positions: Tensor | None = None,
     mode: semantics.Replacement = "replace_prompt",
-    backend: str = "auto",
+    backend: str | FaissIndex = "auto",
 ) -> Tensor:
     """Do what `replace` does in place, and return output: only what is replaced is written.
 
@@ -256,7 +278,10 @@ def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Ten
 
 
 def chosen(
-    snapshot: Snapshot, batch: int = 1, backend: str = "auto", verb: Verb = "find"
+    snapshot: Snapshot,
+    batch: int = 1,
+    backend: str | FaissIndex = "auto",
+    verb: Verb = "find",
 ) -> ModuleType:
     """Return the back end that takes a batch of queries for a version."""
     keys = snapshot.key_slots
@@ -271,11 +296,16 @@ def _choose(
     rows: int,
     key_dim: int,
     verb: Verb,
-    backend: str,
+    backend: str | FaissIndex,
 ) -> ModuleType:
     # A Workload takes longer to make than to choose for.
     workload = Workload(device.type, dtype, batch, rows, key_dim, verb, device.index)
     return choose(workload, backend)
+
+
+def _index(backend: str | FaissIndex) -> FaissIndex:
+    """Return the FAISS index that a back end stands for: flat by its name alone."""
+    return backend if isinstance(backend, FaissIndex) else faiss.FLAT
 
 
 def keep_for_graphs(codebook: Codebook) -> None:

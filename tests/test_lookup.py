@@ -328,7 +328,7 @@ REFUSED_REPLACEMENTS = {
     ),
     "an unknown back end": (
         {"backend": "abacus"},
-        "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'reference'), got 'abacus'",
+        "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'faiss', 'reference'), got 'abacus'",
     ),
 }
 
