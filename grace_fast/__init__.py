@@ -7,7 +7,15 @@ from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
-from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
+from grace_fast.lookup import (
+    BackendUnavailable,
+    Match,
+    Nearest,
+    build_index,
+    find,
+    nearest,
+    replace,
+)
 from grace_fast.prepared import Prepared, prepare
 from grace_fast.store.files import CodebookCorrupt
 
@@ -27,6 +35,7 @@ __all__ = [
     "Verification",
     "__version__",
     "attach",
+    "build_index",
     "find",
     "from_pretrained",
     "nearest",

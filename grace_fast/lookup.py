@@ -303,6 +303,15 @@ def _choose(
     return choose(workload, backend)
 
 
+def build_index(codebook: Codebook, index: FaissIndex) -> None:
+    """Train and fill a FAISS index of a codebook now, so that no look-up waits for it.
+
+    Raises: BackendUnavailable, ValueError for an index that FAISS does not know or cannot train.
+    """
+    chosen(codebook.snapshot(), backend=index)
+    faiss.train(codebook, index)
+
+
 def _index(backend: str | FaissIndex) -> FaissIndex:
     """Return the FAISS index that a back end stands for: flat by its name alone."""
     return backend if isinstance(backend, FaissIndex) else faiss.FLAT

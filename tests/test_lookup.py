@@ -328,7 +328,8 @@ REFUSED_REPLACEMENTS = {
     ),
     "an unknown back end": (
         {"backend": "abacus"},
-        "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'faiss', 'reference'), got 'abacus'",
+        "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'faiss', 'reference'), "
+        "got 'abacus'",
     ),
 }
 

@@ -119,9 +119,8 @@ class _Search:
         self._kept, self._queries, self._snapshot = kept, queries, snapshot
         self._within = within
         self._owners = _Owners(snapshot)
-        self._shared = _published(snapshot).counts.keys  # slots from there on are a draft's own
         used = faiss_index.used_slots(snapshot)
-        self._own = np.flatnonzero(used & ~kept.holds(len(used), self._shared))
+        self._own = np.flatnonzero(used & ~kept.holds(len(used)))  # a draft's, in no index
         batch = len(queries)
         self._row, self._squared = np.full(batch, -1), np.full(batch, math.inf)
         self._proved = np.zeros(batch, bool)
@@ -154,8 +153,6 @@ class _Search:
             worth &= kept.least_distances(rough, faiss_index.norms(moved)) <= within
         at, place = np.nonzero(worth)
         slots = kept.slots_of(vectors[at, place])
-        shared = slots < self._shared
-        at, slots = at[shared], slots[shared]
         if len(self._own):
             at = np.concatenate([at, np.repeat(np.arange(len(left)), len(self._own))])
             slots = np.concatenate([slots, np.tile(self._own, len(left))])

@@ -113,23 +113,20 @@ class Filled:
         used = used_slots(snapshot)
         if self._index is None or (newer and (stale or (grown and self._needs_training))):
             self._build(snapshot, used)
-        missing = used.copy()
-        shared = min(len(used), len(self._inside))
-        missing[:shared] &= ~self._inside[:shared]
-        slots = np.flatnonzero(missing)
+        slots = np.flatnonzero(used & ~self.holds(len(used)))
         for start in range(0, len(slots), ADDED_ROWS):
             self._add(snapshot, slots[start : start + ADDED_ROWS])
 
-    def holds(self, slots: int, first: int) -> Array:
-        """Tell of so many key slots which are among the first `first` and have a vector, [slots]."""
+    def holds(self, slots: int) -> Array:
+        """Tell of the first so many key slots which have a vector, [slots] bool."""
         inside = np.zeros(slots, bool)
-        known = min(slots, first, len(self._inside))
+        known = min(slots, len(self._inside))
         inside[:known] = self._inside[:known]
         return inside
 
     def slots_of(self, vectors: Array) -> Array:
-        """Return the key slots of vectors by their numbers; those that are -1 give slot -1."""
-        return np.where(vectors >= 0, self._slots[np.maximum(vectors, 0)], -1)
+        """Return the key slots of vectors by their numbers."""
+        return np.asarray(self._slots[vectors])
 
     @property
     def nbytes(self) -> int:
@@ -174,11 +171,11 @@ class Filled:
                     f"{len(sample)} keys: {said(error)}"
                 ) from None
         self._inspect(index)
-        if snapshot.device.type == "cuda":
+        place = placed_on(snapshot)
+        if place.type == "cuda":
             self._resources = faiss.StandardGpuResources()
             try:
-                device = snapshot.device.index or 0
-                index = faiss.index_cpu_to_gpu(self._resources, device, index)
+                index = faiss.index_cpu_to_gpu(self._resources, place.index or 0, index)
             except RuntimeError as error:
                 raise ValueError(
                     f"FAISS cannot move the index {asked.description!r} to a GPU: {said(error)}"
@@ -413,6 +410,11 @@ class _Cells:
         between = self._apart[order[:, :1], order[:, nprobe:]].astype(np.float64)
         least = np.divide(gain, 2 * between, out=np.zeros_like(gain), where=between > 0)
         return np.maximum(least.min(axis=1), 0)
+
+
+def placed_on(snapshot: Snapshot) -> torch.device:
+    """Return where an index of a version belongs: beside its keys."""
+    return snapshot.device
 
 
 def used_slots(snapshot: Snapshot) -> Array:
