@@ -199,11 +199,11 @@ def replace(
     mode.
     """
     snapshot = _snapshot(codebook)
-    _check_replacement(output, queries, snapshot, positions, mode)
+    check_replacement(output, queries, snapshot, positions, mode)
     match = find(queries, snapshot, backend)
     if match.hits == 0:
         return output
-    mask = semantics.replacement_mask(mode, _given(positions, output), output.shape[1])
+    mask = semantics.replacement_mask(mode, query_positions(positions, output), output.shape[1])
     return write(output, match, snapshot, mask)
 
 
@@ -222,8 +222,8 @@ def replace_(
     Raises: as `replace`, and ValueError for an output that autograd needs as it is.
     """
     snapshot = _snapshot(codebook)
-    _check_replacement(output, queries, snapshot, positions, mode)
-    positions = _given(positions, output)
+    check_replacement(output, queries, snapshot, positions, mode)
+    positions = query_positions(positions, output)
     if output.requires_grad and torch.is_grad_enabled():
         raise ValueError("output needs gradients and cannot be written in place; use replace")
     mask = semantics.replacement_mask(mode, positions, output.shape[1])
@@ -242,13 +242,14 @@ def replace_(
     return output
 
 
-def _check_replacement(
+def check_replacement(
     output: Tensor,
     queries: Tensor,
     snapshot: Snapshot,
     positions: Tensor | None,
     mode: semantics.Replacement,
 ) -> None:
+    """Raise ValueError as `replace` does for an output, positions or a mode it cannot take."""
     modes = get_args(semantics.Replacement)
     if mode not in modes:
         raise ValueError(f"replacement must be one of {modes}, got {mode!r}")
@@ -263,7 +264,7 @@ def _check_replacement(
         raise ValueError(f"positions must be [{len(output)}], got {tuple(positions.shape)}")
 
 
-def _given(positions: Tensor | None, output: Tensor) -> Tensor:
+def query_positions(positions: Tensor | None, output: Tensor) -> Tensor:
     """Return each row's query position [B]: the last token where none is given."""
     if positions is not None:
         return positions
