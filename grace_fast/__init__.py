@@ -17,6 +17,7 @@ from grace_fast.lookup import (
     replace,
 )
 from grace_fast.prepared import Prepared, prepare
+from grace_fast.shards import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.store.files import CodebookCorrupt
 
 __all__ = [
@@ -32,6 +33,9 @@ __all__ = [
     "Match",
     "Nearest",
     "Prepared",
+    "RankLost",
+    "ShardedCodebook",
+    "ShardsDiffer",
     "Verification",
     "__version__",
     "attach",

@@ -171,8 +171,8 @@ def find(
     if module is cpu:
         return Match(*cpu.find_packed(queries, snapshot))
     if module is faiss:
-        *answer, proved = faiss.find(queries, snapshot, _index(backend))
-        return Match(None, fields=(answer[0], answer[1], answer[2]), certified=proved)
+        found, proved = faiss.find(queries, snapshot, _index(backend))
+        return Match(None, fields=found, certified=proved)
     if hasattr(module, "find"):
         return Match(None, fields=module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)

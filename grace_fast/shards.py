@@ -374,7 +374,7 @@ class ShardedCodebook:
             if isinstance(thing, Tensor):
                 plain = thing.detach().cpu().contiguous()
                 state.update(str((plain.dtype, tuple(plain.shape))).encode())
-                state.update(plain.reshape(-1).view(torch.uint8).numpy())
+                state.update(plain.reshape(-1).view(torch.uint8).numpy().data)
             else:
                 state.update(float(thing).hex().encode())
         self._state = state.digest()

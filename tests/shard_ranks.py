@@ -147,16 +147,17 @@ def split() -> None:
 def cover() -> None:
     """What a rank would decide on its own is not what all decide together."""
     at = {0: 0.0, 1: 3.0, 2: 20.0, 3: 20.0, 4: 40.0, 5: 44.0}  # even rows on rank 0, odd on rank 1
-    radii = torch.tensor([0.1, 10.0, -1.0, 9.0, 2.0, 2.0])
+    radii = torch.tensor([0.1, 10.0, -1.0, 9.0, 0.5, 9.0])
     keys = torch.zeros(6, WIDTH)
     keys[:, 3] = torch.tensor(list(at.values()))
     alone = gf.Codebook(WIDTH, VALUE)
     alone.append(keys, torch.arange(6.0)[:, None].expand(6, VALUE), radii)
     shards = ShardedCodebook.split(alone)
     queries = torch.zeros(5, WIDTH)
-    # Nearest to row 0, in the ball of row 1 only; on dead row 2, whose twin lives; between two.
+    # Nearest to row 0, in the ball of row 1 only; on dead row 2, whose twin lives; a tie of rows
+    # 4 and 5, in the ball of 5 only; beyond it; at row 1.
     queries[:, 3] = torch.tensor([1.0, 20.0, 42.0, 42.1, 2.9])
-    assert shards.find(queries).row.tolist() == [-1, -1, 4, 5, 1]
+    assert shards.find(queries).row.tolist() == [-1, -1, -1, 5, 1]
     assert shards.nearest(queries).row.tolist() == [0, 2, 4, 5, 1]
     assert_same(shards, alone, queries)
 

@@ -41,7 +41,9 @@ def run(scenario: str, ranks: int, folder: Path) -> list[subprocess.CompletedPro
 
 
 @pytest.mark.parametrize(
-    ("scenario", "ranks"), [("agree", 4), ("split", 3), ("cover", 2), ("differ", 2)], ids=lambda x: str(x)
+    ("scenario", "ranks"),
+    [("agree", 4), ("split", 3), ("cover", 2), ("differ", 2)],
+    ids=lambda x: str(x),
 )
 def test_ranks_together_are_one_codebook(scenario, ranks, tmp_path):
     for rank, process in enumerate(run(scenario, ranks, tmp_path)):

@@ -72,11 +72,11 @@ def nearest(
 
 def find(
     queries: Tensor, snapshot: Snapshot, index: FaissIndex = FLAT
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return hit [B], the row that hit [B], its S [B], and whether all that is proved [B] bool."""
+) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """Return hit [B], the row that hit [B] and its S [B]; and whether they are proved [B] bool."""
     row, squared, proved = nearest(queries, snapshot, snapshot.widest * (1 + 1e-6), index)
     hit = semantics.in_ball(squared, snapshot.radii_of(row)) & (row >= 0)
-    return hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, math.inf), proved
+    return (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, math.inf)), proved
 
 
 def train(codebook: Codebook, index: FaissIndex) -> Filled:
@@ -127,7 +127,8 @@ class _Search:
 
     def answers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return row, S, and whether they are proved."""
-        kept, numbers = self._kept, (self._kept.asked.candidates,)
+        kept = self._kept
+        numbers: tuple[int, ...] = (kept.asked.candidates,)
         if kept.is_exhaustive:
             numbers = (1 if self._within < math.inf else 4, *MORE)
         if kept.count:
@@ -140,7 +141,7 @@ class _Search:
                 if len(left):
                     self._ask(left, moved[left], number)
         if kept.is_exhaustive or not kept.count:
-            for at in np.flatnonzero(~self._proved):
+            for at in np.flatnonzero(~self._proved).tolist():
                 self._read_every_key(at)
         return tuple(map(torch.from_numpy, (self._row, self._squared, self._proved)))  # type: ignore[return-value]
 

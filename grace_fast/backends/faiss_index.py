@@ -135,11 +135,13 @@ class Filled:
         if self._index is None:
             return 0
         index = self._index if self._resources is None else faiss.index_gpu_to_cpu(self._index)
-        writer = faiss.CountingIOWriter() if hasattr(faiss, "CountingIOWriter") else None
-        if writer is None:
-            return int(faiss.serialize_index(index).nbytes)
-        faiss.write_index(index, writer)
-        return int(writer.count)
+        written = [0]
+
+        def count(part: Any) -> None:
+            written[0] += len(part)
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(count))
+        return written[0]
 
     def _build(self, snapshot: Snapshot, used: Array) -> None:
         faiss, asked = library(), self.asked
@@ -253,7 +255,7 @@ class Filled:
         scale = (lengths + longest) ** 2
         roundings = 3.03 * (self._width + 16)
         band = roundings * (_UNIT * scale + _TINY * (1 + np.sqrt(scale)))
-        return band + 8 * _TF32 * scale if self._resources is not None else band
+        return np.asarray(band + (8 * _TF32 * scale if self._resources is not None else 0.0))
 
     def least_distances(self, squared: Array, lengths: Array) -> Array:
         """Return what no distance from a key is below, [B, k]; `squared` is FAISS's, of queries.
@@ -409,7 +411,7 @@ class _Cells:
         gain = wide[:, nprobe:] - wide[:, :1] - 2 * wrong[:, None]
         between = self._apart[order[:, :1], order[:, nprobe:]].astype(np.float64)
         least = np.divide(gain, 2 * between, out=np.zeros_like(gain), where=between > 0)
-        return np.maximum(least.min(axis=1), 0)
+        return np.asarray(np.maximum(least.min(axis=1), 0))
 
 
 def placed_on(snapshot: Snapshot) -> torch.device:
@@ -419,7 +421,7 @@ def placed_on(snapshot: Snapshot) -> torch.device:
 
 def used_slots(snapshot: Snapshot) -> Array:
     """Tell which key slots a live row has, [slots] bool."""
-    live = snapshot.live.cpu().numpy()
+    live = np.asarray(snapshot.live.cpu())
     if not snapshot.counts.key_moves:
         return live
     used = np.zeros(snapshot.counts.keys, bool)
@@ -435,7 +437,7 @@ def norms(rows: Array) -> Array:
 
 def _keys(snapshot: Snapshot, slots: Array) -> Array:
     picked = torch.from_numpy(slots).to(snapshot.device)
-    return snapshot.key_slots[picked].float().cpu().numpy()
+    return np.asarray(snapshot.key_slots[picked].float().cpu())
 
 
 def said(error: BaseException) -> str:
