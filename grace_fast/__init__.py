@@ -4,6 +4,7 @@ from grace_fast._version import __version__
 from grace_fast.advice import GraceWarning
 from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
 from grace_fast.backends.faiss_index import FaissIndex
+from grace_fast.calibrate import IndexErrors, measure_indexes
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
@@ -12,6 +13,7 @@ from grace_fast.lookup import (
     Match,
     Nearest,
     build_index,
+    drop_index,
     find,
     nearest,
     replace,
@@ -30,6 +32,7 @@ __all__ = [
     "FaissIndex",
     "Grace",
     "GraceWarning",
+    "IndexErrors",
     "Match",
     "Nearest",
     "Prepared",
@@ -40,8 +43,10 @@ __all__ = [
     "__version__",
     "attach",
     "build_index",
+    "drop_index",
     "find",
     "from_pretrained",
+    "measure_indexes",
     "nearest",
     "prepare",
     "replace",

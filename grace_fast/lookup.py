@@ -313,6 +313,11 @@ def build_index(codebook: Codebook, index: FaissIndex) -> None:
     faiss.train(codebook, index)
 
 
+def drop_index(codebook: Codebook, index: FaissIndex) -> None:
+    """Forget a FAISS index of a codebook and give its memory back."""
+    faiss.drop(codebook, index)
+
+
 def _index(backend: str | FaissIndex) -> FaissIndex:
     """Return the FAISS index that a back end stands for: flat by its name alone."""
     return backend if isinstance(backend, FaissIndex) else faiss.FLAT

@@ -14,7 +14,7 @@ from cases import CASES, Case, codebooks, drawn, f32
 from hypothesis import given
 
 import grace_fast as gf
-from grace_fast import lookup, semantics
+from grace_fast import calibrate, lookup, semantics
 from grace_fast.backends import faiss, faiss_index
 from grace_fast.backends.workload import Workload
 
@@ -427,6 +427,45 @@ def test_faiss_is_chosen_by_name_only():
         assert lookup.choose.__wrapped__(asked, "faiss") is faiss
         assert lookup.choose.__wrapped__(asked, gf.FaissIndex("HNSW32")) is faiss
     assert all(faiss not in modules for modules in lookup.AUTOMATIC.values())
+
+
+# What is measured of an index
+
+
+def test_an_index_is_measured_against_the_law():
+    case = clusters(2000, 24)
+    case.queries[:100] += 0.17 * torch.randn(100, 24, generator=torch.Generator().manual_seed(1))
+    book = case.book()
+    asked = [gf.FaissIndex("IVF40,Flat", nprobe=1), gf.FaissIndex("IVF40,Flat", nprobe=40), "Flat"]
+    few, all_, flat = gf.measure_indexes(case.queries, book, asked)
+    law = gf.find(case.queries, book)
+    found = gf.find(case.queries, book, backend=gf.FaissIndex("IVF40,Flat", nprobe=1))
+    assert few.index == "IVF40,Flat nprobe=1"
+    assert (few.asked, few.hits) == (200, int(law.hit.sum()))
+    assert few.wrong == int((found.row != law.row).sum()) > 0
+    assert few.rate == few.wrong / 200
+    assert few.lost == int((law.hit & ~found.hit).sum())
+    assert few.certified == int(found.certified.sum()) < 200
+    assert few.wrong_certified == 0
+    for exact in (all_, flat):
+        assert (exact.wrong, exact.certified) == (0, 200)
+    assert min(few.us, all_.us, flat.us) > 0
+    head, _, first, *_ = calibrate.as_table([few, all_, flat]).splitlines()
+    assert head.startswith("| index | one query | wrong decisions |")
+    assert f"| {few.wrong} / 200 ({few.rate:.2%}) | {few.lost} / {few.hits} |" in first
+    assert first.startswith("| IVF40,Flat nprobe=1 | ")
+
+
+def test_an_index_that_was_dropped_is_built_again():
+    case = clusters(300, 16)
+    book, index = case.book(), gf.FaissIndex("IVF4,Flat", nprobe=4)
+    kept = faiss.train(book, index)
+    assert kept.nbytes > 300 * 16 * 4
+    assert faiss.train(book, index) is kept
+    gf.drop_index(book, index)
+    gf.drop_index(book, index)
+    assert gf.find(case.queries, book, backend=index).certified.all()
+    assert faiss.train(book, index) is not kept
 
 
 # Calls that count past int32, and a GPU, both by stand-ins

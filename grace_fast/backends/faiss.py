@@ -91,6 +91,11 @@ def train(codebook: Codebook, index: FaissIndex) -> Filled:
     return kept
 
 
+def drop(codebook: Codebook, index: FaissIndex) -> None:
+    """Forget an index and give its memory back; the next look-up builds it again."""
+    codebook._derived.pop(f"{NAME} {index}", None)
+
+
 def _kept(snapshot: Snapshot, index: FaissIndex) -> Filled:
     """Return the index of a version's codebook, as it is."""
     published = _published(snapshot)
