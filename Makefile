@@ -44,6 +44,12 @@ bench-million: .venv/.bench  ## N = 1e6, warm and with flushed caches; 20 GB of 
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
 
+bench-large: .venv/.bench  ## FAISS's indexes beside ours up to N = 1e5, wrong decisions and memory with them
+	PYTHONPATH=. $(BIN)/python -m benchmarks.large
+
+bench-large-million: .venv/.bench  ## the same at N = 1e6, without HNSW; 20 GB of memory, an hour or more
+	PYTHONPATH=. $(BIN)/python -m benchmarks.large --million
+
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 

@@ -85,7 +85,7 @@ def measure_indexes(
         index = FaissIndex(asked) if isinstance(asked, str) else asked
         lookup.build_index(codebook, index)
         start = time.perf_counter()
-        found = [lookup.find(some, snapshot, index) for some in queries.split(batch)]
+        found = [lookup.find(some, snapshot, index) for some in torch.split(queries, batch)]
         took = time.perf_counter() - start
         row, certified = (
             torch.cat([getattr(match, name) for match in found]) for name in ("row", "certified")

@@ -456,6 +456,26 @@ def test_an_index_is_measured_against_the_law():
     assert first.startswith("| IVF40,Flat nprobe=1 | ")
 
 
+def test_one_index_is_searched_in_several_ways():
+    case = clusters(2000, 24)
+    case.queries[:100] += 0.17 * torch.randn(100, 24, generator=torch.Generator().manual_seed(1))
+    book = case.book()
+    certified = []
+    for nprobe in (1, 40, None, 2):
+        index = gf.FaissIndex("IVF40,Flat", nprobe=nprobe)
+        certified.append(int(gf.find(case.queries, book, backend=index).certified.sum()))
+    assert certified[0] == certified[2] < certified[3] <= certified[1] == 200
+    kept = faiss.train(book, gf.FaissIndex("IVF40,Flat"))
+    assert kept is faiss.train(book, gf.FaissIndex("IVF40,Flat", nprobe=7))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the index 'IVF40,Flat' takes no efSearch"):
+            gf.find(case.queries, book, backend=gf.FaissIndex("IVF40,Flat", ef_search=7))
+    with book.writing() as draft:
+        draft.remove(0)  # what is left out is told together with how to search
+    every = gf.find(case.queries, book, backend=gf.FaissIndex("IVF40,Flat", nprobe=40))
+    assert every.certified.all()
+
+
 def test_an_index_that_was_dropped_is_built_again():
     case = clusters(300, 16)
     book, index = case.book(), gf.FaissIndex("IVF4,Flat", nprobe=4)

@@ -62,7 +62,7 @@ def nearest(
         kept = _kept(snapshot, index)
         # An index may not change while it is searched, nor between what is asked of it.
         with kept.lock:
-            _follow(kept, snapshot)
+            _follow(kept, snapshot, index)
             answers = _Search(kept, asked, snapshot, within).answers()
         here = finite.cpu()
         row[here], squared[here], proved[here] = answers
@@ -87,24 +87,30 @@ def train(codebook: Codebook, index: FaissIndex) -> Filled:
     snapshot = codebook.snapshot()
     kept = _kept(snapshot, index)
     with kept.lock:
-        _follow(kept, snapshot)
+        _follow(kept, snapshot, index)
     return kept
 
 
 def drop(codebook: Codebook, index: FaissIndex) -> None:
     """Forget an index and give its memory back; the next look-up builds it again."""
-    codebook._derived.pop(f"{NAME} {index}", None)
+    codebook._derived.pop(_name(index), None)
 
 
 def _kept(snapshot: Snapshot, index: FaissIndex) -> Filled:
     """Return the index of a version's codebook, as it is."""
     published = _published(snapshot)
-    kept: Filled = published.derived(f"{NAME} {index}", lambda _, known: known or Filled(index))
+    kept: Filled = published.derived(_name(index), lambda _, known: known or Filled(index))
     return kept
 
 
-def _follow(kept: Filled, snapshot: Snapshot) -> None:
+def _name(index: FaissIndex) -> str:
+    # How it is searched makes no other index.
+    return f"{NAME} {index.description}"
+
+
+def _follow(kept: Filled, snapshot: Snapshot, index: FaissIndex) -> None:
     published = _published(snapshot)
+    kept.ask_as(index)
     if len(published):
         kept.follow(published)
 

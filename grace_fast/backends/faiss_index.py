@@ -97,6 +97,7 @@ class Filled:
         self._trained_on = 0
         self._inside = np.zeros(0, bool)  # by slot
         self._slots = np.zeros(0, np.int64)  # by vector
+        self._selected: tuple[Snapshot, Any, Any, int] | None = None
         self.count = 0
         self.is_exhaustive = False
 
@@ -185,15 +186,28 @@ class Filled:
         self._index, self._version, self._trained_on = index, snapshot.version, len(snapshot)
         self._inside, self._slots = np.zeros(0, bool), np.zeros(0, np.int64)
         self.count, self.longest = 0, 0.0
-        self._selected: tuple[Snapshot, Any, Any, int] | None = None
+        self._selected = None
+
+    def ask_as(self, asked: FaissIndex) -> None:
+        """Search as `asked` says from now on, in the same index.
+
+        Raises: ValueError with FAISS's own words for a parameter that the index does not have.
+        """
+        if asked != self.asked:
+            self.asked, self._selected = asked, None
+            if self._index is not None:
+                self._set_parameters(self._index)
 
     def _set_parameters(self, index: Any) -> None:
-        asked, space = self.asked, library().ParameterSpace()
-        for name, number in (("nprobe", asked.nprobe), ("efSearch", asked.ef_search)):
-            if number is not None:
-                try:
-                    space.set_index_parameter(index, name, number)
-                except RuntimeError as error:
+        faiss, asked = library(), self.asked
+        on_gpu = self._resources is not None
+        space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
+        wanted = (("nprobe", asked.nprobe, 1), ("efSearch", asked.ef_search, 16))
+        for name, number, default in wanted:
+            try:
+                space.set_index_parameter(index, name, default if number is None else number)
+            except RuntimeError as error:
+                if number is not None:
                     raise ValueError(
                         f"the index {asked.description!r} takes no {name}: {said(error)}"
                     ) from None
