@@ -93,6 +93,7 @@ class Filled:
         self.lock = threading.RLock()
         self._index: Any = None
         self._resources: Any = None  # of a GPU, where the index is there
+        self._set_to: FaissIndex | None = None  # whose parameters it has
         self._version = -1  # that it was built for
         self._trained_on = 0
         self._inside = np.zeros(0, bool)  # by slot
@@ -183,7 +184,8 @@ class Filled:
                 raise ValueError(
                     f"FAISS cannot move the index {asked.description!r} to a GPU: {said(error)}"
                 ) from None
-        self._index, self._version, self._trained_on = index, snapshot.version, len(snapshot)
+        self._index, self._set_to = index, asked
+        self._version, self._trained_on = snapshot.version, len(snapshot)
         self._inside, self._slots = np.zeros(0, bool), np.zeros(0, np.int64)
         self.count, self.longest = 0, 0.0
         self._selected = None
@@ -193,10 +195,12 @@ class Filled:
 
         Raises: ValueError with FAISS's own words for a parameter that the index does not have.
         """
-        if asked != self.asked:
-            self.asked, self._selected = asked, None
-            if self._index is not None:
-                self._set_parameters(self._index)
+        if self._index is None:
+            self.asked = asked
+        elif asked != self._set_to:
+            self.asked, self._selected, self._set_to = asked, None, None
+            self._set_parameters(self._index)
+            self._set_to = asked
 
     def _set_parameters(self, index: Any) -> None:
         faiss, asked = library(), self.asked
