@@ -7,6 +7,7 @@ the first back end in `AUTOMATIC` that has no reason against the call.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -15,7 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from grace_fast import semantics
+from grace_fast import certificate, order, semantics
 from grace_fast.backends import cpu, cuda, faiss, reference, triton
 from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.backends.workload import Verb, Workload
@@ -29,6 +30,46 @@ BACKENDS: dict[str, ModuleType] = {
 # Triton takes keys on the host only when interpreted, which is for tests: it has to be named. So
 # has `cuda`, until it has been run on a GPU.
 AUTOMATIC = {"cpu": (cpu, reference), "cuda": (triton, reference)}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What decides how the keys of a codebook on the host are gone through."""
+
+    rows: int  # N
+    key_bytes: int  # of one key
+    predicted_bytes: float = (
+        math.inf
+    )  # that a certified look-up reads; measured when codes are made
+    backend: str | FaissIndex = "auto"
+    ranks: int = 1  # that the rows are spread over
+
+
+# How the keys are gone through: the first line that holds. The thresholds were measured, and are
+# kept where they are acted on. FAISS has to be named: on real activations its fastest index takes a
+# hundred times as long as codes at N = 1e4 (benchmarks/large.py), and may be wrong.
+WAYS: tuple[tuple[str, Callable[[Holding], bool]], ...] = (
+    ("row shards", lambda held: held.ranks > 1),
+    ("faiss", lambda held: held.backend == faiss.NAME or isinstance(held.backend, FaissIndex)),
+    ("dense", lambda held: held.rows < certificate.SMALLEST),
+    ("dense", lambda held: held.predicted_bytes >= held.rows * held.key_bytes),
+    ("certified, linear", lambda held: held.rows < order.ORDER_ROWS),
+    ("certified, in order", lambda held: True),
+)
+
+
+def way(held: Holding) -> str:
+    """Return how keys are gone through: a name of `WAYS`."""
+    return next(name for name, holds in WAYS if holds(held))
+
+
+def way_of(codebook: Codebook, backend: str | FaissIndex = "auto") -> str:
+    """Return how the keys of a codebook on the host are gone through by now; see `WAYS`."""
+    snapshot = codebook.snapshot()
+    view = cpu.view_of(snapshot)
+    predicted = math.inf if view is None or view.plan is None else view.predicted_bytes
+    key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
+    return way(Holding(snapshot.rows, key_bytes, predicted, backend))
 
 
 class BackendUnavailable(RuntimeError):
