@@ -15,7 +15,7 @@ from hypothesis import given
 
 import grace_fast as gf
 from grace_fast import calibrate, lookup, semantics
-from grace_fast.backends import faiss, faiss_index
+from grace_fast.backends import faiss, faiss_bounds, faiss_index
 from grace_fast.backends.workload import Workload
 
 library = pytest.importorskip("faiss")
@@ -137,7 +137,7 @@ def test_no_key_that_is_not_returned_is_nearer_than_said(index, offset):
 def test_a_wall_is_nearer_by_what_float32_may_have_got_wrong():
     flat = library.IndexFlatL2(1)
     flat.add(np.array([[0], [2]], np.float32))
-    cells = faiss_index._Cells(flat)
+    cells = faiss_bounds.Cells(library, flat)
     apart, order = np.array([[0.81, 1.21]]), np.array([[0, 1]])  # from 0.9; the wall is at 1
     [exact] = cells.least_distances(apart, order, 1, np.array([0.0]))
     [rounded] = cells.least_distances(apart, order, 1, np.array([0.1]))
@@ -281,6 +281,21 @@ def test_an_index_is_built_anew_once_most_of_it_was_removed_or_it_has_grown(monk
     found = gf.find(case.queries, book, backend=index)
     assert torch.equal(found.row, gf.find(case.queries, book, backend="reference").row)
     assert kept._version > built_for
+
+
+def test_an_index_whose_codebook_shrank_below_its_cells_serves_on(monkeypatch):
+    monkeypatch.setattr(faiss_index, "SLACK_ROWS", 10)
+    case = clusters(200, 16)
+    book = case.book()
+    index = gf.FaissIndex("IVF16,Flat", nprobe=16)
+    gf.build_index(book, index)
+    for key_id in range(190):
+        book.remove(key_id)
+    for queries in (case.queries, book.keys):
+        law = gf.find(queries, book, backend="reference")
+        found = gf.find(queries, book, backend=index)
+        assert torch.equal(found.row, law.row)
+        assert found.certified.all()
 
 
 def test_one_index_serves_many_threads_beside_an_editor():
@@ -548,8 +563,8 @@ def test_an_index_is_moved_to_a_gpu_where_faiss_has_one(monkeypatch):
             assert (unseen > 0).any()
         else:
             assert not unseen.any()  # which cells a GPU read is not known
-        lengths = faiss_index.norms(queries)
-        band = kept.band(lengths, kept.longest)
+        lengths = faiss_bounds.norms(queries)
+        band = kept.bounds.band(lengths, kept.bounds.longest)
         assert (band > 8 * 2.0**-11 * lengths**2).all()  # a GPU may round factors to TF32
         assert rough.shape == (200, 1)
     assert moved == [(3, "IndexFlat"), (3, "IndexIVFFlat"), (3, "IndexHNSWFlat")]

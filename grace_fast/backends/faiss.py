@@ -18,7 +18,8 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.backends import faiss_index
-from grace_fast.backends.faiss_index import INT32, MISSING, Array, FaissIndex, Filled
+from grace_fast.backends.faiss_bounds import Array, norms
+from grace_fast.backends.faiss_index import INT32, MISSING, FaissIndex, Filled
 from grace_fast.backends.workload import Workload
 from grace_fast.codebook import Codebook, Snapshot
 
@@ -140,18 +141,19 @@ class _Search:
         """Return row, S, and whether they are proved."""
         kept = self._kept
         numbers: tuple[int, ...] = (kept.asked.candidates,)
-        if kept.is_exhaustive:
+        exhaustive = kept.count > 0 and kept.bounds.is_exhaustive
+        if exhaustive:
             numbers = (1 if self._within < math.inf else 4, *MORE)
         if kept.count:
             asked = self._queries.float().cpu().numpy()
             with np.errstate(over="ignore", invalid="ignore"):
                 moved = np.ascontiguousarray(asked - kept.centre)
-                safe = kept.is_safe(faiss_index.norms(moved))
+                safe = kept.bounds.is_safe(norms(moved))
             for number in numbers:
                 left = np.flatnonzero(safe & ~self._proved)
                 if len(left):
                     self._ask(left, moved[left], number)
-        if kept.is_exhaustive or not kept.count:
+        if exhaustive or not kept.count:
             for at in np.flatnonzero(~self._proved).tolist():
                 self._read_every_key(at)
         return tuple(map(torch.from_numpy, (self._row, self._squared, self._proved)))  # type: ignore[return-value]
@@ -161,8 +163,8 @@ class _Search:
         kept, within = self._kept, self._within
         rough, vectors, unseen = kept.search(moved, number, self._snapshot)
         worth = vectors >= 0
-        if kept.is_faithful:
-            worth &= kept.least_distances(rough, faiss_index.norms(moved)) <= within
+        if kept.bounds.is_faithful:
+            worth &= kept.bounds.least_distances(rough, norms(moved)) <= within
         at, place = np.nonzero(worth)
         slots = kept.slots_of(vectors[at, place])
         if len(self._own):

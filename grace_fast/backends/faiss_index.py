@@ -1,4 +1,4 @@
-"""A FAISS index of one codebook's keys: built by name, filled, kept up to date, and bounded.
+"""A FAISS index of one codebook's keys: built by name, filled, kept up to date, searched.
 
 Its vectors are the keys less a centre, in float32, one for each key slot. Slots never change, so an
 index only grows: what was removed or moved away is skipped by whoever asks, and once that is most
@@ -14,29 +14,21 @@ import math
 import re
 import threading
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from grace_fast.backends.faiss_bounds import Array, Bounds, norms
 from grace_fast.codebook import Snapshot
-
-Array = npt.NDArray[Any]
 
 INT32 = 2**31 - 1
 ADDED_ROWS = 1 << 16  # in one call
 TRAINING_ROWS = 1 << 16  # at most, or 64 for each cell
 SLACK_ROWS = 1024  # that may have been removed before anything is built anew
-LARGEST_TABLE = 4096  # cells whose distances from each other are kept: 64 MiB
-_UNIT = 2.0**-24
-_TF32 = 2.0**-11  # what a GPU may round the factors of a product to
-_TINY = 2.0**-120  # what underflow may take, with room
-EXHAUSTIVE = ("IndexFlat", "IndexFlatL2", "IndexFlatL2Panorama")
-CELLS = ("IndexIVFFlat", "IndexIVFFlatPanorama")
-FAITHFUL = (*EXHAUSTIVE, *CELLS, "IndexHNSWFlat", "IndexHNSWFlatPanorama")
 MISSING = "faiss is not installed (pip install 'grace_fast[faiss]')"
 
 
@@ -100,7 +92,8 @@ class Filled:
         self._slots = np.zeros(0, np.int64)  # by vector
         self._selected: tuple[Snapshot, Any, Any, int] | None = None
         self.count = 0
-        self.is_exhaustive = False
+        self.centre: Array
+        self.bounds: Bounds
 
     # What the rows of a version become.
 
@@ -113,8 +106,11 @@ class Filled:
         stale, grown = self.count - live > live + SLACK_ROWS, live > 4 * self._trained_on
         newer = snapshot.version > self._version
         used = used_slots(snapshot)
-        if self._index is None or (newer and (stale or (grown and self._needs_training))):
+        if self._index is None:
             self._build(snapshot, used)
+        elif newer and (stale or (grown and self._needs_training)):
+            with suppress(ValueError):  # of too few keys that are left: the old one still serves
+                self._build(snapshot, used)
         slots = np.flatnonzero(used & ~self.holds(len(used)))
         for start in range(0, len(slots), ADDED_ROWS):
             self._add(snapshot, slots[start : start + ADDED_ROWS])
@@ -160,7 +156,7 @@ class Filled:
         slots = np.flatnonzero(used)
         slots = slots[:: max(1, len(slots) // wanted)]
         sample = _keys(snapshot, slots)
-        self.centre = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+        centre = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
         if cells is not None and len(sample) < cells.nlist:
             raise ValueError(
                 f"the index {asked.description!r} is not trained: its {cells.nlist} cells need at "
@@ -168,14 +164,14 @@ class Filled:
             )
         if self._needs_training:
             try:
-                index.train(sample - self.centre)
+                index.train(sample - centre)
             except RuntimeError as error:
                 raise ValueError(
                     f"the index {asked.description!r} is not trained: FAISS cannot train it on "
                     f"{len(sample)} keys: {said(error)}"
                 ) from None
-        self._inspect(index)
         place = placed_on(snapshot)
+        bounds = Bounds(faiss, index, place.type == "cuda")
         if place.type == "cuda":
             self._resources = faiss.StandardGpuResources()
             try:
@@ -185,9 +181,10 @@ class Filled:
                     f"FAISS cannot move the index {asked.description!r} to a GPU: {said(error)}"
                 ) from None
         self._index, self._set_to = index, asked
+        self.centre, self.bounds = centre, bounds
         self._version, self._trained_on = snapshot.version, len(snapshot)
         self._inside, self._slots = np.zeros(0, bool), np.zeros(0, np.int64)
-        self.count, self.longest = 0, 0.0
+        self.count = 0
         self._selected = None
 
     def ask_as(self, asked: FaissIndex) -> None:
@@ -218,7 +215,7 @@ class Filled:
 
     def _add(self, snapshot: Snapshot, slots: Array) -> None:
         moved = _keys(snapshot, slots) - self.centre
-        longest = max(self.longest, float(norms(moved).max()))
+        longest = max(self.bounds.longest, float(norms(moved).max()))
         try:
             self._index.add(moved)
         except RuntimeError as error:
@@ -231,80 +228,8 @@ class Filled:
             self._inside = inside
         self._inside[slots] = True
         self._slots = np.concatenate([self._slots, slots])
-        self.longest = longest
+        self.bounds.longest = longest
         self.count += len(slots)
-
-    # What a search proves about the keys that it does not return.
-
-    def _inspect(self, index: Any) -> None:
-        """See what can be proved about an index that was just trained."""
-        faiss = library()
-        self._before: Any = None
-        self.stretch, self._spread, self._offset = 1.0, 0.0, 0.0  # of the transform before it
-        core = faiss.downcast_index(index)
-        readable = True
-        if isinstance(core, faiss.IndexPreTransform):
-            first = faiss.downcast_VectorTransform(core.chain.at(0))
-            readable = core.chain.size() == 1 and isinstance(first, faiss.LinearTransform)
-            if readable:
-                self._before, core = first, faiss.downcast_index(core.index)
-                matrix = faiss.vector_to_array(first.A).reshape(first.d_out, first.d_in)
-                matrix = matrix.astype(np.float64)
-                self.stretch = float(np.linalg.norm(matrix, 2)) * (1 + 1e-9)
-                self._spread = float(np.linalg.norm(matrix))
-                if first.have_bias:
-                    self._offset = float(np.linalg.norm(faiss.vector_to_array(first.b)))
-        kind = type(core).__name__
-        self._width = core.d
-        self.is_faithful = readable and kind in FAITHFUL
-        self.is_exhaustive = readable and kind in EXHAUSTIVE
-        self._cells: _Cells | None = None
-        if readable and kind in CELLS and core.nlist <= LARGEST_TABLE:
-            quantizer = faiss.downcast_index(core.quantizer)
-            if type(quantizer).__name__ in EXHAUSTIVE[:2]:
-                self._cells = _Cells(quantizer)
-
-    def band(self, lengths: Array, longest: float) -> Array:
-        """Return how far FAISS's squared distances can be from those of its own vectors.
-
-        It sums squared differences, or |q|^2 + |k|^2 - 2 q.k; Panorama stops where a bound made of
-        such parts says so. Each is within twice the roundings of a dot product of (|q| + |k|)^2.
-        """
-        scale = (lengths + longest) ** 2
-        roundings = 3.03 * (self._width + 16)
-        band = roundings * (_UNIT * scale + _TINY * (1 + np.sqrt(scale)))
-        return np.asarray(band + (8 * _TF32 * scale if self._resources is not None else 0.0))
-
-    def least_distances(self, squared: Array, lengths: Array) -> Array:
-        """Return what no distance from a key is below, [B, k]; `squared` is FAISS's, of queries.
-
-        lengths: [B] of the queries less the centre.
-        """
-        images, longest = self._image_lengths(lengths), self._image_lengths(self.longest)
-        apart = np.maximum(squared - self.band(images, longest)[:, None], 0)
-        return self._before_transform(np.sqrt(apart), lengths)
-
-    def _image_lengths(self, lengths: Any) -> Any:
-        return self.stretch * lengths + self._offset + self._transform_error(lengths)
-
-    def _transform_error(self, lengths: Any) -> Any:
-        if self._before is None:
-            return 0.0 * lengths
-        reach = self._spread * lengths + self._offset
-        return 1.01 * (self._before.d_in + 4) * (_UNIT * reach + _TINY)
-
-    def _before_transform(self, apart: Array, lengths: Array) -> Array:
-        """Return least distances of keys from least distances [B, k] of their images."""
-        wrong = self._transform_error(lengths) + self._transform_error(self.longest)
-        # Taking the centre off rounds each side once.
-        shift = 2 * _UNIT * (lengths + self.longest) + _TINY
-        least: Array = (apart - wrong[:, None]) / self.stretch - shift[:, None]
-        return least
-
-    def is_safe(self, lengths: Array) -> Array:
-        """Tell of which queries FAISS's float32 overflows nowhere."""
-        images, longest = self._image_lengths(lengths), self._image_lengths(self.longest)
-        return np.asarray((images + longest) ** 2 * self._width < 1e37)
 
     # The search itself.
 
@@ -314,10 +239,10 @@ class Filled:
         moved: [B, D] float32, queries less the centre. The last says which distance no key is
         within that was not returned: 0 where nothing is proved.
         """
-        lengths = norms(moved)
+        lengths, cells = norms(moved), self.bounds.cells
         k = min(k, self.count)
         parts = []
-        step = max(1, INT32 // max(k, moved.shape[1], self._cells.count if self._cells else 1))
+        step = max(1, INT32 // max(k, moved.shape[1], cells.count if cells else 1))
         for start in range(0, len(moved), step):
             here = slice(start, start + step)
             parts.append(self._search(moved[here], lengths[here], k, snapshot))
@@ -329,24 +254,25 @@ class Filled:
     ) -> tuple[Array, Array, Array]:
         faiss = library()
         faiss.omp_set_num_threads(torch.get_num_threads())
-        selected = None if self.is_exhaustive else self._selection(snapshot)
+        bounds = self.bounds
+        selected = None if bounds.is_exhaustive else self._selection(snapshot)
         elsewhere = np.full(len(moved), math.inf)  # what is not below of keys in other cells
-        if self._cells is not None and self._resources is None:
-            images = moved if self._before is None else self._before.apply(moved)
+        if bounds.cells is not None:
+            images = moved if bounds.transform is None else bounds.transform.apply(moved)
             squared, vectors, elsewhere = self._search_cells(images, lengths, k, selected)
         else:
             squared, vectors = self._index.search(moved, k, params=selected)
-        if not (self.is_exhaustive or (self._cells is not None and self._resources is None)):
+        if not bounds.proves:
             return squared, vectors, np.zeros(len(moved))
-        last = self.least_distances(squared[:, -1:].astype(np.float64), lengths)[:, 0]
+        last = bounds.least_distances(squared[:, -1:].astype(np.float64), lengths)[:, 0]
         everything = (vectors[:, -1] < 0) | (k >= self.count)
-        unseen = np.minimum(np.where(everything, math.inf, last), elsewhere)
-        return squared, vectors, unseen
+        return squared, vectors, np.minimum(np.where(everything, math.inf, last), elsewhere)
 
     def _search_cells(
         self, images: Array, lengths: Array, k: int, selected: Any
     ) -> tuple[Array, Array, Array]:
-        faiss, cells = library(), self._cells
+        """Search the nearest cells, as FAISS does, and say what is not below in the others."""
+        faiss, cells = library(), self.bounds.cells
         assert cells is not None
         ivf = faiss.extract_index_ivf(self._index)
         nprobe = min(ivf.nprobe, cells.count)
@@ -359,11 +285,7 @@ class Filled:
         ivf.search_preassigned_c(batch, faiss.swig_ptr(images), k, *addresses, False, selected)
         if nprobe == cells.count:
             return squared, vectors, np.full(batch, math.inf)
-        longest = self._image_lengths(self.longest)
-        wrong = self.band(self._image_lengths(lengths), cells.longest)
-        wrong += self.band(np.asarray(longest), cells.longest)
-        least = cells.least_distances(apart, order, nprobe, wrong)
-        return squared, vectors, self._before_transform(least[:, None], lengths)[:, 0]
+        return squared, vectors, self.bounds.in_other_cells(apart, order, nprobe, lengths)
 
     def _selection(self, snapshot: Snapshot) -> Any:
         """Return parameters that leave out vectors which a version does not use, None if none."""
@@ -386,7 +308,7 @@ class Filled:
         """Return a selector as a kind of index takes it; None where it takes none."""
         faiss = library()
         index = faiss.downcast_index(index)
-        if isinstance(index, faiss.IndexPreTransform) and self._cells is None:
+        if isinstance(index, faiss.IndexPreTransform) and self.bounds.cells is None:
             inner = self._parameters(index.index, selector)
             return inner and faiss.SearchParametersPreTransform(index_params=inner)
         if isinstance(index, faiss.IndexPreTransform):
@@ -396,40 +318,6 @@ class Filled:
         if isinstance(index, faiss.IndexHNSW):
             return faiss.SearchParametersHNSW(sel=selector, efSearch=index.hnsw.efSearch)
         return None
-
-
-class _Cells:
-    """The cells of an IVF index: how far a query is from keys in a cell that was not read.
-
-    A key k is in the cell of the centroid c it is nearest to, to a rounding: |k - c|^2 is at most
-    |k - c'|^2 + 2 w for every other c'. With |k - c|^2 - |k - c'|^2 linear in k, that makes
-
-        |q - k| >= (|q - c|^2 - |q - c'|^2 - 2 w) / (2 |c - c'|)
-
-    for every query q. c' is the centroid nearest to q.
-    """
-
-    def __init__(self, quantizer: Any) -> None:
-        self.quantizer = quantizer
-        self.count = quantizer.ntotal
-        centroids = library().vector_to_array(quantizer.codes).view(np.float32)
-        wide = torch.from_numpy(centroids.reshape(self.count, -1)).double()
-        self.longest = float(wide.norm(dim=1).max())
-        exactly = "donot_use_mm_for_euclid_dist"
-        apart = torch.cdist(wide, wide, compute_mode=exactly) * (1 + 1e-9)
-        self._apart = (apart.float() * (1 + 1e-6)).numpy()
-
-    def least_distances(self, apart: Array, order: Array, nprobe: int, wrong: Array) -> Array:
-        """Return what keys of the cells after the first `nprobe` are not nearer than, [B].
-
-        apart, order: [B, cells], squared distances to the centroids in order, and which they are.
-        wrong: [B], what FAISS's squared distances to centroids can be off, of query and of key.
-        """
-        wide = apart.astype(np.float64)
-        gain = wide[:, nprobe:] - wide[:, :1] - 2 * wrong[:, None]
-        between = self._apart[order[:, :1], order[:, nprobe:]].astype(np.float64)
-        least = np.divide(gain, 2 * between, out=np.zeros_like(gain), where=between > 0)
-        return np.asarray(np.maximum(least.min(axis=1), 0))
 
 
 def placed_on(snapshot: Snapshot) -> torch.device:
@@ -445,12 +333,6 @@ def used_slots(snapshot: Snapshot) -> Array:
     used = np.zeros(snapshot.counts.keys, bool)
     used[snapshot.key_slot.numpy()[live]] = True
     return used
-
-
-def norms(rows: Array) -> Array:
-    """Return the lengths of rows [M, D] in float64, rounded up."""
-    squares = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    return np.asarray(np.sqrt(squares) * (1 + 1e-9))
 
 
 def _keys(snapshot: Snapshot, slots: Array) -> Array:
