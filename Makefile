@@ -55,6 +55,12 @@ bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hou
 bench-edits: .venv/.bench  ## edits and edited forwards against the reference's algorithm, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.edits
 
+bench-large: .venv/.bench  ## FAISS's indexes beside ours up to N = 1e5, wrong decisions and memory with them
+	PYTHONPATH=. $(BIN)/python -m benchmarks.large
+
+bench-large-million: .venv/.bench  ## the same at N = 1e6, without HNSW; 20 GB of memory, an hour or more
+	PYTHONPATH=. $(BIN)/python -m benchmarks.large --million
+
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
 	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
@@ -114,4 +120,4 @@ clean:  ## drop what was built
 	touch $@
 
 .PHONY: help demo test slow sanitize bench bench-million bench-ten-million bench-beside-appends \
-	bench-full bench-edits bench-micro bench-adaptor gate gate-full gpu check fix clean
+	bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-full gpu check fix clean

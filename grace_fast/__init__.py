@@ -5,12 +5,24 @@ from typing import Any
 from grace_fast._version import __version__
 from grace_fast.advice import GraceWarning
 from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
+from grace_fast.backends.faiss_index import FaissIndex
+from grace_fast.calibrate import IndexErrors, measure_indexes
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
-from grace_fast.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
+from grace_fast.lookup import (
+    BackendUnavailable,
+    Match,
+    Nearest,
+    build_index,
+    drop_index,
+    find,
+    nearest,
+    replace,
+)
 from grace_fast.prepared import Prepared, prepare
 from grace_fast.selection import using
+from grace_fast.shards import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.resident import open, save
 from grace_fast.store.stream import build
@@ -22,17 +34,25 @@ __all__ = [
     "CodebookMismatch",
     "Edit",
     "Explanation",
+    "FaissIndex",
     "Grace",
     "GraceWarning",
+    "IndexErrors",
     "Match",
     "Nearest",
     "Prepared",
+    "RankLost",
+    "ShardedCodebook",
+    "ShardsDiffer",
     "Verification",
     "__version__",
     "attach",
     "build",
+    "build_index",
+    "drop_index",
     "find",
     "from_pretrained",
+    "measure_indexes",
     "nearest",
     "open",
     "prepare",

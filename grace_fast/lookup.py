@@ -7,6 +7,7 @@ the first back end in `AUTOMATIC` that has no reason against the call.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -15,17 +16,60 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from grace_fast import semantics
-from grace_fast.backends import cpu, cuda, reference, triton
+from grace_fast import certificate, order, semantics
+from grace_fast.backends import cpu, cuda, faiss, reference, triton
+from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.backends.workload import Verb, Workload
 from grace_fast.codebook import Codebook, Snapshot
 
-BACKENDS: dict[str, ModuleType] = {module.NAME: module for module in (cpu, cuda, triton, reference)}
+BACKENDS: dict[str, ModuleType] = {
+    module.NAME: module for module in (cpu, cuda, triton, faiss, reference)
+}
 
 # What `auto` tries, in this order, by where the keys are; elsewhere there is only the reference.
 # Triton takes keys on the host only when interpreted, which is for tests: it has to be named. So
 # has `cuda`, until it has been run on a GPU.
 AUTOMATIC = {"cpu": (cpu, reference), "cuda": (triton, reference)}
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What decides how the keys of a codebook on the host are gone through."""
+
+    rows: int  # N
+    key_bytes: int  # of one key
+    predicted_bytes: float = (
+        math.inf
+    )  # that a certified look-up reads; measured when codes are made
+    backend: str | FaissIndex = "auto"
+    ranks: int = 1  # that the rows are spread over
+
+
+# How the keys are gone through: the first line that holds. The thresholds were measured, and are
+# kept where they are acted on. FAISS has to be named: on real activations its fastest index takes a
+# hundred times as long as codes at N = 1e4 (benchmarks/large.py), and may be wrong.
+WAYS: tuple[tuple[str, Callable[[Holding], bool]], ...] = (
+    ("row shards", lambda held: held.ranks > 1),
+    ("faiss", lambda held: held.backend == faiss.NAME or isinstance(held.backend, FaissIndex)),
+    ("dense", lambda held: held.rows < certificate.SMALLEST),
+    ("dense", lambda held: held.predicted_bytes >= held.rows * held.key_bytes),
+    ("certified, linear", lambda held: held.rows < order.ORDER_ROWS),
+    ("certified, in order", lambda held: True),
+)
+
+
+def way(held: Holding) -> str:
+    """Return how keys are gone through: a name of `WAYS`."""
+    return next(name for name, holds in WAYS if holds(held))
+
+
+def way_of(codebook: Codebook, backend: str | FaissIndex = "auto") -> str:
+    """Return how the keys of a codebook on the host are gone through by now; see `WAYS`."""
+    snapshot = codebook.snapshot()
+    view = cpu.view_of(snapshot)
+    predicted = math.inf if view is None or view.plan is None else view.predicted_bytes
+    key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
+    return way(Holding(snapshot.rows, key_bytes, predicted, backend))
 
 
 class BackendUnavailable(RuntimeError):
@@ -35,16 +79,18 @@ class BackendUnavailable(RuntimeError):
 class Match:
     """The answer of `find` for a batch of queries; a field is made when it is read."""
 
-    __slots__ = ("_answers", "_fields", "hits")
+    __slots__ = ("_answers", "_certified", "_fields", "hits")
 
     def __init__(
         self,
         hits: int | None,
         answers: bytearray | None = None,
         fields: tuple[Tensor, Tensor, Tensor] | None = None,
+        certified: Tensor | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
         self._answers = answers
+        self._certified = certified
         self._fields: dict[torch.dtype, Tensor] | None = None  # those that were read
         if fields is not None:
             self._fields = dict(zip((torch.bool, torch.int64, torch.float64), fields, strict=True))
@@ -76,6 +122,11 @@ class Match:
         """[B] float32, to that row; inf where missed."""
         return self.squared_distance.sqrt().float()
 
+    @property
+    def certified(self) -> Tensor:
+        """[B] bool, the answer is R64's; False where a FAISS index found it and proved nothing."""
+        return torch.ones_like(self.hit) if self._certified is None else self._certified
+
     def __repr__(self) -> str:
         return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"
 
@@ -87,10 +138,11 @@ class Nearest:
     row: Tensor  # [B] int64, the lowest row on a tie; -1 where no key is within, or no finite query
     distance: Tensor  # [B] float32; inf where row is -1
     squared_distance: Tensor  # [B] float64, S in the canonical order
+    certified: Tensor  # [B] bool; False where a FAISS index found the row and proved nothing
 
 
 @lru_cache(maxsize=4096)
-def choose(workload: Workload, backend: str = "auto") -> ModuleType:
+def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType:
     """Return the back end that takes a call.
 
     Raises: ValueError for a name that does not exist, BackendUnavailable with every reason.
@@ -98,6 +150,8 @@ def choose(workload: Workload, backend: str = "auto") -> ModuleType:
     candidates: tuple[ModuleType, ...]
     if backend == "auto":
         candidates = AUTOMATIC.get(workload.device, (reference,))
+    elif isinstance(backend, FaissIndex):
+        candidates = (faiss,)
     elif backend in BACKENDS:
         candidates = (BACKENDS[backend],)
     else:
@@ -114,7 +168,7 @@ def choose(workload: Workload, backend: str = "auto") -> ModuleType:
 def nearest(
     queries: Tensor,
     codebook: Codebook | Snapshot,
-    backend: str = "auto",
+    backend: str | FaissIndex = "auto",
     within: float = math.inf,
 ) -> Nearest:
     """Return the nearest key of every query, inside its ball or not.
@@ -131,18 +185,24 @@ def nearest(
     module = chosen(snapshot, len(queries), backend, "nearest")
     if module is cpu:
         row, squared = cpu.nearest(queries, snapshot, within)
+    elif module is faiss:
+        row, squared, proved = faiss.nearest(queries, snapshot, within, _index(backend))
+        return Nearest(row, squared.sqrt().float(), squared, proved)
     else:
         row, squared = semantics.not_beyond(within, *module.nearest(queries, snapshot))
-    return Nearest(row, squared.sqrt().float(), squared)
+    return Nearest(row, squared.sqrt().float(), squared, torch.ones_like(row, dtype=torch.bool))
 
 
-def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") -> Match:
+def find(
+    queries: Tensor, codebook: Codebook | Snapshot, backend: str | FaissIndex = "auto"
+) -> Match:
     """Return which queries are inside the ball of their nearest key, and of which.
 
     queries: [B, D] on the codebook's device. A query with a NaN or an infinity is a miss.
+    backend: a name, or a `FaissIndex` that may answer without proof: see `Match.certified`.
 
-    Raises: TypeError for no tensor, ValueError for another width, element type or device,
-    BackendUnavailable.
+    Raises: TypeError for no tensor, ValueError for another width, element type or device, or an
+    index that FAISS does not know or cannot train, BackendUnavailable.
     """
     snapshot = _snapshot(codebook)
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
@@ -151,6 +211,9 @@ def find(queries: Tensor, codebook: Codebook | Snapshot, backend: str = "auto") 
     module = chosen(snapshot, len(queries), backend)
     if module is cpu:
         return Match(*cpu.find_packed(queries, snapshot))
+    if module is faiss:
+        found, proved = faiss.find(queries, snapshot, _index(backend))
+        return Match(None, fields=found, certified=proved)
     if hasattr(module, "find"):
         return Match(None, fields=module.find(queries, snapshot))
     row, squared = module.nearest(queries, snapshot)
@@ -165,7 +228,7 @@ def replace(
     codebook: Codebook | Snapshot,
     positions: Tensor | None = None,
     mode: semantics.Replacement = "replace_prompt",
-    backend: str = "auto",
+    backend: str | FaissIndex = "auto",
 ) -> Tensor:
     """Return the layer's output with the value written where a query hits.
 
@@ -177,11 +240,11 @@ def replace(
     mode.
     """
     snapshot = _snapshot(codebook)
-    _check_replacement(output, queries, snapshot, positions, mode)
+    check_replacement(output, queries, snapshot, positions, mode)
     match = find(queries, snapshot, backend)
     if match.hits == 0:
         return output
-    mask = semantics.replacement_mask(mode, _given(positions, output), output.shape[1])
+    mask = semantics.replacement_mask(mode, query_positions(positions, output), output.shape[1])
     return write(output, match, snapshot, mask)
 
 
@@ -191,7 +254,7 @@ def replace_(
     codebook: Codebook | Snapshot,
     positions: Tensor | None = None,
     mode: semantics.Replacement = "replace_prompt",
-    backend: str = "auto",
+    backend: str | FaissIndex = "auto",
 ) -> Tensor:
     """Do what `replace` does in place, and return output: only what is replaced is written.
 
@@ -200,8 +263,8 @@ def replace_(
     Raises: as `replace`, and ValueError for an output that autograd needs as it is.
     """
     snapshot = _snapshot(codebook)
-    _check_replacement(output, queries, snapshot, positions, mode)
-    positions = _given(positions, output)
+    check_replacement(output, queries, snapshot, positions, mode)
+    positions = query_positions(positions, output)
     if output.requires_grad and torch.is_grad_enabled():
         raise ValueError("output needs gradients and cannot be written in place; use replace")
     mask = semantics.replacement_mask(mode, positions, output.shape[1])
@@ -220,13 +283,14 @@ def replace_(
     return output
 
 
-def _check_replacement(
+def check_replacement(
     output: Tensor,
     queries: Tensor,
     snapshot: Snapshot,
     positions: Tensor | None,
     mode: semantics.Replacement,
 ) -> None:
+    """Raise ValueError as `replace` does for an output, positions or a mode it cannot take."""
     modes = get_args(semantics.Replacement)
     if mode not in modes:
         raise ValueError(f"replacement must be one of {modes}, got {mode!r}")
@@ -241,7 +305,7 @@ def _check_replacement(
         raise ValueError(f"positions must be [{len(output)}], got {tuple(positions.shape)}")
 
 
-def _given(positions: Tensor | None, output: Tensor) -> Tensor:
+def query_positions(positions: Tensor | None, output: Tensor) -> Tensor:
     """Return each row's query position [B]: the last token where none is given."""
     if positions is not None:
         return positions
@@ -256,7 +320,10 @@ def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Ten
 
 
 def chosen(
-    snapshot: Snapshot, batch: int = 1, backend: str = "auto", verb: Verb = "find"
+    snapshot: Snapshot,
+    batch: int = 1,
+    backend: str | FaissIndex = "auto",
+    verb: Verb = "find",
 ) -> ModuleType:
     """Return the back end that takes a batch of queries for a version."""
     keys = snapshot.key_slots
@@ -271,11 +338,30 @@ def _choose(
     rows: int,
     key_dim: int,
     verb: Verb,
-    backend: str,
+    backend: str | FaissIndex,
 ) -> ModuleType:
     # A Workload takes longer to make than to choose for.
     workload = Workload(device.type, dtype, batch, rows, key_dim, verb, device.index)
     return choose(workload, backend)
+
+
+def build_index(codebook: Codebook, index: FaissIndex) -> None:
+    """Train and fill a FAISS index of a codebook now, so that no look-up waits for it.
+
+    Raises: BackendUnavailable, ValueError for an index that FAISS does not know or cannot train.
+    """
+    chosen(codebook.snapshot(), backend=index)
+    faiss.train(codebook, index)
+
+
+def drop_index(codebook: Codebook, index: FaissIndex) -> None:
+    """Forget a FAISS index of a codebook and give its memory back."""
+    faiss.drop(codebook, index)
+
+
+def _index(backend: str | FaissIndex) -> FaissIndex:
+    """Return the FAISS index that a back end stands for: flat by its name alone."""
+    return backend if isinstance(backend, FaissIndex) else faiss.FLAT
 
 
 def keep_for_graphs(codebook: Codebook) -> None:

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,6 +39,8 @@ EXPAND_MARGIN = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-
 
 IGNORED_LABEL = -100
 
+_CHUNK_ELEMENTS = 1 << 22  # of a [N, D] block of differences in float64: 32 MiB
+
 
 def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
     """Return S for every query and key, in the canonical order.
@@ -52,6 +55,15 @@ def squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
     return total
 
 
+def pair_squared_distances(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return S of queries [P, D] against keys [P, D], row by row: [P] float64 on the host."""
+    difference = queries.cpu().double().numpy() - keys.cpu().double().numpy()
+    squares = np.multiply(difference, difference, out=difference)
+    # `accumulate` keeps every partial sum, so it cannot but add from the first to the last.
+    sums = np.add.accumulate(squares, axis=1, out=squares)
+    return torch.from_numpy(sums[:, -1].copy())
+
+
 def nearest(queries: Tensor, keys: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest live row of each query and its S; (-1, inf) where there is none.
 
@@ -61,6 +73,28 @@ def nearest(queries: Tensor, keys: Tensor, live: Tensor) -> tuple[Tensor, Tensor
     if len(keys) == 0:
         return no_row(len(queries), queries.device)
     return lowest(squared_distances(queries, keys), live)
+
+
+def nearest_of_one(query: Tensor, keys: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what `nearest` does for one query [D], in far less time where keys [N, D] are many.
+
+    A float64 pass in any order brackets every S; only keys inside that bracket of the smallest are
+    summed again in the canonical order.
+    """
+    query, width = query.double(), keys.shape[1]
+    step = max(1, _CHUNK_ELEMENTS // width)
+    rough = torch.cat(
+        [(query - part.double()).square().sum(dim=1) for part in torch.split(keys, step)]
+    )
+    rough = rough.masked_fill(~(live & rough.isfinite()), math.inf)
+    # Each S, in either order, is within (D + 2) roundings of the exact sum.
+    slack = 1 + 4 * (width + 2) * 2.0**-53
+    candidates = (rough <= rough.amin() * slack).logical_and(rough.isfinite()).nonzero()[:, 0]
+    if not len(candidates):
+        return no_row(1, query.device)
+    every = torch.ones_like(candidates, dtype=torch.bool)
+    place, squared = nearest(query[None], keys[candidates], every)
+    return candidates[place], squared
 
 
 def lowest(squared: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import grace_fast as gf
-from benchmarks import edits, gate, machine, measure, oracle, peers, report, timing
+from benchmarks import edits, gate, large, machine, measure, oracle, peers, report, timing
 from benchmarks.workloads import Spec, make, median_spacing
 from grace_fast import quickbench, semantics
+from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.cli import app
 
 SMALL = Spec("power-1", 60, width=24, epsilon_ratio=0.4, queries=40, value_dim=3, hit_rate=0.2)
@@ -333,3 +334,33 @@ def test_no_speed_of_edits_is_reported_where_a_decision_is_wrong(tmp_path, monke
     (row,) = json.loads(path.read_text())["rows"]
     assert row["wrong"] == row["checked"]
     assert row["us"] is None
+
+
+def test_faiss_indexes_are_measured_beside_ours(monkeypatch, tmp_path):
+    pytest.importorskip("faiss")
+    spec = Spec("clusters", 600, width=24, hit_rate=0.5, queries=40, value_dim=2)
+    monkeypatch.setattr(large, "specs", lambda million: [spec])
+    asked = ["Flat", "IVF16,Flat", "HNSW32"]
+    monkeypatch.setattr(large, "indexes", lambda rows: [FaissIndex(each) for each in asked])
+    assert large.main(["--budget", "0.01", "--out", str(tmp_path)]) == 0
+    [path] = tmp_path.glob("large-*.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["way"] for row in rows] == [
+        "grace_fast, certified, linear",
+        *(f"faiss {each}" for each in asked),
+    ]
+    assert rows[0]["wrong"] == rows[1]["wrong"] == 0
+    assert rows[0]["certified"] == rows[1]["certified"] == rows[0]["asked"] > 40
+    assert all(row["wrong_certified"] == 0 and row["us_p50"] > 0 for row in rows)
+    assert rows[3]["certified"] == 0
+    page = path.with_suffix(".md").read_text()
+    assert "| faiss HNSW32 |" in page
+    assert "wrong decisions" in page
+
+
+def test_a_certified_answer_that_is_wrong_fails_the_command(monkeypatch, tmp_path):
+    right = large.Figure("w", 9, 0.1, "faiss Flat", 0, 0, 4, 2, 1, 1, 3, 0, 1, 1, 2)
+    for figure, code in ((right, 0), (replace(right, wrong_certified=1), 1)):
+        monkeypatch.setattr(large, "specs", lambda million: [None])
+        monkeypatch.setattr(large, "measure", lambda spec, budget, one=figure: [one])
+        assert large.main(["--out", str(tmp_path)]) == code

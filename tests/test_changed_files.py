@@ -240,3 +240,11 @@ def test_a_file_that_shrinks_under_its_mapping_is_an_error_and_no_crash(tmp_path
         opened.snapshot().keys_at(torch.tensor([4000]))
     with pytest.raises(gf.CodebookCorrupt, match=message):
         opened.snapshot().test_files()
+
+
+def test_an_index_is_not_built_of_changed_keys(folder):
+    pytest.importorskip("faiss")
+    overwrite(file_of(folder, "keys"), HEADER_BYTES + 100, b"\xff\x00\x01")
+    book = gf.open(folder)
+    with pytest.raises(gf.CodebookCorrupt, match="block 0, from row 0 on, is not what was saved"):
+        gf.find(torch.zeros(1, WIDTH), book, backend="faiss")

@@ -328,7 +328,8 @@ REFUSED_REPLACEMENTS = {
     ),
     "an unknown back end": (
         {"backend": "abacus"},
-        "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'reference'), got 'abacus'",
+        "backend must be one of ('auto', 'cpu', 'cuda', 'triton', 'faiss', 'reference'), "
+        "got 'abacus'",
     ),
 }
 
@@ -425,6 +426,43 @@ def test_a_refusal_lists_the_reason_of_every_back_end(machine, monkeypatch):
         "reference: on holiday",
     ):
         assert reason in str(refusal.value)
+
+
+WAYS = {
+    "a handful of keys": (lookup.Holding(47, 6144), "dense"),
+    "codes are not made yet": (lookup.Holding(10**6, 6144), "dense"),
+    "codes of a thousand keys": (lookup.Holding(1000, 6144, 20e3), "certified, linear"),
+    "the last size without an order": (lookup.Holding(4095, 6144, 90e3), "certified, linear"),
+    "codes in order": (lookup.Holding(4096, 6144, 20e3), "certified, in order"),
+    "a million keys": (lookup.Holding(10**6, 6144, 50e3), "certified, in order"),
+    "codes that do not pay": (lookup.Holding(10**4, 64, 10**4 * 64), "dense"),
+    "faiss by name": (lookup.Holding(10**6, 6144, 50e3, "faiss"), "faiss"),
+    "an index": (lookup.Holding(10**9, 6144, 50e3, gf.FaissIndex("HNSW32")), "faiss"),
+    "several ranks": (lookup.Holding(10**9, 6144, 50e3, ranks=4), "row shards"),
+}
+
+
+@pytest.mark.parametrize(("held", "name"), WAYS.values(), ids=WAYS.keys())
+def test_how_keys_are_gone_through_is_one_table(held, name):
+    assert lookup.way(held) == name
+
+
+def test_the_table_says_what_is_done():
+    if cpu.why_not(workload("cpu")) is not None:
+        pytest.skip("the extension was not built")
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(40, 64, generator=generator)
+    for rows, name in ((40, "dense"), (900, "certified, linear"), (5000, "certified, in order")):
+        keys = base[torch.arange(rows) % 40] * 5 + torch.randn(rows, 64, generator=generator)
+        book = gf.Codebook(64, 2)
+        book.append(keys, torch.zeros(rows, 2), torch.full((rows,), 0.3))
+        gf.prepare(book)
+        view = cpu.view_of(book.snapshot())
+        done = "dense" if not view.keys_pay else "certified, linear"
+        if view.keys_pay and any(part.leaf_boxes is not None for part in view.holds[0].runs):
+            done = "certified, in order"
+        assert lookup.way_of(book) == done == name
+        assert lookup.way_of(book, "faiss") == "faiss"
 
 
 def test_a_look_up_without_the_compiled_part_is_the_same(machine):

@@ -1,0 +1,256 @@
+"""FAISS's indexes beside the certified look-up: `python -m benchmarks.large [--million]`.
+
+Speed of an approximate index says nothing without its wrong decisions, and neither without what it
+took to build. Each index answers the same queries as ours, hits and misses in equal parts, and
+queries exactly on a radius; every answer is compared with the law before it is timed, in turns with
+ours. Where ours, or an answer that is marked certified, is wrong, the command fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grace_fast as gf
+from benchmarks import machine, workloads
+from benchmarks.oracle import Law
+from benchmarks.run import RESULTS
+from benchmarks.timing import Turn, interleave
+from benchmarks.workloads import Problem, Spec
+from grace_fast import certificate, lookup
+from grace_fast.backends import faiss
+
+LARGEST_GRAPH = 100_000  # keys above which HNSW takes too long to build
+QUERIES = 2_000
+FEW_QUERIES = 500  # at N = 1e6, where the law takes as long as everything else
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One way to answer, on one problem."""
+
+    work: str
+    rows: int  # N
+    epsilon_ratio: float
+    way: str
+    build_s: float
+    megabytes: float  # beside the codebook's keys
+    asked: int
+    hits: int  # of the law
+    wrong: int
+    lost: int  # of the wrong ones: hits given as misses
+    certified: int
+    wrong_certified: int
+    us_p50: float
+    us_p95: float
+    behind: float  # its median over that of ours, prepared
+
+
+def indexes(rows: int) -> list[gf.FaissIndex]:
+    """Return what is compared with N keys: every kind; what shares an index stands together."""
+    cells = _cells(rows)
+    listed = [gf.FaissIndex("Flat"), gf.FaissIndex("FlatL2Panorama8"), gf.FaissIndex("PCA64,Flat")]
+    listed += [gf.FaissIndex(f"IVF{cells},Flat", nprobe=nprobe) for nprobe in (1, 8, 64)]
+    # IVF with Panorama keeps 1 024 places for each cell: 6 MB a cell at D = 1536.
+    codes = f"IVF{cells},PQ192x4"
+    listed += [gf.FaissIndex(codes, nprobe=8), gf.FaissIndex(codes, nprobe=64, candidates=64)]
+    if rows <= LARGEST_GRAPH:
+        listed += [gf.FaissIndex("HNSW32", ef_search=ef) for ef in (16, 128)]
+    return listed
+
+
+def _cells(rows: int) -> int:
+    """Return the power of two below sqrt(N): training takes as long as that is large."""
+    return int(2 ** (math.isqrt(rows).bit_length() - 1))
+
+
+def measure(spec: Spec, budget_s: float) -> Iterator[Figure]:
+    """Yield the figures of one problem, ours first."""
+    problem = workloads.make(spec)
+    asked = torch.cat([problem.queries, problem.edges])
+    law = Law(problem.keys, problem.book.live, fast=True).decide(asked, problem.radii)
+    start = time.perf_counter()
+    prepared = gf.prepare(problem.book)
+    build_s = time.perf_counter() - start
+    known = certificate.of(problem.book.snapshot())
+    words = {
+        "work": f"{problem.label}, N = {spec.rows:,}, D = {problem.book.key_dim}, "
+        f"epsilon = {spec.epsilon_ratio:g} spacing",
+        "rows": spec.rows,
+        "epsilon_ratio": spec.epsilon_ratio,
+        "asked": len(asked),
+        "hits": int(law.hit.sum()),
+    }
+
+    def compared(match: gf.Match) -> dict[str, int]:
+        wrong = (match.hit != law.hit) | (match.row != law.row)
+        return {
+            "wrong": int(wrong.sum()),
+            "lost": int((law.hit & ~match.hit).sum()),
+            "certified": int(match.certified.sum()),
+            "wrong_certified": int((wrong & match.certified).sum()),
+        }
+
+    ours = compared(prepared(asked))
+    megabytes = known.nbytes / 1e6 if known is not None else 0.0
+    batches = list(problem.queries.split(1))
+    first, built = True, None
+    for index in indexes(spec.rows):
+        if built is not None and built.description != index.description:
+            gf.drop_index(problem.book, built)
+            gc.collect()
+        start = time.perf_counter()
+        try:
+            kept = faiss.train(problem.book, index)
+        except ValueError as refusal:
+            print(f"left out: {refusal}", file=sys.stderr)
+            continue
+        if built is None or built.description != index.description:
+            took, built = time.perf_counter() - start, index
+        found = compared(_in_parts(problem, asked, index))
+
+        def call(batch: Tensor, index: gf.FaissIndex = index) -> gf.Match:
+            return gf.find(batch, problem.book, index)
+
+        runs = interleave({"ours": Turn(prepared, batches), "index": Turn(call, batches)}, budget_s)
+        p50 = runs["ours"].p50
+        if first:
+            times = {"us_p50": p50, "us_p95": runs["ours"].percentile(95), "behind": 1.0}
+            size = {"build_s": build_s, "megabytes": megabytes}
+            yield Figure(
+                **words, way=f"grace_fast, {lookup.way_of(problem.book)}", **size, **ours, **times
+            )
+            first = False
+        run = runs["index"]
+        times = {"us_p50": run.p50, "us_p95": run.percentile(95), "behind": run.p50 / p50}
+        size = {"build_s": took, "megabytes": kept.nbytes / 1e6}
+        del kept
+        yield Figure(**words, way=f"faiss {_named(index)}", **size, **found, **times)
+
+
+def _named(index: gf.FaissIndex) -> str:
+    return str(index) if index.candidates == 8 else f"{index} candidates={index.candidates}"
+
+
+def _in_parts(problem: Problem, asked: Tensor, index: gf.FaissIndex) -> gf.Match:
+    parts = [gf.find(some, problem.book, index) for some in asked.split(256)]
+    names = ("hit", "row", "squared_distance")
+    hit, row, squared = (torch.cat([getattr(part, name) for part in parts]) for name in names)
+    certified = torch.cat([part.certified for part in parts])
+    return gf.Match(None, fields=(hit, row, squared), certified=certified)
+
+
+HEADINGS = (
+    "",
+    "p50",
+    "p95",
+    "to ours",
+    "wrong decisions",
+    "lost hits",
+    "certified",
+    "wrong of these",
+    "build",
+    "memory",
+)
+
+
+def markdown(described: dict[str, Any], command: str, date: str, figures: list[Figure]) -> str:
+    """Return the figures as a page: one table for each problem."""
+    lines = [
+        "# FAISS beside the certified look-up",
+        "",
+        f"`{command}` on {date}: {described['cpu']}, {described['threads']} of "
+        f"{described['cores']} cores, commit {described['commit'] or 'unknown'}, faiss "
+        f"{described['packages'].get('faiss-cpu', 'unknown')}, torch "
+        f"{described['packages']['torch']}.",
+        "",
+        "One query at a time through `gf.find`, every candidate rechecked; times are taken in "
+        "turns with ours. Decisions are compared with the law (float64, canonical order); half the "
+        "queries are near hits (synthetic), and some lie exactly on a radius. `certified` is the "
+        "share of answers marked proved; the memory is that beside the keys. What is searched in "
+        "several ways was built once.",
+    ]
+    for work in dict.fromkeys(figure.work for figure in figures):
+        lines += ["", f"## {work}", "", "| " + " | ".join(HEADINGS) + " |"]
+        lines.append("|" + " --- |" + " ---: |" * (len(HEADINGS) - 1))
+        for each in figures:
+            if each.work == work:
+                lines.append("| " + " | ".join(_cells_of(each)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells_of(each: Figure) -> list[str]:
+    return [
+        each.way,
+        f"{each.us_p50:,.3g} us" if each.us_p50 < 1000 else f"{each.us_p50 / 1000:,.3g} ms",
+        f"{each.us_p95:,.3g} us" if each.us_p95 < 1000 else f"{each.us_p95 / 1000:,.3g} ms",
+        f"{each.behind:,.0f}x" if each.behind > 1 else "1",
+        f"{each.wrong} / {each.asked} ({each.wrong / each.asked:.2%})",
+        f"{each.lost} / {each.hits}",
+        f"{each.certified / each.asked:.1%}",
+        str(each.wrong_certified),
+        f"{each.build_s:,.1f} s",
+        f"{each.megabytes:,.0f} MB",
+    ]
+
+
+def specs(million: bool) -> list[Spec]:
+    """Return the grid: real activations, tiled up with jitter beyond the keys there are."""
+    rows = (1_000_000,) if million else (10_000, LARGEST_GRAPH)
+    queries = FEW_QUERIES if million else QUERIES
+    base = Spec("minilm", 0, hit_rate=0.5, queries=queries, value_dim=16)
+    return [
+        replace(base, rows=count, epsilon_ratio=ratio) for ratio in (0.1, 0.3) for count in rows
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; return its exit code, 1 where a proof did not hold."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--million", action="store_true", help="N = 1e6; 20 GB of memory")
+    parser.add_argument("--threads", type=int, default=1, help="of everyone, ours and FAISS")
+    parser.add_argument("--budget", type=float, default=1.0, help="seconds of calls an index")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    described = machine.describe(given.threads)
+    words = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m benchmarks.large", *words])
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    size = "large-million" if given.million else "large"
+    path = given.out / f"{size}-{machine.short_name(described)}-{today}.json"
+    given.out.mkdir(parents=True, exist_ok=True)
+    figures: list[Figure] = []
+    for spec in specs(given.million):
+        for figure in measure(spec, given.budget):
+            print(f"N = {figure.rows:,}: " + " | ".join(_cells_of(figure)), flush=True)
+            figures.append(figure)
+            whole = {"machine": described, "command": command, "date": today}
+            whole["rows"] = [asdict(each) for each in figures]
+            path.write_text(json.dumps(whole, indent=1) + "\n")
+            path.with_suffix(".md").write_text(markdown(described, command, today, figures))
+    print(f"results: {path} and .md beside it")
+    failed = [
+        each
+        for each in figures
+        if each.wrong_certified or (each.wrong and not each.way.startswith("faiss"))
+    ]
+    for each in failed:
+        print(f"WRONG: {each.way}: {each.wrong_certified or each.wrong} decisions, {each.work}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
