@@ -3,6 +3,7 @@
 from grace_fast._version import __version__
 from grace_fast.advice import GraceWarning
 from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
+from grace_fast.calibrate import CalibrationEdit
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
@@ -12,6 +13,7 @@ from grace_fast.store.files import CodebookCorrupt
 
 __all__ = [
     "BackendUnavailable",
+    "CalibrationEdit",
     "Codebook",
     "CodebookCorrupt",
     "CodebookMismatch",

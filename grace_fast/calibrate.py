@@ -44,6 +44,15 @@ Truths = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
+class CalibrationEdit:
+    """An edit of the kind that is to come, for `attach(epsilon="auto", calibration_edits=...)`."""
+
+    prompt: str
+    target: str | int
+    paraphrases: Sequence[str] = ()  # other prompts that should get the target
+
+
+@dataclass(frozen=True)
 class Labelled:
     """Queries of one layer with what they should be answered and what they are about."""
 
@@ -126,7 +135,7 @@ def measure(layer: str, edits: Labelled, paraphrases: Labelled, unrelated: Label
         raise ValueError(f"the queries at {layer} must be finite, got NaN or infinity")
     exactly = "donot_use_mm_for_euclid_dist"  # the matmul formula loses small distances
     squared = torch.cat(
-        [torch.cdist(chunk, keys, compute_mode=exactly) ** 2 for chunk in asked.split(CHUNK)]
+        [torch.cdist(chunk, keys, compute_mode=exactly) ** 2 for chunk in torch.split(asked, CHUNK)]
     )
     return Distances(layer, edits, paraphrases, unrelated, squared.numpy())
 

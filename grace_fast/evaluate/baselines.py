@@ -34,15 +34,18 @@ class FineTuned:
 
     keys = 0
 
-    def __init__(self, task: Task) -> None:
+    def __init__(
+        self, task: Task, rate: float = FINE_TUNING_RATE, steps: int = FINE_TUNING_STEPS
+    ) -> None:
         self.task = replace(task, model=copy.deepcopy(task.model))
+        self._rate, self._steps = rate, steps
 
     def edit(self, case: Case) -> bool:
         """Train on one case until it is answered, and tell whether it is."""
         batch, model = answering.edit_batch(self.task, case), self.task.model
-        adam = torch.optim.AdamW(model.parameters(), lr=FINE_TUNING_RATE, weight_decay=0.0)
+        adam = torch.optim.AdamW(model.parameters(), lr=self._rate, weight_decay=0.0)
         kind = batches.kind_of(model)
-        for _ in range(FINE_TUNING_STEPS):
+        for _ in range(self._steps):
             answer = model(**batch)
             if batches.is_correct(answer.logits.detach(), batch["labels"], kind):
                 return True

@@ -1,4 +1,4 @@
-"""Layer and epsilon of a task, from its calibration sample: run the model once a layer, then try."""
+"""Layer and epsilon of a task, from its calibration sample: one run a layer, then every epsilon."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def figures(found: Recommendation) -> dict[str, Any]:
         }
         for trial in found.trials
     ]
-    return without_nan(fields)
+    finite: dict[str, Any] = without_nan(fields)
+    return finite
 
 
 def without_nan(value: Any) -> Any:

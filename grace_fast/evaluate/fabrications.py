@@ -10,6 +10,7 @@ accurate text (ARR), and the lines of classes are the unrelated text (TRR).
 from __future__ import annotations
 
 import ast
+import functools
 import random
 import re
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ class Data:
 
 def read(seed: int) -> Data:
     """Read the lines out of the standard library's sources and mix wrong ones in."""
-    functions, classes = _lines(False), _lines(True)
+    functions, classes = _lines()
     dealer = random.Random(seed)
     wrong = EDITED + CALIBRATION
     needed = 2 * wrong + ACCURATE + CALIBRATION
@@ -94,22 +95,29 @@ def read(seed: int) -> Data:
     )
 
 
-def _lines(of_classes: bool) -> list[Line]:
-    """Return one line a name and one name a line, in the order of the sources."""
-    kinds = (ast.ClassDef,) if of_classes else (ast.FunctionDef, ast.AsyncFunctionDef)
-    found: dict[str, Line] = {}
+@functools.cache
+def _lines() -> tuple[list[Line], list[Line]]:
+    """Return the lines of functions and of classes, in the order of the sources.
+
+    A name has one line and a line one name.
+    """
+    functions: dict[str, Line] = {}
+    classes: dict[str, Line] = {}
     texts: set[str] = set()
     for module in MODULES:
         for path in sources(module):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not isinstance(node, kinds) or node.name.startswith("_"):
+                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                     continue
-                text = _line(ast.get_docstring(node) or "")
-                about = f"{module} {node.name}"
-                if text and about not in found and text not in texts:
-                    found[about] = Line(about, text)
-                    texts.add(text)
-    return list(found.values())
+                text, about = _line(ast.get_docstring(node) or ""), f"{module} {node.name}"
+                known = about in functions or about in classes or text in texts
+                if not text or known or node.name.startswith("_"):
+                    continue
+                (classes if isinstance(node, ast.ClassDef) else functions)[about] = Line(
+                    about, text
+                )
+                texts.add(text)
+    return list(functions.values()), list(classes.values())
 
 
 def _line(documentation: str) -> str:

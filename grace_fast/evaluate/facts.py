@@ -54,7 +54,7 @@ VALIDATION = (  # calibrated on
     "tell me which currency is used in {}",
 )
 CODE = "the code {} stands for"
-SET_APART = 24  # unchanged territories with made-up changes, and as many unrelated to them
+MADE_UP, NEIGHBOURS = 40, 24  # unchanged territories to calibrate on: with made-up changes, without
 
 WIDTH, INNER, LAYERS = 128, 256, 2
 STEPS, BATCH, PEAK = 800, 128, 3e-3
@@ -137,8 +137,8 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
     data = read()
     model, tokenizer = _model(data, seed, root, progress)
     dealer = random.Random(seed)
-    apart = dealer.sample(data.unchanged, 2 * SET_APART)
-    made_up, neighbours = apart[:SET_APART], apart[SET_APART:]
+    apart = dealer.sample(data.unchanged, MADE_UP + NEIGHBOURS)
+    made_up, neighbours = apart[:MADE_UP], apart[MADE_UP:]
     unrelated = [territory for territory in data.unchanged if territory not in apart]
     newest = {change.territory: change.currency for change in data.changes}
     return Task(

@@ -28,7 +28,8 @@ def task(
     Raises: ValueError naming the line of a file or the layer that is not there.
     """
     wanted = records.read(edits, {"prompt": records.text, "target": records.answers})
-    cases, reworded = [], []
+    cases: list[Case] = []
+    reworded: list[Case] = []
     for number, record in enumerate(wanted, start=1):
         case = Case(record["prompt"], str(record["target"]), record["prompt"])
         cases.append(case)

@@ -35,7 +35,7 @@ RELABELLED = {
 NEW_LABEL = {MODULES.index(old): MODULES.index(new) for old, new in RELABELLED.items()}
 NEIGHBOURS = 300  # unrelated docstrings to calibrate on
 HEAD = "head.safetensors"
-EDITED_LAYER = "encoder.encoder.layer.4.output.dense"
+EDITED_LAYER = "encoder.encoder.layer.5.output.dense"
 
 
 def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE) -> Task:
@@ -106,7 +106,7 @@ class _Head:
 
 
 def _shift(task: Task, docs: Sequence[Docstring]) -> tuple[list[Docstring], list[Docstring]]:
-    """Return the docstrings whose new label the model does not give, and the others it got right."""
+    """Return the docstrings that the new labels make wrong, and the others that are right."""
     given = answering.answers(task, _cases(docs))
     edits, kept = [], []
     for doc, answer in zip(docs, given, strict=True):

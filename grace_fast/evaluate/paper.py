@@ -76,7 +76,7 @@ SOURCES = {
             "passages.jsonl": {
                 "concept": records.text,
                 "gpt3_sentences": records.texts,
-                "annotation": records.annotations,
+                "annotation": records.verdicts,
                 "wiki_bio_text": records.text,
             },
             "openwebtext.jsonl": {"text": records.text},
@@ -104,7 +104,8 @@ def load(name: str, folder: Path | None) -> Task:
     }
     model, tokenizer = _model(name, source, place)
     blocks = _blocks(model, source)
-    layer = source.layer if source.layer in blocks else blocks[-1]
+    # The last block is too late: what it makes of the tokens before the query is read by nobody.
+    layer = source.layer if source.layer in blocks else blocks[max(0, len(blocks) - 2)]
     bare = Task(
         name=name,
         model=model,
@@ -262,7 +263,8 @@ def _sentences(record: Mapping[str, Any]) -> tuple[list[Case], list[Case]]:
     """Return a passage's edits and its accurate sentences, each after the true ones before it."""
     true = re.split(r"(?<=[.!?])\s+", str(record["wiki_bio_text"]).strip())
     so_far, concept = HEADER.format(record["concept"]), record["concept"]
-    wrong, right = [], []
+    wrong: list[Case] = []
+    right: list[Case] = []
     pairs = zip(record["gpt3_sentences"], record["annotation"], true, strict=False)
     for said, verdict, sentence in pairs:
         if verdict == "accurate":

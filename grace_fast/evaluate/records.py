@@ -47,7 +47,7 @@ def label(value: Any) -> str | None:
     return f"must be a class, a whole number from 0, got {value!r}"
 
 
-def annotations(value: Any) -> str | None:
+def verdicts(value: Any) -> str | None:
     """Want one verdict a sentence, as SelfCheckGPT's annotators gave them."""
     known = {"accurate", "minor_inaccurate", "major_inaccurate"}
     if isinstance(value, list) and value and set(map(str, value)) <= known:

@@ -155,7 +155,7 @@ def draw(rows: Mapping[str, Progress], task: Task, path: Path) -> None:
 
 
 def draw_trade_off(found: Recommendation, epsilon: float, path: Path) -> None:
-    """Write TRR against ERR for every layer and epsilon of a calibration, as the paper's Figure 2."""
+    """Write TRR against ERR for every layer and epsilon, as the paper's Figure 2 does."""
     figure = Figure(figsize=(7.5, 3.6), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     trade, along = figure.subplots(1, 2)

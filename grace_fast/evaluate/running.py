@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -211,7 +213,8 @@ def _stream(
     try:
         state = state or Progress(recipe)
         with _bar(task, "edits", state.done, progress) as bar:
-            state = stream.run(editor, task, every, state, folder, bar)
+            keep = functools.partial(stream.save, editor, folder)
+            state = stream.run(editor, task, every, state, keep, bar)
         return state, stream.digest(editor.decisions()), editor.grace.verify()
     finally:
         editor.close()
@@ -335,6 +338,9 @@ def _one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with warnings.catch_warnings():
+            # A sweep tries epsilons that are far off on purpose.
+            warnings.simplefilter("ignore", gf.GraceWarning)
+            yield
     finally:
         torch.set_num_threads(before)

@@ -20,7 +20,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -51,6 +51,10 @@ class Editor(Protocol):
 
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Time look-ups of these prompts, one at a time; NaN without a codebook."""
+
+
+class Saved(Editor, Protocol):
+    """An editor whose stream can go on after an interruption."""
 
     def save(self, path: Path) -> None:
         """Write everything that the next edit depends on."""
@@ -97,7 +101,7 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path, recipe: str) -> Progress | None:
-        """Return the state of an interrupted run; None where there is none, or of another recipe."""
+        """Return the state of a run that was interrupted, None where there is none of the recipe."""
         if not (folder / STATE).exists():
             return None
         fields = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -108,11 +112,16 @@ class Progress:
 
 
 def run(
-    editor: Editor, task: Task, every: int, progress: Progress, folder: Path | None, bar: Any
+    editor: Editor,
+    task: Task,
+    every: int,
+    progress: Progress,
+    keep: Callable[[Progress], None] | None,
+    bar: Any,
 ) -> Progress:
     """Make the edits that are left, measure every so many and at the end, and return the progress.
 
-    folder: where to save on the way; None: nowhere.
+    keep: called with the progress whenever it should be on disk; None: it is not kept.
     """
     before = _unedited(editor, task)
     if not progress.done:
@@ -135,10 +144,9 @@ def run(
             progress.points.append(measure(editor, task, progress, before))
             point = progress.points[-1]
             bar.set_postfix(keys=point.keys, ERR=f"{point.ERR:.3f}", TRR=f"{point.TRR:.3f}")
-        if folder is not None and (
-            progress.done % every == 0 or progress.done % SAVE_EVERY == 0 or last
-        ):
-            _save(editor, progress, folder)
+        measured = progress.done % every == 0 or last
+        if keep is not None and (measured or progress.done % SAVE_EVERY == 0):
+            keep(progress)
     return progress
 
 
@@ -221,7 +229,8 @@ def _score(task: Task, given: Sequence[Answer], cases: Sequence[Case]) -> float:
     return mean([score(answer, case.answer) for answer, case in zip(given, cases, strict=True)])
 
 
-def _save(editor: Editor, progress: Progress, folder: Path) -> None:
+def save(editor: Saved, folder: Path, progress: Progress) -> None:
+    """Put codebook and progress on disk, and drop the codebook of the save before."""
     old = progress.codebook
     name = f"codebook-{progress.done:06d}"
     editor.save(folder / name)
