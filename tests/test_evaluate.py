@@ -333,6 +333,19 @@ def test_a_trial_knows_its_shares():
     assert (trial.err, trial.generality, trial.trr) == (1.0, 0.5, 1.0)
 
 
+@pytest.mark.parametrize("name", sorted(models.FAMILIES))
+def test_one_pass_sees_the_queries_that_a_codebook_is_asked(name, monkeypatch):
+    family, batch = models.FAMILIES[name], models.prompt_batch(models.prompts(3), "left")
+    if family.labels != "continuation":
+        batch = models.prompt_batch(models.prompts(3))
+    model = models.build(name.partition("-")[0])
+    monkeypatch.setattr(answering, "_batches", lambda task, prompts: [([2, 0, 1], batch)])
+    holder: Any = SimpleNamespace(model=model)
+    asked = answering.queries_by_layer(holder, [family.layer], [Case("", "", "")] * 3)
+    grace = gf.attach(model, family.layer, family.epsilon)
+    assert torch.equal(asked[family.layer][[2, 0, 1]], grace.query_of(batch))
+
+
 def test_attach_calibrates_on_a_sample_of_edits():
     task = small_task()
     sample = [

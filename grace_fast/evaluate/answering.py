@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from grace_fast import batches
+from grace_fast import batches, positions
+from grace_fast.adapter import stack_of
+from grace_fast.attachment import find_layer
 from grace_fast.evaluate.metrics import SCORES
 from grace_fast.evaluate.task import Answer, Case, Task
 
@@ -91,6 +94,39 @@ def queries(grace: Any, task: Task, cases: Sequence[Case]) -> Tensor:
     for picked, batch in _batches(task, [case.prompt for case in cases]):
         parts.update(zip(picked, grace.query_of(batch), strict=True))
     return torch.stack([parts[at] for at in range(len(cases))])
+
+
+@torch.no_grad()
+def queries_by_layer(task: Task, layers: Sequence[str], cases: Sequence[Case]) -> dict[str, Tensor]:
+    """Return what every prompt would ask a codebook at each layer, [M, D] each, from one pass.
+
+    Raises: ValueError for a layer that the model lacks.
+    """
+    kind = batches.kind_of(task.model)
+    seen: dict[str, Tensor] = {}
+    parts: dict[str, dict[int, Tensor]] = {layer: {} for layer in layers}
+    with ExitStack() as hooks:
+        starts = {}
+        for layer in layers:
+            _, module = find_layer(task.model, layer)
+            starts[layer] = stack_of(task.model, module)[1]
+
+            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
+                seen[layer] = args[0].detach()
+
+            hooks.callback(module.register_forward_pre_hook(keep).remove)
+        for picked, batch in _batches(task, [case.prompt for case in cases]):
+            task.model(**batches.runnable(batch, kind, task.model))
+            end = positions.prompt_end(batch, kind == "decoder")
+            assert end is not None  # the batch has input_ids
+            for layer in layers:
+                hidden = seen[layer].view(len(picked), -1, seen[layer].shape[-1])
+                where = torch.zeros_like(end) if starts[layer] else end
+                asked = hidden[torch.arange(len(picked)), where]
+                parts[layer].update(zip(picked, asked, strict=True))
+    return {
+        layer: torch.stack([rows[at] for at in range(len(cases))]) for layer, rows in parts.items()
+    }
 
 
 def _batches(task: Task, prompts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Layer and epsilon of a task, from its calibration sample: one run a layer, then every epsilon."""
+"""Layer and epsilon of a task, from its calibration sample: one run, then every epsilon."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-import grace_fast as gf
 from grace_fast import calibrate, semantics
 from grace_fast.calibrate import Distances, Labelled, Recommendation
 from grace_fast.evaluate import answering
@@ -34,7 +34,7 @@ def run(task: Task, layers: Sequence[str] | None = None, seed: int = 0) -> Calib
     layers: by default those that the task names.
     """
     start = time.perf_counter()
-    measured = [distances(task, layer) for layer in layers or task.layers]
+    measured = distances(task, layers or task.layers)
     rules = Rules(1.0, margin=semantics.EXPAND_MARGIN[torch.float32])
     recommended = calibrate.recommend(measured, rules, budget=task.budget, seed=seed)
     return Calibrated(recommended, time.perf_counter() - start, tuple(measured))
@@ -92,20 +92,20 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def distances(task: Task, layer: str) -> Distances:
-    """Run the calibration sample through the model and measure its distances at one layer."""
+def distances(task: Task, layers: Sequence[str]) -> list[Distances]:
+    """Run the calibration sample through the model once and measure its distances at each layer."""
     sample = task.calibration
-    grace = gf.attach(task.model, layer, 1.0, task.tokenizer, **task.settings)
-    try:
-        parts = [
-            _labelled(grace, task, cases)
-            for cases in (sample.edits, sample.paraphrases, sample.unrelated)
-        ]
-    finally:
-        grace.unload()
-    return calibrate.measure(layer, *parts)
+    groups = (sample.edits, sample.paraphrases, sample.unrelated)
+    asked = answering.queries_by_layer(task, layers, [case for group in groups for case in group])
+    return [
+        calibrate.measure(layer, *_labelled(queries, groups)) for layer, queries in asked.items()
+    ]
 
 
-def _labelled(grace: gf.Grace, task: Task, cases: Sequence[Case]) -> Labelled:
-    queries = answering.queries(grace, task, cases) if cases else torch.empty(0, 1)
-    return Labelled(queries, [case.answer for case in cases], [case.about for case in cases])
+def _labelled(queries: Tensor, groups: Sequence[Sequence[Case]]) -> list[Labelled]:
+    """Return the queries of every group, [M, D] in all, with what they are about."""
+    parts = queries.split([len(group) for group in groups])
+    return [
+        Labelled(part, [case.answer for case in group], [case.about for case in group])
+        for part, group in zip(parts, groups, strict=True)
+    ]

@@ -101,7 +101,7 @@ class Progress:
 
     @classmethod
     def read(cls, folder: Path, recipe: str) -> Progress | None:
-        """Return the state of a run that was interrupted, None where there is none of the recipe."""
+        """Return the state of an interrupted run; None where there is none of this recipe."""
         if not (folder / STATE).exists():
             return None
         fields = json.loads((folder / STATE).read_text(encoding="utf-8"))
