@@ -85,7 +85,7 @@ def _trained() -> tuple[Any, Any]:
     holder = SimpleNamespace(model=model, tokenizer=tokenizer)
     batch = answering.training_batch(holder, known)
     adam = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
+    for _ in range(80):
         adam.zero_grad()
         model(**batch).loss.backward()
         adam.step()
@@ -139,8 +139,14 @@ def timeless(figures: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def test_an_evaluation_reports_every_measure_and_draws_it(tmp_path):
-    figures = run(small_task(), tmp_path, epsilon=0.05)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: Any) -> tuple[dict[str, Any], Path]:
+    folder = tmp_path_factory.mktemp("whole")
+    return run(small_task(), folder, epsilon=0.05), folder
+
+
+def test_an_evaluation_reports_every_measure_and_draws_it(whole):
+    figures, folder = whole
     assert figures["edits"] == 10
     assert figures["ES"] == 1 - len(figures["not_learnt"]) / 10 >= 0.8
     assert [point["edits"] for point in figures["points"]] == [4, 8, 10]
@@ -148,19 +154,18 @@ def test_an_evaluation_reports_every_measure_and_draws_it(tmp_path):
     assert 0 < figures["keys"] <= 10
     assert figures["before"]["TRR"] == 1.0
     assert figures["ARR"] is None
-    assert json.loads((tmp_path / "small.json").read_text()) == figures
-    assert (tmp_path / "small.png").stat().st_size > 1000
-    assert (tmp_path / "small-tradeoff.png").stat().st_size > 1000
+    assert json.loads((folder / "small.json").read_text()) == figures
+    assert (folder / "small.png").stat().st_size > 1000
+    assert (folder / "small-tradeoff.png").stat().st_size > 1000
 
 
-def test_the_same_seed_decides_the_same_to_the_bit(tmp_path):
-    one, two = (run(small_task(), tmp_path / name, epsilon=0.05) for name in ("a", "b"))
-    assert one["decisions"] == two["decisions"]
-    assert timeless(one) == timeless(two)
+def test_the_same_seed_decides_the_same_to_the_bit(whole, tmp_path):
+    again = run(small_task(), tmp_path, epsilon=0.05)
+    assert again["decisions"] == whole[0]["decisions"]
+    assert timeless(again) == timeless(whole[0])
 
 
-def test_an_interrupted_evaluation_goes_on_to_the_same_table(tmp_path, monkeypatch):
-    whole = run(small_task(), tmp_path / "whole", epsilon=0.05)
+def test_an_interrupted_evaluation_goes_on_to_the_same_table(whole, tmp_path, monkeypatch):
     edit, made = GraceEditor.edit, []
 
     def interrupted(self: GraceEditor, case: Case) -> bool:
@@ -175,13 +180,14 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_table(tmp_path, monkeypat
     monkeypatch.undo()
     resumed = run(small_task(), tmp_path / "broken", epsilon=0.05)
     assert resumed["resumed"]
-    assert resumed["decisions"] == whole["decisions"]
-    assert timeless(resumed) == timeless(whole)
+    assert resumed["decisions"] == whole[0]["decisions"]
+    assert timeless(resumed) == timeless(whole[0])
 
 
-def test_a_state_of_another_recipe_is_not_taken(tmp_path):
-    run(small_task(), tmp_path, epsilon=0.05)
-    assert not run(small_task(), tmp_path, epsilon=0.06)["resumed"]
+def test_a_state_of_another_recipe_is_not_taken(whole):
+    state = json.loads((whole[1] / stream.STATE).read_text())
+    assert stream.Progress.read(whole[1], state["recipe"]) is not None
+    assert stream.Progress.read(whole[1], "another") is None
 
 
 def test_edits_that_are_not_learnt_are_counted_and_named(tmp_path):
