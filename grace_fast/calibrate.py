@@ -158,7 +158,10 @@ def grid(distances: Distances, steps: int = GRID) -> list[float]:
 
 
 def attempt(distances: Distances, rules: Rules) -> Trial:
-    """Put the edits of a sample through the edit table with one epsilon and look everything up."""
+    """Put the edits of a sample through the edit table with one epsilon and look everything up.
+
+    Keys stay where they are: under `expand="moving_average"` this is an approximation.
+    """
     count = len(distances.edits.labels)
     labels = list(distances.edits.labels)
     keys: list[int] = []  # edits that became keys

@@ -29,7 +29,7 @@ SHARES = ("ES", "ERR", "TRR", "ARR", "generality", "locality")
 
 
 def say_task(
-    out: Console, task: Task, epsilon: float, layers: Calibrated | None, resumed: bool
+    out: Console, task: Task, epsilon: float, layers: Calibrated | None, done: int
 ) -> None:
     """Say what is evaluated and how epsilon was found."""
     given = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in task.facts.items())
@@ -40,8 +40,8 @@ def say_task(
             f"Epsilon {epsilon:g}. Over {len(task.layers)} layers, calibrated in "
             f"{layers.seconds:.1f} s: {recommendation(layers.recommended)}",
         )
-    if resumed:
-        say(out, "This run was interrupted; it goes on from its last save.")
+    if done:
+        say(out, f"{done} edits were made by an earlier run; this one goes on from there.")
 
 
 def recommendation(found: Recommendation) -> str:
@@ -126,7 +126,7 @@ def _share(value: float) -> str:
 
 
 def draw(rows: Mapping[str, Progress], task: Task, path: Path) -> None:
-    """Write one picture: ERR and TRR of every method, and the keys of GRACE, over the edits."""
+    """Write one picture: ERR, TRR and keys of every method over the edits."""
     figure = Figure(figsize=(7.5, 6.0), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     kept, unrelated, keys = figure.subplots(3, 1, sharex=True)
@@ -135,20 +135,19 @@ def draw(rows: Mapping[str, Progress], task: Task, path: Path) -> None:
         colour = COLOURS[name]
         kept.plot(edits, [point.ERR for point in progress.points], "o-", color=colour, label=name)
         unrelated.plot(edits, [point.TRR for point in progress.points], "s-", color=colour)
+        if progress.points[-1].keys:
+            keys.plot(edits, [point.keys for point in progress.points], "^-", color=colour)
     points = rows["GRACE"].points
     edits = [point.edits for point in points]
     if not all(math.isnan(point.generality) for point in points):
         held_out = [point.generality for point in points]
         kept.plot(edits, held_out, ":", color=COLOURS["GRACE"], label="GRACE, held-out phrasings")
-    keys.plot(edits, [point.keys for point in points], "^-", color=COLOURS["GRACE"])
-    keys.plot(edits, edits, ":", color="0.5", label="one key an edit")
-    keys.set_ylim(0, 1.3 * max(point.keys for point in points))
+    keys.set_ylim(bottom=0)
     kept.set_ylabel("ERR")
     unrelated.set_ylabel("TRR")
     keys.set_ylabel("keys")
     keys.set_xlabel("edits")
     kept.legend(loc="lower left", frameon=False, fontsize=8)
-    keys.legend(loc="upper left", frameon=False, fontsize=8)
     _plain(kept, unrelated, keys)
     figure.suptitle(f"{task.name}: {len(task.edits)} edits", fontsize=10)
     figure.savefig(path)

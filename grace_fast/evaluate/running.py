@@ -125,7 +125,7 @@ def evaluate(
     )
     state = None if restart else Progress.read(folder, recipe)
     resumed = state is not None
-    report.say_task(out, task, epsilon, layers, resumed)
+    report.say_task(out, task, epsilon, layers, 0 if state is None else state.done)
     state, decisions, verified = _stream(task, epsilon, every, state, recipe, folder, progress)
     rows = {"GRACE": state}
     if baselines:
