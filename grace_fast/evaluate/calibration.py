@@ -104,7 +104,7 @@ def distances(task: Task, layers: Sequence[str]) -> list[Distances]:
 
 def _labelled(queries: Tensor, groups: Sequence[Sequence[Case]]) -> list[Labelled]:
     """Return the queries of every group, [M, D] in all, with what they are about."""
-    parts = queries.split([len(group) for group in groups])
+    parts = torch.split(queries, [len(group) for group in groups])
     return [
         Labelled(part, [case.answer for case in group], [case.about for case in group])
         for part, group in zip(parts, groups, strict=True)
