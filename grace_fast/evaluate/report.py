@@ -91,8 +91,13 @@ def tables(out: Console, rows: Mapping[str, Progress], figures: Mapping[str, Any
     points = rows["GRACE"].points
     table(out, "The stream of edits", columns, [_row(point) for point in points])
     if len(rows) > 1:
-        last = [(name, *_row(one.points[-1])) for name, one in rows.items()]
-        table(out, "After the last edit", {"method": "left", **columns}, last)
+        compared = ("keys", "ES", "ERR", "TRR", "ARR", "generality", "not learnt", "s/edit")
+        picked = [names.index(name) for name in compared]
+        last = [
+            (method, *(_row(one.points[-1])[at] for at in picked)) for method, one in rows.items()
+        ]
+        shown = {"method": "left", **dict.fromkeys(compared, "right")}
+        table(out, "After the last edit", shown, last)
     if "sweep" in figures:
         swept = figures["sweep"]
         kept = ("epsilon", "keys", "ERR", "TRR", "generality", "seconds")

@@ -167,6 +167,7 @@ def evaluate(
         },
         "prepare_seconds": round(prepared, 1),
         "seconds": round(time.perf_counter() - start, 1),
+        "process_cpu_seconds": round(time.process_time(), 1),  # what a busy machine does not blur
     }
     if sweep:
         figures["sweep"] = _sweep(task, epsilon, sweep, layers, progress)
