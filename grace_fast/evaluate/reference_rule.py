@@ -47,7 +47,6 @@ class ReferenceRule:
         self._values: list[Tensor] = []
         self._radii: list[float] = []
         self._labels: list[Tensor] = []
-        self._made: list[list[Any]] = []
         self._trial: Tensor | None = None
         self._seen: list[tuple[Tensor, Tensor]] | None = None  # query and output while watching
         self._where: Tensor | None = None
@@ -68,17 +67,12 @@ class ReferenceRule:
         batch = answering.edit_batch(self.task, case)
         with frozen(self.task.model):
             query, output = self._observe(batch)
-            row, outcome, distance = self._decide(query, output, batch["labels"][0])
+            row = self._decide(query, output, batch["labels"][0])
             trained = train(
                 self._values[row], lambda value: self._attempt(value, batch), self._schedule
             )
         self._values[row] = trained.value
-        self._made.append([outcome, row, distance, self._radii[row]])
         return trained.correct
-
-    def decisions(self) -> list[Any]:
-        """Return outcome, row, distance and radius of every edit."""
-        return self._made
 
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Time the rule on random queries of the keys' width, one at a time."""
@@ -99,8 +93,8 @@ class ReferenceRule:
         for hook in self._hooks:
             hook.remove()
 
-    def _decide(self, query: Tensor, output: Tensor, label: Tensor) -> tuple[int, str, float]:
-        """Apply the edit table with the distance as `cdist` gives it."""
+    def _decide(self, query: Tensor, output: Tensor, label: Tensor) -> int:
+        """Apply the edit table with the distance as `cdist` gives it; return the edited row."""
         fresh = output if self._start == "warm" else torch.rand(len(output))
         distance, near = math.inf, -1
         if self._keys:
@@ -116,10 +110,10 @@ class ReferenceRule:
             self._values.append(fresh)
             self._labels.append(label)
             self._radii.append(decision.radius)
-            return len(self._keys) - 1, decision.outcome, distance
+            return len(self._keys) - 1
         if decision.outcome == "expanded":
             self._radii[near] = distance  # to the bit, as the reference sets it
-        return near, decision.outcome, distance
+        return near
 
     def _observe(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         self._seen = []

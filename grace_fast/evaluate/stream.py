@@ -46,15 +46,15 @@ class Editor(Protocol):
     def edit(self, case: Case) -> bool:
         """Edit, and tell whether the answer was reached while training."""
 
-    def decisions(self) -> list[Any]:
-        """Return what was decided at every edit, exactly."""
-
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Time look-ups of these prompts, one at a time; NaN without a codebook."""
 
 
 class Saved(Editor, Protocol):
     """An editor whose stream can go on after an interruption."""
+
+    def decisions(self) -> list[Any]:
+        """Return what was decided at every edit, exactly."""
 
     def save(self, path: Path) -> None:
         """Write everything that the next edit depends on."""
