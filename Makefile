@@ -11,6 +11,9 @@ help:  ## list the targets
 demo: .venv/.demo  ## repair real mistakes of a real model, offline, in a few minutes
 	$(BIN)/grace-fast demo
 
+evaluate: .venv/.evaluate  ## three lifelong evaluations, offline, models trained here, in minutes
+	for task in facts labels fabrications; do $(BIN)/grace-fast evaluate $$task || exit 1; done
+
 test: .venv/.test  ## the tests, all but the slow ones
 	$(BIN)/python -m pytest -q -m "not slow"
 
@@ -114,10 +117,10 @@ clean:  ## drop what was built
 	touch $@
 
 # The GPU look-up takes nvcc two minutes, so only the tests have it built.
-.venv/.demo .venv/.bench .venv/.dev: export GRACE_FAST_CUDA := 0
-.venv/.demo .venv/.test .venv/.bench .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
+.venv/.demo .venv/.evaluate .venv/.bench .venv/.dev: export GRACE_FAST_CUDA := 0
+.venv/.demo .venv/.evaluate .venv/.test .venv/.bench .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo test slow sanitize bench bench-million bench-ten-million bench-beside-appends \
+.PHONY: help demo evaluate test slow sanitize bench bench-million bench-ten-million bench-beside-appends \
 	bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-full gpu check fix clean

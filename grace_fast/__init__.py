@@ -6,10 +6,11 @@ from grace_fast._version import __version__
 from grace_fast.advice import GraceWarning
 from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
 from grace_fast.backends.faiss_index import FaissIndex
-from grace_fast.calibrate import IndexErrors, measure_indexes
+from grace_fast.calibrate import CalibrationEdit
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
+from grace_fast.index_errors import IndexErrors, measure_indexes
 from grace_fast.lookup import (
     BackendUnavailable,
     Match,
@@ -29,6 +30,7 @@ from grace_fast.store.stream import build
 
 __all__ = [
     "BackendUnavailable",
+    "CalibrationEdit",
     "Codebook",
     "CodebookCorrupt",
     "CodebookMismatch",

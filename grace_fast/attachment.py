@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from grace_fast import calibrate
+from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
 from grace_fast.edits import History
@@ -44,6 +46,7 @@ def attach(
     name: str | None = None,
     stop_loss: float | None = None,
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None = None,
+    calibration_edits: Iterable[CalibrationEdit] | None = None,
     path: str | Path | None = None,
     store_text: bool = False,
 ) -> Grace:
@@ -51,7 +54,8 @@ def attach(
 
     layer: the dotted name of a linear layer, as in `model.named_modules()`.
     epsilon: the radius of a new key, in the units of the layer's input; "auto" measures it on
-        `calibration_inputs`, at least 8 unrelated batches or texts.
+        `calibration_inputs`, at least 8 unrelated batches or texts, and where there are any on
+        `calibration_edits`, a sample of what will be edited: see `calibrate`.
     replacement: the tokens that a hit replaces: `replace_prompt` (those before the query token),
         `replace_last` (the query token) or `replace_all`. A decoder beside an encoder asks at its
         start token, which has none before it: there `replace_prompt` becomes `replace_last`.
@@ -99,7 +103,10 @@ def attach(
     if auto:
         assert calibration_inputs is not None
         try:
-            grace.calibrate(calibration_inputs)
+            if calibration_edits is None:
+                grace.calibrate(calibration_inputs)
+            else:
+                _calibrate(grace, list(calibration_edits), list(calibration_inputs))
         except BaseException:
             grace.unload()
             raise
@@ -114,6 +121,39 @@ def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
     if name is None:
         raise ValueError(f"{layer} has an adaptor already; unload() it first, or give it a name")
     raise ValueError(f"{layer} has an adaptor named {name!r} already; unload() it first")
+
+
+def _calibrate(
+    grace: Grace, edits: Sequence[CalibrationEdit], unrelated: Sequence[Mapping[str, Any] | str]
+) -> None:
+    """Set epsilon from a sample of edits, their paraphrases and unrelated inputs.
+
+    Raises: ValueError for fewer than 8 unrelated inputs, or no edit.
+    """
+    if len(unrelated) < calibrate.CALIBRATION_INPUTS:
+        raise ValueError(
+            f'epsilon="auto" needs at least {calibrate.CALIBRATION_INPUTS} unrelated '
+            f"calibration_inputs, got {len(unrelated)}"
+        )
+    paraphrases = [(text, edit) for edit in edits for text in edit.paraphrases]
+    measured = calibrate.measure(
+        grace.settings.layer,
+        _labelled(grace, [(edit.prompt, edit.target, edit.prompt) for edit in edits]),
+        _labelled(grace, [(text, edit.target, edit.prompt) for text, edit in paraphrases]),
+        _labelled(grace, [(text, None, at) for at, text in enumerate(unrelated)]),
+    )
+    rules = grace.settings.rules(grace.codebook.dtype)
+    epsilon = calibrate.recommend([measured], rules).epsilon
+    grace.settings = replace(grace.settings, epsilon=epsilon)
+
+
+def _labelled(grace: Grace, asked: Sequence[tuple[Any, Hashable, Hashable]]) -> Labelled:
+    queries = [grace.query_of(prompt) for prompt, _, _ in asked]
+    return Labelled(
+        torch.cat(queries) if queries else torch.empty(0, 0),
+        [label for _, label, _ in asked],
+        [about for _, _, about in asked],
+    )
 
 
 def from_pretrained(

@@ -1,4 +1,4 @@
-"""The command line: try it, edit a model from a file, look at a codebook, verify it, time it.
+"""The command line: try it, edit a model, evaluate and calibrate, look at a codebook, verify, time.
 
 Every command prints a table, or with `--json` one object, and ends with a code other than 0 where
 something is wrong.
@@ -118,6 +118,107 @@ def edit(
             typer.echo(f"not learnt: edits {wrong}; try more iterations or another layer", err=True)
     if wrong or not verification.ok:
         raise typer.Exit(FAILED)
+
+
+@app.command()
+def evaluate(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="facts, labels or fabrications (offline); zsre, scotus or hallucination (files)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Where state, table and plots go.")] = Path(
+        "evaluation-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the data, the training and the resamples.")] = 0,
+    every: Annotated[int | None, typer.Option(help="Edits between measurements.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="By default calibrated.")] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Fine-tuning, retraining, the reference's rule.")
+    ] = False,
+    sweep: Annotated[
+        int, typer.Option(help="Epsilons to try on the whole stream beside the calibrated one.")
+    ] = 0,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget a run that was interrupted or ended.")
+    ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Trained models; by default $XDG_CACHE_HOME/grace_fast."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with the files of zsre, scotus or hallucination.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Stream edits into a model and measure what lasts, generalises and disturbs nothing."""
+    try:
+        from grace_fast.evaluate import run
+
+        figures = run(
+            name,
+            out,
+            seed=seed,
+            every=every,
+            epsilon=epsilon,
+            baselines=baselines,
+            sweep=sweep,
+            restart=restart,
+            cache_folder=cache,
+            data=data,
+            as_json=as_json,
+        )
+    except (ModuleNotFoundError, ValueError, LookupError, OSError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(figures))
+    if figures["broken"]:
+        raise typer.Exit(FAILED)
+
+
+@app.command()
+def calibrate(
+    model: Annotated[
+        str,
+        typer.Argument(help="A transformers model, or facts, labels or fabrications."),
+    ],
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="Dotted name; {} for every block. May be given more than once."),
+    ] = None,
+    edits: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines: {"prompt": ..., "target": ..., "paraphrases": [...]}.'),
+    ] = None,
+    unrelated: Annotated[Path | None, typer.Option(help='JSON lines: {"prompt": ...}.')] = None,
+    replacement: Annotated[
+        str, typer.Option(help="replace_prompt, replace_last or replace_all.")
+    ] = "replace_prompt",
+    budget: Annotated[
+        float, typer.Option(help="Share of unrelated inputs that may be disturbed.")
+    ] = 0.01,
+    plot: Annotated[Path | None, typer.Option(help="Where the trade-off is drawn, a PNG.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
+    cache: Annotated[Path | None, typer.Option(help="Where trained models are kept.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find layer and epsilon from the distances of a sample, and say how sure they are."""
+    try:
+        from grace_fast.evaluate import OFFLINE, given, load
+        from grace_fast.evaluate.calibration import report_on
+
+        if model in OFFLINE:
+            task = load(model, seed, cache, None, progress=True)
+        else:
+            if not layer or edits is None or unrelated is None:
+                _fail("calibrating a model needs --layer, --edits and --unrelated")
+            task = given.task(*_load(model), edits, unrelated, layer, replacement, budget)
+        found = report_on(task, plot, seed, as_json)
+    except (ModuleNotFoundError, ValueError, LookupError, OSError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(found))
 
 
 @app.command()

@@ -14,7 +14,7 @@ from cases import CASES, Case, codebooks, drawn, f32
 from hypothesis import given
 
 import grace_fast as gf
-from grace_fast import calibrate, lookup, semantics
+from grace_fast import index_errors, lookup, semantics
 from grace_fast.backends import faiss, faiss_bounds, faiss_index
 from grace_fast.backends.workload import Workload
 
@@ -465,7 +465,7 @@ def test_an_index_is_measured_against_the_law():
     for exact in (all_, flat):
         assert (exact.wrong, exact.certified) == (0, 200)
     assert min(few.us, all_.us, flat.us) > 0
-    head, _, first, *_ = calibrate.as_table([few, all_, flat]).splitlines()
+    head, _, first, *_ = index_errors.as_table([few, all_, flat]).splitlines()
     assert head.startswith("| index | one query | wrong decisions |")
     assert f"| {few.wrong} / 200 ({few.rate:.2%}) | {few.lost} / {few.hits} |" in first
     assert first.startswith("| IVF40,Flat nprobe=1 | ")

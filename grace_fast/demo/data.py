@@ -79,13 +79,17 @@ def docstrings(modules: Sequence[str] = MODULES) -> list[Docstring]:
     return [
         Docstring(text, label)
         for label, module in enumerate(modules)
-        for path in _sources(module)
+        for path in sources(module)
         for text in _docstrings_in(path)
         if len(text) >= SHORTEST
     ]
 
 
-def _sources(module: str) -> list[Path]:
+def sources(module: str) -> list[Path]:
+    """Return the source files of a module, without its tests.
+
+    Raises: LookupError for a module without Python source.
+    """
     spec = importlib.util.find_spec(module)
     origin = Path(spec.origin) if spec is not None and spec.origin else None
     if origin is None or origin.suffix != ".py" or not origin.exists():
