@@ -80,10 +80,11 @@ gate-full: .venv/.bench  ## ten million, and a million with each narrower instru
 
 # What the machine has installed is used, for there may be no network; only this package is built.
 GPU := .venv-gpu/bin/python
+ON_A_GPU := gpu device_memory triton_find triton_kernels
 gpu:  ## with a GPU: build, test, look for invalid accesses and races, measure; no network needed
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
 	GRACE_FAST_CUDA=1 $(GPU) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	$(GPU) -m pytest -q -m gpu tests
+	$(GPU) -m pytest -q -m gpu $(ON_A_GPU:%=tests/test_%.py)
 	$(GPU) -m pytest -q tests/test_lookup.py
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \

