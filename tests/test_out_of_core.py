@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from cases import CASES
@@ -168,6 +170,10 @@ def test_the_kd_order_is_the_same_on_any_number_of_threads():
 
 
 @compiled
+@pytest.mark.skipif(
+    "libasan" in os.environ.get("LD_PRELOAD", ""),
+    reason="the address sanitizer needs more memory than the test leaves",
+)
 def test_a_codebook_larger_than_the_memory_that_may_be_had_is_built_and_serves(tmp_path):
     script = f"""
         import re, resource, torch
