@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     found = {
         "machine": described,
-        "command": " ".join(["python -m benchmarks.beside_appends", *words]),
+        "command": machine.command("benchmarks.beside_appends", words),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "figures": figures,
     }

@@ -335,8 +335,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     described = machine.describe(given.threads)
     words = sys.argv[1:] if arguments is None else arguments
-    shown = [word for word in words if not word.startswith("--out")]
-    command = " ".join(["python -m benchmarks.edits", *shown])
+    command = machine.command("benchmarks.edits", words)
     load = f"{os.getloadavg()[0]:.1f}"
     rows = []
     for tiny in TINY[:1] if given.quick else TINY:

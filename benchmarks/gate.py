@@ -318,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = {
         "machine": described,
         "kernels": cpu._cpu.instruction_set() if cpu._cpu else "torch",
-        "command": " ".join(["python -m benchmarks.gate", *words]),
+        "command": machine.command("benchmarks.gate", words),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seconds": round(time.perf_counter() - start),
         **summary(counts),

@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(given.threads)
     described = machine.describe(given.threads)
     words = sys.argv[1:] if arguments is None else arguments
-    command = " ".join(["python -m benchmarks.large", *words])
+    command = machine.command("benchmarks.large", words)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     size = "large-million" if given.million else "large"
     path = given.out / f"{size}-{machine.short_name(described)}-{today}.json"

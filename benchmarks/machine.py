@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import grace_fast as gf
 from grace_fast.quickbench import cpu_model
 
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "usearch", "scikit-learn", "snnpy", "hnswlib")
+_FOLDERS = ("--out", "--folder")
 _SIMD = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "asimd")
 
 
@@ -36,6 +38,18 @@ def short_name(machine: dict[str, Any]) -> str:
     """Return the machine in a form for file names: `amd-epyc-2-cores`."""
     words = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
     return f"{words}-{machine['cores']}-cores"
+
+
+def command(module: str, words: Sequence[str]) -> str:
+    """Return how to repeat a run: without the folders that it wrote to, which are its machine's."""
+    kept = []
+    passed = iter(words)
+    for word in passed:
+        if word in _FOLDERS:
+            next(passed, None)
+        elif word.split("=")[0] not in _FOLDERS:
+            kept.append(word)
+    return " ".join([f"python -m {module}", *kept])
 
 
 def commit() -> str:

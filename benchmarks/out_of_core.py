@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     found = {
         "machine": described,
-        "command": " ".join(["python -m benchmarks.out_of_core", *words]),
+        "command": machine.command("benchmarks.out_of_core", words),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "sizes": sizes,
     }

@@ -92,8 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     described = machine.describe(threads)
     words = sys.argv[1:] if arguments is None else arguments
-    shown = [word for word in words if not word.startswith("--out")]
-    command = " ".join(["python -m benchmarks.run", *shown])
+    command = machine.command("benchmarks.run", words)
     print(f"{command}\n{described['cpu']}, {threads} threads, commit {described['commit']}")
     rows: list[report.Row] = []
     with _pinned(threads):

