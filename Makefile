@@ -61,7 +61,7 @@ bench-edits: .venv/.bench  ## edits and edited forwards against the reference's 
 bench-large: .venv/.bench  ## FAISS's indexes beside ours up to N = 1e5, wrong decisions and memory with them
 	PYTHONPATH=. $(BIN)/python -m benchmarks.large
 
-bench-large-million: .venv/.bench  ## the same at N = 1e6, without HNSW; 20 GB of memory, an hour or more
+bench-large-million: .venv/.bench  ## the same at N = 1e6, without HNSW; 16 GB of memory, half an hour
 	PYTHONPATH=. $(BIN)/python -m benchmarks.large --million
 
 bench-micro: .venv/.bench  ## the cost of single calls, by pytest-benchmark
