@@ -198,8 +198,8 @@ def markdown(described: dict[str, Any], command: str, date: str, figures: list[F
 def _cells_of(each: Figure) -> list[str]:
     return [
         each.way,
-        f"{each.us_p50:,.3g} us" if each.us_p50 < 1000 else f"{each.us_p50 / 1000:,.3g} ms",
-        f"{each.us_p95:,.3g} us" if each.us_p95 < 1000 else f"{each.us_p95 / 1000:,.3g} ms",
+        _time(each.us_p50),
+        _time(each.us_p95),
         f"{each.behind:,.0f}x" if each.behind > 1 else "1",
         f"{each.wrong} / {each.asked} ({each.wrong / each.asked:.2%})",
         f"{each.lost} / {each.hits}",
@@ -208,6 +208,13 @@ def _cells_of(each: Figure) -> list[str]:
         f"{each.build_s:,.1f} s",
         f"{each.megabytes:,.0f} MB",
     ]
+
+
+def _time(us: float) -> str:
+    for unit, size in (("us", 1.0), ("ms", 1e3)):
+        if us < 999.5 * size:
+            return f"{us / size:.3g} {unit}"
+    return f"{us / 1e6:.3g} s"
 
 
 def specs(million: bool) -> list[Spec]:
