@@ -175,7 +175,8 @@ def _principal(keys: Tensor, weights: Tensor, start: Tensor) -> Tensor:
     inside = (keys @ wide.float()).double()
     spread = inside.T @ (total * inside - (weights @ inside.float()))
     turn = torch.linalg.eigh(spread + spread.T)[1].flip(1)
-    return (wide @ turn).T
+    directions: Tensor = (wide @ turn).T
+    return directions
 
 
 def _norm_helps(centred: Tensor, projected: Tensor, step: float) -> bool:
