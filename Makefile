@@ -52,6 +52,9 @@ bench-ten-million: .venv/.bench  ## N = 1e6 and 1e7 on the disk: 40 GB of it in 
 bench-beside-appends: .venv/.bench  ## look-ups of two threads beside 100 000 appends, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.beside_appends --out benchmarks/results
 
+bench-readers: .venv/.bench  ## a million look-ups of eight threads beside an editor, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.readers_and_writer --out benchmarks/results
+
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
 
@@ -123,5 +126,5 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo evaluate test slow sanitize bench bench-million bench-ten-million bench-beside-appends \
+.PHONY: help demo evaluate test slow sanitize bench bench-million bench-ten-million bench-beside-appends bench-readers \
 	bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-full gpu check fix clean
