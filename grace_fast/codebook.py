@@ -622,7 +622,7 @@ class Codebook:
 
     @contextmanager
     def held(self) -> Iterator[Snapshot]:
-        """Hold writers off for a moment, to read beside the codebook what they keep beside it."""
+        """Hold writers off for a moment: to read what they keep beside it, or to replay a graph."""
         with self._writer:
             yield self._current
 

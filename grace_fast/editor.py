@@ -172,14 +172,15 @@ class Grace:
 
         Raises: KeyError where no remaining edit has the id.
         """
-        before = self._history.copy()
-        try:
-            with self.codebook.writing() as draft:
-                edit = self._history.undo(draft, int(edit_id))
-                self._save_durably(draft)
-        except BaseException:
-            self._history = before
-            raise
+        with self.codebook.held():  # until what a refused version noted is forgotten
+            before = self._history.copy()
+            try:
+                with self.codebook.writing() as draft:
+                    edit = self._history.undo(draft, int(edit_id))
+                    self._save_durably(draft)
+            except BaseException:
+                self._history = before
+                raise
         return edit
 
     # Looking

@@ -250,6 +250,33 @@ def _fails(*_):
     raise RuntimeError("out of memory")
 
 
+def test_an_undo_that_fails_loses_no_edit_of_another_thread(monkeypatch):
+    grace = attach()
+    first = grace.edit(batch_of(0))
+    real, refused, other = grace._save_durably, threading.Event(), threading.Event()
+
+    def refuse(draft):
+        if threading.current_thread() is not undoing:
+            return real(draft)
+        refused.set()
+        other.wait(0.2)  # the other edit has to wait for the end of this
+        raise OSError("disk full")
+
+    def undo():
+        with pytest.raises(OSError, match="disk full"):
+            grace.undo(first.id)
+
+    monkeypatch.setattr(grace, "_save_durably", refuse)
+    go = threading.Event()
+    with thread(lambda: go.wait() and undo()) as undoing:
+        go.set()
+        assert refused.wait(PATIENCE)
+        grace.edit(batch_of(1))
+        other.set()
+    assert [edit.id for edit in grace.edits()] == [0, 1]
+    assert grace.verify().fires == [0, 1]
+
+
 def test_modes_and_gradients_come_back_when_the_last_of_two_edits_ends(trainings):
     grace = attach()
     grace.model.train()
