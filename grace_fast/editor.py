@@ -290,7 +290,7 @@ class Grace:
                     return self._train_and_publish(book, batch, proposal, seen, text)
                 except _Superseded:
                     continue
-            with book.writing():  # nobody comes between any more
+            with self._noting(book):  # nobody comes between any more
                 return self._train_and_publish(book, batch, proposal, seen, text)
 
     def _proposal(self, batch: Batch, queries: Tensor, seen: Observation) -> Proposal:
@@ -321,24 +321,30 @@ class Grace:
             sketch, first_id = self._history.sketch(), self._history.next_id
             plan = plans.make(proposal, draft, sketch, rules, first_id)
         results = [self._train(one, batch, seen) for one in plan.trainings]
-        with book.held():  # until what a refused version noted is forgotten
+        with self._noting(book) as draft:
+            now = plans.make(proposal, draft, self._history, rules, self._history.next_id)
+            if not now.agrees(plan):
+                raise _Superseded
+            self._warn_of_shared_queries(batch, now, rules)
+            for one, result in zip(now.trainings, results, strict=True):
+                if result.steps or self.settings.iterations == 0:
+                    draft.set_value(one.row, result.value)
+            edits = self._record(draft.snapshot(), batch, proposal, now, results, text)
+            self._save_durably(draft)
+        return edits
+
+    @contextmanager
+    def _noting(self, book: Codebook) -> Iterator[Draft]:
+        """Open a draft; where it is not published, the history forgets the edits noted of it."""
+        with book.held():  # nobody gets an id of theirs before they are forgotten
             first_id = self._history.next_id
             try:
                 with book.writing() as draft:
-                    now = plans.make(proposal, draft, self._history, rules, first_id)
-                    if not now.agrees(plan):
-                        raise _Superseded
-                    self._warn_of_shared_queries(batch, now, rules)
-                    for one, result in zip(now.trainings, results, strict=True):
-                        if result.steps or self.settings.iterations == 0:
-                            draft.set_value(one.row, result.value)
-                    edits = self._record(draft.snapshot(), batch, proposal, now, results, text)
-                    self._save_durably(draft)
+                    yield draft
             except BaseException:
                 self._history.forget_from(first_id)
                 self._history.next_id = first_id
                 raise
-        return edits
 
     def _train(self, training: Training, batch: Batch, seen: Observation) -> Trained:
         """Train one value on the rows of the batch that it answers."""

@@ -246,6 +246,27 @@ def test_a_training_that_fails_leaves_what_others_did_meanwhile(trainings):
     assert grace.verify().ok
 
 
+@pytest.mark.parametrize("trainings_before", [editor.TRAININGS, 0], ids=["without", "within"])
+def test_a_version_that_is_refused_leaves_no_edit_behind(monkeypatch, trainings_before):
+    grace = attach()
+    grace.edit(batch_of(0))
+    monkeypatch.setattr(editor, "TRAININGS", trainings_before)  # then within the lock
+    refusing = []
+
+    def follow(snapshot):
+        if refusing:
+            raise OSError("disk full")
+
+    grace.codebook.tell("a disk", follow)
+    refusing.append(True)
+    with pytest.raises(OSError, match="disk full"):
+        grace.edit(batch_of(1))
+    assert [edit.id for edit in grace.edits()] == [0]
+    refusing.clear()
+    assert grace.edit(batch_of(1)).id == 1
+    assert grace.verify().ok
+
+
 def _fails(*_):
     raise RuntimeError("out of memory")
 
