@@ -111,7 +111,11 @@ class Certificate:
 
     def settle(self) -> None:
         """Wait until nothing is being built."""
-        while (builder := self._builder) is not None:
+        while True:
+            with self._lock:
+                builder = self._builder
+            if builder is None:
+                return
             builder.join()
 
     @property
@@ -216,11 +220,12 @@ class Certificate:
                 start = part.first
         else:
             return
-        self._builder = threading.Thread(
+        builder = threading.Thread(
             target=self._build, args=(newest, state, start), name="grace_fast-certificate"
         )
-        self._builder.daemon = True  # joined at exit, where the interpreter still stands
-        self._builder.start()
+        builder.daemon = True  # joined at exit, where the interpreter still stands
+        builder.start()
+        self._builder = builder  # the thread takes the lock before it says that it is done
 
     def _build(self, snapshot: Snapshot, state: State | None, start: int) -> None:
         try:
