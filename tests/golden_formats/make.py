@@ -2,9 +2,9 @@
 
     PYTHONPATH=tests/golden_formats python tests/golden_formats/make.py
 
-`edits-1`, `edits-3` hold a model's edits (`save_pretrained`), `book-2`, `book-3` a codebook by itself
-(`gf.save`); the number is the format's. Those of an earlier format were written by the last version
-that wrote it (1 and 2: 3c6fd9a) and are never written again.
+`edits-N` hold a model's edits (`save_pretrained`), `book-N` a codebook by itself (`gf.save`); N is
+the format. Those of an earlier format were written by the last version that wrote it (3c6fd9a for 1
+and 2) and are never written again.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ class Model(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(16, WIDTH)
         self.layer = nn.Linear(WIDTH, 4)
-        self.config = SimpleNamespace(to_dict=lambda: {"model_type": "golden", "hidden_size": WIDTH})
+        self.config = SimpleNamespace(
+            to_dict=lambda: {"model_type": "golden", "hidden_size": WIDTH}
+        )
         with torch.no_grad():
             for number, weight in enumerate(self.parameters()):
                 steps = torch.arange(weight.numel()) * (7 + 4 * number) % 33
