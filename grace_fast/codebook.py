@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -324,8 +325,15 @@ class Draft:
         self._base = base
         self._pages = list(base.pages)
         self._mine: set[int] = set()  # pages that no snapshot shares
-        self.counts = base.counts
+        self.counts = self._first = base.counts
         del book._label_slots[base.counts.labels :]  # what a dropped draft left behind
+
+    def _continued(self) -> Draft:
+        """Return a draft of its own that starts from this one."""
+        draft = copy(self)
+        self._mine.clear()  # the two share the pages now
+        draft._pages, draft._mine, draft._first = list(self._pages), set(), self.counts
+        return draft
 
     @property
     def rows(self) -> int:
@@ -419,7 +427,7 @@ class Draft:
         """Give one row another value: in place if row and slot are this draft's, else anew."""
         page, offset = self._writable(row)
         own = int(page.value_slot[offset])
-        if row >= self._base.counts.rows and own >= self._base.counts.values:
+        if row >= self._first.rows and own >= self._first.values:
             self._store(self._book._values, own, value[None])
             return
         slot = self.counts.values
@@ -595,6 +603,28 @@ class Codebook:
                 raise
             finally:
                 self._draft = None
+
+    @contextmanager
+    def sketching(self) -> Iterator[Draft]:
+        """Open a draft that is dropped at the end: to see what a change would come to.
+
+        What it holds may be written over afterwards; take copies. Inside a `writing` of the same
+        thread it goes on from what was drafted there, and that stays as it is.
+        """
+        with self._writer:
+            outer, next_id = self._draft, self._next_id
+            self._draft = draft = Draft(self) if outer is None else outer._continued()
+            try:
+                yield draft
+            finally:
+                self._draft, self._next_id = outer, next_id
+                del self._label_slots[draft._first.labels :]
+
+    @contextmanager
+    def held(self) -> Iterator[Snapshot]:
+        """Hold writers off for a moment: to read what they keep beside it, or to replay a graph."""
+        with self._writer:
+            yield self._current
 
     def tell(self, name: str, follow: Callable[[Snapshot], None]) -> None:
         """Call `follow` with the newest version, and with every later one before it is published.

@@ -130,6 +130,15 @@ class RowLife:
     base: Base | None = None  # where the row was there before any edit
     neighbour: int = -1  # the row that was split to make room for this one
 
+    @property
+    def was_edited(self) -> bool:
+        """Whether an edit is on it, or changed its ball."""
+        return bool(self.edits) or any(event.edit != NO_EDIT for event in self.events)
+
+    def copy(self) -> RowLife:
+        """Return one that changes by itself."""
+        return replace(self, edits=list(self.edits), events=list(self.events))
+
 
 class History:
     """The edits that remain, in order, and what they did to each row."""
@@ -152,7 +161,8 @@ class History:
         for life in self.rows.values():
             life.edits = [edit for edit in life.edits if edit < edit_id]
             life.events = [event for event in life.events if event.edit < edit_id]
-        self.rows = {row: life for row, life in self.rows.items() if life.edits or life.base}
+        # What is left of a row that only they touched is what it holds: it is noted anew.
+        self.rows = {row: life for row, life in self.rows.items() if life.was_edited}
         for gone in [edit for edit in self.edits if edit >= edit_id]:
             del self.edits[gone], self.label_slots[gone]
 
@@ -160,12 +170,13 @@ class History:
         """Return a history that further edits and undos of this one do not change."""
         twin = History()
         twin.edits, twin.label_slots = dict(self.edits), dict(self.label_slots)
-        twin.rows = {
-            row: replace(life, edits=list(life.edits), events=list(life.events))
-            for row, life in self.rows.items()
-        }
+        twin.rows = {row: life.copy() for row, life in self.rows.items()}
         twin.next_id = self.next_id
         return twin
+
+    def sketch(self) -> History:
+        """Return what an edit can be enacted on to see what it would do: this stays as it is."""
+        return _Sketch(self)
 
     def _life(self, row: int) -> RowLife:
         return self.rows.setdefault(row, RowLife())
@@ -354,6 +365,20 @@ class History:
             elif event.edit != NO_EDIT:  # undone, and kept up by later edits on the row it made
                 by = max(by, self.rows[event.lasts_with].edits[-1])
         return by
+
+
+class _Sketch(History):
+    """A history that copies the lives it changes, few of many."""
+
+    def __init__(self, known: History) -> None:
+        super().__init__()
+        self._known = known
+
+    def _life(self, row: int) -> RowLife:
+        if row not in self.rows:
+            known = self._known.rows.get(row)
+            self.rows[row] = RowLife() if known is None else known.copy()
+        return self.rows[row]
 
 
 def _label_compared(rules: Rules, snapshot: Snapshot, row: int) -> Tensor | None:
