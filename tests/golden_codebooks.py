@@ -35,13 +35,18 @@ class Model(nn.Module):
         return SimpleNamespace(logits=logits, loss=loss)
 
 
+def tokens(text: str) -> dict[str, list[int]]:
+    """Return the one token that a number stands for."""
+    return {"input_ids": [int(text)]}
+
+
 def editor() -> gf.Grace:
     """Return an editor with every outcome in it; no value is trained, so that none can differ."""
     grace = gf.attach(
         Model().eval(),
         LAYER,
         EPSILON,
-        tokenizer=lambda text: {"input_ids": [int(text)]},
+        tokenizer=tokens,
         replacement="replace_all",
         iterations=0,
         expand_margin=0.0,
@@ -74,3 +79,28 @@ def questions() -> torch.Tensor:
     on_the_radius = keys[:32].clone()
     on_the_radius[:, 3] += torch.arange(32) % 5 / 4 + 0.25
     return torch.cat((near, on_the_radius, -40 * keys[:32]))
+
+
+def decisions(book: gf.Codebook) -> dict[str, object]:
+    """Return what a codebook decides about the questions, numbers exact."""
+    found, near = gf.find(questions(), book), gf.nearest(questions(), book)
+    return {
+        "hit": found.hit.int().tolist(),
+        "nearest": near.row.tolist(),
+        "squared_distance": [number.hex() for number in near.squared_distance.tolist()],
+        "sums": [float(getattr(book, name).double().sum()) for name in ("keys", "values", "radii")],
+        "ids": book.ids.tolist(),
+        "live": book.live.int().tolist(),
+        "labels": [None if label is None else label.tolist() for label in book.labels],
+    }
+
+
+def edits(grace: gf.Grace) -> list[list[object]]:
+    """Return what is known of every edit, and how the model answers its prompt."""
+    with torch.no_grad():
+        answers = [grace.model(torch.tensor([[token]])).logits[0].tolist() for token in range(16)]
+    known = [
+        [e.id, e.outcome, e.row, e.distance.hex(), e.radius.hex(), list(e.text)]
+        for e in grace.edits()
+    ]
+    return [known, answers]
