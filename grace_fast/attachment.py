@@ -22,7 +22,8 @@ from grace_fast.hosts import place, uncompiled
 from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
-from grace_fast.store import files, layout
+from grace_fast.store import files, layout, manifest
+from grace_fast.tensor_parallel import declared_widths
 
 
 class CodebookMismatch(ValueError):
@@ -49,6 +50,8 @@ def attach(
     calibration_edits: Iterable[CalibrationEdit] | None = None,
     path: str | Path | None = None,
     store_text: bool = False,
+    max_radius: float | None = None,
+    hmac_key: bytes | None = None,
 ) -> Grace:
     """Put an empty codebook on one layer of a model, which answers as before until it is edited.
 
@@ -73,14 +76,27 @@ def attach(
         already is opened.
     store_text: keep prompts and targets of edits made by text, for `info`; they may be personal
     data.
+    max_radius: an edit whose ball would be wider is refused, and so is a stored one.
+    hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
+        A directory that was not signed with it, or changed afterwards, is refused.
 
     Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor, or a
     setting that does not exist; CodebookMismatch for a codebook of another model.
     """
     found, module = find_layer(model, layer)
     _refuse_second(found, module, name)
+    if hmac_key is not None:
+        manifest.require_key(hmac_key)
     if path is not None and files.holds_codebook(path):
-        return from_pretrained(model, path, tokenizer=tokenizer, durable=True, name=name)
+        return from_pretrained(
+            model,
+            path,
+            tokenizer,
+            durable=True,
+            name=name,
+            max_radius=max_radius,
+            hmac_key=hmac_key,
+        )
     auto = epsilon == "auto"
     settings = Settings(
         layer=found,
@@ -95,11 +111,12 @@ def attach(
         query=query,
         stop_loss=stop_loss,
         store_text=store_text,
+        max_radius=max_radius,
     )
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
     if auto and calibration_inputs is None:
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
-    grace = Grace(model, module, settings, tokenizer, path=path, name=name)
+    grace = Grace(model, module, settings, tokenizer, path=path, name=name, hmac_key=hmac_key)
     if auto:
         assert calibration_inputs is not None
         try:
@@ -163,15 +180,20 @@ def from_pretrained(
     *,
     durable: bool = False,
     name: str | None = None,
+    max_radius: float | None = None,
+    hmac_key: bytes | None = None,
 ) -> Grace:
     """Attach a saved codebook to its model.
 
-    durable: save every further edit to the same directory; name: as in `attach`.
+    durable: save every further edit to the same directory; name, max_radius, hmac_key: as in
+    `attach`, max_radius in place of the one that was saved.
 
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
-    saved = read_saved(path)
+    saved = read_saved(path, hmac_key, max_radius)
+    if durable and hmac_key is None and "hmac" in saved.config:
+        raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
     layer, module = find_layer(model, saved.settings.layer)
     _refuse_second(layer, module, name)
     odd = differences(saved.fingerprint, fingerprint(uncompiled(model), module))
@@ -179,11 +201,22 @@ def from_pretrained(
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
     placed = place(module)
     book, history = saved.codebook("cpu" if placed is None else placed[0])
+    _refuse_other_widths(path, layer, module, book)
     durably = path if durable else None
-    grace = Grace(model, module, saved.settings, tokenizer, path=durably, name=name)
+    grace = Grace(
+        model, module, saved.settings, tokenizer, path=durably, name=name, hmac_key=hmac_key
+    )
     grace.take(book, history)
     grace.hits.update(saved.hits)
     return grace
+
+
+def _refuse_other_widths(path: str | Path, layer: str, module: nn.Module, book: Codebook) -> None:
+    wanted, given = declared_widths(module), (book.key_dim, book.value_dim)
+    if any(width not in (None, other) for width, other in zip(wanted, given, strict=True)):
+        raise CodebookMismatch(
+            f"{path} has keys and values of the widths {given}, {layer} wants {wanted}"
+        )
 
 
 @dataclass(frozen=True)
@@ -202,19 +235,26 @@ class Saved:
         Raises: CodebookCorrupt.
         """
         tensors = files.read_tensors(self.path, self.config)
+        layout.check_radii(tensors, self.settings.max_radius)
         book = layout.unpack_codebook(tensors, torch.device(device))
         texts, next_id = self.config["texts"], int(self.config["next_id"])
         return book, layout.unpack_history(tensors, book.snapshot(), texts, next_id)
 
 
-def read_saved(path: str | Path) -> Saved:
+def read_saved(
+    path: str | Path, hmac_key: bytes | None = None, max_radius: float | None = None
+) -> Saved:
     """Return what a directory says of its codebook, before its tensors are read.
+
+    hmac_key, max_radius: as in `attach`.
 
     Raises: FileNotFoundError, CodebookCorrupt.
     """
-    config = files.read_config(path)
+    config = files.read_config(path, hmac_key)
     try:
         settings = Settings(**config["settings"])
+        if max_radius is not None:
+            settings = replace(settings, max_radius=max_radius)
         settings.rules(torch.float32)
         hits = {int(row): int(count) for row, count in config["hits"].items()}
         if not isinstance(config["texts"], dict):

@@ -80,9 +80,11 @@ class Grace:
         tokenizer: Any = None,
         path: str | Path | None = None,
         name: str | None = None,
+        hmac_key: bytes | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.path = None if path is None else Path(path)
+        self._hmac_key = hmac_key
         base = unwrapped(model)
         self.kind = batches.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
@@ -267,12 +269,16 @@ class Grace:
             self._is_attached = False
         return self.model
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, hmac_key: bytes | None = None) -> None:
         """Save codebook, edits and settings to a directory, replacing what is there in one step.
+
+        hmac_key: what the manifest is signed with, as in `attach`; by default that of `attach`.
 
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
-        self._save(Path(path), self.codebook.snapshot())
+        self._save(
+            Path(path), self.codebook.snapshot(), self._hmac_key if hmac_key is None else hmac_key
+        )
 
     # The steps of an edit
 
@@ -535,9 +541,9 @@ class Grace:
 
     def _save_durably(self, draft: Draft) -> None:
         if self.path is not None:
-            self._save(self.path, draft.snapshot())
+            self._save(self.path, draft.snapshot(), self._hmac_key)
 
-    def _save(self, path: Path, snapshot: Any) -> None:
+    def _save(self, path: Path, snapshot: Snapshot, hmac_key: bytes | None) -> None:
         texts = {str(edit.id): edit.text for edit in self.edits() if edit.text is not None}
         config = {
             "grace_fast": __version__,
@@ -548,4 +554,4 @@ class Grace:
             "texts": texts,
         }
         tensors = layout.pack_codebook(snapshot) | layout.pack_history(self._history, snapshot)
-        files.write(path, config, tensors)
+        files.write(path, config, tensors, hmac_key)

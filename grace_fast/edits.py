@@ -294,6 +294,12 @@ class History:
             radius, known = before.radius_of(row), _label_compared(rules, before, row)
             same = known is not None and semantics.same_label(rules, label, known)
         decision = semantics.decide(rules, squared, radius, same)
+        if decision.radius > rules.max_radius:
+            raise ValueError(
+                f"the edit's ball must be at most max_radius = {rules.max_radius}, and it would be "
+                f"{decision.radius:.6g} ({decision.outcome}); edit a nearer prompt, or attach with "
+                "a smaller epsilon or a larger max_radius"
+            )
         distance = math.inf if decision.outcome == "added" else float(near.distance[0])
         if decision.outcome in ("added", "split"):
             made = self._add(draft, decision, row, query, label, fresh_value, edit)

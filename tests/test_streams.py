@@ -137,7 +137,7 @@ def test_a_codebook_stays_as_it_was_until_the_new_one_is_whole(parts, folder, mo
     other = some_keys(seed=9)
     publish = files.publish
 
-    def full(path, config):
+    def full(path, config, hmac_key):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "publish", full)
@@ -241,7 +241,7 @@ def test_another_stream_than_was_begun_with_is_refused(parts, tmp_path):
     for content, message in {
         b"{": "is not the state of a build",
         b"[]": "is not the state of a build",
-        b'{"format": 9}': "has format 9, wanted 1",
+        b'{"format": 9}': "has format 9, wanted 2",
     }.items():
         state.write_bytes(content)
         with pytest.raises(gf.CodebookCorrupt, match=message):
