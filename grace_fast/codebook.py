@@ -442,8 +442,9 @@ class Draft:
             was_live = page.live[at.to(page.live.device)].cpu() & before
             live += int(columns["live"][here].sum()) - int(was_live.sum())
             for name, known in moved.items():
-                slots, usual = columns[name][here], torch.where(
-                    before, getattr(page, name)[at], rows[here]
+                slots, usual = (
+                    columns[name][here],
+                    torch.where(before, getattr(page, name)[at], rows[here]),
                 )
                 moved[name] = known or not torch.equal(slots, usual)
             for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):

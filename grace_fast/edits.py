@@ -216,6 +216,12 @@ class History:
         else:
             self.empty()
 
+    def become(self, other: History) -> None:
+        """Be what another history is, which is not used any more; steps are not kept of it."""
+        self.edits, self.rows, self.label_slots = other.edits, other.rows, other.label_slots
+        self.next_id = other.next_id
+        self._steps.clear()
+
     def empty(self) -> None:
         """Forget every edit, and give none of their ids again."""
         self.edits, self.rows, self.label_slots = {}, {}, {}

@@ -10,16 +10,18 @@ that a foreign one brings along (views, triggers) is ever run.
 from __future__ import annotations
 
 import hashlib
+import hmac
 import sqlite3
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from grace_fast.store.files import CodebookCorrupt, synchronise
+from grace_fast.mapped import CodebookCorrupt, refuse_special
+from grace_fast.store.files import synchronise
 
 _APPLICATION = 0x47524143  # "GRAC", in the file's header
 _FORMAT = 1
@@ -46,17 +48,25 @@ class Journal:
     """The versions after a base, in one file. One process writes it, any number read it.
 
     name: what tells this journal from another one of the directory; base: the version it begins
-    after.
+    after; hmac_key: what the checksums are made with, where the directory is signed.
 
     Raises: CodebookCorrupt where the file is missing, foreign or not what was written; OSError
     where it cannot be read.
     """
 
-    def __init__(self, path: Path, name: str, base: int, read_only: bool = False) -> None:
-        self.path, self.base = path, base
-        self._start = hashlib.sha256(f"{name} after {base}".encode()).digest()
-        self._read_only = read_only
-        if path.is_symlink() or not path.is_file():
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        base: int,
+        hmac_key: bytes | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.path, self.base, self._key = path, base, hmac_key or b""
+        self._start = _started(name, base, self._key)
+        for each in (path, path.with_name(path.name + "-journal")):
+            refuse_special(each)
+        if not path.is_file():
             raise CodebookCorrupt(f"{path} is missing: the codebook is not complete")
         mode = "ro" if read_only else "rw"
         quoted = quote(str(path.absolute()))
@@ -77,13 +87,13 @@ class Journal:
         self.version, self.checksum = self._head()
 
     @staticmethod
-    def create(path: Path, name: str, base: int) -> Journal:
+    def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> Journal:
         """Make an empty journal and put it on the disk.
 
         Raises: OSError where it cannot be written.
         """
         path.unlink(missing_ok=True)
-        start = hashlib.sha256(f"{name} after {base}".encode()).digest()
+        start = _started(name, base, hmac_key or b"")
         try:
             file = sqlite3.connect(path, isolation_level=None)
             try:
@@ -102,7 +112,7 @@ class Journal:
             raise OSError(f"{path} cannot be written: {error}") from error
         synchronise(path)
         synchronise(path.parent)
-        return Journal(path, name, base)
+        return Journal(path, name, base, hmac_key)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -151,7 +161,7 @@ class Journal:
         if version != self.version + 1:
             raise ValueError(f"the next version is {self.version + 1}, got {version}")
         entry = (version, time.time(), kind, content)
-        checksum = _chained(self.checksum, *entry)
+        checksum = _chained(self._key, self.checksum, *entry)
         self._write(
             ("INSERT INTO versions VALUES (?, ?, ?, ?, ?)", (*entry, checksum)),
             ("UPDATE head SET version = ?, checksum = ?", (version, checksum)),
@@ -182,10 +192,8 @@ class Journal:
             self._file.execute("COMMIT")
         except sqlite3.Error as error:
             if self._file.in_transaction:
-                try:
+                with suppress(sqlite3.Error):  # the next writer to open the file rolls it back
                     self._file.execute("ROLLBACK")
-                except sqlite3.Error:
-                    pass  # the next writer to open the file rolls it back
             raise OSError(f"{self.path} cannot be written: {error}") from error
 
     def entries(self, after: int | None = None) -> Iterator[Entry]:
@@ -205,7 +213,7 @@ class Journal:
             while (row := rows.fetchone()) is not None:
                 if row[0] != version + 1 or not _is_entry(row):
                     raise CodebookCorrupt(f"{self.path}: version {version + 1} is missing")
-                checksum = _chained(checksum, *row[:4])
+                checksum = _chained(self._key, checksum, *row[:4])
                 if checksum != row[4]:
                     raise CodebookCorrupt(
                         f"{self.path}: version {row[0]} is not what was written (checksum)"
@@ -238,9 +246,16 @@ def _is_entry(row: tuple[object, ...]) -> bool:
     return all(isinstance(each, kind) for each, kind in zip(row, kinds, strict=True))
 
 
-def _chained(before: bytes, version: int, when: float, kind: str, content: bytes) -> bytes:
+def _started(name: str, base: int, key: bytes) -> bytes:
+    """Return what the first row of a journal comes after."""
+    return hmac.digest(key, f"{name} after {base}".encode(), "sha256")
+
+
+def _chained(
+    key: bytes, before: bytes, version: int, when: float, kind: str, content: bytes
+) -> bytes:
     """Return the checksum of a row that comes after one with a checksum."""
-    digest = hashlib.sha256(before)
+    digest = hmac.new(key, before, hashlib.sha256)
     digest.update(struct.pack("<qd", version, when))
     digest.update(f"{kind}\n".encode())
     digest.update(content)

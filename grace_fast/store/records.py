@@ -29,8 +29,9 @@ from grace_fast.edits import (
     Recorded,
     Step,
 )
+from grace_fast.mapped import CodebookCorrupt
 from grace_fast.semantics import Outcome
-from grace_fast.store.files import CodebookCorrupt
+from grace_fast.store import headers
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
@@ -113,6 +114,7 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
     Raises: CodebookCorrupt naming the column that does not fit; draft and history may be changed.
     """
     try:
+        headers.check(content)
         tensors = load(content)
         # Bytes 0 to 8 are the header's length.
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

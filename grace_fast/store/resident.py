@@ -21,6 +21,7 @@ from grace_fast.mapped import MappedFile
 from grace_fast.store import files, layout
 from grace_fast.store.coded import pack_state, unpack_state
 from grace_fast.store.rows import RowWriter, Written
+from grace_fast.store.saved import read_saved
 
 BUILDING = "building"  # the folder of a build that is not finished (stream.py)
 _CHUNK_BYTES = 1 << 24
@@ -159,6 +160,8 @@ def open(
     config = files.read_config(path, hmac_key)
     host = torch.device("cpu")
     if not files.is_mapped(config):
+        if "settings" in config:
+            return read_saved(path, hmac_key, max_radius).codebook()[0]
         tensors = files.read_tensors(path, config)
         layout.check_radii(tensors, max_radius)
         return layout.unpack_codebook(tensors, host)
