@@ -394,6 +394,7 @@ class Grace:
     # The steps of an edit
 
     def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
+        self._require_attached()
         self._require_editable()
         classes = batches.classes_of(self.model, self.kind)
         batches.check(batch, self.kind, classes)
@@ -664,7 +665,6 @@ class Grace:
             yield
 
     def _require_editable(self) -> None:
-        self._require_attached()
         if self._is_reader:
             raise CodebookReadOnly(
                 f"{self.path} was attached with read_only=True; attach it without to edit"
