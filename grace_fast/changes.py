@@ -45,8 +45,9 @@ class Change:
 
     def apply(self, draft: Draft) -> None:
         """Make the version after of the version before, which a draft holds."""
+        known = draft.rows
         draft.extend(self.keys, self.values, self.labels, self.ids)
-        draft.set_columns(self.rows, self.columns)
+        draft.set_columns(self.rows, self.columns, known)
 
 
 def back(now: Snapshot, then: Snapshot) -> Change:
@@ -89,7 +90,7 @@ def _columns(snapshot: Snapshot, rows: Tensor) -> dict[str, Tensor]:
     """Return the fields of some rows, ascending, on the host."""
     parts: dict[str, list[Tensor]] = {name: [] for name in COLUMNS}
     numbers = rows // PAGE_ROWS
-    for number in numbers.unique().tolist():
+    for number in sorted({*numbers.tolist()}):
         at, page = rows[numbers == number] % PAGE_ROWS, snapshot.pages[number]
         for name, part in parts.items():
             field: Tensor = getattr(page, name)

@@ -429,16 +429,19 @@ class Draft:
             labels=counts.labels + len(labels),
         )
 
-    def set_columns(self, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Give rows [m] int64, ascending, every field of a page, each [m]."""
+    def set_columns(self, rows: Tensor, columns: Mapping[str, Tensor], known: int) -> None:
+        """Give rows [m] int64, ascending, every field of a page, each [m].
+
+        known: rows below had fields before; those from there on are given their first.
+        """
         if not len(rows):
             return
         numbers = rows // PAGE_ROWS
         live, moved = 0, {"key_slot": False, "value_slot": False}
-        for number in numbers.unique().tolist():
+        for number in sorted({*numbers.tolist()}):
             here = numbers == number
             page, _ = self._writable(number * PAGE_ROWS)
-            at, before = rows[here] % PAGE_ROWS, rows[here] < self._first.rows
+            at, before = rows[here] % PAGE_ROWS, rows[here] < known
             was_live = page.live[at.to(page.live.device)].cpu() & before
             live += int(columns["live"][here].sum()) - int(was_live.sum())
             for name, known in moved.items():

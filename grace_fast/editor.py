@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
-from grace_fast._version import __version__
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -35,7 +34,7 @@ from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
-from grace_fast.store import files, layout
+from grace_fast.store import files
 from grace_fast.store.durable import (
     CodebookReadOnly,
     Difference,
@@ -47,7 +46,7 @@ from grace_fast.store.durable import (
     replay,
 )
 from grace_fast.store.journal import Journal
-from grace_fast.store.saved import read_saved
+from grace_fast.store.saved import read_saved, write
 from grace_fast.training import Attempt, Trained, frozen, train
 from grace_fast.trial import Trial
 
@@ -689,15 +688,10 @@ class Grace:
         hmac_key: bytes | None,
         told: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        texts = {str(edit.id): edit.text for edit in self.edits() if edit.text is not None}
-        config = {
-            "grace_fast": __version__,
+        described = {
             "settings": asdict(self.settings),
             "fingerprint": fingerprint(uncompiled(self.model), self._layer),
-            "next_id": self._history.next_id,
             "hits": {str(row): count for row, count in dict(self.hits).items()},
-            "texts": texts,
             **told,
         }
-        tensors = layout.pack_codebook(snapshot) | layout.pack_history(self._history, snapshot)
-        files.write(path, config, tensors, hmac_key)
+        write(path, described, snapshot, self._history, hmac_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 
@@ -9,9 +10,11 @@ import models
 import pytest
 import torch
 from models import FAMILIES
+from typer.testing import CliRunner
 
 import grace_fast as gf
 from grace_fast.changes import COLUMNS
+from grace_fast.cli import app
 from grace_fast.store.saved import read_saved
 
 FAMILY = FAMILIES["bert"]
@@ -46,6 +49,7 @@ def state(grace):
     ]
     return {
         "version": book.version,
+        "live": len(book),
         "slots": [
             book.key_slots[: book.counts.keys].tolist(),
             book.value_slots[: book.counts.values].tolist(),
@@ -82,6 +86,7 @@ def test_what_was_edited_is_there_again_bit_for_bit_after_every_version(model, t
     saved = read_saved(tmp_path)
     for version, wanted in states.items():
         book, history = saved.codebook(version=version)
+        assert len(book) == wanted["live"]
         assert [book.snapshot().column(name).tolist() for name in COLUMNS] == wanted["columns"]
         assert list(history.edits) == [int(edit[0]) for edit in wanted["edits"]]
     assert gf.open(tmp_path).version == len(ASKED) + 2
@@ -295,6 +300,43 @@ def test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published(
     grace.unload()
     again = attach(model, tmp_path)
     assert state(again) == before
+    again.unload()
+
+
+def call(*arguments):
+    ran = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    return ran.exit_code, (json.loads(ran.stdout) if ran.exit_code == 0 else ran.output)
+
+
+def test_versions_are_listed_compared_and_gone_back_to_on_the_command_line(model, tmp_path):
+    grace = attach(model, tmp_path, store_text=True)
+    stream(grace)
+    code, told = call("checkout", tmp_path, 2)
+    assert code == 1
+    assert "is being edited by process" in told
+    grace.unload()
+    code, told = call("log", tmp_path)
+    assert told["base"] == 0
+    assert [each["kind"] for each in told["versions"]] == ["edit"] * len(ASKED) + ["undo"] * 2
+    code, told = call("diff", tmp_path, 1, 2)
+    assert told["made"] == [1]
+    code, told = call("checkout", tmp_path, 2)
+    assert (code, told["version"]) == (0, len(ASKED) + 3)
+    assert len(read_saved(tmp_path).codebook()[1].edits) == 2
+    code, told = call("compact", tmp_path)
+    assert (code, told["keys"]) == (0, 2)
+    assert call("log", tmp_path)[1] == {"base": len(ASKED) + 3, "versions": []}
+    assert call("verify", tmp_path)[0] == 0
+    code, told = call("checkout", tmp_path, 2)
+    assert code == 1
+    assert "holds the versions 11 to 11, wanted 2" in " ".join(told.split())
+    for command in (("log",), ("compact",), ("diff", 1), ("checkout", 1)):
+        code, told = call(command[0], tmp_path / "nowhere", *command[1:])
+        assert code == 1
+        assert "is not a codebook" in " ".join(told.split())
+    assert not (tmp_path / "nowhere").exists()
+    again = attach(model, tmp_path)
+    again.edit(batch(7, 1))
     again.unload()
 
 

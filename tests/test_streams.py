@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 import os
 import resource
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 

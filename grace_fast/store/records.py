@@ -73,7 +73,8 @@ class Version:
             if isinstance(step, Recorded) and step.edit.text is not None
         }
         full = {name: each.contiguous() for name, each in tensors.items() if each.numel()}
-        return save(full, {"texts": json.dumps(texts)} if texts else None)
+        content: bytes = save(full, {"texts": json.dumps(texts)} if texts else None)
+        return content
 
 
 def _integers(rows: Sequence[Any]) -> Tensor:
@@ -233,13 +234,13 @@ def _steps(
     order, of_kind = columns.get("order", torch.uint8).tolist(), dict.fromkeys(range(5), 0)
     forgotten = columns.get("forgotten", torch.int64).tolist()
     listed = edits.tolist(), events.tolist(), bases.tolist()
-    there = (*map(len, listed), len(forgotten))
+    counted = (*map(len, listed), len(forgotten))
     for kind in order:
         if kind >= len(_KINDS):
             raise CodebookCorrupt(f"order must hold kinds below {len(_KINDS)}, got {kind}")
         at = of_kind[kind]
         of_kind[kind] += 1
-        if kind < 4 and at >= there[kind]:
+        if kind < 4 and at >= counted[kind]:
             raise CodebookCorrupt("order names more steps than there are")
         if kind == 0:
             yield _edit(listed[0][at], numbers[at].tolist(), queries[at], labels, texts)

@@ -149,7 +149,8 @@ def open(
     """Open a codebook where it lies: what is resident is read and checked, the rest is mapped.
 
     It is a codebook like any other. Edits are in memory, the files are not written; `save` keeps
-    them. A directory of `save_pretrained` opens too, all of it in memory.
+    them. A directory of `save_pretrained` or `attach(path=)` opens too, all of it in memory, as its
+    newest version.
 
     verify: read every block of keys and values too, rather than when it is first fetched.
     hmac_key: the key that the manifest must have been signed with.
@@ -160,7 +161,7 @@ def open(
     config = files.read_config(path, hmac_key)
     host = torch.device("cpu")
     if not files.is_mapped(config):
-        if "settings" in config:
+        if config.get("journal") is not None:
             return read_saved(path, hmac_key, max_radius).codebook()[0]
         tensors = files.read_tensors(path, config)
         layout.check_radii(tensors, max_radius)

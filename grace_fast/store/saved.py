@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grace_fast.codebook import Codebook
+from grace_fast._version import __version__
+from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import History
 from grace_fast.settings import Settings
 from grace_fast.store import files, layout
-from grace_fast.store.durable import journal_of, replay
+from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
 from grace_fast.store.journal import Journal
 
 
@@ -65,6 +67,69 @@ class Saved:
                 f"{self.path} holds the versions {self.base} to {last}, wanted {version}"
             )
         return book, history, journal
+
+
+def write(
+    path: Path,
+    described: Mapping[str, Any],
+    snapshot: Snapshot,
+    history: History,
+    hmac_key: bytes | None = None,
+) -> None:
+    """Save a codebook and its edits as the files of a directory.
+
+    described: what the manifest says of them beside what these two hold.
+
+    Raises: OSError where it cannot be written; what was there before stays valid then.
+    """
+    texts = {str(edit.id): edit.text for edit in history.edits.values() if edit.text is not None}
+    config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
+    tensors = layout.pack_codebook(snapshot) | layout.pack_history(history, snapshot)
+    files.write(path, config, tensors, hmac_key)
+
+
+class Offline:
+    """A directory that is edited without its model: compacted, or taken back to a version.
+
+    Raises: as `read_saved`; CodebookLocked where somebody else edits it.
+    """
+
+    def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
+        self.path = Path(path)
+        files.read_config(path)  # nothing is made where nothing is
+        lock = Lock(self.path)
+        try:
+            self._saved = read_saved(path, hmac_key)
+            if hmac_key is None and "hmac" in self._saved.config:
+                raise ValueError(f"{path} is signed: give its hmac_key")
+            self.book, self.history, journal = self._saved.open(read_only=False)
+            self._store = Store(self.path, lock, lambda: self.history, hmac_key)
+            if journal is not None:
+                self._store.resume(journal, self.book)
+            else:
+                self.compact()
+        except BaseException:
+            lock.close()
+            raise
+
+    def compact(self) -> None:
+        """Make the newest version the base; see `Grace.compact`."""
+        self._store.begin(self.book, self._write)
+
+    def checkout(self, version: int) -> None:
+        """Go back to an earlier version, in a new one; see `Grace.checkout`."""
+        earlier, history = self._saved.codebook(version=version)
+        go_back(self.book, self.history, earlier.snapshot(), history)
+
+    def _write(self, told: Mapping[str, Any]) -> None:
+        kept = ("settings", "fingerprint", "hits")
+        described = {**{name: self._saved.config[name] for name in kept}, **told}
+        key = self._saved.hmac_key
+        write(self.path, described, self.book.snapshot(), self.history, key)
+
+    def close(self) -> None:
+        """Give the directory back."""
+        self._store.close()
 
 
 def read_saved(
