@@ -14,6 +14,7 @@ from grace_fast.semantics import EXPAND_MARGIN, Expand, Replacement, Rules, Sema
 from grace_fast.training import Schedule
 
 ValueInit = Literal["cold", "warm"]
+_MAY_BE_NONE = ("expand_margin", "stop_loss", "max_radius")
 STOP_LOSS = 0.1  # a target this likely (e^-0.1 = .9 a token) is learnt
 
 
@@ -43,7 +44,9 @@ class Settings:
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {given!r}")
         for name in ("epsilon", "learning_rate", "expand_margin", "stop_loss", "max_radius"):
             given = getattr(self, name)
-            if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
+            if given is None and name in _MAY_BE_NONE:
+                continue
+            if isinstance(given, bool) or not isinstance(given, Real):
                 raise ValueError(f"{name} must be a number, got {given!r}")
         for name, kind in (("layer", str), ("store_text", bool)):
             if not isinstance(getattr(self, name), kind):

@@ -7,7 +7,7 @@ or by event (`events.*`). Texts, where they are kept, are in the JSON beside the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor
@@ -322,15 +322,33 @@ def _bases(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> Tensor:
 
 
 def _check_events(history: History) -> None:
-    """Raise where a row has no event to go back to, or an event nothing that it lasts with."""
+    """Raise where a row has no event to go back to, or an event nothing that it lasts with.
+
+    So every edit can be undone, in any order, and every row told what it is owed to.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise CodebookCorrupt(why, field="events")
+
+    split_by: set[int] = set()
     for row, life in history.rows.items():
-        if not life.events:
-            raise CodebookCorrupt(f"row {row} has edits, and no event says how it came to be")
+        if not life.events or life.events[0].lasts_with != row:
+            refuse(f"row {row} has edits, and no event says how it came to be")
+        if not life.edits and life.base is None:
+            refuse(f"row {row} has events, and neither an edit nor what it held before any")
         for event in life.events:
+            if event.lasts_with == -1:
+                edit = history.edits.get(event.edit)
+                if edit is None or edit.row != row:
+                    refuse(f"row {row} was changed by edit {event.edit}, unknown here")
+                continue
             maker = history.rows.get(event.lasts_with)
-            upheld = event.edit == NO_EDIT or event.edit in history.edits
-            if not upheld and (maker is None or not maker.edits):
-                raise CodebookCorrupt(f"row {row} was changed by edit {event.edit}, unknown here")
+            if event.edit != NO_EDIT and (maker is None or not maker.edits or maker.base):
+                refuse(f"row {row} was changed by edit {event.edit}, unknown here")
+            if event.lasts_with != row:
+                if event.lasts_with in split_by:
+                    refuse(f"row {event.lasts_with} has split two others, as no edit does")
+                split_by.add(event.lasts_with)
 
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:

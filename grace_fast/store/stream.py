@@ -120,9 +120,10 @@ class _Unfinished:
         self._state: dict[str, Any] = {}
         file = work / STATE
         if os.path.lexists(file):
+            with os.fdopen(open_regular(file), "rb") as opened:
+                content = opened.read()
             try:
-                with os.fdopen(open_regular(file), "rb") as opened:
-                    self._state = headers.parse(opened.read(), depth=4)
+                self._state = headers.parse(content, depth=4)
                 known = self._state["format"]
             except (ValueError, TypeError, KeyError) as error:
                 raise CodebookCorrupt(
