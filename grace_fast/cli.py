@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,7 +23,10 @@ from tqdm import tqdm
 import grace_fast as gf
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
+from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config
+from grace_fast.store.journal import Journal
+from grace_fast.store.saved import Offline
 
 app = typer.Typer(
     help="GRACE: lifelong edits of a language model, found again exactly.",
@@ -235,6 +241,102 @@ def info(
         return
     typer.echo(f"{directory}: {len(listed)} edits on {len(book)} keys at {saved.settings.layer}")
     Console().print(_edit_table(listed, saved.hits))
+
+
+@app.command()
+def log(
+    directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
+    as_json: Json = False,
+) -> None:
+    """List the versions of a codebook since it was compacted last."""
+    saved, journal = _journal(directory)
+    try:
+        with closing(journal):
+            entries = [(each.version, each.time, each.kind) for each in journal.entries()]
+    except ValueError as error:
+        _fail(str(error))
+    if as_json:
+        named = [dict(zip(("version", "time", "kind"), each, strict=True)) for each in entries]
+        typer.echo(json.dumps({"base": saved.base, "versions": named}))
+        return
+    table = Table("version", "time", "kind")
+    for number, seconds, kind in entries:
+        when = datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")
+        table.add_row(str(number), when, kind)
+    typer.echo(f"{directory}: {len(entries)} versions after version {saved.base}, the base")
+    Console().print(table)
+
+
+@app.command()
+def diff(
+    directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
+    old: Annotated[int, typer.Argument(help="A version, as `log` lists them.")],
+    new: Annotated[int | None, typer.Argument(help="By default the newest.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a version has otherwise than an earlier one."""
+    try:
+        saved = read_saved(directory)
+        one, other = saved.codebook(version=old), saved.codebook(version=new)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    found = difference((one[0].snapshot(), one[1]), (other[0].snapshot(), other[1]))
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    typer.echo(f"edits made: {found.made}\nedits undone: {found.undone}")
+    typer.echo(f"rows added: {found.added}\nrows removed: {found.removed}")
+    typer.echo(f"rows with other values: {found.values}")
+    for row, (before, after) in found.radii.items():
+        typer.echo(f"row {row}: radius {before:.6g} -> {after:.6g}")
+
+
+@app.command()
+def checkout(
+    directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
+    to: Annotated[int, typer.Argument(metavar="VERSION", help="As `log` lists them.")],
+    as_json: Json = False,
+) -> None:
+    """Go back to an earlier version, in a new version that can itself be taken back."""
+    try:
+        with closing(Offline(directory)) as offline:
+            offline.checkout(to)
+            figures = {"version": offline.book.version, "keys": len(offline.book)}
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    typer.echo(f"version {figures['version']} decides as version {to}: {figures['keys']} keys")
+
+
+@app.command()
+def compact(
+    directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
+    as_json: Json = False,
+) -> None:
+    """Make the newest version the base; earlier versions go, every edit stays."""
+    try:
+        with closing(Offline(directory)) as offline:
+            offline.compact()
+            figures = {"version": offline.book.version, "keys": len(offline.book)}
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    typer.echo(f"version {figures['version']} is the base of {directory}: {figures['keys']} keys")
+
+
+def _journal(directory: Path) -> tuple[Saved, Journal]:
+    try:
+        saved = read_saved(directory)
+        journal = journal_of(directory, saved.config)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    if journal is None:
+        _fail(f"{directory} has no versions: it was saved, and not attached with path= since")
+    return saved, journal
 
 
 @app.command()

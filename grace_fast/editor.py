@@ -12,10 +12,11 @@ from __future__ import annotations
 import inspect
 import math
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
-from grace_fast._version import __version__
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -34,7 +34,19 @@ from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
-from grace_fast.store import files, layout
+from grace_fast.store import files
+from grace_fast.store.durable import (
+    CodebookReadOnly,
+    Difference,
+    Lock,
+    Logged,
+    Store,
+    difference,
+    go_back,
+    replay,
+)
+from grace_fast.store.journal import Journal
+from grace_fast.store.saved import read_saved, write
 from grace_fast.training import Attempt, Trained, frozen, train
 from grace_fast.trial import Trial
 
@@ -69,6 +81,10 @@ class Explanation:
         return self.radius - self.distance
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
 class Grace:
     """An editor attached to one layer of a model. `attach` and `from_pretrained` make it."""
 
@@ -81,10 +97,14 @@ class Grace:
         path: str | Path | None = None,
         name: str | None = None,
         hmac_key: bytes | None = None,
+        lock: Lock | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.path = None if path is None else Path(path)
         self._hmac_key = hmac_key
+        self._store: Store | None = None  # where every edit goes before anybody sees it
+        self._reads: Journal | None = None  # what `refresh` takes up, of a reader
+        self._is_reader = False
         base = unwrapped(model)
         self.kind = batches.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
@@ -107,6 +127,8 @@ class Grace:
             first_token=in_decoder,
             name=name,
         )
+        if self.path is not None and lock is not None:
+            self._store = Store(self.path, lock, lambda: self._history, hmac_key)
         compiled.forget_compiled_code()
         self._adapter.install()
         _attached.setdefault(layer, set()).add(name)
@@ -174,16 +196,95 @@ class Grace:
 
         Raises: KeyError where no remaining edit has the id.
         """
+        self._require_editable()
         with self.codebook.held():  # until what a refused version noted is forgotten
             before = self._history.copy()
             try:
                 with self.codebook.writing() as draft:
-                    edit = self._history.undo(draft, int(edit_id))
-                    self._save_durably(draft)
+                    return self._history.undo(draft, int(edit_id))
             except BaseException:
-                self._history = before
+                self._history.become(before)
                 raise
-        return edit
+
+    # Versions, where there is a directory
+
+    def log(self) -> list[Logged]:
+        """Return the versions that can be gone back to, oldest first, but for the base itself."""
+        entries = self._journal().entries()
+        return [Logged(each.version, each.time, each.kind, len(each.content)) for each in entries]
+
+    def checkout(self, version: int) -> None:
+        """Answer as at an earlier version, in a new version that can itself be taken back.
+
+        Rows and ids that were given since are not given again.
+
+        Raises: ValueError for a version that is not in `log` nor its base.
+        """
+        self._require_editable()
+        earlier, history = self._at(version)
+        go_back(self.codebook, self._history, earlier.snapshot(), history)
+
+    def diff(self, old: int, new: int | None = None) -> Difference:
+        """Return what a version has otherwise than an earlier one; by default the newest.
+
+        Raises: ValueError as `checkout`.
+        """
+        before, history = self._at(old)
+        after = self._at(self.codebook.version if new is None else new)
+        return difference((before.snapshot(), history), (after[0].snapshot(), after[1]))
+
+    def compact(self) -> None:
+        """Make the newest version the base, so that opening it replays nothing; look-ups go on.
+
+        Earlier versions are gone then; every edit stays and can be undone.
+
+        Raises: OSError where it cannot be written; the directory is as before then.
+        """
+        self._require_editable()
+        self._journal()
+        assert self._store is not None, "who edits a journal has a store"
+        self._store.begin(self.codebook, self._write_base)
+
+    def refresh(self) -> bool:
+        """Take up the versions that another process made since; tell whether there were any.
+
+        For an editor that was attached with read_only=True.
+
+        Raises: CodebookCorrupt, OSError where they cannot be read; this stays as it is then.
+        """
+        if self._reads is None or self.path is None:
+            raise ValueError("only an editor that was attached with read_only=True can refresh()")
+        return self._take_up()
+
+    def _take_up(self) -> bool:
+        assert self.path is not None, "checked by refresh"
+        assert self._reads is not None, "checked by refresh"
+        book, config = self.codebook, files.read_config(self.path, self._hmac_key)
+        told = config.get("journal")
+        if told is None or told.get("file") != self._reads.path.name:  # compacted, saved anew
+            saved = read_saved(self.path, self._hmac_key, self.settings.max_radius)
+            fresh, history, journal = saved.open(book.device)
+            self._reads.close()
+            self.read(fresh, history, journal)
+            return fresh.version != book.version
+        if self._reads.newest() == book.version:
+            return False
+        history = self._history.copy()
+        with book.held():
+            replay(self._reads, book, history)
+            self._history.become(history)
+        return True
+
+    def _at(self, version: int) -> tuple[Codebook, History]:
+        self._journal()
+        assert self.path is not None, "a journal lies in a directory"
+        return read_saved(self.path, self._hmac_key).codebook(version=version)
+
+    def _journal(self) -> Journal:
+        journal = self._reads if self._store is None else self._store.journal
+        if journal is None:
+            raise ValueError("there are no versions without a directory; attach(..., path=DIR)")
+        return journal
 
     # Looking
 
@@ -263,6 +364,8 @@ class Grace:
 
     def unload(self) -> nn.Module:
         """Take the adaptor off and return the model, bit for bit as it was before `attach`."""
+        if self._store is not None:
+            self._store.close()
         if self._is_attached:
             self._adapter.remove()
             _attached[self._layer].discard(self.name)
@@ -276,14 +379,22 @@ class Grace:
 
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
-        self._save(
-            Path(path), self.codebook.snapshot(), self._hmac_key if hmac_key is None else hmac_key
-        )
+        key = self._hmac_key if hmac_key is None else hmac_key
+        if self._store is not None and self.path is not None and _is_same(self.path, Path(path)):
+            self.compact()
+            return
+        lock = Lock(Path(path))
+        try:
+            with self.codebook.held() as now:
+                self._save(Path(path), now, key)
+        finally:
+            lock.close()
 
     # The steps of an edit
 
     def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
         self._require_attached()
+        self._require_editable()
         classes = batches.classes_of(self.model, self.kind)
         batches.check(batch, self.kind, classes)
         with frozen(self.model):
@@ -335,9 +446,7 @@ class Grace:
             for one, result in zip(now.trainings, results, strict=True):
                 if result.steps or self.settings.iterations == 0:
                     draft.set_value(one.row, result.value)
-            edits = self._record(draft.snapshot(), batch, proposal, now, results, text)
-            self._save_durably(draft)
-        return edits
+            return self._record(draft.snapshot(), batch, proposal, now, results, text)
 
     @contextmanager
     def _noting(self, book: Codebook) -> Iterator[Draft]:
@@ -506,8 +615,27 @@ class Grace:
     def _own_book(self, seen: Observation) -> Codebook:
         """Return the codebook that edits go to, made by the first of them."""
         with self._making:
-            self._adapter.book = self._book_for(seen)
+            if self._adapter.book is None:
+                book = self._book_for(seen)
+                if self._store is not None:
+                    self._store.begin(book, self._writer_of(book))
+                self._adapter.book = book
             return self._adapter.book
+
+    def begin(self, journal: Journal | None = None) -> None:
+        """Keep the codebook in its directory from now on, if it has one: go on with a journal."""
+        book = self._adapter.book
+        if self._store is None or book is None:  # what is not there is made by the first edit
+            return
+        if journal is not None:
+            self._store.resume(journal, book)
+        else:
+            self._store.begin(book, self._write_base)
+
+    def read(self, book: Codebook, history: History, journal: Journal | None) -> None:
+        """Answer from a codebook that others edit."""
+        self.take(book, history)
+        self._reads, self._is_reader = journal, True
 
     def take(self, book: Codebook, history: History) -> None:
         """Use a codebook and the edits that made it."""
@@ -535,23 +663,35 @@ class Grace:
         with self._adapter.book.held():
             yield
 
+    def _require_editable(self) -> None:
+        if self._is_reader:
+            raise CodebookReadOnly(
+                f"{self.path} was attached with read_only=True; attach it without to edit"
+            )
+
     def _require_attached(self) -> None:
         if not self._is_attached:
             raise RuntimeError("this editor was unloaded; attach() again")
 
-    def _save_durably(self, draft: Draft) -> None:
-        if self.path is not None:
-            self._save(self.path, draft.snapshot(), self._hmac_key)
+    def _write_base(self, told: Mapping[str, Any]) -> None:
+        self._writer_of(self.codebook)(told)
 
-    def _save(self, path: Path, snapshot: Snapshot, hmac_key: bytes | None) -> None:
-        texts = {str(edit.id): edit.text for edit in self.edits() if edit.text is not None}
-        config = {
-            "grace_fast": __version__,
+    def _writer_of(self, book: Codebook) -> Callable[[Mapping[str, Any]], None]:
+        assert self.path is not None, "a store has a directory"
+        path = self.path
+        return lambda told: self._save(path, book.snapshot(), self._hmac_key, told)
+
+    def _save(
+        self,
+        path: Path,
+        snapshot: Snapshot,
+        hmac_key: bytes | None,
+        told: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        described = {
             "settings": asdict(self.settings),
             "fingerprint": fingerprint(uncompiled(self.model), self._layer),
-            "next_id": self._history.next_id,
             "hits": {str(row): count for row, count in dict(self.hits).items()},
-            "texts": texts,
+            **told,
         }
-        tensors = layout.pack_codebook(snapshot) | layout.pack_history(self._history, snapshot)
-        files.write(path, config, tensors, hmac_key)
+        write(path, described, snapshot, self._history, hmac_key)

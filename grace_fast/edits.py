@@ -4,11 +4,15 @@ An id names an edit; several edits may share a row. What an edit did to rows is 
 that any edit can be taken back: a row's radius and key are those of the newest remaining event on
 it, its value and label those of its newest remaining edit. A row goes when its last edit goes, and
 with it the split that made room for it.
+
+Every change of a history is a step. A journal keeps them, and `History.follow` makes the same
+history of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -140,6 +144,37 @@ class RowLife:
         return replace(self, edits=list(self.edits), events=list(self.events))
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """The step of an edit that was enacted and trained."""
+
+    edit: Edit
+    label_slot: int  # where the store keeps its row's label
+
+
+@dataclass(frozen=True)
+class Founded:
+    """The step of a row that was there before its first edit."""
+
+    row: int
+    base: Base
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The step of an edit that was taken back."""
+
+    edit: int
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """The step before those of another version that was gone back to."""
+
+
+Step = Recorded | Event | Founded | Forgotten | Emptied
+
+
 class History:
     """The edits that remain, in order, and what they did to each row."""
 
@@ -148,6 +183,53 @@ class History:
         self.rows: dict[int, RowLife] = {}
         self.label_slots: dict[int, int] = {}  # by edit: where the store keeps its row's label
         self.next_id = 0
+        self.keeps_steps = False  # somebody asks for them
+        self._steps: list[Step] = []
+
+    def take_steps(self) -> list[Step]:
+        """Return the steps since this was last asked for."""
+        taken, self._steps = self._steps, []
+        return taken
+
+    def steps(self) -> Iterator[Step]:
+        """Yield steps that make this history of an empty one."""
+        for row, life in self.rows.items():
+            if life.base is not None:
+                yield Founded(row, life.base)
+            yield from life.events
+        for number, edit in self.edits.items():
+            yield Recorded(edit, self.label_slots[number])
+
+    def follow(self, step: Step) -> None:
+        """Do what a step did to the history that it was taken from.
+
+        Raises: KeyError for the step of another history.
+        """
+        if isinstance(step, Recorded):
+            self.record(step.edit, step.label_slot)
+        elif isinstance(step, Event):
+            self.add_event(step)
+        elif isinstance(step, Founded):
+            self.set_base(step.row, step.base)
+        elif isinstance(step, Forgotten):
+            self._forget(step.edit)
+        else:
+            self.empty()
+
+    def become(self, other: History) -> None:
+        """Be what another history is, which is not used any more; steps are not kept of it."""
+        self.edits, self.rows, self.label_slots = other.edits, other.rows, other.label_slots
+        self.next_id = other.next_id
+        self._steps.clear()
+
+    def empty(self) -> None:
+        """Forget every edit, and give none of their ids again."""
+        self.edits, self.rows, self.label_slots = {}, {}, {}
+        self._note(Emptied())
+
+    def _note(self, step: Step) -> None:
+        if self.keeps_steps:
+            self._steps.append(step)
 
     def record(self, edit: Edit, label_slot: int) -> None:
         """Keep an enacted edit with what its training reached."""
@@ -155,6 +237,7 @@ class History:
         self.label_slots[edit.id] = label_slot
         self._life(edit.row).edits.append(edit.id)
         self.next_id = max(self.next_id, edit.id + 1)
+        self._note(Recorded(edit, label_slot))
 
     def forget_from(self, edit_id: int) -> None:
         """Drop every trace of the edits from an id on: their draft was dropped."""
@@ -165,13 +248,14 @@ class History:
         self.rows = {row: life for row, life in self.rows.items() if life.was_edited}
         for gone in [edit for edit in self.edits if edit >= edit_id]:
             del self.edits[gone], self.label_slots[gone]
+        self._steps.clear()
 
     def copy(self) -> History:
         """Return a history that further edits and undos of this one do not change."""
         twin = History()
         twin.edits, twin.label_slots = dict(self.edits), dict(self.label_slots)
         twin.rows = {row: life.copy() for row, life in self.rows.items()}
-        twin.next_id = self.next_id
+        twin.next_id, twin.keeps_steps = self.next_id, self.keeps_steps
         return twin
 
     def sketch(self) -> History:
@@ -186,10 +270,12 @@ class History:
         self._life(event.row).events.append(event)
         if event.lasts_with not in (event.row, -1):
             self._life(event.lasts_with).neighbour = event.row
+        self._note(event)
 
     def set_base(self, row: int, base: Base) -> None:
         """Note what a row held before any edit."""
         self._life(row).base = base
+        self._note(Founded(row, base))
 
     def enact(
         self,
@@ -272,11 +358,10 @@ class History:
 
     def _keep_base(self, snapshot: Snapshot, row: int) -> None:
         """Keep what a row held before its first edit, where no edit made it."""
-        life = self._life(row)
-        if not life.events:
-            life.base = Base(snapshot.value_slot_of(row), snapshot.label_slot_of(row))
+        if not self._life(row).events:
+            self.set_base(row, Base(snapshot.value_slot_of(row), snapshot.label_slot_of(row)))
             ball = (snapshot.radius_of(row), snapshot.key_slot_of(row))
-            life.events.append(Event(NO_EDIT, row, *ball, lasts_with=row))
+            self.add_event(Event(NO_EDIT, row, *ball, lasts_with=row))
 
     def undo(self, draft: Draft, edit_id: int) -> Edit:
         """Take one edit back in a draft and in the history; return it.
@@ -286,24 +371,34 @@ class History:
         if edit_id not in self.edits:
             known = f"the ids {min(self.edits)} to {max(self.edits)}" if self.edits else "none"
             raise KeyError(f"no edit has the id {edit_id}; there remain {known}")
+        neighbour = self.rows[self.edits[edit_id].row].neighbour
+        edit = self._forget(edit_id)
+        if edit.row in self.rows:
+            self._restore_ball(draft, edit.row)
+            self._restore_value(draft, edit.row)
+            return edit
+        if bool(draft.snapshot().live[edit.row]):  # else it was removed by its key's id
+            draft.remove(edit.row)
+        if neighbour in self.rows:
+            self._restore_ball(draft, neighbour)
+        return edit
+
+    def _forget(self, edit_id: int) -> Edit:
+        """Take one edit out, its row too where it was the last one there, and what it caused."""
         edit = self.edits.pop(edit_id)
         del self.label_slots[edit_id]
-        row, life = edit.row, self.rows[edit.row]
+        self._note(Forgotten(edit_id))
+        life = self.rows[edit.row]
         life.edits.remove(edit_id)
-        if not life.edits and life.base is None:
-            if bool(draft.snapshot().live[row]):  # else it was removed by its key's id
-                draft.remove(row)
-            del self.rows[row]
-            if life.neighbour in self.rows:
-                split = self.rows[life.neighbour]
-                split.events = [event for event in split.events if event.lasts_with != row]
-                self._restore_ball(draft, life.neighbour)
+        if life.edits or life.base is not None:
+            life.events = [
+                event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
+            ]
             return edit
-        life.events = [
-            event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
-        ]
-        self._restore_ball(draft, row)
-        self._restore_value(draft, row)
+        del self.rows[edit.row]
+        if life.neighbour in self.rows:
+            split = self.rows[life.neighbour]
+            split.events = [event for event in split.events if event.lasts_with != edit.row]
         return edit
 
     def _restore_ball(self, draft: Draft, row: int) -> None:

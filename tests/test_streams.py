@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,6 +120,8 @@ def test_keys_that_were_encoded_are_not_encoded_again(parts, tmp_path, monkeypat
     encode, calls, number = codes.encode_keys, [], itertools.count(1)
 
     def counted(phi, keys):
+        if threading.current_thread().name == "grace_fast-certificate":
+            return encode(phi, keys)  # a codebook of an earlier test builds its own
         calls.append(len(keys))
         if next(number) == 12:  # whichever thread it is
             raise Broken

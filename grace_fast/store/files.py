@@ -28,6 +28,7 @@ from grace_fast.store.headers import Described
 from grace_fast.store.manifest import CONFIG as CONFIG
 
 MAPPED = ("keys", "values")
+JOURNALS = "journal"  # the stem of their names
 _STEMS = ("codebook", "codes", *MAPPED)
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}")
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -61,7 +62,8 @@ def write(
     whole = manifest.seal({**config, "tensors": {"file": name, "sha256": sums}}, hmac_key)
     replace(folder / name, content)
     replace(folder / CONFIG, whole)
-    _drop_others(folder, {name})
+    kept = config.get("journal")
+    _drop_others(folder, {name} if kept is None else {name, kept["file"]})
 
 
 def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None = None) -> None:
@@ -81,6 +83,10 @@ def _drop_others(folder: Path, names: set[str]) -> None:
         for old in folder.glob(f"{stem}-*.safetensors"):
             if old.name not in names:
                 old.unlink()
+    for old in folder.glob(f"{JOURNALS}-*.sqlite"):
+        if old.name not in names:
+            old.with_name(old.name + "-journal").unlink(missing_ok=True)
+            old.unlink()
 
 
 def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -164,7 +170,7 @@ def read_file(path: str | Path, described: Any) -> dict[str, Tensor]:
     """
     if not isinstance(described, dict) or not isinstance(described.get("sha256"), dict):
         raise CodebookCorrupt(f"{path}: {CONFIG} does not describe its tensors")
-    file, sums = _named(path, described.get("file")), described["sha256"]
+    file, sums = place(path, described.get("file")), described["sha256"]
     try:
         descriptor = open_regular(file)
     except OSError as error:
@@ -207,10 +213,14 @@ def map_file(
     kind, tail = (torch.int64, ()) if config["format"] == 2 else (torch.uint8, (32,))
     if checks is None or checks.dtype != kind or not checks.ndim or checks.shape[1:] != tail:
         raise CodebookCorrupt(f"{path}: there are no checksums of the {name}")
-    return MappedFile(_named(path, file), name, shape, checks)
+    return MappedFile(place(path, file), name, shape, checks)
 
 
-def _named(path: str | Path, name: Any) -> Path:
+def place(path: str | Path, name: Any) -> Path:
+    """Return where a file of a directory is.
+
+    Raises: CodebookCorrupt for what is not the name of a file in it.
+    """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CodebookCorrupt(f"{path}: {name!a} is not the name of a file in this directory")
     return Path(path) / name

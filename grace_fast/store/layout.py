@@ -75,8 +75,10 @@ def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
     }
 
 
-def unpack_codebook(tensors: Mapping[str, Tensor], device: torch.device) -> Codebook:
-    """Return the codebook of `pack_codebook`.
+def unpack_codebook(
+    tensors: Mapping[str, Tensor], device: torch.device, version: int = 0
+) -> Codebook:
+    """Return the codebook of `pack_codebook`, at the version that it was.
 
     Raises: CodebookCorrupt naming the column that does not fit.
     """
@@ -89,7 +91,7 @@ def unpack_codebook(tensors: Mapping[str, Tensor], device: torch.device) -> Code
         raise CodebookCorrupt(f"keys and values must be numbers [*, >= 1] in one of {DTYPES}")
     for name, slots in (("keys", keys), ("values", values)):
         _check_finite(name, slots)
-    return unpack_rows(tensors, keys, values, device)
+    return unpack_rows(tensors, keys, values, device, version)
 
 
 def unpack_rows(
@@ -97,6 +99,7 @@ def unpack_rows(
     keys: Tensor | MappedFile,
     values: Tensor | MappedFile,
     device: torch.device,
+    version: int = 0,
 ) -> Codebook:
     """Return the codebook of `pack_rows` and the slots of its keys and values.
 
@@ -112,7 +115,7 @@ def unpack_rows(
         _check_slots(f"rows.{name}", columns[name], there)
     _check_finite("rows.radius", columns["radius"])
     _check_ids("rows.id", columns["id"])
-    return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device)
+    return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device, version)
 
 
 def check_radii(tensors: Mapping[str, Tensor], max_radius: float | None) -> None:

@@ -21,6 +21,7 @@ from grace_fast.mapped import MappedFile
 from grace_fast.store import files, layout
 from grace_fast.store.coded import pack_state, unpack_state
 from grace_fast.store.rows import RowWriter, Written
+from grace_fast.store.saved import read_saved
 
 BUILDING = "building"  # the folder of a build that is not finished (stream.py)
 _CHUNK_BYTES = 1 << 24
@@ -148,7 +149,8 @@ def open(
     """Open a codebook where it lies: what is resident is read and checked, the rest is mapped.
 
     It is a codebook like any other. Edits are in memory, the files are not written; `save` keeps
-    them. A directory of `save_pretrained` opens too, all of it in memory.
+    them. A directory of `save_pretrained` or `attach(path=)` opens too, all of it in memory, as its
+    newest version.
 
     verify: read every block of keys and values too, rather than when it is first fetched.
     hmac_key: the key that the manifest must have been signed with.
@@ -159,6 +161,8 @@ def open(
     config = files.read_config(path, hmac_key)
     host = torch.device("cpu")
     if not files.is_mapped(config):
+        if config.get("journal") is not None:
+            return read_saved(path, hmac_key, max_radius).codebook()[0]
         tensors = files.read_tensors(path, config)
         layout.check_radii(tensors, max_radius)
         return layout.unpack_codebook(tensors, host)

@@ -1,0 +1,163 @@
+"""What a directory says of a codebook, and the codebook and its edits once they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_fast._version import __version__
+from grace_fast.codebook import Codebook, Snapshot
+from grace_fast.edits import History
+from grace_fast.settings import Settings
+from grace_fast.store import files, layout
+from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
+from grace_fast.store.journal import Journal
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved codebook that no model is needed for: to list, verify or attach."""
+
+    path: Path
+    config: dict[str, Any]
+    settings: Settings
+    fingerprint: dict[str, Any]
+    hits: dict[int, int]  # by row
+    hmac_key: bytes | None = None
+
+    @property
+    def base(self) -> int:
+        """The version that the files hold; what came after is in the journal."""
+        return int(self.config.get("version", 0))
+
+    def codebook(
+        self, device: torch.device | str = "cpu", version: int | None = None
+    ) -> tuple[Codebook, History]:
+        """Return the codebook and its edits, by default of the newest version.
+
+        Raises: CodebookCorrupt; ValueError for a version that is not there.
+        """
+        book, history, journal = self.open(device, version)
+        if journal is not None:
+            journal.close()
+        return book, history
+
+    def open(
+        self,
+        device: torch.device | str = "cpu",
+        version: int | None = None,
+        read_only: bool = True,
+    ) -> tuple[Codebook, History, Journal | None]:
+        """Return the same and the journal, to go on from there; None where there is none."""
+        tensors = files.read_tensors(self.path, self.config)
+        layout.check_radii(tensors, self.settings.max_radius)
+        book = layout.unpack_codebook(tensors, torch.device(device), self.base)
+        texts, next_id = self.config["texts"], int(self.config["next_id"])
+        history = layout.unpack_history(tensors, book.snapshot(), texts, next_id)
+        journal = journal_of(self.path, self.config, self.hmac_key, read_only)
+        if journal is not None:
+            replay(journal, book, history, version)
+        if version not in (None, book.version):
+            last = self.base if journal is None else journal.version
+            raise ValueError(
+                f"{self.path} holds the versions {self.base} to {last}, wanted {version}"
+            )
+        return book, history, journal
+
+
+def write(
+    path: Path,
+    described: Mapping[str, Any],
+    snapshot: Snapshot,
+    history: History,
+    hmac_key: bytes | None = None,
+) -> None:
+    """Save a codebook and its edits as the files of a directory.
+
+    described: what the manifest says of them beside what these two hold.
+
+    Raises: OSError where it cannot be written; what was there before stays valid then.
+    """
+    texts = {str(edit.id): edit.text for edit in history.edits.values() if edit.text is not None}
+    config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
+    tensors = layout.pack_codebook(snapshot) | layout.pack_history(history, snapshot)
+    files.write(path, config, tensors, hmac_key)
+
+
+class Offline:
+    """A directory that is edited without its model: compacted, or taken back to a version.
+
+    Raises: as `read_saved`; CodebookLocked where somebody else edits it.
+    """
+
+    def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
+        self.path = Path(path)
+        files.read_config(path)  # nothing is made where nothing is
+        lock = Lock(self.path)
+        try:
+            self._saved = read_saved(path, hmac_key)
+            if hmac_key is None and "hmac" in self._saved.config:
+                raise ValueError(f"{path} is signed: give its hmac_key")
+            self.book, self.history, journal = self._saved.open(read_only=False)
+            self._store = Store(self.path, lock, lambda: self.history, hmac_key)
+            if journal is not None:
+                self._store.resume(journal, self.book)
+            else:
+                self.compact()
+        except BaseException:
+            lock.close()
+            raise
+
+    def compact(self) -> None:
+        """Make the newest version the base; see `Grace.compact`."""
+        self._store.begin(self.book, self._write)
+
+    def checkout(self, version: int) -> None:
+        """Go back to an earlier version, in a new one; see `Grace.checkout`."""
+        earlier, history = self._saved.codebook(version=version)
+        go_back(self.book, self.history, earlier.snapshot(), history)
+
+    def _write(self, told: Mapping[str, Any]) -> None:
+        kept = ("settings", "fingerprint", "hits")
+        described = {**{name: self._saved.config[name] for name in kept}, **told}
+        key = self._saved.hmac_key
+        write(self.path, described, self.book.snapshot(), self.history, key)
+
+    def close(self) -> None:
+        """Give the directory back."""
+        self._store.close()
+
+
+def read_saved(
+    path: str | Path, hmac_key: bytes | None = None, max_radius: float | None = None
+) -> Saved:
+    """Return what a directory says of its codebook, before its tensors are read.
+
+    hmac_key, max_radius: as in `attach`.
+
+    Raises: FileNotFoundError, CodebookCorrupt.
+    """
+    config = files.read_config(path, hmac_key)
+    if "settings" not in config:
+        raise files.CodebookCorrupt(
+            f"{path} holds a codebook alone (gf.save), without the settings of a model; "
+            "open it with gf.open"
+        )
+    try:
+        settings = Settings(**config["settings"])
+        if max_radius is not None:
+            settings = replace(settings, max_radius=max_radius)
+        settings.rules(torch.float32)
+        hits = {int(row): int(count) for row, count in config["hits"].items()}
+        if not isinstance(config["texts"], dict):
+            raise TypeError("texts must be an object")
+        int(config["next_id"])
+        return Saved(Path(path), config, settings, config["fingerprint"], hits, hmac_key)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.CodebookCorrupt(
+            f"{Path(path) / files.CONFIG} is not complete: {error!r}"
+        ) from error
