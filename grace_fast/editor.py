@@ -365,7 +365,7 @@ class Grace:
     def unload(self) -> nn.Module:
         """Take the adaptor off and return the model, bit for bit as it was before `attach`."""
         if self._store is not None:
-            self._store.close()
+            self._store.close(dict(self.hits))
         if self._is_attached:
             self._adapter.remove()
             _attached[self._layer].discard(self.name)

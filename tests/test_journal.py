@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
+import subprocess
+import sys
 
 import models
 import pytest
@@ -92,6 +95,20 @@ def test_what_was_edited_is_there_again_bit_for_bit_after_every_version(model, t
     assert gf.open(tmp_path).version == len(ASKED) + 2
 
 
+def test_hits_are_kept_when_the_directory_is_given_back(model, tmp_path):
+    grace = attach(model, tmp_path)
+    grace.edit(batch(0, 0))
+    asked = {name: each for name, each in batch(0, 0).items() if name != "labels"}
+    for _ in range(3):
+        model(**asked)
+    counted = dict(grace.hits)
+    assert sum(counted.values()) >= 3
+    grace.unload()
+    again = attach(model, tmp_path)
+    assert dict(again.hits) == counted
+    again.unload()
+
+
 def test_rows_that_no_edit_made_are_kept_too(model, tmp_path):
     grace = attach(model, tmp_path)
     grace.edit(batch(0, 0))
@@ -154,6 +171,70 @@ def test_a_compacted_directory_holds_the_same_and_replays_nothing(model, tmp_pat
     again.save_pretrained(tmp_path)
     assert again.log() == []
     again.unload()
+
+
+def test_a_crash_at_any_step_of_a_compaction_leaves_the_codebook(model, tmp_path):
+    folder, copies = tmp_path / "book", []
+    grace = attach(model, folder)
+    stream(grace)
+    watching = [True]
+
+    def copy_before(event, arguments):
+        """Keep what a crash would leave: the directory before a file of it is touched."""
+        touches = event in ("open", "os.rename", "os.remove", "sqlite3.connect")
+        if touches and watching[0] and str(folder) in repr(arguments):
+            watching[0] = False
+            copies.append(shutil.copytree(folder, tmp_path / f"crash-{len(copies)}"))
+            watching[0] = True
+
+    sys.addaudithook(copy_before)
+    grace.compact()
+    watching[0] = False
+    wanted = state(grace)
+    grace.unload()
+    assert len(copies) >= 8
+    for copy in copies:
+        again = attach(model, copy)
+        assert state(again) == wanted
+        assert len(list(copy.glob("journal-*.sqlite"))) <= 2
+        again.compact()
+        assert len(list(copy.glob("*.sqlite"))) == 1
+        again.unload()
+
+
+def test_the_lock_of_a_process_that_died_is_no_lock(model, tmp_path):
+    attach(model, tmp_path).unload()
+    program = f"""if True:
+        import time
+        from pathlib import Path
+        from grace_fast.store.durable import Lock
+        lock = Lock(Path({str(tmp_path)!r}))
+        print("locked", flush=True)
+        time.sleep(600)
+    """
+    holder = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(gf.CodebookLocked, match=f"edited by process {holder.pid}; attach"):
+            attach(model, tmp_path)
+    finally:
+        holder.kill()
+        holder.communicate()
+    grace = attach(model, tmp_path)
+    grace.edit(batch(0, 0))
+    grace.unload()
+
+
+def test_a_fork_of_an_editing_process_edits_nothing(model, tmp_path, monkeypatch):
+    grace = attach(model, tmp_path)
+    grace.edit(batch(0, 0))
+    before = state(grace)
+    monkeypatch.setattr(grace._store, "_process", os.getpid() + 1)
+    with pytest.raises(gf.CodebookReadOnly, match="of which this is a fork"):
+        grace.edit(batch(1, 1))
+    assert state(grace) == before
+    monkeypatch.undo()
+    grace.unload()
 
 
 def test_a_second_editor_is_refused_until_the_first_is_unloaded(model, tmp_path):

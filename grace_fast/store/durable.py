@@ -14,10 +14,11 @@ rename of the manifest goes from the old pair to the new one.
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from grace_fast.mapped import CodebookCorrupt, open_regular
 from grace_fast.store import files
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import Version, redo
+
+_log = logging.getLogger(__name__)
 
 LOCK = "lock"
 _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
@@ -161,8 +164,15 @@ class Store:
                 "mend the disk and attach() again"
             )
 
-    def close(self) -> None:
-        """Give the directory back."""
+    def close(self, hits: Mapping[int, int] | None = None) -> None:
+        """Give the directory back; hits, by row, are kept in its manifest where that can be."""
+        mine = self._process == os.getpid() and self._failure is None and not self._is_closed
+        if hits and self.journal is not None and mine:
+            counted = {str(row): count for row, count in hits.items()}
+            try:
+                files.update(self.folder, {"hits": counted}, self._key)
+            except (OSError, ValueError) as error:
+                _log.warning("the hits of %s were not kept: %s", self.folder, error)
         self._is_closed = True
         if self.journal is not None:
             self.journal.close()

@@ -77,6 +77,16 @@ def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None 
     _drop_others(folder, {each["file"] for each in described if each is not None})
 
 
+def update(path: Path, fields: Mapping[str, Any], hmac_key: bytes | None = None) -> None:
+    """Give some fields of a manifest other values, in one step.
+
+    Raises: OSError where it cannot be written, CodebookCorrupt where it cannot be read.
+    """
+    config = manifest.read(path, hmac_key)
+    if any(config.get(name) != value for name, value in fields.items()):
+        replace(path / CONFIG, manifest.seal({**config, **fields}, hmac_key))
+
+
 def _drop_others(folder: Path, names: set[str]) -> None:
     """Remove the files of a codebook that is no longer the directory's."""
     for stem in _STEMS:
