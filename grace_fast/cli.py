@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from tqdm import tqdm
 import grace_fast as gf
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
+from grace_fast.store import portable
 from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config
 from grace_fast.store.journal import Journal
@@ -326,6 +327,35 @@ def compact(
         typer.echo(json.dumps(figures))
         return
     typer.echo(f"version {figures['version']} is the base of {directory}: {figures['keys']} keys")
+
+
+@app.command("export")
+def export_(
+    directory: Annotated[Path, typer.Argument(help="A saved codebook.")],
+    file: Annotated[Path, typer.Argument(help="One file that does not exist yet.")],
+    as_json: Json = False,
+) -> None:
+    """Write a codebook and its edits to one file, to be carried elsewhere."""
+    _carry(portable.pack, directory, file, as_json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
+    directory: Annotated[Path, typer.Argument(help="Absent or empty.")],
+    as_json: Json = False,
+) -> None:
+    """Make a directory of a file that was exported, once all of it was tested."""
+    _carry(portable.unpack, file, directory, as_json)
+
+
+def _carry(way: Callable[[Path, Path], int], source: Path, target: Path, as_json: bool) -> None:
+    try:
+        edits = way(source, target)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    figures = {"edits": edits, "out": str(target)}
+    typer.echo(json.dumps(figures) if as_json else f"{edits} edits in {target}")
 
 
 def _journal(directory: Path) -> tuple[Saved, Journal]:

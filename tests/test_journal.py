@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import zipfile
 
 import models
 import pytest
@@ -419,6 +420,43 @@ def test_versions_are_listed_compared_and_gone_back_to_on_the_command_line(model
     again = attach(model, tmp_path)
     again.edit(batch(7, 1))
     again.unload()
+
+
+def test_a_codebook_travels_in_one_file_and_is_tested_before_it_arrives(model, tmp_path):
+    grace = attach(model, tmp_path / "book")
+    stream(grace)
+    wanted = state(grace)
+    grace.unload()
+    file = tmp_path / "book.zip"
+    assert call("export", tmp_path / "book", file) == (0, {"edits": 6, "out": str(file)})
+    assert "is there already" in " ".join(call("export", tmp_path / "book", file)[1].split())
+    assert call("import", file, tmp_path / "there")[0] == 0
+    again = attach(model, tmp_path / "there")
+    assert state(again) == wanted
+    again.unload()
+    assert "is not empty" in call("import", file, tmp_path / "there")[1]
+    whole, silent = file.read_bytes(), 0
+    for at in range(0, len(whole), 97):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        code, told = call("import", file, tmp_path / "other")
+        if code:
+            assert "error: " in told
+            assert not list(tmp_path.glob("other*"))
+            continue
+        arrived = read_saved(tmp_path / "other").codebook()  # a date, a flag of the zip's own
+        assert arrived[0].snapshot().radii.tolist() == wanted["columns"][0]
+        silent += list(arrived[1].edits) != [int(edit[0]) for edit in wanted["edits"]]
+        shutil.rmtree(tmp_path / "other")
+    assert silent == 0
+    for name in ("../out", "/out", "a/b"):
+        with zipfile.ZipFile(file, "w") as packed:
+            packed.writestr(name, b"{}")
+        assert "is not the name of a file" in " ".join(
+            call("import", file, tmp_path / "x")[1].split()
+        )
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("grace_config.json", b" " * 1000000)
+    assert "more than it has bytes" in " ".join(call("import", file, tmp_path / "x")[1].split())
 
 
 def test_there_are_no_versions_without_a_directory(model):
