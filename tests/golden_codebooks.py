@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,7 +41,7 @@ def tokens(text: str) -> dict[str, list[int]]:
     return {"input_ids": [int(text)]}
 
 
-def editor() -> gf.Grace:
+def editor(**options: Any) -> gf.Grace:
     """Return an editor with every outcome in it; no value is trained, so that none can differ."""
     grace = gf.attach(
         Model().eval(),
@@ -51,6 +52,7 @@ def editor() -> gf.Grace:
         iterations=0,
         expand_margin=0.0,
         store_text=True,
+        **options,
     )
     for token, label in EDITS:
         grace.edit(str(token), label)

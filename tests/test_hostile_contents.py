@@ -20,9 +20,10 @@ from test_changed_files import change_config, replace_tensor
 import grace_fast as gf
 from grace_fast import semantics
 from grace_fast.attachment import read_saved
+from grace_fast.edits import History
 from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES
 from grace_fast.settings import Settings
-from grace_fast.store import files, headers, layout, manifest
+from grace_fast.store import durable, files, headers, layout, manifest, records
 
 KEY = bytes(range(32))
 EDITOR = golden.editor()
@@ -244,7 +245,7 @@ def test_what_is_no_key_is_refused_before_anything_is_done(key, error, message, 
         with pytest.raises(error, match=message):
             ask()
     assert not model.layer._forward_hooks
-    assert not list((tmp_path / "new").glob("*"))
+    assert {path.name for path in (tmp_path / "new").glob("*")} <= {"lock"}
 
 
 def test_a_signature_of_one_purpose_is_none_of_another():
@@ -495,32 +496,104 @@ KINDS = (torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16)
 NUMBERS = st.sampled_from([0, 1, -1, 2, 3, 7, -(2**40), 2**62, math.nan, math.inf, -0.0, 1e-40])
 
 
-@given(st.data())
-def test_drawn_columns_are_refused_or_make_a_codebook_that_decides_by_the_law(data):
-    snapshot = EDITOR.codebook.snapshot()
-    tensors = layout.pack_codebook(snapshot) | layout.pack_history(EDITOR._history, snapshot)
+def changed(data, tensors):
+    """Return tensors of which a few were changed: numbers, rows, element types."""
+    tensors = dict(tensors)
     for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3)):
         tensor = tensors[name].clone()
         flat = tensor.view(-1)
         for _ in range(data.draw(st.integers(0, 3)) if len(flat) else 0):
             number = data.draw(NUMBERS)
+            if tensor.dtype == torch.uint8:
+                number = abs(number) % 7 if math.isfinite(number) else 0
             if tensor.dtype.is_floating_point or math.isfinite(number):
                 flat[data.draw(st.integers(0, len(flat) - 1))] = number
         if data.draw(st.booleans()):
-            tensor = tensor[
-                data.draw(st.integers(0, 1)) : len(tensor) - data.draw(st.integers(0, 1))
-            ]
+            last = len(tensor) - data.draw(st.integers(0, 1))
+            tensor = tensor[data.draw(st.integers(0, 1)) : last]
         if not data.draw(st.integers(0, 4)):
             tensor = tensor.to(data.draw(st.sampled_from(KINDS)))
-        tensors[name] = tensor
-    try:
-        book = layout.unpack_codebook(tensors, torch.device("cpu"))
-        assert_decides_by_the_law(book)
-        history = layout.unpack_history(tensors, book.snapshot(), {}, 9)
-    except gf.CodebookCorrupt:
-        return
+        tensors[name] = tensor.contiguous()
+    return tensors
+
+
+def assert_serves(data, book, history):
+    """Look up, verify, and undo every edit in any order."""
+    assert_decides_by_the_law(book)
     for edit in data.draw(st.permutations(list(history.edits))):
         history.verify(book, EDITOR.settings.rules(book.dtype))
         with book.writing() as draft:
             history.undo(draft, edit)
     assert_decides_by_the_law(book)
+
+
+@given(st.data())
+def test_drawn_columns_are_refused_or_make_a_codebook_that_serves(data):
+    snapshot = EDITOR.codebook.snapshot()
+    tensors = layout.pack_codebook(snapshot) | layout.pack_history(EDITOR._history, snapshot)
+    tensors = changed(data, tensors)
+    try:
+        book = layout.unpack_codebook(tensors, torch.device("cpu"))
+        history = layout.unpack_history(tensors, book.snapshot(), {}, 9)
+    except gf.CodebookCorrupt:
+        return
+    assert_serves(data, book, history)
+
+
+@pytest.fixture(scope="module")
+def versions(tmp_path_factory):
+    """The contents of a journal, one for each version."""
+    folder = tmp_path_factory.mktemp("versions")
+    golden.editor(path=folder).unload()
+    journal = durable.journal_of(folder, files.read_config(folder))
+    return [entry.content for entry in journal.entries()]
+
+
+@given(st.data())
+def test_drawn_versions_of_a_journal_are_refused_or_make_a_codebook_that_serves(versions, data):
+    book, history = gf.Codebook(golden.WIDTH, 4), History()
+    which = data.draw(st.sets(st.integers(0, len(versions) - 1), min_size=1, max_size=2))
+    try:
+        for number, content in enumerate(versions):
+            if number in which:
+                content = save(changed(data, load(content)))
+            with book.writing() as draft:
+                records.redo(content, draft, history)
+        layout.check_replayed(book.snapshot(), history, None)
+    except gf.CodebookCorrupt:
+        return
+    assert_serves(data, book, history)
+
+
+@pytest.mark.parametrize(
+    "texts", ["[", "[]", '{"0": 1}', '{"0": ["a"]}', '{"x": ["a", "b"]}', '{"0": [["a"], "b"]}']
+)
+def test_texts_of_a_version_that_are_none_are_refused(texts, versions):
+    content = save(load(versions[0]), {"texts": texts})
+    with pytest.raises(gf.CodebookCorrupt, match=r"must hold its texts|is no safetensors content"):
+        records.redo(content, gf.Codebook(golden.WIDTH, 4).writing().__enter__(), History())
+
+
+def test_a_ball_that_a_journal_makes_wider_than_allowed_is_refused(tmp_path):
+    golden.editor(path=tmp_path).unload()
+    assert max(load_editor(tmp_path, max_radius=0.6).codebook.radii) > 0.52
+    for ask in (
+        lambda: load_editor(tmp_path, max_radius=0.52),
+        lambda: gf.open(tmp_path, max_radius=0.52),
+    ):
+        with pytest.raises(gf.CodebookCorrupt, match=r"radius must be at most 0\.52, got 0\.53"):
+            ask()
+
+
+def test_a_manifest_that_does_not_describe_its_journal_is_refused(tmp_path):
+    golden.editor(path=tmp_path).unload()
+    config = files.read_config(tmp_path)
+    journal = config["journal"]
+    for told in ({}, {**journal, "name": 3}, {**journal, "file": "../journal-x.sqlite"}):
+        change_config(tmp_path, journal=told)
+        with pytest.raises(gf.CodebookCorrupt, match="does not describe its journal"):
+            gf.open(tmp_path)
+    del config["version"]
+    write_with_checksum(tmp_path, config)
+    with pytest.raises(gf.CodebookCorrupt, match="does not describe its journal"):
+        gf.open(tmp_path)

@@ -208,7 +208,8 @@ def journal_of(
     if told is None:
         return None
     name = told.get("name")
-    if not isinstance(name, str) or told.get("file") != f"{files.JOURNALS}-{name}.sqlite":
+    is_named = isinstance(name, str) and told.get("file") == f"{files.JOURNALS}-{name}.sqlite"
+    if not is_named or "version" not in config:
         raise CodebookCorrupt(f"{folder}: the manifest does not describe its journal")
     path = files.place(folder, told["file"])
     return Journal(path, name, int(config["version"]), hmac_key, read_only)

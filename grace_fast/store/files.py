@@ -246,8 +246,4 @@ def _read(descriptor: int, name: str, described: Described) -> Tensor:
         if not got:
             raise CodebookCorrupt("it shrank while it was read")
         at += got
-    if not size:
-        return torch.empty(described.shape, dtype=described.dtype)
-    if described.dtype == torch.bool and room.max() > 1:
-        raise CodebookCorrupt(f"its tensor {name} has truths that are neither 0 nor 1", field=name)
-    return torch.from_numpy(room).view(described.dtype).view(described.shape)
+    return headers.tensor(name, described, room)

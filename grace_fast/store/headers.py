@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from grace_fast.mapped import CodebookCorrupt, open_regular
 
@@ -83,6 +86,34 @@ def check(
     return _described(bytes(content[8 : 8 + length]), len(content), names)
 
 
+def read(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file's bytes, in memory of their own, and its metadata.
+
+    Raises: CodebookCorrupt as `check`, and for truths that are neither 0 nor 1.
+    """
+    found = check(content)
+    bytes_of = np.frombuffer(content, np.uint8)
+    tensors = {
+        name: tensor(name, each, bytes_of[each.begin : each.end].copy())
+        for name, each in found.items()
+    }
+    length = int.from_bytes(content[:8], "little")
+    metadata: dict[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    return tensors, metadata
+
+
+def tensor(name: str, described: Described, room: npt.NDArray[np.uint8]) -> Tensor:
+    """Return bytes as the tensor that they are.
+
+    Raises: CodebookCorrupt for truths that are neither 0 nor 1.
+    """
+    if not len(room):
+        return torch.empty(described.shape, dtype=described.dtype)
+    if described.dtype == torch.bool and room.max() > 1:
+        raise CodebookCorrupt(f"its tensor {name} has truths that are neither 0 nor 1", field=name)
+    return torch.from_numpy(room).view(described.dtype).view(described.shape)
+
+
 def parse(text: bytes, depth: int, constants: bool = False) -> Any:
     """Return what a JSON text says.
 
@@ -140,7 +171,7 @@ def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[st
         odd = sorted(header.keys() ^ set(names))
         raise CodebookCorrupt(f"it does not hold the tensors that were saved: {odd[:5]}")
     first = 8 + len(text)
-    described = {name: _tensor(name, each, first) for name, each in header.items()}
+    described = {name: _checked(name, each, first) for name, each in header.items()}
     at = first
     for name, each in sorted(described.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
         if each.begin != at:
@@ -152,7 +183,7 @@ def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[st
     return described
 
 
-def _tensor(name: str, said: Any, first: int) -> Described:
+def _checked(name: str, said: Any, first: int) -> Described:
     """Return what a header says of one tensor, whose offsets count from `first`."""
 
     def refuse(why: str) -> NoReturn:

@@ -118,8 +118,9 @@ class Journal:
     def _reading(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.DatabaseError as error:
-            name = getattr(error, "sqlite_errorname", "")
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            # A text that cannot be decoded has no name, and neither has a message of such a text.
+            name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
             if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")):
                 raise CodebookCorrupt(f"{self.path} is not what was written: {error}") from error
             if name.startswith("SQLITE_READONLY"):

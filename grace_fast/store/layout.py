@@ -257,7 +257,7 @@ def unpack_history(
         history.add_event(Event(**dict(zip(_EVENT_NUMBERS, values, strict=True))))
     for row, value_slot, label_slot in _bases(tensors, snapshot).tolist():
         history.set_base(row, Base(value_slot, label_slot))
-    _check_events(history)
+    check_history(history)
     return history
 
 
@@ -321,7 +321,21 @@ def _bases(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> Tensor:
     return bases
 
 
-def _check_events(history: History) -> None:
+def check_replayed(snapshot: Snapshot, history: History, max_radius: float | None) -> None:
+    """Raise CodebookCorrupt where a journal led to what no files may hold: as when they are read.
+
+    Each of its versions was checked for itself; this is about all of them together.
+    """
+    check_history(history)
+    events = [event.radius for life in history.rows.values() for event in life.events]
+    radii = {
+        "rows.radius": snapshot.radii,
+        "events.radius": torch.tensor(events, dtype=torch.float64),
+    }
+    check_radii(radii, max_radius)
+
+
+def check_history(history: History) -> None:
     """Raise where a row has no event to go back to, or an event nothing that it lasts with.
 
     So every edit can be undone, in any order, and every row told what it is owed to.
@@ -331,7 +345,12 @@ def _check_events(history: History) -> None:
         raise CodebookCorrupt(why, field="events")
 
     split_by: set[int] = set()
+    if sum(len(life.edits) for life in history.rows.values()) != len(history.edits):
+        refuse("an edit is on two rows, or twice on one")
     for row, life in history.rows.items():
+        for each in life.edits:
+            if each not in history.edits or history.edits[each].row != row:
+                refuse(f"row {row} has edit {each}, which is not on it")
         if not life.events or life.events[0].lasts_with != row:
             refuse(f"row {row} has edits, and no event says how it came to be")
         if not life.edits and life.base is None:

@@ -154,6 +154,10 @@ def _is_scalar(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
+are_texts = _by_number(
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+)
+
 # What each field must be, where it is there; who needs a field says so.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "grace_fast": (_is_text, "a text"),
@@ -166,9 +170,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "version": (_is_count, "a whole number >= 0"),
     "hits": (_by_number(_is_count), "an object of counts by row"),
     "texts": (
-        _by_number(
-            lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
-        ),
+        are_texts,
         "an object of prompt and target by edit",
     ),
     "tensors": (_is_object, "an object"),

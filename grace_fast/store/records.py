@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from grace_fast.changes import Change
@@ -31,7 +30,7 @@ from grace_fast.edits import (
 )
 from grace_fast.mapped import CodebookCorrupt
 from grace_fast.semantics import Outcome
-from grace_fast.store import headers
+from grace_fast.store import headers, manifest
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
@@ -115,13 +114,12 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
     Raises: CodebookCorrupt naming the column that does not fit; draft and history may be changed.
     """
     try:
-        headers.check(content)
-        tensors = load(content)
-        # Bytes 0 to 8 are the header's length.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        texts = json.loads(header.get("__metadata__", {}).get("texts", "{}"))
-    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        tensors, metadata = headers.read(content)
+        texts = headers.parse(metadata.get("texts", "{}").encode(), depth=2)
+    except ValueError as error:
         raise CodebookCorrupt(f"a version is no safetensors content: {error}") from error
+    if not manifest.are_texts(texts):
+        raise CodebookCorrupt("a version must hold its texts as prompt and target by edit")
     columns = _Columns(tensors)
     _change(columns, draft).apply(draft)
     labels, now = draft.snapshot().stored_labels(), draft.snapshot()
@@ -132,7 +130,7 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
                 if not 0 <= row < now.rows:
                     raise CodebookCorrupt(f"a step is on row {row} of {now.rows}")
             history.follow(step)
-        except KeyError as error:
+        except (LookupError, ValueError) as error:
             raise CodebookCorrupt(f"a version takes back an edit there is not: {error}") from error
 
 
@@ -180,6 +178,7 @@ def _change(columns: _Columns, draft: Draft) -> Change:
     newest = int(now.ids[-1]) if now.rows else -1
     if len(fresh) and (int(fresh[0]) <= newest or not bool((fresh.diff() > 0).all())):
         raise CodebookCorrupt(f"ids must ascend beyond {newest}")
+    _within("ids", fresh, manifest.MAX_NUMBER)
     rows, total = columns.get("rows", torch.int64), now.rows + len(fresh)
     ascends = len(rows) == 0 or bool((rows.diff() > 0).all())
     if not ascends or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < total):
@@ -220,8 +219,11 @@ def _steps(
         ("label_slot", 5, counts.labels, 0),
     ):
         _within(f"edits.{name}", edits[:, at], there, least)
-    _within("edits.id", edits[:, 0], 1 << 62)
+    _within("edits.id", edits[:, 0], manifest.MAX_NUMBER)
+    _within("edits.steps", edits[:, 6], manifest.MAX_NUMBER)
     numbers = columns.get("edits.number", torch.float64, 3, count=len(edits))
+    if not bool((numbers[:, 0] >= 0).all() & numbers[:, 1].isfinite().all()):
+        raise CodebookCorrupt("edits.number must be distances >= 0 and finite radii")
     now = draft.snapshot()
     queries = columns.get("edits.query", now.dtype, now.key_dim, count=len(edits)).to(now.device)
     events = columns.get("events", torch.int64, 4)
@@ -263,7 +265,7 @@ def _edit(
 ) -> Recorded:
     number, outcome, row, before, after, label_slot, steps, correct, prompt = fields
     distance, radius, loss = numbers
-    text = texts.get(str(number)) if isinstance(texts, dict) else None
+    text = texts.get(str(number))
     edit = Edit(
         id=number,
         outcome=_OUTCOMES[outcome],

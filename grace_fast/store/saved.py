@@ -61,6 +61,7 @@ class Saved:
         journal = journal_of(self.path, self.config, self.hmac_key, read_only)
         if journal is not None:
             replay(journal, book, history, version)
+            layout.check_replayed(book.snapshot(), history, self.settings.max_radius)
         if version not in (None, book.version):
             last = self.base if journal is None else journal.version
             raise ValueError(
