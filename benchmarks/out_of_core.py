@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +266,12 @@ def markdown(found: dict[str, Any]) -> str:
                 f"{figures['wrong']} of {figures['decisions']}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
+    for one, other in pairwise(found["sizes"]):
+        grown = ", ".join(
+            f"{more['codes'] / few['codes']:.1f}x at {more['ratio']:g}"
+            for few, more in zip(one["epsilons"], other["epsilons"], strict=True)
+        )
+        lines += ["", f"Codes touched, from {one['keys']:,} to {other['keys']:,} keys: {grown}."]
     lines += [
         "",
         "`opened` is from files that were dropped from the page cache. `first time` is each "

@@ -24,6 +24,7 @@ from grace_fast.lookup import (
 from grace_fast.prepared import Prepared, prepare
 from grace_fast.selection import using
 from grace_fast.shards import RankLost, ShardedCodebook, ShardsDiffer
+from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
 from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.resident import open, save
 from grace_fast.store.stream import build
@@ -33,7 +34,9 @@ __all__ = [
     "CalibrationEdit",
     "Codebook",
     "CodebookCorrupt",
+    "CodebookLocked",
     "CodebookMismatch",
+    "CodebookReadOnly",
     "Edit",
     "Explanation",
     "FaissIndex",

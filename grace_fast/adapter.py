@@ -78,12 +78,12 @@ class Adapter:
     decoder_only: bool
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
     name: str | None = None
-    enabled: bool = True
     hits: Counter[int] = field(default_factory=Counter)  # by row; a look-up writes nothing else
 
     def install(self) -> None:
         """Put the hooks in."""
         self._run = _Run()
+        self._disabled: set[object] = set()  # who want no answer
         self._order: Tensor | None = None  # of the ops in a compiled graph
         self._memory = recall.Memory()
         self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
@@ -147,7 +147,8 @@ class Adapter:
         """
         run, book = self._run, self.book
         call = run.call
-        idle = book is None or not len(book) or not self.enabled or selection.is_idle(self.name)
+        idle = book is None or not len(book) or selection.is_idle(self.name)
+        idle = idle or bool(self._disabled)
         if idle and run.trial is None and run.observing is None:
             return None
         # Nothing is learnt through a query: a decision has no gradient.
@@ -280,11 +281,7 @@ class Adapter:
     def _try(
         self, trial: Trial, hidden: Tensor, output: Tensor, call: Call | None
     ) -> tuple[Tensor, Tensor]:
-        ends = self._prompt_ends(hidden, call)
-        if self.query != "every_token":
-            return trial.write(output, ends, self.replacement)
-        whole = tensor_parallel.whole(hidden, self.layer, trial.snapshot.key_dim)
-        return trial.write_tokens(whole.flatten(0, 1), output, ends)
+        return trial.write(output, self._prompt_ends(hidden, call), self.replacement)
 
     # Where the queries are
 
@@ -323,6 +320,16 @@ class Adapter:
         return known.to(hidden.device, torch.int64)
 
     # For a while
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Answer nothing, in any thread's calls; those who want it so may come and go at will."""
+        mine = object()
+        self._disabled.add(mine)
+        try:
+            yield
+        finally:
+            self._disabled.remove(mine)
 
     @contextmanager
     def asking_at(self, where: Tensor | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,16 @@ from grace_fast import calibrate
 from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
-from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
 from grace_fast.hosts import place, uncompiled
 from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
-from grace_fast.store import files, layout
+from grace_fast.store import files, manifest
+from grace_fast.store.durable import Lock
+from grace_fast.store.saved import Saved as Saved
+from grace_fast.store.saved import read_saved as read_saved
+from grace_fast.tensor_parallel import declared_widths
 
 
 class CodebookMismatch(ValueError):
@@ -49,6 +52,9 @@ def attach(
     calibration_edits: Iterable[CalibrationEdit] | None = None,
     path: str | Path | None = None,
     store_text: bool = False,
+    max_radius: float | None = None,
+    hmac_key: bytes | None = None,
+    read_only: bool = False,
 ) -> Grace:
     """Put an empty codebook on one layer of a model, which answers as before until it is edited.
 
@@ -68,19 +74,36 @@ def attach(
         type needs for the same prompt in another batch.
     stop_loss: training stops below this loss once the prediction is right; .1 by default, never in
         `reference` semantics.
-    path: a directory; every edit is saved there before the call returns, and a codebook that is
-    there
-        already is opened.
+    path: a directory; every edit is on its disk before anybody is answered by it, and a codebook
+        that is there already is opened, with the settings it was made with. One editor at a time
+        has it, until it is unloaded.
+    read_only: open `path` to be read, beside whoever edits it; see `refresh`.
     store_text: keep prompts and targets of edits made by text, for `info`; they may be personal
     data.
+    max_radius: an edit whose ball would be wider is refused, and so is a stored one.
+    hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
+        A directory that was not signed with it, or changed afterwards, is refused.
 
     Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor, or a
     setting that does not exist; CodebookMismatch for a codebook of another model.
     """
     found, module = find_layer(model, layer)
     _refuse_second(found, module, name)
-    if path is not None and files.holds_codebook(path):
-        return from_pretrained(model, path, tokenizer=tokenizer, durable=True, name=name)
+    if hmac_key is not None:
+        manifest.require_key(hmac_key)
+    if read_only or (path is not None and files.holds_codebook(path)):
+        if path is None:
+            raise ValueError("read_only=True needs the path of a codebook that is read")
+        return from_pretrained(
+            model,
+            path,
+            tokenizer,
+            durable=not read_only,
+            name=name,
+            max_radius=max_radius,
+            hmac_key=hmac_key,
+            follow=read_only,
+        )
     auto = epsilon == "auto"
     settings = Settings(
         layer=found,
@@ -95,21 +118,29 @@ def attach(
         query=query,
         stop_loss=stop_loss,
         store_text=store_text,
+        max_radius=max_radius,
     )
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
     if auto and calibration_inputs is None:
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
-    grace = Grace(model, module, settings, tokenizer, path=path, name=name)
-    if auto:
-        assert calibration_inputs is not None
-        try:
+    lock = None if path is None else Lock(Path(path))
+    try:
+        grace = Grace(model, module, settings, tokenizer, path, name, hmac_key, lock)
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+    try:
+        if auto:
+            assert calibration_inputs is not None
             if calibration_edits is None:
                 grace.calibrate(calibration_inputs)
             else:
                 _calibrate(grace, list(calibration_edits), list(calibration_inputs))
-        except BaseException:
-            grace.unload()
-            raise
+        grace.begin()
+    except BaseException:
+        grace.unload()
+        raise
     return grace
 
 
@@ -163,68 +194,72 @@ def from_pretrained(
     *,
     durable: bool = False,
     name: str | None = None,
+    max_radius: float | None = None,
+    hmac_key: bytes | None = None,
+    follow: bool = False,
 ) -> Grace:
     """Attach a saved codebook to its model.
 
-    durable: save every further edit to the same directory; name: as in `attach`.
+    durable: every further edit goes to the same directory, which is the editor's until it is
+    unloaded; follow: nothing is edited here, and `refresh` takes up what others edit; name,
+    max_radius, hmac_key: as in `attach`, max_radius in place of the one that was saved.
 
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
-    saved = read_saved(path)
+    lock = Lock(Path(path)) if durable else None
+    try:
+        return _attach_saved(
+            model, read_saved(path, hmac_key, max_radius), tokenizer, name, lock, follow
+        )
+    except BaseException:
+        if lock is not None:
+            lock.close()
+        raise
+
+
+def _attach_saved(
+    model: nn.Module,
+    saved: Saved,
+    tokenizer: Any,
+    name: str | None,
+    lock: Lock | None,
+    follow: bool,
+) -> Grace:
+    path, durable = saved.path, lock is not None
+    if durable and saved.hmac_key is None and "hmac" in saved.config:
+        raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
     layer, module = find_layer(model, saved.settings.layer)
     _refuse_second(layer, module, name)
     odd = differences(saved.fingerprint, fingerprint(uncompiled(model), module))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
     placed = place(module)
-    book, history = saved.codebook("cpu" if placed is None else placed[0])
-    durably = path if durable else None
-    grace = Grace(model, module, saved.settings, tokenizer, path=durably, name=name)
-    grace.take(book, history)
+    book, history, journal = saved.open(
+        "cpu" if placed is None else placed[0], read_only=not durable
+    )
+    _refuse_other_widths(path, layer, module, book)
+    kept = path if durable or follow else None
+    grace = Grace(model, module, saved.settings, tokenizer, kept, name, saved.hmac_key, lock)
     grace.hits.update(saved.hits)
+    if follow:
+        grace.read(book, history, journal)
+        return grace
+    grace.take(book, history)
+    try:
+        grace.begin(journal)
+    except BaseException:
+        grace.unload()
+        raise
     return grace
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A saved codebook that no model is needed for: to list, verify or attach."""
-
-    path: Path
-    config: dict[str, Any]
-    settings: Settings
-    fingerprint: dict[str, Any]
-    hits: dict[int, int]  # by row
-
-    def codebook(self, device: torch.device | str = "cpu") -> tuple[Codebook, History]:
-        """Return the codebook and its edits.
-
-        Raises: CodebookCorrupt.
-        """
-        tensors = files.read_tensors(self.path, self.config)
-        book = layout.unpack_codebook(tensors, torch.device(device))
-        texts, next_id = self.config["texts"], int(self.config["next_id"])
-        return book, layout.unpack_history(tensors, book.snapshot(), texts, next_id)
-
-
-def read_saved(path: str | Path) -> Saved:
-    """Return what a directory says of its codebook, before its tensors are read.
-
-    Raises: FileNotFoundError, CodebookCorrupt.
-    """
-    config = files.read_config(path)
-    try:
-        settings = Settings(**config["settings"])
-        settings.rules(torch.float32)
-        hits = {int(row): int(count) for row, count in config["hits"].items()}
-        if not isinstance(config["texts"], dict):
-            raise TypeError("texts must be an object")
-        int(config["next_id"])
-        return Saved(Path(path), config, settings, config["fingerprint"], hits)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise files.CodebookCorrupt(
-            f"{Path(path) / files.CONFIG} is not complete: {error!r}"
-        ) from error
+def _refuse_other_widths(path: str | Path, layer: str, module: nn.Module, book: Codebook) -> None:
+    wanted, given = declared_widths(module), (book.key_dim, book.value_dim)
+    if any(width not in (None, other) for width, other in zip(wanted, given, strict=True)):
+        raise CodebookMismatch(
+            f"{path} has keys and values of the widths {given}, {layer} wants {wanted}"
+        )
 
 
 def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -315,6 +316,16 @@ class Snapshot:
         return row
 
 
+class Ledger(Protocol):
+    """What keeps every version of a codebook where it outlives the process."""
+
+    def record(self, before: Snapshot, after: Snapshot) -> None:
+        """Keep a version before anybody sees it; what is raised refuses it."""
+
+    def revoke(self, after: Snapshot) -> None:
+        """Drop a version that was recorded and refused by somebody else."""
+
+
 class Draft:
     """A writer's next version. Only `Codebook.writing` makes one."""
 
@@ -324,8 +335,16 @@ class Draft:
         self._base = base
         self._pages = list(base.pages)
         self._mine: set[int] = set()  # pages that no snapshot shares
-        self.counts = base.counts
+        self.counts = self._first = base.counts
+        self.version = base.version + 1  # that it will be published as
         del book._label_slots[base.counts.labels :]  # what a dropped draft left behind
+
+    def _continued(self) -> Draft:
+        """Return a draft of its own that starts from this one."""
+        draft = copy(self)
+        self._mine.clear()  # the two share the pages now
+        draft._pages, draft._mine, draft._first = list(self._pages), set(), self.counts
+        return draft
 
     @property
     def rows(self) -> int:
@@ -387,6 +406,57 @@ class Draft:
         store.tensor[first : first + len(rows)] = rows
         return torch.arange(first, first + len(rows))
 
+    def extend(
+        self, keys: Tensor, values: Tensor, labels: Sequence[Tensor | None], ids: Tensor
+    ) -> None:
+        """Put checked slots and ids behind those there are; `set_columns` makes rows of them."""
+        book, counts = self._book, self.counts
+        self._store(book._keys, counts.keys, keys)
+        self._store(book._values, counts.values, values)
+        book._label_slots.extend(labels)
+        rows = counts.rows + len(ids)
+        book._ids.commit(rows)
+        book._ids.tensor[counts.rows : rows, 0] = ids
+        while len(self._pages) * PAGE_ROWS < rows:
+            self._pages.append(Page.empty(book.device))
+            self._mine.add(len(self._pages) - 1)
+        if len(ids):
+            book._next_id = int(ids[-1]) + 1
+        self._set(
+            rows=rows,
+            keys=counts.keys + len(keys),
+            values=counts.values + len(values),
+            labels=counts.labels + len(labels),
+        )
+
+    def set_columns(self, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
+        """Give rows [m] int64, ascending, every field of a page, each [m]."""
+        if not len(rows):
+            return
+        numbers = rows // PAGE_ROWS
+        live, moved = 0, {"key_slot": False, "value_slot": False}
+        for number in numbers.unique().tolist():
+            here = numbers == number
+            page, _ = self._writable(number * PAGE_ROWS)
+            at, before = rows[here] % PAGE_ROWS, rows[here] < self._first.rows
+            was_live = page.live[at.to(page.live.device)].cpu() & before
+            live += int(columns["live"][here].sum()) - int(was_live.sum())
+            for name, known in moved.items():
+                slots, usual = (
+                    columns[name][here],
+                    torch.where(before, getattr(page, name)[at], rows[here]),
+                )
+                moved[name] = known or not torch.equal(slots, usual)
+            for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):
+                field: Tensor = getattr(page, name)
+                field[at.to(field.device)] = columns[name][here].to(field.device)
+        self._set(
+            live=self.counts.live + live,
+            widest=max(self.counts.widest, float(columns["radius"].max())),
+            key_moves=self.counts.key_moves + moved["key_slot"],
+            value_moves=self.counts.value_moves + moved["value_slot"],
+        )
+
     def _writable(self, row: int) -> tuple[Page, int]:
         if not 0 <= row < self.rows:
             raise IndexError(f"row must be in [0, {self.rows}), got {row}")
@@ -419,7 +489,7 @@ class Draft:
         """Give one row another value: in place if row and slot are this draft's, else anew."""
         page, offset = self._writable(row)
         own = int(page.value_slot[offset])
-        if row >= self._base.counts.rows and own >= self._base.counts.values:
+        if row >= self._first.rows and own >= self._first.values:
             self._store(self._book._values, own, value[None])
             return
         slot = self.counts.values
@@ -458,7 +528,7 @@ class Draft:
         self._mine.clear()  # the snapshot shares the pages now
         book = self._book
         return Snapshot(
-            self._base.version + 1,
+            self.version,
             self.counts,
             tuple(self._pages),
             book._keys.tensor,
@@ -507,6 +577,7 @@ class Codebook:
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
         self._followers: dict[str, Callable[[Snapshot], None]] = {}
+        self._ledger: Ledger | None = None
         self._current = Snapshot(
             0,
             _Counts(),
@@ -526,6 +597,7 @@ class Codebook:
         labels: list[Tensor | None],
         columns: Mapping[str, Tensor],
         device: torch.device,
+        version: int = 0,
     ) -> Codebook:
         """Return a codebook from checked parts: slots, and a column for each field of a page.
 
@@ -559,6 +631,7 @@ class Codebook:
         )
         book._current = replace(
             book._current,
+            version=version,
             counts=counts,
             pages=tuple(pages),
             key_slots=book._keys.tensor,
@@ -587,14 +660,53 @@ class Codebook:
             try:
                 yield draft
                 published = replace(draft.snapshot(), _derived=self._derived, base=None)
-                for follow in self._followers.values():
-                    follow(published)
-                self._current = published
+                self._publish(published)
             except BaseException:
                 self._next_id = next_id
                 raise
             finally:
                 self._draft = None
+
+    def _publish(self, published: Snapshot) -> None:
+        """Let a version be kept, then followed, then seen; whoever raises refuses it."""
+        ledger = self._ledger
+        if ledger is not None:
+            ledger.record(self._current, published)
+        try:
+            for follow in self._followers.values():
+                follow(published)
+            self._current = published
+        except BaseException:
+            if ledger is not None and self._current is not published:
+                ledger.revoke(published)
+            raise
+
+    def keep(self, ledger: Ledger | None) -> None:
+        """Let every version be recorded before it is published; None to end that."""
+        with self._writer:
+            self._ledger = ledger
+
+    @contextmanager
+    def sketching(self) -> Iterator[Draft]:
+        """Open a draft that is dropped at the end: to see what a change would come to.
+
+        What it holds may be written over afterwards; take copies. Inside a `writing` of the same
+        thread it goes on from what was drafted there, and that stays as it is.
+        """
+        with self._writer:
+            outer, next_id = self._draft, self._next_id
+            self._draft = draft = Draft(self) if outer is None else outer._continued()
+            try:
+                yield draft
+            finally:
+                self._draft, self._next_id = outer, next_id
+                del self._label_slots[draft._first.labels :]
+
+    @contextmanager
+    def held(self) -> Iterator[Snapshot]:
+        """Hold writers off for a moment: to read what they keep beside it, or to replay a graph."""
+        with self._writer:
+            yield self._current
 
     def tell(self, name: str, follow: Callable[[Snapshot], None]) -> None:
         """Call `follow` with the newest version, and with every later one before it is published.

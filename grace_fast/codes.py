@@ -38,7 +38,10 @@ SMALLEST_STEP, LARGEST_STEP = 2.0**-40, 2.0**40
 SLACK_STEPS = 1e-3  # what underflow may take from a projection
 _UNIT32, _UNIT64 = 2.0**-24, 2.0**-53
 _SAMPLE = 4096  # keys that the rows are fitted on
-_BASIS = 80  # directions of the subspace iteration
+_STAGES = (5, 5, SLOTS - 10)  # directions that are found together
+_SPARE = 16  # further ones that their subspace iteration carries
+_CLOSE = 1 / 200  # the share of a key's others that are close to it, if they are
+_FEWEST_CLOSE = 8  # of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +99,7 @@ def _padded(width: int) -> int:
 def fit(keys: Tensor, scale: float) -> Map | None:
     """Fit phi on keys [n, D], with a step for radii of about `scale`; None where no step will do.
 
-    The rows are the principal directions of the keys, as far as they have any, then random ones.
+    The rows are directions that tell the keys apart, as far as there are any, then random ones.
     """
     if not (len(keys) and scale > 0):
         return None
@@ -108,7 +111,8 @@ def fit(keys: Tensor, scale: float) -> Map | None:
     centred = sample - centre
     if not (centred.isfinite().all() and float(centred.abs().amax()) < 1e15):
         return None
-    directions, projected = _principal(centred)
+    directions = _telling_apart(centred[:: -(-len(centred) // _SAMPLE)], scale)
+    projected = centred.double() @ directions[:NEAR].T
     norm_slot = _norm_helps(centred, projected, step)
     rows = torch.zeros(SLOTS, keys.shape[1])
     near = NEAR - int(norm_slot)
@@ -118,19 +122,61 @@ def fit(keys: Tensor, scale: float) -> Map | None:
     return _measured(centre, rows, step, norm_slot)
 
 
-def _principal(centred: Tensor) -> tuple[Tensor, Tensor]:
-    """Return orthonormal directions [m, D], largest variance first, and the projections."""
-    width = centred.shape[1]
+def _telling_apart(centred: Tensor, scale: float) -> Tensor:
+    """Return orthonormal directions [m, D] float64 in which keys [n, D] differ, the best first.
+
+    The first are the principal ones of all keys, the next those of the differences between keys
+    that are close in the first. Look-ups spend most of their time where keys are densest, and there
+    keys do not vary as all keys do.
+    """
+    largest = centred.abs().amax().clamp(min=1e-30)
+    unit, width = (centred / largest).double(), centred.shape[1]
     generator = torch.Generator().manual_seed(0)  # never the caller's
-    basis = torch.randn(width, min(_BASIS, width), generator=generator)
-    unit = centred / centred.abs().amax().clamp(min=1e-30)
+    found = torch.zeros(0, width, dtype=torch.float64)
+    for count in _STAGES:
+        inside = unit @ found.T
+        weights = _closeness(inside.float(), scale / float(largest))
+        left = (unit - inside @ found).float()
+        start = torch.randn(width, min(count + _SPARE, width - len(found)), generator=generator)
+        found = torch.cat([found, _principal(left, weights, start)[:count]])
+        found = torch.linalg.qr(found.T)[0].T  # random directions may lie in those before
+    return found
+
+
+def _closeness(points: Tensor, scale: float) -> Tensor:
+    """Return [n, n], 1 for points [n, m] in one place, near 0 for those not close; ones if m is 0.
+
+    Close is as far as a few of the others are, and what is within `scale`.
+    """
+    count = len(points)
+    if not points.shape[1]:
+        return torch.ones(count, count)
+    exactly = "donot_use_mm_for_euclid_dist"
+    apart = torch.cdist(points, points, compute_mode=exactly)
+    some = apart[:: -(-count // 256)]
+    close = 1 + max(_FEWEST_CLOSE, round(_CLOSE * count))  # and the point itself
+    reach = float(some.flatten().kthvalue(len(some) * min(close, count)).values)
+    return torch.exp(-0.5 * (apart / max(reach, scale)).square())
+
+
+def _principal(keys: Tensor, weights: Tensor, start: Tensor) -> Tensor:
+    """Return orthonormal directions [m, D] float64 along which keys [n, D] differ most.
+
+    A pair counts as much as its weight in [n, n]; the sum over pairs of w_ij (x_i - x_j)^2 is
+    x^T (diag(sum_j w_ij) - W) x. start: [D, m], random.
+    """
+    total = weights.sum(dim=1, keepdim=True)
+    basis = start
     for _ in range(3):
         basis = torch.linalg.qr(basis)[0]
-        basis = unit.T @ (unit @ basis) + 1e-6 * basis
-    basis = torch.linalg.qr(basis.double())[0]
-    inside = unit.double() @ basis
-    turn = torch.linalg.eigh(inside.T @ inside)[1].flip(1)
-    return (basis @ turn).T, centred.double() @ (basis @ turn)
+        inside = keys @ basis
+        basis = keys.T @ ((total * inside - weights @ inside) / total.amax()) + 1e-6 * basis
+    wide = torch.linalg.qr(basis.double())[0]
+    inside = (keys @ wide.float()).double()
+    spread = inside.T @ (total * inside - (weights @ inside.float()))
+    turn = torch.linalg.eigh(spread + spread.T)[1].flip(1)
+    directions: Tensor = (wide @ turn).T
+    return directions
 
 
 def _norm_helps(centred: Tensor, projected: Tensor, step: float) -> bool:

@@ -1,38 +1,57 @@
 """GRACE on a model: attach to one layer, edit mistakes away, explain, undo, verify, save.
 
 One edit = run the model once and take its query, decide against the codebook, train one value,
-publish. The model's weights never change. Until the last step nothing is published, so an edit that
-fails leaves model and codebook as they were.
+decide again and publish. The model's weights never change. Until the last step nothing is
+published, so an edit that fails leaves model and codebook as they were. A value is trained without
+the writer's lock: other threads edit meanwhile, and where that changed the decision it is trained
+anew.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, compiled, lookup, positions, semantics
+from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
 from grace_fast._version import __version__
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
-from grace_fast.edits import Edit, Enacted, History, Verification
+from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
 from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
+from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
 from grace_fast.store import files, layout
+from grace_fast.store.durable import (
+    CodebookReadOnly,
+    Difference,
+    Lock,
+    Logged,
+    Store,
+    difference,
+    go_back,
+    replay,
+)
+from grace_fast.store.journal import Journal
+from grace_fast.store.saved import read_saved
 from grace_fast.training import Attempt, Trained, frozen, train
 from grace_fast.trial import Trial
+
+TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
 
 # A layer takes one adaptor of each name.
 _attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
@@ -41,6 +60,10 @@ _attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
 def has_adapter(layer: nn.Module, name: str | None = None) -> bool:
     """Tell whether an editor of this name is attached to a layer, or an adaptor is in its place."""
     return name in _attached.get(layer, ()) or hasattr(layer, "init_epsilon")
+
+
+class _Superseded(Exception):
+    """Another edit came between, and changed what this one has to do."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,10 @@ class Explanation:
         return self.radius - self.distance
 
 
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
+
+
 class Grace:
     """An editor attached to one layer of a model. `attach` and `from_pretrained` make it."""
 
@@ -70,9 +97,15 @@ class Grace:
         tokenizer: Any = None,
         path: str | Path | None = None,
         name: str | None = None,
+        hmac_key: bytes | None = None,
+        lock: Lock | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         self.path = None if path is None else Path(path)
+        self._hmac_key = hmac_key
+        self._store: Store | None = None  # where every edit goes before anybody sees it
+        self._reads: Journal | None = None  # what `refresh` takes up, of a reader
+        self._is_reader = False
         base = unwrapped(model)
         self.kind = batches.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
@@ -82,6 +115,7 @@ class Grace:
         self.settings = settings
         self._layer = layer
         self._history = History()
+        self._making = threading.Lock()
         self._scale_is_checked = False
         self._adapter = Adapter(
             model=base,
@@ -94,6 +128,8 @@ class Grace:
             first_token=in_decoder,
             name=name,
         )
+        if self.path is not None and lock is not None:
+            self._store = Store(self.path, lock, lambda: self._history, hmac_key)
         compiled.forget_compiled_code()
         self._adapter.install()
         _attached.setdefault(layer, set()).add(name)
@@ -161,21 +197,102 @@ class Grace:
 
         Raises: KeyError where no remaining edit has the id.
         """
-        before = self._history.copy()
-        try:
-            with self.codebook.writing() as draft:
-                edit = self._history.undo(draft, int(edit_id))
-                self._save_durably(draft)
-        except BaseException:
-            self._history = before
-            raise
-        return edit
+        self._require_editable()
+        with self.codebook.held():  # until what a refused version noted is forgotten
+            before = self._history.copy()
+            try:
+                with self.codebook.writing() as draft:
+                    return self._history.undo(draft, int(edit_id))
+            except BaseException:
+                self._history.become(before)
+                raise
+
+    # Versions, where there is a directory
+
+    def log(self) -> list[Logged]:
+        """Return the versions that can be gone back to, oldest first, but for the base itself."""
+        entries = self._journal().entries()
+        return [Logged(each.version, each.time, each.kind, len(each.content)) for each in entries]
+
+    def checkout(self, version: int) -> None:
+        """Answer as at an earlier version, in a new version that can itself be taken back.
+
+        Rows and ids that were given since are not given again.
+
+        Raises: ValueError for a version that is not in `log` nor its base.
+        """
+        self._require_editable()
+        earlier, history = self._at(version)
+        go_back(self.codebook, self._history, earlier.snapshot(), history)
+
+    def diff(self, old: int, new: int | None = None) -> Difference:
+        """Return what a version has otherwise than an earlier one; by default the newest.
+
+        Raises: ValueError as `checkout`.
+        """
+        before, history = self._at(old)
+        after = self._at(self.codebook.version if new is None else new)
+        return difference((before.snapshot(), history), (after[0].snapshot(), after[1]))
+
+    def compact(self) -> None:
+        """Make the newest version the base, so that opening it replays nothing; look-ups go on.
+
+        Earlier versions are gone then; every edit stays and can be undone.
+
+        Raises: OSError where it cannot be written; the directory is as before then.
+        """
+        self._require_editable()
+        self._journal()
+        assert self._store is not None, "who edits a journal has a store"
+        self._store.begin(self.codebook, self._write_base)
+
+    def refresh(self) -> bool:
+        """Take up the versions that another process made since; tell whether there were any.
+
+        For an editor that was attached with read_only=True.
+
+        Raises: CodebookCorrupt, OSError where they cannot be read; this stays as it is then.
+        """
+        if self._reads is None or self.path is None:
+            raise ValueError("only an editor that was attached with read_only=True can refresh()")
+        return self._take_up()
+
+    def _take_up(self) -> bool:
+        assert self.path is not None, "checked by refresh"
+        assert self._reads is not None, "checked by refresh"
+        book, config = self.codebook, files.read_config(self.path, self._hmac_key)
+        told = config.get("journal")
+        if told is None or told.get("file") != self._reads.path.name:  # compacted, saved anew
+            saved = read_saved(self.path, self._hmac_key, self.settings.max_radius)
+            fresh, history, journal = saved.open(book.device)
+            self._reads.close()
+            self.read(fresh, history, journal)
+            return fresh.version != book.version
+        if self._reads.newest() == book.version:
+            return False
+        history = self._history.copy()
+        with book.held():
+            replay(self._reads, book, history)
+            self._history.become(history)
+        return True
+
+    def _at(self, version: int) -> tuple[Codebook, History]:
+        self._journal()
+        assert self.path is not None, "a journal lies in a directory"
+        return read_saved(self.path, self._hmac_key).codebook(version=version)
+
+    def _journal(self) -> Journal:
+        journal = self._reads if self._store is None else self._store.journal
+        if journal is None:
+            raise ValueError("there are no versions without a directory; attach(..., path=DIR)")
+        return journal
 
     # Looking
 
     def edits(self) -> list[Edit]:
         """Return the edits that remain, oldest first."""
-        return list(self._history.edits.values())
+        with self._held():
+            return list(self._history.edits.values())
 
     def explain(
         self, batch: Mapping[str, Any] | Prompt, target: str | int | None = None
@@ -184,16 +301,17 @@ class Grace:
         queries = self.query_of(self._batch(batch, target))
         if self._adapter.book is None or not len(self.codebook):
             return [Explanation(False, None, -1, math.inf, math.nan) for _ in queries]
-        snapshot = self.codebook.snapshot()
-        near, match = lookup.nearest(queries, snapshot), lookup.find(queries, snapshot)
+        with self.codebook.held() as snapshot:
+            near, match = lookup.nearest(queries, snapshot), lookup.find(queries, snapshot)
+            lives = [self._history.rows.get(row) for row in near.row.tolist()]
+            newest = [life.edits[-1] if life and life.edits else None for life in lives]
         explained = []
         for at, row in enumerate(near.row.tolist()):
-            life = self._history.rows.get(row)
             radius = snapshot.radius_of(row) if row >= 0 else math.nan
             explained.append(
                 Explanation(
                     fires=bool(match.hit[at]),
-                    edit=life.edits[-1] if life and life.edits else None,
+                    edit=newest[at],
                     row=row,
                     distance=float(near.distance[at]),
                     radius=radius,
@@ -214,7 +332,9 @@ class Grace:
         """
         if self._adapter.book is None:
             return Verification(())
-        return self._history.verify(self.codebook, self.settings.rules(self.codebook.dtype))
+        with self.codebook.held() as snapshot:
+            history = self._history.copy()
+        return history.verify(snapshot, self.settings.rules(snapshot.dtype))
 
     # For a while
 
@@ -236,130 +356,122 @@ class Grace:
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Let the model answer as it did before any edit, within a `with` block."""
-        before, self._adapter.enabled = self._adapter.enabled, False
-        try:
+        """Let the model answer as it did before any edit, within a `with` block.
+
+        It does so in every thread, until the last block is left.
+        """
+        with self._adapter.disabled():
             yield
-        finally:
-            self._adapter.enabled = before
 
     def unload(self) -> nn.Module:
         """Take the adaptor off and return the model, bit for bit as it was before `attach`."""
+        if self._store is not None:
+            self._store.close()
         if self._is_attached:
             self._adapter.remove()
             _attached[self._layer].discard(self.name)
             self._is_attached = False
         return self.model
 
-    def save_pretrained(self, path: str | Path) -> None:
+    def save_pretrained(self, path: str | Path, hmac_key: bytes | None = None) -> None:
         """Save codebook, edits and settings to a directory, replacing what is there in one step.
+
+        hmac_key: what the manifest is signed with, as in `attach`; by default that of `attach`.
 
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
-        self._save(Path(path), self.codebook.snapshot())
+        key = self._hmac_key if hmac_key is None else hmac_key
+        if self._store is not None and self.path is not None and _is_same(self.path, Path(path)):
+            self.compact()
+            return
+        lock = Lock(Path(path))
+        try:
+            with self.codebook.held() as now:
+                self._save(Path(path), now, key)
+        finally:
+            lock.close()
 
     # The steps of an edit
 
     def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
         self._require_attached()
+        self._require_editable()
         classes = batches.classes_of(self.model, self.kind)
         batches.check(batch, self.kind, classes)
         with frozen(self.model):
             seen = self._observe(batch)
-            book = self._book_for(seen)
-            queries = seen.queries.to(book.dtype)
+            queries = seen.queries.to(self._book_for(seen).dtype)
             self._check_query(queries, seen)
-            first_id, self._adapter.book = self._history.next_id, book
+            book, proposal = self._own_book(seen), self._proposal(batch, queries, seen)
+            for _ in range(TRAININGS):
+                try:
+                    return self._train_and_publish(book, batch, proposal, seen, text)
+                except _Superseded:
+                    continue
+            with self._noting(book):  # nobody comes between any more
+                return self._train_and_publish(book, batch, proposal, seen, text)
+
+    def _proposal(self, batch: Batch, queries: Tensor, seen: Observation) -> Proposal:
+        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        padding = None if self.kind == "classifier" else padding
+        whole, count = self.settings.semantics != "paper", len(queries)
+        labels = [batches.labels_of(batch, at, padding, whole) for at in range(count)]
+        first_id = self._history.next_id
+        fresh = [self._fresh_value(seen, at, first_id + at, queries.dtype) for at in range(count)]
+        if self.settings.query != "every_token":
+            return Proposal(queries, labels, fresh)
+        return Proposal(queries, labels, fresh, seen.hidden, seen.positions)
+
+    def _train_and_publish(
+        self,
+        book: Codebook,
+        batch: Batch,
+        proposal: Proposal,
+        seen: Observation,
+        text: tuple[str, str] | None,
+    ) -> list[Edit]:
+        """Decide, train while other threads may write, and publish where that changed nothing.
+
+        Raises: _Superseded where it did.
+        """
+        rules = self.settings.rules(book.dtype)
+        with book.sketching() as draft:
+            sketch, first_id = self._history.sketch(), self._history.next_id
+            plan = plans.make(proposal, draft, sketch, rules, first_id)
+        results = [self._train(one, batch, seen) for one in plan.trainings]
+        with self._noting(book) as draft:
+            now = plans.make(proposal, draft, self._history, rules, self._history.next_id)
+            if not now.agrees(plan):
+                raise _Superseded
+            self._warn_of_shared_queries(batch, now, rules)
+            for one, result in zip(now.trainings, results, strict=True):
+                if result.steps or self.settings.iterations == 0:
+                    draft.set_value(one.row, result.value)
+            return self._record(draft.snapshot(), batch, proposal, now, results, text)
+
+    @contextmanager
+    def _noting(self, book: Codebook) -> Iterator[Draft]:
+        """Open a draft; where it is not published, the history forgets the edits noted of it."""
+        with book.held():  # nobody gets an id of theirs before they are forgotten
+            first_id = self._history.next_id
             try:
                 with book.writing() as draft:
-                    edits = self._enact_and_train(draft, batch, queries, seen, text)
-                    self._save_durably(draft)
+                    yield draft
             except BaseException:
                 self._history.forget_from(first_id)
                 self._history.next_id = first_id
                 raise
-        return edits
 
-    def _enact_and_train(
-        self,
-        draft: Draft,
-        batch: Batch,
-        queries: Tensor,
-        seen: Observation,
-        text: tuple[str, str] | None,
-    ) -> list[Edit]:
-        rules = self.settings.rules(queries.dtype)
-        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
-        padding = None if self.kind == "classifier" else padding
-        first_id, count = self._history.next_id, len(queries)
-        labels = [
-            batches.labels_of(batch, at, padding, rules.semantics != "paper") for at in range(count)
-        ]
-        enacted = []
-        for at in range(count):
-            fresh = self._fresh_value(seen, at, first_id + at, queries.dtype)
-            done = self._history.enact(draft, rules, queries[at], labels[at], fresh, first_id + at)
-            if done.distance <= rules.repeat_distance:
-                self._warn_of_shared_query(done, batches.prompt_checksum(batch, at))
-            enacted.append(done)
-        results = self._train(draft, batch, queries, labels, enacted, seen, rules)
-        after = draft.snapshot()
-        for at, (done, result) in enumerate(zip(enacted, results, strict=True)):
-            label_slot = after.label_slot_of(done.row)
-            edit = Edit(
-                id=first_id + at,
-                outcome=done.outcome,
-                row=done.row,
-                distance=done.distance,
-                radius=done.radius,
-                query=queries[at].clone(),
-                label=labels[at],
-                value_before=done.value_before,
-                value_after=after.value_slot_of(done.row),
-                loss=math.nan if result is None else result.loss,
-                steps=0 if result is None else result.steps,
-                correct=result is not None and result.correct,
-                prompt=batches.prompt_checksum(batch, at),
-                text=text,
-            )
-            self._history.record(edit, label_slot)
-        return [self._history.edits[first_id + at] for at in range(count)]
+    def _train(self, training: Training, batch: Batch, seen: Observation) -> Trained:
+        """Train one value on the rows of the batch that it answers."""
+        picked = list(training.picked)
+        where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
+        trial = Trial(training.start, training.row, training.tokens)
+        attempt = self._attempts(trial, batches.rows(batch, picked), where)
+        return train(training.start, attempt, self.settings.schedule())
 
-    def _train(
-        self,
-        draft: Draft,
-        batch: Batch,
-        queries: Tensor,
-        labels: Sequence[Tensor],
-        enacted: Sequence[Enacted],
-        seen: Observation,
-        rules: Rules,
-    ) -> list[Trained | None]:
-        """Train each touched value once, on the rows of the batch that it answers in the end."""
-        decided = draft.snapshot()
-        answered_by = lookup.nearest(queries, decided).row.tolist()
-        members: dict[int, list[int]] = {}
-        for at, done in enumerate(enacted):
-            label = decided.label_of(done.row)
-            alike = label is not None and semantics.same_label(rules, labels[at], label)
-            alike |= rules.semantics == "easyedit"  # which compares with another row's label
-            if alike and (answered_by[at] == done.row or len(enacted) == 1):
-                members.setdefault(done.row, []).append(at)
-        results: list[Trained | None] = [None] * len(enacted)
-        for row, picked in members.items():
-            part = batches.rows(batch, picked)
-            where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
-            attempt = self._attempts(row, decided, part, where)
-            result = train(decided.value_of(row), attempt, self.settings.schedule())
-            if result.steps or self.settings.iterations == 0:
-                draft.set_value(row, result.value)
-            for at in picked:
-                results[at] = result
-        return results
-
-    def _attempts(self, row: int, decided: Snapshot, batch: Batch, where: Tensor) -> Attempt:
+    def _attempts(self, trial: Trial, batch: Batch, where: Tensor) -> Attempt:
         """Return what runs a batch with a value in place of a row's, asked at where [B]."""
-        trial = Trial(decided.value_of(row), row, decided)
 
         def attempt(value: Tensor) -> tuple[Tensor, bool]:
             trial.value = value
@@ -374,6 +486,44 @@ class Grace:
             return loss, batches.is_correct(logits.detach(), batch["labels"], self.kind)
 
         return attempt
+
+    def _record(
+        self,
+        after: Snapshot,
+        batch: Batch,
+        proposal: Proposal,
+        plan: Plan,
+        results: Sequence[Trained],
+        text: tuple[str, str] | None,
+    ) -> list[Edit]:
+        """Note the edits of a batch in the history, as a draft holds them in the end."""
+        reached = {
+            at: result
+            for one, result in zip(plan.trainings, results, strict=True)
+            for at in one.picked
+        }
+        edits = []
+        for at, done in enumerate(plan.enacted):
+            result = reached.get(at)
+            edit = Edit(
+                id=self._history.next_id,
+                outcome=done.outcome,
+                row=done.row,
+                distance=done.distance,
+                radius=done.radius,
+                query=proposal.queries[at].clone(),
+                label=proposal.labels[at],
+                value_before=done.value_before,
+                value_after=after.value_slot_of(done.row),
+                loss=math.nan if result is None else result.loss,
+                steps=0 if result is None else result.steps,
+                correct=result is not None and result.correct,
+                prompt=batches.prompt_checksum(batch, at),
+                text=text,
+            )
+            self._history.record(edit, after.label_slot_of(done.row))
+            edits.append(edit)
+        return edits
 
     def _fresh_value(self, seen: Observation, at: int, edit_id: int, dtype: torch.dtype) -> Tensor:
         if self.settings.value_init == "warm":
@@ -444,20 +594,49 @@ class Grace:
             self._scale_is_checked = True
             advice.warn_of_scale(self.settings.layer, self.settings.epsilon, seen)
 
-    def _warn_of_shared_query(self, done: Enacted, prompt: int) -> None:
+    def _warn_of_shared_queries(self, batch: Batch, plan: Plan, rules: Rules) -> None:
         """Warn where the edits of the nearest key all came from other prompts."""
-        near = self._history.rows[done.row]
-        if not near.edits and near.neighbour >= 0:
-            near = self._history.rows[near.neighbour]
-        stored = [self._history.edits[edit] for edit in near.edits]
-        if stored and all(edit.prompt != prompt for edit in stored):
-            advice.warn_of_shared_query(self.settings.layer, stored[0], done.distance)
+        for at, done in enumerate(plan.enacted):
+            if done.distance > rules.repeat_distance:
+                continue
+            near = self._history.rows[done.row]
+            if not near.edits and near.neighbour >= 0:
+                near = self._history.rows[near.neighbour]
+            stored = [self._history.edits[edit] for edit in near.edits]
+            prompt = batches.prompt_checksum(batch, at)
+            if stored and all(edit.prompt != prompt for edit in stored):
+                advice.warn_of_shared_query(self.settings.layer, stored[0], done.distance)
 
     def _book_for(self, seen: Observation) -> Codebook:
         if self._adapter.book is not None:
             return self._adapter.book
         dtype = seen.hidden.dtype if seen.hidden.dtype in DTYPES else torch.float32
         return Codebook(seen.hidden.shape[-1], seen.output.shape[-1], dtype, seen.hidden.device)
+
+    def _own_book(self, seen: Observation) -> Codebook:
+        """Return the codebook that edits go to, made by the first of them."""
+        with self._making:
+            if self._adapter.book is None:
+                book = self._book_for(seen)
+                if self._store is not None:
+                    self._store.begin(book, self._writer_of(book))
+                self._adapter.book = book
+            return self._adapter.book
+
+    def begin(self, journal: Journal | None = None) -> None:
+        """Keep the codebook in its directory from now on, if it has one: go on with a journal."""
+        book = self._adapter.book
+        if self._store is None or book is None:  # what is not there is made by the first edit
+            return
+        if journal is not None:
+            self._store.resume(journal, book)
+        else:
+            self._store.begin(book, self._write_base)
+
+    def read(self, book: Codebook, history: History, journal: Journal | None) -> None:
+        """Answer from a codebook that others edit."""
+        self.take(book, history)
+        self._reads, self._is_reader = journal, True
 
     def take(self, book: Codebook, history: History) -> None:
         """Use a codebook and the edits that made it."""
@@ -476,23 +655,49 @@ class Grace:
         epsilon = calibrate.epsilon_from(torch.cat(queries))
         self.settings = Settings(**{**asdict(self.settings), "epsilon": epsilon})
 
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Hold other threads' edits off: the history is noted before its version is published."""
+        if self._adapter.book is None:
+            yield
+            return
+        with self._adapter.book.held():
+            yield
+
+    def _require_editable(self) -> None:
+        if self._is_reader:
+            raise CodebookReadOnly(
+                f"{self.path} was attached with read_only=True; attach it without to edit"
+            )
+
     def _require_attached(self) -> None:
         if not self._is_attached:
             raise RuntimeError("this editor was unloaded; attach() again")
 
-    def _save_durably(self, draft: Draft) -> None:
-        if self.path is not None:
-            self._save(self.path, draft.snapshot())
+    def _write_base(self, told: Mapping[str, Any]) -> None:
+        self._writer_of(self.codebook)(told)
 
-    def _save(self, path: Path, snapshot: Any) -> None:
+    def _writer_of(self, book: Codebook) -> Callable[[Mapping[str, Any]], None]:
+        assert self.path is not None, "a store has a directory"
+        path = self.path
+        return lambda told: self._save(path, book.snapshot(), self._hmac_key, told)
+
+    def _save(
+        self,
+        path: Path,
+        snapshot: Snapshot,
+        hmac_key: bytes | None,
+        told: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         texts = {str(edit.id): edit.text for edit in self.edits() if edit.text is not None}
         config = {
             "grace_fast": __version__,
             "settings": asdict(self.settings),
             "fingerprint": fingerprint(uncompiled(self.model), self._layer),
             "next_id": self._history.next_id,
-            "hits": {str(row): count for row, count in self.hits.items()},
+            "hits": {str(row): count for row, count in dict(self.hits).items()},
             "texts": texts,
+            **told,
         }
         tensors = layout.pack_codebook(snapshot) | layout.pack_history(self._history, snapshot)
-        files.write(path, config, tensors)
+        files.write(path, config, tensors, hmac_key)

@@ -4,11 +4,15 @@ An id names an edit; several edits may share a row. What an edit did to rows is 
 that any edit can be taken back: a row's radius and key are those of the newest remaining event on
 it, its value and label those of its newest remaining edit. A row goes when its last edit goes, and
 with it the split that made room for it.
+
+Every change of a history is a step. A journal keeps them, and `History.follow` makes the same
+history of them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -130,6 +134,46 @@ class RowLife:
     base: Base | None = None  # where the row was there before any edit
     neighbour: int = -1  # the row that was split to make room for this one
 
+    @property
+    def was_edited(self) -> bool:
+        """Whether an edit is on it, or changed its ball."""
+        return bool(self.edits) or any(event.edit != NO_EDIT for event in self.events)
+
+    def copy(self) -> RowLife:
+        """Return one that changes by itself."""
+        return replace(self, edits=list(self.edits), events=list(self.events))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The step of an edit that was enacted and trained."""
+
+    edit: Edit
+    label_slot: int  # where the store keeps its row's label
+
+
+@dataclass(frozen=True)
+class Founded:
+    """The step of a row that was there before its first edit."""
+
+    row: int
+    base: Base
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The step of an edit that was taken back."""
+
+    edit: int
+
+
+@dataclass(frozen=True)
+class Emptied:
+    """The step before those of another version that was gone back to."""
+
+
+Step = Recorded | Event | Founded | Forgotten | Emptied
+
 
 class History:
     """The edits that remain, in order, and what they did to each row."""
@@ -139,6 +183,53 @@ class History:
         self.rows: dict[int, RowLife] = {}
         self.label_slots: dict[int, int] = {}  # by edit: where the store keeps its row's label
         self.next_id = 0
+        self.keeps_steps = False  # somebody asks for them
+        self._steps: list[Step] = []
+
+    def take_steps(self) -> list[Step]:
+        """Return the steps since this was last asked for."""
+        taken, self._steps = self._steps, []
+        return taken
+
+    def steps(self) -> Iterator[Step]:
+        """Yield steps that make this history of an empty one."""
+        for row, life in self.rows.items():
+            if life.base is not None:
+                yield Founded(row, life.base)
+            yield from life.events
+        for number, edit in self.edits.items():
+            yield Recorded(edit, self.label_slots[number])
+
+    def follow(self, step: Step) -> None:
+        """Do what a step did to the history that it was taken from.
+
+        Raises: KeyError for the step of another history.
+        """
+        if isinstance(step, Recorded):
+            self.record(step.edit, step.label_slot)
+        elif isinstance(step, Event):
+            self.add_event(step)
+        elif isinstance(step, Founded):
+            self.set_base(step.row, step.base)
+        elif isinstance(step, Forgotten):
+            self._forget(step.edit)
+        else:
+            self.empty()
+
+    def become(self, other: History) -> None:
+        """Be what another history is, which is not used any more; steps are not kept of it."""
+        self.edits, self.rows, self.label_slots = other.edits, other.rows, other.label_slots
+        self.next_id = other.next_id
+        self._steps.clear()
+
+    def empty(self) -> None:
+        """Forget every edit, and give none of their ids again."""
+        self.edits, self.rows, self.label_slots = {}, {}, {}
+        self._note(Emptied())
+
+    def _note(self, step: Step) -> None:
+        if self.keeps_steps:
+            self._steps.append(step)
 
     def record(self, edit: Edit, label_slot: int) -> None:
         """Keep an enacted edit with what its training reached."""
@@ -146,26 +237,30 @@ class History:
         self.label_slots[edit.id] = label_slot
         self._life(edit.row).edits.append(edit.id)
         self.next_id = max(self.next_id, edit.id + 1)
+        self._note(Recorded(edit, label_slot))
 
     def forget_from(self, edit_id: int) -> None:
         """Drop every trace of the edits from an id on: their draft was dropped."""
         for life in self.rows.values():
             life.edits = [edit for edit in life.edits if edit < edit_id]
             life.events = [event for event in life.events if event.edit < edit_id]
-        self.rows = {row: life for row, life in self.rows.items() if life.edits or life.base}
+        # What is left of a row that only they touched is what it holds: it is noted anew.
+        self.rows = {row: life for row, life in self.rows.items() if life.was_edited}
         for gone in [edit for edit in self.edits if edit >= edit_id]:
             del self.edits[gone], self.label_slots[gone]
+        self._steps.clear()
 
     def copy(self) -> History:
         """Return a history that further edits and undos of this one do not change."""
         twin = History()
         twin.edits, twin.label_slots = dict(self.edits), dict(self.label_slots)
-        twin.rows = {
-            row: replace(life, edits=list(life.edits), events=list(life.events))
-            for row, life in self.rows.items()
-        }
-        twin.next_id = self.next_id
+        twin.rows = {row: life.copy() for row, life in self.rows.items()}
+        twin.next_id, twin.keeps_steps = self.next_id, self.keeps_steps
         return twin
+
+    def sketch(self) -> History:
+        """Return what an edit can be enacted on to see what it would do: this stays as it is."""
+        return _Sketch(self)
 
     def _life(self, row: int) -> RowLife:
         return self.rows.setdefault(row, RowLife())
@@ -175,10 +270,12 @@ class History:
         self._life(event.row).events.append(event)
         if event.lasts_with not in (event.row, -1):
             self._life(event.lasts_with).neighbour = event.row
+        self._note(event)
 
     def set_base(self, row: int, base: Base) -> None:
         """Note what a row held before any edit."""
         self._life(row).base = base
+        self._note(Founded(row, base))
 
     def enact(
         self,
@@ -203,6 +300,12 @@ class History:
             radius, known = before.radius_of(row), _label_compared(rules, before, row)
             same = known is not None and semantics.same_label(rules, label, known)
         decision = semantics.decide(rules, squared, radius, same)
+        if decision.radius > rules.max_radius:
+            raise ValueError(
+                f"the edit's ball must be at most max_radius = {rules.max_radius}, and it would be "
+                f"{decision.radius:.6g} ({decision.outcome}); edit a nearer prompt, or attach with "
+                "a smaller epsilon or a larger max_radius"
+            )
         distance = math.inf if decision.outcome == "added" else float(near.distance[0])
         if decision.outcome in ("added", "split"):
             made = self._add(draft, decision, row, query, label, fresh_value, edit)
@@ -255,11 +358,10 @@ class History:
 
     def _keep_base(self, snapshot: Snapshot, row: int) -> None:
         """Keep what a row held before its first edit, where no edit made it."""
-        life = self._life(row)
-        if not life.events:
-            life.base = Base(snapshot.value_slot_of(row), snapshot.label_slot_of(row))
+        if not self._life(row).events:
+            self.set_base(row, Base(snapshot.value_slot_of(row), snapshot.label_slot_of(row)))
             ball = (snapshot.radius_of(row), snapshot.key_slot_of(row))
-            life.events.append(Event(NO_EDIT, row, *ball, lasts_with=row))
+            self.add_event(Event(NO_EDIT, row, *ball, lasts_with=row))
 
     def undo(self, draft: Draft, edit_id: int) -> Edit:
         """Take one edit back in a draft and in the history; return it.
@@ -269,24 +371,34 @@ class History:
         if edit_id not in self.edits:
             known = f"the ids {min(self.edits)} to {max(self.edits)}" if self.edits else "none"
             raise KeyError(f"no edit has the id {edit_id}; there remain {known}")
+        neighbour = self.rows[self.edits[edit_id].row].neighbour
+        edit = self._forget(edit_id)
+        if edit.row in self.rows:
+            self._restore_ball(draft, edit.row)
+            self._restore_value(draft, edit.row)
+            return edit
+        if bool(draft.snapshot().live[edit.row]):  # else it was removed by its key's id
+            draft.remove(edit.row)
+        if neighbour in self.rows:
+            self._restore_ball(draft, neighbour)
+        return edit
+
+    def _forget(self, edit_id: int) -> Edit:
+        """Take one edit out, its row too where it was the last one there, and what it caused."""
         edit = self.edits.pop(edit_id)
         del self.label_slots[edit_id]
-        row, life = edit.row, self.rows[edit.row]
+        self._note(Forgotten(edit_id))
+        life = self.rows[edit.row]
         life.edits.remove(edit_id)
-        if not life.edits and life.base is None:
-            if bool(draft.snapshot().live[row]):  # else it was removed by its key's id
-                draft.remove(row)
-            del self.rows[row]
-            if life.neighbour in self.rows:
-                split = self.rows[life.neighbour]
-                split.events = [event for event in split.events if event.lasts_with != row]
-                self._restore_ball(draft, life.neighbour)
+        if life.edits or life.base is not None:
+            life.events = [
+                event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
+            ]
             return edit
-        life.events = [
-            event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
-        ]
-        self._restore_ball(draft, row)
-        self._restore_value(draft, row)
+        del self.rows[edit.row]
+        if life.neighbour in self.rows:
+            split = self.rows[life.neighbour]
+            split.events = [event for event in split.events if event.lasts_with != edit.row]
         return edit
 
     def _restore_ball(self, draft: Draft, row: int) -> None:
@@ -348,6 +460,20 @@ class History:
             elif event.edit != NO_EDIT:  # undone, and kept up by later edits on the row it made
                 by = max(by, self.rows[event.lasts_with].edits[-1])
         return by
+
+
+class _Sketch(History):
+    """A history that copies the lives it changes, few of many."""
+
+    def __init__(self, known: History) -> None:
+        super().__init__()
+        self._known = known
+
+    def _life(self, row: int) -> RowLife:
+        if row not in self.rows:
+            known = self._known.rows.get(row)
+            self.rows[row] = RowLife() if known is None else known.copy()
+        return self.rows[row]
 
 
 def _label_compared(rules: Rules, snapshot: Snapshot, row: int) -> Tensor | None:

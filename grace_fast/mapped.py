@@ -17,6 +17,7 @@ import weakref
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,49 @@ _SAFETENSORS_NAME = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 
 
 class CodebookCorrupt(ValueError):
-    """A file is not what was saved: truncated, changed, or never a codebook of ours."""
+    """A file is not what was saved: truncated, changed, or never a codebook of ours.
+
+    field, row: the column and the row of it that are wrong, where it is a matter of them.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, row: int | None = None) -> None:
+        super().__init__(message)
+        self.field, self.row = field, row
+
+
+def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Return a descriptor of a regular file; a link is not followed, a device not opened.
+
+    flags: as for `os.open`; a file that is to be created need not be there.
+
+    Raises: CodebookCorrupt where something else has its name, OSError as `os.open`.
+    """
+    refuse_special(path)
+    # What takes its place in between is opened without waiting for it, and refused then.
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        _refuse_mode(path, os.fstat(descriptor).st_mode)
+    except CodebookCorrupt:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def refuse_special(path: Path) -> None:
+    """Raise CodebookCorrupt where a link, a device or a folder has the name of a file.
+
+    For files that others open by their path: SQLite, safetensors.
+    """
+    try:
+        _refuse_mode(path, path.lstat().st_mode)
+    except FileNotFoundError:
+        return
+
+
+def _refuse_mode(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+        raise CodebookCorrupt(f"{path} is {what}: a codebook's files are regular files")
 
 
 @dataclass(frozen=True)
@@ -78,21 +121,21 @@ class Shape:
 class MappedFile:
     """A file of rows as it was saved, and which blocks of it were found to be so.
 
-    checks: [blocks] int64, the CRC-32 of each.
+    checks: [blocks, 32] uint8, the SHA-256 of each; of format 2 [blocks] int64, their CRC-32.
 
     Raises: CodebookCorrupt where the file is missing, of another size, or has another header.
     """
 
     def __init__(self, path: Path, name: str, shape: Shape, checks: Tensor) -> None:
         self.path, self.name, self.shape = path, name, shape
-        self._checks = checks.tolist()
-        if len(self._checks) != shape.blocks:
+        self._checks = checks
+        if len(checks) != shape.blocks:
             raise CodebookCorrupt(
-                f"{path} has {shape.blocks} blocks, and there are {len(self._checks)} checksums"
+                f"{path} has {shape.blocks} blocks, and there are {len(checks)} checksums"
             )
         try:
             # Kept open: whoever replaces the file leaves this one to us.
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            self.descriptor = open_regular(path)
         except OSError as error:
             raise CodebookCorrupt(f"{path} is missing: the codebook is not complete") from error
         weakref.finalize(self, os.close, self.descriptor)
@@ -155,17 +198,27 @@ class MappedFile:
             if len(content) != size:
                 self._check_size("shrank while it was in use")
             row = first // self.shape.row_bytes
-            if zlib.crc32(content) != self._checks[block]:
+            if not self._is_saved(block, content):
                 raise CodebookCorrupt(
                     f"{self.path}: block {block}, from row {row} on, is not what was saved "
-                    "(checksum)"
+                    "(checksum)",
+                    field=self.name,
+                    row=row,
                 )
             if (at := first_not_finite(content, self.shape.dtype)) is not None:
                 row = (first + at * self.shape.dtype.itemsize) // self.shape.row_bytes
                 raise CodebookCorrupt(
-                    f"{self.path}: {self.name} must be finite, got NaN or infinity in row {row}"
+                    f"{self.path}: {self.name} must be finite, got NaN or infinity in row {row}",
+                    field=self.name,
+                    row=row,
                 )
             self.tested[block] = 1
+
+    def _is_saved(self, block: int, content: bytes) -> bool:
+        saved = self._checks[block]
+        if saved.ndim:
+            return sha256(content).digest() == bytes(saved.tolist())
+        return zlib.crc32(content) == int(saved)
 
     def test_rows(self, first: int, last: int) -> None:
         """Test the blocks of rows [first, last); rows past the file are none of its business."""

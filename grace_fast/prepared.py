@@ -99,8 +99,9 @@ def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prep
     wait: compute first what can be computed from the keys that are there; without, the first
         look-ups may read all keys.
     graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are captured
-        from now on see every edit once it was made; a stream that replays one has to wait for the
-        stream of the edit.
+        from now on see every edit once it was made; a stream that replays one and the stream of the
+        edit have to wait for each other, and a thread that does not edit replays within
+        `codebook.held()`.
 
     Raises: TypeError for no codebook; with `graphs` BackendUnavailable, or MemoryError where the
     GPU cannot keep it so.

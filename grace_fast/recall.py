@@ -57,7 +57,7 @@ class Memory:
 
         Raises: RuntimeError where it did not, as far as is known.
         """
-        known = [(asked.difference(hidden), asked.answer) for asked in self.asked]
+        known = [(asked.difference(hidden), asked.answer) for asked in list(self.asked)]
         difference, answer = min(known, key=lambda one: one[0], default=(math.inf, None))
         # What runs again may round otherwise, where attention has another kernel for gradients.
         if answer is not None and difference <= torch.finfo(hidden.dtype).eps ** 0.5:

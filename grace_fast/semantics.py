@@ -158,8 +158,11 @@ class Rules:
     expand: Expand = "coverage"
     margin: float = 0.0  # an expanded radius is distance * (1 + margin); paper only
     semantics: Semantics = "paper"
+    max_radius: float = math.inf  # an edit whose ball would be wider is refused
 
     def __post_init__(self) -> None:
+        if not self.max_radius > 0:
+            raise ValueError(f"max_radius must be a number > 0, got {self.max_radius}")
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
             raise ValueError(f"epsilon must be a positive number, got {self.epsilon}")
         if not (math.isfinite(self.margin) and self.margin >= 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -32,6 +33,7 @@ class Settings:
     query: Query = "prompt_end"
     stop_loss: float | None = None
     store_text: bool = False
+    max_radius: float | None = None
 
     def __post_init__(self) -> None:
         choices = {"replacement": Replacement, "value_init": ValueInit, "query": Query}
@@ -39,6 +41,13 @@ class Settings:
             if getattr(self, name) not in get_args(allowed):
                 given = getattr(self, name)
                 raise ValueError(f"{name} must be one of {get_args(allowed)}, got {given!r}")
+        for name in ("epsilon", "learning_rate", "expand_margin", "stop_loss", "max_radius"):
+            given = getattr(self, name)
+            if given is not None and (isinstance(given, bool) or not isinstance(given, Real)):
+                raise ValueError(f"{name} must be a number, got {given!r}")
+        for name, kind in (("layer", str), ("store_text", bool)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
         if not isinstance(self.iterations, int) or self.iterations < 0:
             raise ValueError(f"iterations must be a whole number >= 0, got {self.iterations!r}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -49,7 +58,8 @@ class Settings:
         margin = self.expand_margin
         if margin is None:
             margin = EXPAND_MARGIN[dtype]
-        return Rules(float(self.epsilon), self.expand, margin, self.semantics)
+        widest = math.inf if self.max_radius is None else float(self.max_radius)
+        return Rules(float(self.epsilon), self.expand, margin, self.semantics, widest)
 
     def schedule(self) -> Schedule:
         """Return how a value is trained."""

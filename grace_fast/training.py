@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -65,19 +67,42 @@ def _better(one: Trained, other: Trained) -> bool:
     return one.loss < other.loss  # False for NaN: a value that breaks the model is not kept
 
 
+class _Frozen:
+    """What was taken out of a model, and how many want it so."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.wanted = 0
+        self.learning = [one for one in model.parameters() if one.requires_grad]
+        self.training = [module for module in model.modules() if module.training]
+
+    def set(self, active: bool) -> None:
+        for parameter in self.learning:
+            parameter.requires_grad_(active)
+        for module in self.training:
+            module.training = active
+
+
+_freezing = threading.Lock()
+_frozen: WeakKeyDictionary[nn.Module, _Frozen] = WeakKeyDictionary()
+
+
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Take the gradients and the dropout out of a model, and put them back as they were."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    training = [module for module in model.modules() if module.training]
+    """Take the gradients and the dropout out of a model, and put them back as they were.
+
+    The model is every thread's: the first who wants it frozen freezes it, the last puts it back.
+    """
+    with _freezing:
+        state = _frozen.get(model)
+        if state is None:
+            state = _frozen[model] = _Frozen(model)
+            state.set(False)
+        state.wanted += 1
     try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        for module in training:
-            module.training = False
         yield
     finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
+        with _freezing:
+            state.wanted -= 1
+            if not state.wanted:
+                del _frozen[model]
+                state.set(True)

@@ -359,6 +359,19 @@ def test_faiss_indexes_are_measured_beside_ours(monkeypatch, tmp_path):
     assert "wrong decisions" in page
 
 
+def test_beyond_the_largest_graph_an_index_that_reads_every_key_is_asked_less(monkeypatch):
+    pytest.importorskip("faiss")
+    spec = Spec("clusters", 600, width=24, hit_rate=0.5, queries=40, value_dim=2)
+    asked = [FaissIndex("Flat"), FaissIndex("IVF16,Flat")]
+    monkeypatch.setattr(large, "indexes", lambda rows: asked)
+    monkeypatch.setattr(large, "LARGEST_GRAPH", 599)
+    ours, flat, cells = large.measure(spec, 0.01)
+    assert cells.asked == ours.asked > 40
+    assert flat.asked == -(-ours.asked // large.EVERY_KEY)
+    assert flat.certified == flat.asked
+    assert ours.wrong == flat.wrong == cells.wrong_certified == 0
+
+
 def test_a_certified_answer_that_is_wrong_fails_the_command(monkeypatch, tmp_path):
     right = large.Figure("w", 9, 0.1, "faiss Flat", 0, 0, 4, 2, 1, 1, 3, 0, 1, 1, 2)
     for figure, code in ((right, 0), (replace(right, wrong_certified=1), 1)):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
+from hashlib import sha256
 
 import pytest
 import torch
@@ -20,12 +19,13 @@ from safetensors.torch import load_file, save_file
 
 import grace_fast as gf
 from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES
-from grace_fast.store import files
+from grace_fast.store import files, manifest
 
 
 def change_config(folder, **changes):
-    path = folder / files.CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change the manifest, with the checksum that suits it."""
+    config = files.read_config(folder)
+    (folder / files.CONFIG).write_bytes(manifest.seal(config | changes))
 
 
 def change_mapped(folder, **changes):
@@ -78,7 +78,7 @@ OPENING = {
             (f / "k").symlink_to(file_of(f, "keys").rename(f / "elsewhere"))
             or change_mapped(f, file="k")
         ),
-        "is missing: the codebook is not complete",
+        "is a link: a codebook's files are regular files",
     ),
     "a path out of the directory": (
         lambda f: change_mapped(f, file="../keys"),
@@ -215,7 +215,7 @@ def test_a_flipped_bit_is_seen_when_its_block_is_fetched(stem, parts, tmp_path):
 def test_a_key_that_is_not_finite_is_seen_though_its_checksum_is_right(folder):
     path = file_of(folder, "keys")
     overwrite(path, HEADER_BYTES + 77 * WIDTH * 4, b"\x00\x00\xc0\x7f")
-    check = zlib.crc32(path.read_bytes()[HEADER_BYTES:])
+    check = list(sha256(path.read_bytes()[HEADER_BYTES:]).digest())
     replace_tensor(folder, "tensors", "keys.blocks", lambda t: t.new_tensor([check]))
     with pytest.raises(
         gf.CodebookCorrupt, match="keys must be finite, got NaN or infinity in row 77"

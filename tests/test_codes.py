@@ -98,6 +98,17 @@ def test_a_good_fit_proves_nearly_every_miss():
     assert (bounds <= radius).float().mean() < 1e-3
 
 
+def test_keys_in_the_densest_part_are_told_apart_where_all_keys_vary_elsewhere():
+    wide, dense = torch.zeros(1000, 96), torch.zeros(1000, 96)
+    wide[:, :20] = 10 * normal(1000, 20)  # more principal directions than there are near slots
+    dense[:, 30:36] = 2 * normal(1000, 6, 1)
+    keys = torch.cat([wide, dense])
+    phi = codes.fit(keys, 0.5)
+    asked = codes.encode_queries(phi, dense[:200])
+    near = codes.lower_bounds(phi, asked, codes.encode_keys(phi, dense))
+    assert (near > 0.5).float().mean() > 0.95
+
+
 def test_the_step_is_a_power_of_two_near_the_radius():
     phi = codes.fit(normal(100, 32), 0.7)
     assert math.log2(phi.step).is_integer()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from disk import compiled
@@ -13,7 +14,7 @@ import grace_fast as gf
 from grace_fast import largebench
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import beside_appends, out_of_core
+from benchmarks import beside_appends, out_of_core, readers_and_writer
 
 
 @pytest.fixture
@@ -98,3 +99,29 @@ def test_look_ups_beside_appends_are_counted_and_wrong_ones_seen(monkeypatch):
 
     monkeypatch.setattr(gf, "prepare", lambda book: lambda query: Blind)
     assert beside_appends.run(1500, 32, 80, 1)["private"]["wrong"] > 0
+
+
+def test_eight_readers_beside_an_editor_read_nothing_mixed_and_lose_no_row():
+    figures = readers_and_writer.run(rows=4200, width=16, look_ups=16000, turns=2)
+    assert figures["wrong"] == 0
+    assert figures["edits"] > 100
+    assert all(figures[name]["look_ups"] == 16000 for name in ("alone", "beside the editor"))
+
+
+def test_a_mixed_read_and_a_lost_row_are_seen():
+    edited, reader = readers_and_writer.Edited(4200, 16, 4300), readers_and_writer.Reader()
+    random = np.random.default_rng(0)
+    with edited.book.writing() as draft:
+        for row in range(0, 4200, 2):
+            draft.set_radius(row, edited.epsilon / 2)  # and not the other's
+    edited.look_up(reader, random)
+    assert (reader.mixed, reader.lost) == (1, 0)
+    with edited.book.writing() as draft:
+        for row in range(4200):
+            draft.set_radius(row, -1.0)
+    edited.look_up(reader, random)
+    assert (reader.mixed, reader.lost) == (1, 1)
+    figures = {"wrong": 1, "rows": 1, "width": 1, "edits": 1, "readers": 8}
+    where = {"cpu": "a", "cores": 1, "commit": "b", "python": "c"}
+    found = {"machine": where, "command": "d", "date": "e", "figures": figures}
+    assert readers_and_writer.markdown(found).endswith("1 look-ups were wrong: no times.\n")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import threading
 import os
 import resource
 from contextlib import contextmanager
@@ -115,11 +117,13 @@ def test_a_build_that_was_killed_goes_on_from_its_last_state(parts, tmp_path):
 @compiled
 def test_keys_that_were_encoded_are_not_encoded_again(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "CHECKPOINT_KEYS", 1024)
-    encode, calls = codes.encode_keys, []
+    encode, calls, number = codes.encode_keys, [], itertools.count(1)
 
     def counted(phi, keys):
+        if threading.current_thread().name == "grace_fast-certificate":
+            return encode(phi, keys)  # a codebook of an earlier test builds its own
         calls.append(len(keys))
-        if len(calls) == 12:
+        if next(number) == 12:  # whichever thread it is
             raise Broken
         return encode(phi, keys)
 
@@ -136,7 +140,7 @@ def test_a_codebook_stays_as_it_was_until_the_new_one_is_whole(parts, folder, mo
     other = some_keys(seed=9)
     publish = files.publish
 
-    def full(path, config):
+    def full(path, config, hmac_key):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "publish", full)
@@ -240,7 +244,7 @@ def test_another_stream_than_was_begun_with_is_refused(parts, tmp_path):
     for content, message in {
         b"{": "is not the state of a build",
         b"[]": "is not the state of a build",
-        b'{"format": 9}': "has format 9, wanted 1",
+        b'{"format": 9}': "has format 9, wanted 2",
     }.items():
         state.write_bytes(content)
         with pytest.raises(gf.CodebookCorrupt, match=message):

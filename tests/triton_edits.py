@@ -6,6 +6,7 @@ Run as a program under the interpreter; `test_triton_find.py` runs it on a GPU w
 from __future__ import annotations
 
 import sys
+import threading
 from contextlib import contextmanager
 from functools import partial
 
@@ -183,8 +184,45 @@ def replays(codes_pay: bool) -> None:
     assert set(book._followers) == {backend.NAME}
 
 
+def replays_beside_a_writer() -> None:
+    """Replay while another thread splits a ball and joins it: some row always has the query."""
+    keys = torch.eye(20, 24)
+    book, query = gf.Codebook(24, 4), keys[:1] + 0.2 / 24**0.5
+    book.append(keys, torch.zeros(20, 4), torch.full((20,), 0.5))
+    backend.keep_for_graphs(book)
+    with recorded() as launches:
+        found = gf.find(query, book, backend="triton")
+    stop, seen, splits = threading.Event(), set(), 0
+
+    def split() -> None:
+        nonlocal splits
+        while not stop.is_set():
+            with book.writing() as draft:
+                made = book.append(query, torch.zeros(1, 4), torch.full((1,), 0.1))
+                draft.set_radius(0, 0.1)
+            with book.writing() as draft:
+                book.remove(int(made[0]))
+                draft.set_radius(0, 0.5)
+            splits += 1
+
+    writer = threading.Thread(target=split)
+    writer.start()
+    while splits < 3 or len(seen) < 10:
+        assert writer.is_alive()
+        with book.held() as snapshot:
+            for launch in launches:
+                launch()
+            row = int(found.row[0])
+        assert row >= 0, "half a split was seen"
+        assert bool(snapshot.live[row])
+        seen.add(snapshot.version)
+    stop.set()
+    writer.join()
+
+
 if __name__ == "__main__":
     edits(sys.argv[1])
     if sys.argv[1] == "cpu":
         replays(codes_pay=False)
         replays(codes_pay=True)
+        replays_beside_a_writer()

@@ -169,8 +169,9 @@ def packed_map(phi: codes.Map) -> dict[str, Tensor]:
 class Graphs:
     """The description that captured graphs read: that of the newest version, at one address.
 
-    It is rewritten on the stream that an edit's first look-up runs on; a graph that is replayed on
-    another stream has to wait for that one.
+    It is rewritten in one copy, on the stream of who publishes an edit (or looks up first once more
+    codes are there, which decide the same): what is replayed on that stream sees all of an edit or
+    nothing. Another stream has to wait for that one, and that one for what is replayed there.
     """
 
     def __init__(self) -> None:

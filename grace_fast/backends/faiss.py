@@ -1,7 +1,7 @@
 """FAISS: candidates from one of its indexes, each rechecked, each answer marked proved or not.
 
-    proved   no key that was not returned is as near as the nearest that was, or as the widest
-             radius: the decision is R64's then (rule R1 or R4)
+    proved   no key that was not returned is as near as the nearest that was, or none is within the
+             widest radius of the query: the decision is then that of `semantics`
 
 A flat index proves every answer: where float32 leaves candidates out it is asked for more, and at
 last every key is read. An IVF index over whole vectors proves what lies clear of the cells that it
@@ -143,6 +143,7 @@ class _Search:
         numbers: tuple[int, ...] = (kept.asked.candidates,)
         exhaustive = kept.count > 0 and kept.bounds.is_exhaustive
         if exhaustive:
+            # That the nearest is outside of every ball is proved by its distance alone.
             numbers = (1 if self._within < math.inf else 4, *MORE)
         if kept.count:
             asked = self._queries.float().cpu().numpy()

@@ -203,10 +203,12 @@ class Table:
 class Captured:
     """The newest version at addresses that do not change: what captured graphs read.
 
-    It is written by whoever publishes an edit, before the edit is seen, on that thread's stream; a
-    graph that is replayed on another stream has to wait for that one. Which of reading codes or
-    keys was captured stays. Codes of another shape than the captured ones are not for the graphs
-    that have those: they find no codes there, and read all keys.
+    It is written by whoever publishes an edit, before the edit is seen, on that thread's stream, in
+    several copies: a replay that another thread puts between them would see half an edit, and is
+    kept out by `Codebook.held`. Another stream has to wait for that one, and that one for what is
+    replayed there. Which of reading codes or keys was captured stays. Codes of another shape than
+    the captured ones are not for the graphs that have those: they find no codes there, and read all
+    keys.
     """
 
     def __init__(self, device: torch.device) -> None:

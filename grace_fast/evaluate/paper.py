@@ -54,7 +54,8 @@ SOURCES = {
             },
             "nq.jsonl": {"question": records.text, "answer": records.answers},
         },
-        "zsre.jsonl is MEND's structured_zeroshot file, nq.jsonl the hub's nq_open",
+        "zsre.jsonl is MEND's structured_zeroshot file, nq.jsonl the hub's "
+        "google-research-datasets/nq_open",
     ),
     "scotus": Source(
         "tomh/scotus-bert",
@@ -65,7 +66,7 @@ SOURCES = {
             "train.jsonl": {"text": records.text, "label": records.label},
             "test.jsonl": {"text": records.text, "label": records.label},
         },
-        "both are splits of scotus in the hub's coastalcph/fairlex",
+        "both are splits of the hub's tomh/grace-scotus",
     ),
     "hallucination": Source(
         "openai-community/gpt2-xl",
@@ -82,7 +83,7 @@ SOURCES = {
             "openwebtext.jsonl": {"text": records.text},
         },
         "passages.jsonl is the hub's potsawee/wiki_bio_gpt3_hallucination with the name of each "
-        "passage as its concept, openwebtext.jsonl any texts the model was trained on",
+        "passage as its concept, openwebtext.jsonl the hub's stas/openwebtext-10k",
     ),
 }
 

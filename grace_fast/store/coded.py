@@ -20,6 +20,7 @@ from grace_fast.mapped import CodebookCorrupt
 from grace_fast.order import BLOCK, LEAF, Array, Part
 from grace_fast.views import State
 
+_NOT_IN_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 _ARRAYS = ("rows", "near", "far", "isolated", "leaf_boxes", "super_boxes")
 
 
@@ -156,6 +157,8 @@ def _array(
     """Return a tensor of the codes that must have one element type and shape; any [n] for None."""
     if name not in tensors:
         raise CodebookCorrupt(f"the tensor {name} is missing")
+    if tensors[name].dtype in _NOT_IN_NUMPY:
+        raise CodebookCorrupt(f"{name} must be {np.dtype(kind)}, got {tensors[name].dtype}")
     array = tensors[name].numpy()
     if array.dtype != kind or array.ndim != len(shape or (0,)) or shape not in (None, array.shape):
         wanted = list(shape) if shape is not None else ["*"]

@@ -2,34 +2,35 @@
 
 The JSON names the tensor files and a checksum of every tensor in them, so a bit that flipped is
 seen. It is replaced last and in one step: a directory holds the old codebook or the new one, whole.
-Nothing in it is ever executed; there is no pickle.
-
-Format 1 has one tensor file (`save_pretrained`). In format 2 (`gf.save`, `gf.build`) keys and
-values have files of their own, to be mapped, and so have the codes of the certificate.
+Nothing in it is ever executed; there is no pickle. Headers are tested before a tensor is read, and
+what is no regular file is not read at all. `manifest` has the formats.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from grace_fast.mapped import CodebookCorrupt as CodebookCorrupt
-from grace_fast.mapped import MappedFile, Shape
+from grace_fast.mapped import MappedFile, Shape, open_regular
+from grace_fast.store import headers, manifest
+from grace_fast.store.headers import Described
+from grace_fast.store.manifest import CONFIG as CONFIG
 
-FORMAT, MAPPED_FORMAT = 1, 2
-CONFIG = "grace_config.json"
 MAPPED = ("keys", "values")
+JOURNALS = "journal"  # the stem of their names
 _STEMS = ("codebook", "codes", *MAPPED)
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}")
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -40,8 +41,15 @@ def checksum(tensor: Tensor) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write(
+    path: str | Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    hmac_key: bytes | None = None,
+) -> None:
     """Save a codebook to a directory, made where it is absent.
+
+    hmac_key: what the manifest is signed with.
 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
@@ -51,20 +59,20 @@ def write(path: str | Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     sums = {name: checksum(tensor) for name, tensor in stored.items()}
     content = save(stored)
     name = f"codebook-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
-    whole = {"format": FORMAT, **config, "tensors": {"file": name, "sha256": sums}}
+    whole = manifest.seal({**config, "tensors": {"file": name, "sha256": sums}}, hmac_key)
     replace(folder / name, content)
-    replace(folder / CONFIG, (json.dumps(whole, indent=1) + "\n").encode())
-    _drop_others(folder, {name})
+    replace(folder / CONFIG, whole)
+    kept = config.get("journal")
+    _drop_others(folder, {name} if kept is None else {name, kept["file"]})
 
 
-def publish(path: str | Path, config: Mapping[str, Any]) -> None:
+def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None = None) -> None:
     """Let a directory hold the codebook of files that are whole and on the disk.
 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
     folder = Path(path)
-    whole = {"format": MAPPED_FORMAT, **config}
-    replace(folder / CONFIG, (json.dumps(whole, indent=1) + "\n").encode())
+    replace(folder / CONFIG, manifest.seal(config, hmac_key))
     described = [*config["mapped"].values(), config["tensors"], config["codes"]]
     _drop_others(folder, {each["file"] for each in described if each is not None})
 
@@ -75,6 +83,10 @@ def _drop_others(folder: Path, names: set[str]) -> None:
         for old in folder.glob(f"{stem}-*.safetensors"):
             if old.name not in names:
                 old.unlink()
+    for old in folder.glob(f"{JOURNALS}-*.sqlite"):
+        if old.name not in names:
+            old.with_name(old.name + "-journal").unlink(missing_ok=True)
+            old.unlink()
 
 
 def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -85,6 +97,7 @@ def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, A
     stored = {each: tensor.detach().to("cpu").contiguous() for each, tensor in tensors.items()}
     sums = {each: checksum(tensor) for each, tensor in stored.items()}
     file = folder / f"{name}.safetensors"
+    file.unlink(missing_ok=True)  # a link would be followed
     try:
         save_file(stored, file)
         synchronise(file)
@@ -108,7 +121,8 @@ def replace(path: Path, content: bytes) -> None:
     """Put a file in place in one step, and on the disk before anything refers to it."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        partial.unlink(missing_ok=True)
+        with partial.open("xb") as file:  # never through a link that has its name
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -119,30 +133,16 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def holds_codebook(path: str | Path) -> bool:
-    """Tell whether a directory has a codebook in it."""
-    return (Path(path) / CONFIG).is_file()
+    """Tell whether a directory has a codebook in it, or something in the place of one."""
+    return os.path.lexists(Path(path) / CONFIG)
 
 
-def read_config(path: str | Path) -> dict[str, Any]:
+def read_config(path: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
     """Return what the JSON of a directory says.
 
-    Raises: FileNotFoundError where there is none, CodebookCorrupt where it is not ours.
+    Raises: as `manifest.read`.
     """
-    file = Path(path) / CONFIG
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} is not a codebook: it has no {CONFIG}")
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CodebookCorrupt(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict) or not isinstance(config.get("format"), int):
-        raise CodebookCorrupt(f"{file} is not a codebook's: it has no format number")
-    if config["format"] > MAPPED_FORMAT:
-        raise CodebookCorrupt(
-            f"{file} has format {config['format']}, "
-            f"this version of grace_fast reads up to {MAPPED_FORMAT}"
-        )
-    return config
+    return manifest.read(path, hmac_key)
 
 
 def read_tensors(path: str | Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -154,13 +154,13 @@ def read_tensors(path: str | Path, config: Mapping[str, Any]) -> dict[str, Tenso
     for name in MAPPED if is_mapped(config) else ():
         file = map_file(path, config, name, tensors)
         file.test_all()
-        tensors[name] = load(file.path.read_bytes())[name]
+        tensors[name] = file.read(0, file.shape.rows)
     return tensors
 
 
 def is_mapped(config: Mapping[str, Any]) -> bool:
     """Tell whether keys and values have files of their own."""
-    return bool(config["format"] >= MAPPED_FORMAT)
+    return config["format"] == 2 or "mapped" in config
 
 
 def read_file(path: str | Path, described: Any) -> dict[str, Tensor]:
@@ -170,21 +170,27 @@ def read_file(path: str | Path, described: Any) -> dict[str, Tensor]:
     """
     if not isinstance(described, dict) or not isinstance(described.get("sha256"), dict):
         raise CodebookCorrupt(f"{path}: {CONFIG} does not describe its tensors")
-    file, sums = _named(path, described.get("file")), described["sha256"]
-    if not file.is_file() or file.is_symlink():
-        raise CodebookCorrupt(f"{file} is missing: the codebook is not complete")
+    file, sums = place(path, described.get("file")), described["sha256"]
     try:
-        with safe_open(file, framework="pt") as opened:
-            names = opened.keys()
-            tensors = {name: _copy(opened.get_tensor(name)) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise CodebookCorrupt(f"{file} is truncated or no safetensors file: {error}") from error
-    if tensors.keys() != sums.keys():
-        odd = sorted(tensors.keys() ^ sums.keys())
-        raise CodebookCorrupt(f"{file} does not hold the tensors that were saved: {odd}")
+        descriptor = open_regular(file)
+    except OSError as error:
+        raise CodebookCorrupt(f"{file} is missing: the codebook is not complete") from error
+    try:
+        found = headers.check(descriptor, sums.keys())
+        tensors = {name: _read(descriptor, name, each) for name, each in found.items()}
+    except CodebookCorrupt as error:
+        raise CodebookCorrupt(
+            f"{file} is truncated or no safetensors file: {error}", field=error.field, row=error.row
+        ) from error
+    except OSError as error:
+        raise CodebookCorrupt(f"{file} could not be read: {error}") from error
+    finally:
+        os.close(descriptor)
     for tensor_name, tensor in tensors.items():
         if checksum(tensor) != sums[tensor_name]:
-            raise CodebookCorrupt(f"{file}: {tensor_name} is not what was saved (checksum)")
+            raise CodebookCorrupt(
+                f"{file}: {tensor_name} is not what was saved (checksum)", field=tensor_name
+            )
     return tensors
 
 
@@ -198,26 +204,40 @@ def map_file(
     described, checks = config.get("mapped"), tensors.get(f"{name}.blocks")
     try:
         told = described[name]  # type: ignore[index]
-        shape = Shape(int(told["rows"]), int(told["width"]), DTYPES[told["dtype"]])
-        file = told["file"]
-    except (KeyError, TypeError, ValueError) as error:
+        rows, width = told["rows"], told["width"]
+        shape, file = Shape(rows, width, DTYPES[told["dtype"]]), told["file"]
+    except (KeyError, TypeError) as error:
         raise CodebookCorrupt(f"{path}: {CONFIG} does not describe its {name}") from error
-    if checks is None or checks.dtype != torch.int64 or checks.ndim != 1:
+    if type(rows) is not int or type(width) is not int or rows < 0 or width < 1:
+        raise CodebookCorrupt(f"{path}: {name} must be [>= 0, >= 1], got [{rows}, {width}]")
+    kind, tail = (torch.int64, ()) if config["format"] == 2 else (torch.uint8, (32,))
+    if checks is None or checks.dtype != kind or not checks.ndim or checks.shape[1:] != tail:
         raise CodebookCorrupt(f"{path}: there are no checksums of the {name}")
-    if shape.rows < 0 or shape.width < 1:
-        raise CodebookCorrupt(f"{path}: {name} must be [>= 0, >= 1], got {shape}")
-    return MappedFile(_named(path, file), name, shape, checks)
+    return MappedFile(place(path, file), name, shape, checks)
 
 
-def _named(path: str | Path, name: Any) -> Path:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise CodebookCorrupt(f"{path}: {name!r} is not the name of a file in this directory")
+def place(path: str | Path, name: Any) -> Path:
+    """Return where a file of a directory is.
+
+    Raises: CodebookCorrupt for what is not the name of a file in it.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise CodebookCorrupt(f"{path}: {name!a} is not the name of a file in this directory")
     return Path(path) / name
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def _read(descriptor: int, name: str, described: Described) -> Tensor:
     """Return a tensor in memory of numpy's, which asks for huge pages where there is much of it."""
-    if not tensor.numel():
-        return tensor.clone()
-    room = torch.from_numpy(np.empty(tensor.nbytes, np.uint8)).view(tensor.dtype)
-    return room.view(tensor.shape).copy_(tensor)
+    size = described.end - described.begin
+    room = np.empty(size, np.uint8)
+    at = 0
+    while at < size:
+        got = os.preadv(descriptor, [room.data[at:]], described.begin + at)
+        if not got:
+            raise CodebookCorrupt("it shrank while it was read")
+        at += got
+    if not size:
+        return torch.empty(described.shape, dtype=described.dtype)
+    if described.dtype == torch.bool and room.max() > 1:
+        raise CodebookCorrupt(f"its tensor {name} has truths that are neither 0 nor 1", field=name)
+    return torch.from_numpy(room).view(described.dtype).view(described.shape)

@@ -16,6 +16,7 @@ from grace_fast.codebook import DTYPES, Codebook, Snapshot
 from grace_fast.edits import NO_EDIT, Base, Edit, Event, History
 from grace_fast.mapped import MappedFile
 from grace_fast.semantics import Outcome
+from grace_fast.store import manifest
 from grace_fast.store.files import CodebookCorrupt
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -74,8 +75,10 @@ def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
     }
 
 
-def unpack_codebook(tensors: Mapping[str, Tensor], device: torch.device) -> Codebook:
-    """Return the codebook of `pack_codebook`.
+def unpack_codebook(
+    tensors: Mapping[str, Tensor], device: torch.device, version: int = 0
+) -> Codebook:
+    """Return the codebook of `pack_codebook`, at the version that it was.
 
     Raises: CodebookCorrupt naming the column that does not fit.
     """
@@ -88,7 +91,7 @@ def unpack_codebook(tensors: Mapping[str, Tensor], device: torch.device) -> Code
         raise CodebookCorrupt(f"keys and values must be numbers [*, >= 1] in one of {DTYPES}")
     for name, slots in (("keys", keys), ("values", values)):
         _check_finite(name, slots)
-    return unpack_rows(tensors, keys, values, device)
+    return unpack_rows(tensors, keys, values, device, version)
 
 
 def unpack_rows(
@@ -96,6 +99,7 @@ def unpack_rows(
     keys: Tensor | MappedFile,
     values: Tensor | MappedFile,
     device: torch.device,
+    version: int = 0,
 ) -> Codebook:
     """Return the codebook of `pack_rows` and the slots of its keys and values.
 
@@ -111,7 +115,28 @@ def unpack_rows(
         _check_slots(f"rows.{name}", columns[name], there)
     _check_finite("rows.radius", columns["radius"])
     _check_ids("rows.id", columns["id"])
-    return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device)
+    return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device, version)
+
+
+def check_radii(tensors: Mapping[str, Tensor], max_radius: float | None) -> None:
+    """Raise CodebookCorrupt where a ball is wider than allowed, or an undo would make it so.
+
+    max_radius: None allows every finite radius. Anything below 0 is a dead key's, and allowed.
+    """
+    for name in ("rows.radius", "events.radius") if max_radius is not None else ():
+        if name not in tensors:
+            continue
+        # As wide as a radius is kept when it is the widest that is allowed.
+        widest = torch.tensor(max_radius, dtype=torch.float32).to(tensors[name].dtype)
+        wide = tensors[name] > widest
+        if bool(wide.any()):
+            row = int(wide.nonzero()[0][0])
+            raise CodebookCorrupt(
+                f"{name} must be at most {max_radius}, got {float(tensors[name][row])} "
+                f"in row {row}",
+                field=name,
+                row=row,
+            )
 
 
 def drop_the_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +181,9 @@ def _labels(tensors: Mapping[str, Tensor], lengths: Tensor) -> list[Tensor | Non
     ids, used = _column(tensors, "labels.ids", torch.int64), lengths.clamp(min=0)
     # Each one first: a sum of huge lengths wraps around.
     if bool((used > len(ids)).any()) or int(used.sum()) != len(ids):
-        raise CodebookCorrupt("labels.length does not add up to the label ids there are")
+        raise CodebookCorrupt(
+            "labels.length does not add up to the label ids there are", field="labels.length"
+        )
     parts = torch.split(ids, used.tolist())
     pairs = zip(lengths.tolist(), parts, strict=True)
     return [None if length < 0 else part for length, part in pairs]
@@ -245,7 +272,8 @@ def _edit_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str
     if queries.shape != wanted or queries.dtype != snapshot.dtype:
         raise CodebookCorrupt(
             f"edits.query must be {snapshot.dtype} {list(wanted)}, "
-            f"got {queries.dtype} {tuple(queries.shape)}"
+            f"got {queries.dtype} {tuple(queries.shape)}",
+            field="edits.query",
         )
     _check_finite("edits.query", queries)
     _check_ids("edits.id", columns["id"])
@@ -253,11 +281,17 @@ def _edit_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str
     for at, row in enumerate(columns["row"].tolist()):
         if not 0 <= row < snapshot.rows:
             number = int(columns["id"][at])
-            raise CodebookCorrupt(f"edit {number} is on row {row} of {snapshot.rows}")
+            raise CodebookCorrupt(
+                f"edit {number} is on row {row} of {snapshot.rows}", field="edits.row", row=at
+            )
     _check_slots("edits.value_after", columns["value_after"], counts.values)
     _check_slots("edits.value_before", columns["value_before"], counts.values, least=-1)
     _check_slots("edits.label_slot", columns["label_slot"], counts.labels)
     _check_slots("edits.outcome", columns["outcome"], len(_OUTCOMES))
+    _check_finite("edits.radius", columns["radius"])
+    # Infinite where the edit was added: no key was near.
+    _refuse(~(columns["distance"] >= 0), "edits.distance", "must be a number >= 0")
+    _refuse(columns["steps"] < 0, "edits.steps", "must be at least 0")
     return columns
 
 
@@ -278,7 +312,9 @@ def _event_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[st
 def _bases(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> Tensor:
     bases = _get(tensors, "bases")
     if bases.ndim != 2 or bases.shape[1] != 3 or bases.dtype != torch.int64:
-        raise CodebookCorrupt(f"bases must be torch.int64 [*, 3], got {tuple(bases.shape)}")
+        raise CodebookCorrupt(
+            f"bases must be torch.int64 [*, 3], got {tuple(bases.shape)}", field="bases"
+        )
     sizes = (snapshot.rows, snapshot.counts.values, snapshot.counts.labels)
     for column, size in zip(bases.T, sizes, strict=True):
         _check_slots("bases", column, size)
@@ -299,7 +335,7 @@ def _check_events(history: History) -> None:
 
 def _get(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
-        raise CodebookCorrupt(f"the tensor {name} is missing")
+        raise CodebookCorrupt(f"the tensor {name} is missing", field=name)
     return tensors[name]
 
 
@@ -311,22 +347,31 @@ def _column(
     if column.dtype != dtype or column.ndim != 1 or count not in (None, len(column)):
         wanted = "*" if count is None else count
         raise CodebookCorrupt(
-            f"{name} must be {dtype} [{wanted}], got {column.dtype} {tuple(column.shape)}"
+            f"{name} must be {dtype} [{wanted}], got {column.dtype} {tuple(column.shape)}",
+            field=name,
         )
     return column
 
 
 def _check_slots(name: str, column: Tensor, slots: int, least: int = 0) -> None:
-    if len(column) and (int(column.min()) < least or int(column.max()) >= slots):
-        raise CodebookCorrupt(f"{name} points outside the {slots} slots there are")
+    _refuse(
+        (column < least) | (column >= slots), name, f"points outside the {slots} slots there are"
+    )
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.isfinite().all():
-        row = int((~tensor.isfinite()).nonzero()[0][0])
-        raise CodebookCorrupt(f"{name} must be finite, got NaN or infinity in row {row}")
+    finite = tensor.isfinite()
+    _refuse(~finite, name, "must be finite, got NaN or infinity")
 
 
 def _check_ids(name: str, ids: Tensor) -> None:
-    if len(ids) and (int(ids[0]) < 0 or not bool((ids.diff() > 0).all())):
-        raise CodebookCorrupt(f"{name} must ascend from 0 or more")
+    order = torch.cat((ids[:1] < 0, ids.diff() <= 0))
+    _refuse(order, name, "must ascend from 0 or more")
+    _refuse(ids >= manifest.MAX_NUMBER, name, f"must be below {manifest.MAX_NUMBER}")
+
+
+def _refuse(wrong: Tensor, name: str, why: str) -> None:
+    """Raise CodebookCorrupt for the first row of a column where it is wrong [n] or [n, m]."""
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0][0])
+        raise CodebookCorrupt(f"{name} {why} in row {row}", field=name, row=row)

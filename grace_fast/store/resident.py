@@ -21,13 +21,16 @@ from grace_fast.mapped import MappedFile
 from grace_fast.store import files, layout
 from grace_fast.store.coded import pack_state, unpack_state
 from grace_fast.store.rows import RowWriter, Written
+from grace_fast.store.saved import read_saved
 
 BUILDING = "building"  # the folder of a build that is not finished (stream.py)
 _CHUNK_BYTES = 1 << 24
 
 
-def save(book: Codebook, path: str | Path) -> None:
+def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> None:
     """Save a codebook to a directory, its codes too, so that opening it computes nothing.
+
+    hmac_key: at least 16 random bytes that the manifest is signed with; see `open`.
 
     Raises: OSError where it cannot be written, and what was there before stays valid then;
     FileExistsError where the directory holds a model's edits or an unfinished build.
@@ -56,7 +59,7 @@ def save(book: Codebook, path: str | Path) -> None:
             snapshot.counts.values,
             snapshot.value_file,
         )
-        publish(folder, token, {"keys": keys, "values": values}, snapshot, coded)
+        publish(folder, token, {"keys": keys, "values": values}, snapshot, coded, hmac_key)
     except BaseException:
         for place in places.values():
             place.unlink(missing_ok=True)
@@ -107,6 +110,7 @@ def publish(
     written: Mapping[str, Written],
     snapshot: Snapshot,
     coded: Mapping[str, Tensor] | None,
+    hmac_key: bytes | None = None,
 ) -> None:
     """Let a directory hold a codebook whose keys and values were written.
 
@@ -127,28 +131,42 @@ def publish(
     try:
         tensors = files.store(folder, names[0], rows | checks)
         codes = files.store(folder, names[1], coded) if coded else None
-        files.publish(folder, {"tensors": tensors, "codes": codes, "mapped": mapped})
+        described = {"tensors": tensors, "codes": codes, "mapped": mapped}
+        files.publish(folder, described, hmac_key)
     except BaseException:
         for name in names:
             (folder / f"{name}.safetensors").unlink(missing_ok=True)
         raise
 
 
-def open(path: str | Path, *, verify: bool = False) -> Codebook:
+def open(
+    path: str | Path,
+    *,
+    verify: bool = False,
+    hmac_key: bytes | None = None,
+    max_radius: float | None = None,
+) -> Codebook:
     """Open a codebook where it lies: what is resident is read and checked, the rest is mapped.
 
     It is a codebook like any other. Edits are in memory, the files are not written; `save` keeps
     them. A directory of `save_pretrained` opens too, all of it in memory.
 
     verify: read every block of keys and values too, rather than when it is first fetched.
+    hmac_key: the key that the manifest must have been signed with.
+    max_radius: no ball may be wider.
 
     Raises: FileNotFoundError, CodebookCorrupt naming the file or tensor that is not what was saved.
     """
-    config = files.read_config(path)
+    config = files.read_config(path, hmac_key)
     host = torch.device("cpu")
     if not files.is_mapped(config):
-        return layout.unpack_codebook(files.read_tensors(path, config), host)
+        if "settings" in config:
+            return read_saved(path, hmac_key, max_radius).codebook()[0]
+        tensors = files.read_tensors(path, config)
+        layout.check_radii(tensors, max_radius)
+        return layout.unpack_codebook(tensors, host)
     tensors = files.read_file(path, config.get("tensors"))
+    layout.check_radii(tensors, max_radius)
     keys, values = (files.map_file(path, config, name, tensors) for name in files.MAPPED)
     if keys.shape.dtype != values.shape.dtype:
         raise files.CodebookCorrupt(f"{path}: keys and values must be of one element type")

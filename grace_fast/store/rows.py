@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES, Shape
+from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES, CodebookCorrupt, Shape, open_regular
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,15 @@ class Written:
 
     path: Path
     shape: Shape
-    checks: Tensor  # [blocks] int64
+    checks: Tensor  # [blocks, 32] uint8, the SHA-256 of each
 
 
 class RowWriter:
     """A file of rows in the making; what was checkpointed can be gone on with.
 
     known: what `checkpoint` returned last; what the file holds beyond that is cut off.
+
+    Raises: CodebookCorrupt where the block that goes on is not as it was then.
     """
 
     def __init__(
@@ -40,10 +42,14 @@ class RowWriter:
     ) -> None:
         self.path, self.name = path, name
         self._shape = Shape(known["rows"] if known else 0, width, dtype)
-        self._checks: list[int] = list(known["checks"]) if known else []
-        self._last_check = int(known["last_check"]) if known else 0
-        self._file = path.open("r+b" if known else "wb")
+        self._checks: list[str] = list(known["checks"]) if known else []
+        self._file = os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b")
         self._file.truncate(HEADER_BYTES + self._shape.nbytes)
+        full = self._shape.nbytes // BLOCK_BYTES * BLOCK_BYTES
+        self._last_check = sha256(self._pread(full, self._shape.nbytes))
+        if known and self._last_check.hexdigest() != known["last_check"]:
+            self._file.close()
+            raise CodebookCorrupt(f"{path} is not what was written; remove {path.parent}")
         self._file.seek(0, os.SEEK_END)
 
     @property
@@ -61,12 +67,12 @@ class RowWriter:
         at = self._shape.nbytes % BLOCK_BYTES
         while len(content):
             part = content[: BLOCK_BYTES - at]
-            self._last_check = zlib.crc32(part, self._last_check)
+            self._last_check.update(part)
             content = content[len(part) :]
             at += len(part)
             if at == BLOCK_BYTES:
-                self._checks.append(self._last_check)
-                self._last_check = at = 0
+                self._checks.append(self._last_check.hexdigest())
+                self._last_check, at = sha256(), 0
         shape = self._shape
         self._shape = Shape(shape.rows + len(rows), shape.width, shape.dtype)
 
@@ -74,7 +80,8 @@ class RowWriter:
         """Put everything on the disk and return what is needed to go on from here."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        return {"rows": self.rows, "checks": self._checks.copy(), "last_check": self._last_check}
+        last_check = self._last_check.hexdigest()
+        return {"rows": self.rows, "checks": self._checks.copy(), "last_check": last_check}
 
     def finish(self) -> Written:
         """Write the header and put everything on the disk."""
@@ -83,14 +90,19 @@ class RowWriter:
         self.checkpoint()
         self.close()
         short = self._shape.nbytes % BLOCK_BYTES > 0
-        checks = torch.tensor(self._checks + [self._last_check] * short, dtype=torch.int64)
-        return Written(self.path, self._shape, checks)
+        checks = bytearray.fromhex("".join(self._checks + [self._last_check.hexdigest()] * short))
+        none = torch.empty(0, dtype=torch.uint8)
+        found = torch.frombuffer(checks, dtype=torch.uint8) if checks else none
+        return Written(self.path, self._shape, found.reshape(-1, 32))
 
     def read(self, first: int, last: int) -> bytes:
         """Return the bytes of rows [first, last) that were written."""
         self._file.flush()
         size = self._shape.row_bytes
-        return os.pread(self._file.fileno(), (last - first) * size, HEADER_BYTES + first * size)
+        return self._pread(first * size, last * size)
+
+    def _pread(self, first: int, last: int) -> bytes:
+        return os.pread(self._file.fileno(), last - first, HEADER_BYTES + first)
 
     def close(self) -> None:
         """Leave the file as it is; what was checkpointed is on the disk."""

@@ -9,6 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from grace_fast.mapped import CodebookCorrupt
+from grace_fast.store import headers
+
 _BLOCK_BYTES = 1 << 25
 
 
@@ -48,13 +51,14 @@ class FilesOfRows:
 
     def _rows_of(self, path: Path) -> int:
         try:
+            headers.check(path.resolve())
             with safe_open(path, framework="pt") as opened:
                 wanted = ["keys", "values"] + ["radii"] * (self._radius is None)
                 missing = sorted(set(wanted) - set(opened.keys()))
                 if missing:
                     raise ValueError(f"{path} must hold {wanted}, and has no {missing}")
                 keys = opened.get_slice("keys").get_shape()
-        except SafetensorError as error:
+        except (SafetensorError, CodebookCorrupt) as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
         if len(keys) != 2:
             raise ValueError(f"{path}: keys must be [M, D], got {keys}")

@@ -13,11 +13,13 @@ import fcntl
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,15 @@ from grace_fast import native
 from grace_fast.building import Build
 from grace_fast.codebook import DTYPES, Codebook, Snapshot, checked_radii, checked_rows
 from grace_fast.codes import Codes
-from grace_fast.mapped import HEADER_BYTES, CodebookCorrupt, MappedFile
+from grace_fast.mapped import (
+    HEADER_BYTES,
+    CodebookCorrupt,
+    MappedFile,
+    open_regular,
+    refuse_special,
+)
 from grace_fast.order import Encoded
-from grace_fast.store import files, layout, resident
+from grace_fast.store import files, headers, layout, resident
 from grace_fast.store.background import behind
 from grace_fast.store.coded import pack_map, pack_state, unpack_map
 from grace_fast.store.rows import RowWriter, Written
@@ -42,7 +50,8 @@ STREAMED = (*files.MAPPED, "radii")
 Block = tuple[Any, Any, Any]  # keys [M, D], values [M, V], radii [M]; tensors or arrays
 Blocks = Iterable[Block] | Callable[[int], Iterable[Block]]
 STATE = "state.json"
-FORMAT = 1  # of the state
+FORMAT = 2  # of the state
+_TOKEN = re.compile("[0-9a-f]{16}")  # nothing that leads out of the directory
 CHECKPOINT_BYTES = 1 << 29  # of keys and values, between two states: a second of writing
 CHECKPOINT_KEYS = 1 << 18  # encoded between two states
 SMALLEST_CODED = 4096  # rows; fewer are encoded when they are opened, in the time of a few look-ups
@@ -110,9 +119,10 @@ class _Unfinished:
         self._folder, self._work = folder, work
         self._state: dict[str, Any] = {}
         file = work / STATE
-        if file.is_file():
+        if os.path.lexists(file):
             try:
-                self._state = json.loads(file.read_bytes())
+                with os.fdopen(open_regular(file), "rb") as opened:
+                    self._state = headers.parse(opened.read(), depth=4)
                 known = self._state["format"]
             except (ValueError, TypeError, KeyError) as error:
                 raise CodebookCorrupt(
@@ -120,6 +130,8 @@ class _Unfinished:
                 ) from error
             if known != FORMAT:
                 raise CodebookCorrupt(f"{file} has format {known}, wanted {FORMAT}; remove {work}")
+            if not _TOKEN.fullmatch(str(self._state.get("token"))):
+                raise CodebookCorrupt(f"{file} does not name the files of a build; remove {work}")
 
     def _save_state(self, **changes: Any) -> None:
         self._state |= {"format": FORMAT, **changes}
@@ -164,7 +176,7 @@ class _Unfinished:
         if keys.ndim != 2 or values.ndim != 2 or not keys.shape[1] or not values.shape[1]:
             shapes = f"{tuple(keys.shape)} and {tuple(values.shape)}"
             raise ValueError(f"keys and values must be [M, D] and [M, V], got {shapes}")
-        none = {"rows": 0, "checks": [], "last_check": 0}
+        none = {"rows": 0, "checks": [], "last_check": sha256().hexdigest()}
         self._save_state(
             token=secrets.token_hex(8),
             dtype=str(keys.dtype),
@@ -343,6 +355,7 @@ class _EncodedOnDisk(Encoded):
 def _mapped(
     path: Path, dtype: np.dtype[Any], shape: tuple[int, int], known: bool
 ) -> np.memmap[Any, Any]:
+    refuse_special(path)
     if not known:
         # A page of a hole that the disk has no room for is a bus error, not an OSError.
         with path.open("wb") as file:
@@ -366,8 +379,10 @@ def _locked(work: Path) -> Iterator[Path]:
 
     Raises: BlockingIOError where another process has it.
     """
+    if work.is_symlink():
+        raise CodebookCorrupt(f"{work} is a link; remove it")
     work.mkdir(exist_ok=True)
-    descriptor = os.open(work / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+    descriptor = open_regular(work / "lock", os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,285 @@
+"""A directory that is edited: files of a base, and a journal of every version since.
+
+    grace_config.json   names the base and the journal; replaced in one step
+    codebook-*          the base: the codebook and its edits at one version
+    journal-*.sqlite    one row for every later version
+    lock                held by the one process that edits
+
+An edit is in the journal, on the disk, before anybody sees it; where that fails nobody ever does.
+What fails in a way that leaves the disk in doubt makes the store read-only: what it holds is read
+again when it is opened anew. Compaction writes another base and begins another journal, and one
+rename of the manifest goes from the old pair to the new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grace_fast.changes import Change, back
+from grace_fast.codebook import Codebook, Snapshot
+from grace_fast.edits import Emptied, Forgotten, History, Recorded, Step
+from grace_fast.mapped import CodebookCorrupt, open_regular
+from grace_fast.store import files
+from grace_fast.store.journal import Entry, Journal
+from grace_fast.store.records import Version, redo
+
+LOCK = "lock"
+_DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
+
+
+class CodebookLocked(OSError):
+    """Another process, or another editor of this one, edits the codebook of a directory."""
+
+
+class CodebookReadOnly(OSError):
+    """A codebook that was opened to be read, or whose disk failed, was asked to be edited."""
+
+
+class Lock:
+    """The right to edit a directory, until it is closed or its process ends, however it ends.
+
+    Raises: CodebookLocked where somebody has it, OSError where the directory cannot be written.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise CodebookLocked(
+                f"{folder} is being edited by process {holder}; "
+                "attach with read_only=True, or unload() the editor there first"
+            ) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        self.close = weakref.finalize(self, os.close, descriptor)
+
+
+class Store:
+    """The directory of one editor. It is the codebook's ledger: it sees every version first.
+
+    history: returns the history that the editor keeps, whose steps are journalled.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        lock: Lock,
+        history: Callable[[], History],
+        hmac_key: bytes | None = None,
+    ) -> None:
+        self.folder, self._lock, self._history = folder, lock, history
+        self._key = hmac_key
+        self.journal: Journal | None = None
+        self._process = os.getpid()
+        self._failure: str | None = None
+        self._is_closed = False
+
+    def resume(self, journal: Journal, book: Codebook) -> None:
+        """Go on with the journal of a codebook that was read from it."""
+        self.journal = journal
+        self._history().keeps_steps = True
+        book.keep(self)
+
+    def begin(self, book: Codebook, write: Callable[[dict[str, Any]], None]) -> None:
+        """Write a codebook as the base of a new journal.
+
+        write: writes the base and a manifest that holds the fields it is given.
+
+        Raises: OSError where it cannot be written; what was there before stays valid then.
+        """
+        with book.held() as now:
+            self._require_writable()
+            name = secrets.token_hex(8)
+            path = self.folder / f"{files.JOURNALS}-{name}.sqlite"
+            journal = Journal.create(path, name, now.version, self._key)
+            told = {"file": path.name, "name": name}
+            try:
+                write({"version": now.version, "journal": told})
+            except BaseException:
+                journal.close()
+                if not _is_named(self.folder, path.name):
+                    path.unlink(missing_ok=True)
+                raise
+            if self.journal is not None:
+                self.journal.close()
+            self.resume(journal, book)
+
+    def record(self, before: Snapshot, after: Snapshot) -> None:
+        """Put a version on the disk.
+
+        Raises: CodebookReadOnly where the disk is in doubt, OSError where it is full; the version
+        is refused.
+        """
+        assert self.journal is not None, "a ledger has a journal before it is kept"
+        steps = self._history().take_steps()
+        self._require_writable()
+        content = Version(Change.between(before, after), steps).encode()
+        try:
+            self.journal.append(after.version, _kind(steps), content)
+        except (OSError, ValueError) as error:
+            cause = getattr(error.__cause__, "sqlite_errorname", "")
+            if not cause.startswith(_DISK_FULL):
+                self._fail(error)
+            raise
+
+    def revoke(self, after: Snapshot) -> None:
+        """Take a version off the disk again that was refused by somebody else."""
+        assert self.journal is not None, "a ledger has a journal before it is kept"
+        try:
+            self.journal.drop_last()
+        except (OSError, CodebookCorrupt) as error:
+            self._fail(error)
+
+    def _fail(self, error: Exception) -> None:
+        self._failure = str(error)
+
+    def _require_writable(self) -> None:
+        if self._is_closed:
+            raise CodebookReadOnly(f"{self.folder} was given back by unload(); attach() again")
+        if self._process != os.getpid():
+            raise CodebookReadOnly(
+                f"{self.folder} is edited by process {self._process}, of which this is a fork; "
+                "attach it with read_only=True"
+            )
+        if self._failure is not None:
+            raise CodebookReadOnly(
+                f"{self.folder} is read-only since an edit could not be kept: {self._failure}; "
+                "mend the disk and attach() again"
+            )
+
+    def close(self) -> None:
+        """Give the directory back."""
+        self._is_closed = True
+        if self.journal is not None:
+            self.journal.close()
+        self._lock.close()
+
+
+def _kind(steps: list[Step]) -> str:
+    kinds = {Emptied: "checkout", Recorded: "edit", Forgotten: "undo"}
+    present = {type(step) for step in steps}
+    return next((kind for step, kind in kinds.items() if step in present), "rows")
+
+
+def _is_named(folder: Path, name: str) -> bool:
+    """Tell whether the manifest of a directory names a journal."""
+    try:
+        told = files.read_config(folder).get("journal")
+    except (OSError, ValueError):
+        return True  # in doubt it stays
+    return told is not None and told.get("file") == name
+
+
+def journal_of(
+    folder: Path,
+    config: dict[str, Any],
+    hmac_key: bytes | None = None,
+    read_only: bool = True,
+) -> Journal | None:
+    """Return the journal that a manifest names, None where it names none.
+
+    Raises: CodebookCorrupt where it is missing or foreign, OSError where it cannot be read.
+    """
+    told = config.get("journal")
+    if told is None:
+        return None
+    name = told.get("name")
+    if not isinstance(name, str) or told.get("file") != f"{files.JOURNALS}-{name}.sqlite":
+        raise CodebookCorrupt(f"{folder}: the manifest does not describe its journal")
+    path = files.place(folder, told["file"])
+    return Journal(path, name, int(config["version"]), hmac_key, read_only)
+
+
+def replay(journal: Journal, book: Codebook, history: History, version: int | None = None) -> None:
+    """Take a codebook and its history to a version of the journal, by default the last.
+
+    Raises: CodebookCorrupt where the journal is not what was written; the history is not to be used
+    then, and the codebook is as before.
+    """
+    entries = journal.entries(book.version)
+    first = next(entries, None)
+    if first is None or (version is not None and first.version > version):
+        return
+    with book.writing() as draft:
+        entry: Entry | None = first
+        while entry is not None and (version is None or entry.version <= version):
+            try:
+                redo(entry.content, draft, history)
+            except CodebookCorrupt as error:
+                raise CodebookCorrupt(
+                    f"{journal.path}: version {entry.version}: {error}",
+                    field=error.field,
+                    row=error.row,
+                ) from error
+            draft.version = entry.version
+            entry = next(entries, None)
+
+
+def go_back(book: Codebook, history: History, then: Snapshot, earlier: History) -> None:
+    """Publish a version that decides as an earlier one did; ids that were given stay so."""
+    with book.held() as now:
+        before = history.copy()
+        try:
+            with book.writing() as draft:
+                back(now, then).apply(draft)
+                history.empty()
+                for step in earlier.steps():
+                    history.follow(step)
+        except BaseException:
+            history.become(before)
+            raise
+
+
+@dataclass(frozen=True)
+class Logged:
+    """One version of a directory, as the journal has it."""
+
+    version: int
+    time: float  # seconds since 1970
+    kind: str  # edit, undo, checkout, or rows where no edit was involved
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one version of a codebook has otherwise than another."""
+
+    added: list[int]  # rows that only the later one has, or that were back
+    removed: list[int]  # rows that were live in the earlier one only
+    radii: dict[int, tuple[float, float]]  # by row: of the earlier and the later version
+    values: list[int]  # rows of both with other values
+    made: list[int]  # ids of edits that only the later one has
+    undone: list[int]  # ids of edits that only the earlier one has
+
+
+def difference(one: tuple[Snapshot, History], other: tuple[Snapshot, History]) -> Difference:
+    """Return what a version has otherwise than an earlier one of the same directory."""
+    (before, old), (after, new) = one, other
+    shared = min(before.rows, after.rows)
+    live = [each.live.tolist() for each in (before, after)]
+    both = [row for row in range(shared) if live[0][row] and live[1][row]]
+    radii = [each.radii.tolist() for each in (before, after)]
+    slots = [each.column("value_slot").tolist() for each in (before, after)]
+    listed = [{row for row, alive in enumerate(each) if alive} for each in live]
+    return Difference(
+        sorted(listed[1] - listed[0]),
+        sorted(listed[0] - listed[1]),
+        {row: (radii[0][row], radii[1][row]) for row in both if radii[0][row] != radii[1][row]},
+        [row for row in both if slots[0][row] != slots[1][row]],
+        sorted(new.edits.keys() - old.edits.keys()),
+        sorted(old.edits.keys() - new.edits.keys()),
+    )

@@ -1,0 +1,183 @@
+"""The header of a safetensors file, tested before anything is done with what it says.
+
+A file is 8 bytes of length, a JSON of that length, and the tensors. Readers are known to take two
+tensors of one name, [2^62, 0], or bytes that no tensor owns. Here every byte after the header
+belongs to one tensor, and nothing is allocated before the sizes are held against the file's own.
+JSON is parsed strictly, here and in the manifest: bounded depth, no name twice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from grace_fast.mapped import CodebookCorrupt, open_regular
+
+MAX_BYTES = 100_000_000  # of any header: what the format allows
+_MAX_BYTES_EACH = 1024  # of a header whose tensors are known, for each of them and once more
+_MAX_RANK = 8
+_MAX_NUMBER = 2**63 - 1
+_DEPTH = 3  # {name: {field: [number]}}
+_BRACKETS = re.compile(rb"[^][{}]+")
+# Possessive, and an end of the text ends a string: linear in whatever is given.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "F64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a header says of one tensor; it lies in the file at [begin, end)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def check(
+    content: bytes | memoryview | Path | int, names: Collection[str] | None = None
+) -> dict[str, Described]:
+    """Return what the header of a safetensors file says, if it fits the file to the last byte.
+
+    content: the file's bytes, its path, or a descriptor of it.
+    names: the tensors that it must hold, if that is known: no more and no fewer.
+
+    Raises: CodebookCorrupt saying what is wrong; nothing but the header has been read then.
+    """
+    if isinstance(content, Path):
+        descriptor = open_regular(content)
+        try:
+            return check(descriptor, names)
+        finally:
+            os.close(descriptor)
+    if isinstance(content, int):
+        size = os.fstat(content).st_size
+        length = _length(os.pread(content, 8, 0), size, names)
+        return _described(os.pread(content, length, 8), size, names)
+    length = _length(bytes(content[:8]), len(content), names)
+    return _described(bytes(content[8 : 8 + length]), len(content), names)
+
+
+def parse(text: bytes, depth: int, constants: bool = False) -> Any:
+    """Return what a JSON text says.
+
+    depth: how many brackets may be open at once; constants: whether NaN and Infinity are numbers.
+
+    Raises: ValueError where it is not UTF-8, no JSON, too deep, or names something twice.
+    """
+    # Each round closes the innermost brackets, and no parser has gone down into them yet.
+    brackets = _BRACKETS.sub(b"", _STRINGS.sub(b"", text))
+    for _ in range(depth):
+        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
+    if brackets:
+        raise ValueError(f"its brackets do not close, or more than {depth} are open at once")
+    constant = None if constants else _refuse_constant
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a number")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"it names {twice!a} more than once")
+    return made
+
+
+def _length(prefix: bytes, size: int, names: Collection[str] | None) -> int:
+    """Return the bytes of a header in a file of a size."""
+    if len(prefix) < 8:
+        raise CodebookCorrupt(f"it has {size} bytes, and the length of a header takes 8")
+    length, most = int.from_bytes(prefix, "little"), MAX_BYTES
+    if names is not None:
+        most = min(most, _MAX_BYTES_EACH * (1 + len(names)))
+    if length > most:
+        raise CodebookCorrupt(f"its header has {length} bytes, wanted at most {most}")
+    if length > size - 8:
+        raise CodebookCorrupt(f"its header has {length} bytes, and there are {size - 8} after it")
+    return length
+
+
+def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[str, Described]:
+    if text[:1] != b"{":
+        raise CodebookCorrupt("its header does not begin with {")
+    try:
+        header = parse(text, _DEPTH)
+    except (ValueError, RecursionError) as error:
+        raise CodebookCorrupt(f"its header is not JSON as it should be: {error}") from error
+    metadata = header.pop("__metadata__", {})
+    if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise CodebookCorrupt("its __metadata__ must be an object of strings")
+    if names is not None and header.keys() != set(names):
+        odd = sorted(header.keys() ^ set(names))
+        raise CodebookCorrupt(f"it does not hold the tensors that were saved: {odd[:5]}")
+    first = 8 + len(text)
+    described = {name: _tensor(name, each, first) for name, each in header.items()}
+    at = first
+    for name, each in sorted(described.items(), key=lambda pair: (pair[1].begin, pair[1].end)):
+        if each.begin != at:
+            what = "overlaps the one before it" if each.begin < at else "leaves a hole before it"
+            raise CodebookCorrupt(f"its tensor {name!a} {what}", field=name)
+        at = each.end
+    if at != size:
+        raise CodebookCorrupt(f"its tensors end at byte {at}, and it has {size} bytes")
+    return described
+
+
+def _tensor(name: str, said: Any, first: int) -> Described:
+    """Return what a header says of one tensor, whose offsets count from `first`."""
+
+    def refuse(why: str) -> NoReturn:
+        raise CodebookCorrupt(f"its tensor {name!a} {why}", field=name)
+
+    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+        refuse("must have dtype, shape and data_offsets, and nothing else")
+    kind, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    dtype = DTYPES.get(kind) if isinstance(kind, str) else None
+    if dtype is None:
+        refuse(f"must have one of the element types {sorted(DTYPES)}")
+    if not _whole(shape) or len(shape) > _MAX_RANK:
+        refuse(f"must have a shape of at most {_MAX_RANK} whole numbers >= 0")
+    # A zero makes every product small, so it is left out of the one that must not overflow.
+    if math.prod(max(1, length) for length in shape) * dtype.itemsize > _MAX_NUMBER:
+        refuse("has a shape whose size overflows")
+    if not _whole(offsets) or len(offsets) != 2:
+        refuse("must have two data_offsets, whole numbers >= 0")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        refuse(f"has {end - begin} bytes, and its shape {shape} takes another number of them")
+    return Described(dtype, tuple(shape), first + begin, first + end)
+
+
+def _whole(numbers: Any) -> bool:
+    return isinstance(numbers, list) and all(
+        type(number) is int and 0 <= number <= _MAX_NUMBER for number in numbers
+    )

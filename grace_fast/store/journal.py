@@ -1,0 +1,262 @@
+"""The journal: one row of an SQLite file for every version, on the disk before it is seen.
+
+A row's checksum covers the checksum of the row before, and `head` says which row is the last: a row
+that is lost, changed or added is seen. The file is ours if its schema is, word for word; nothing
+that a foreign one brings along (views, triggers) is ever run.
+
+`TRUNCATE` and `FULL`: write-ahead logs lose rows in SQLite 3.7.0 to 3.51.2 when they are reset.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import sqlite3
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from grace_fast.mapped import CodebookCorrupt, refuse_special
+from grace_fast.store.files import synchronise
+
+_APPLICATION = 0x47524143  # "GRAC", in the file's header
+_FORMAT = 1
+_SCHEMA = (
+    "CREATE TABLE versions (version INTEGER PRIMARY KEY, time REAL NOT NULL, "
+    "kind TEXT NOT NULL, content BLOB NOT NULL, checksum BLOB NOT NULL)",
+    "CREATE TABLE head (version INTEGER NOT NULL, checksum BLOB NOT NULL)",
+)
+_WAIT_S = 10.0  # for a reader or a writer that is just reading or writing
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the journal."""
+
+    version: int
+    time: float  # seconds since 1970
+    kind: str
+    content: bytes
+    checksum: bytes  # [32], of all that and of the row before
+
+
+class Journal:
+    """The versions after a base, in one file. One process writes it, any number read it.
+
+    name: what tells this journal from another one of the directory; base: the version it begins
+    after; hmac_key: what the checksums are made with, where the directory is signed.
+
+    Raises: CodebookCorrupt where the file is missing, foreign or not what was written; OSError
+    where it cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        base: int,
+        hmac_key: bytes | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.path, self.base, self._key = path, base, hmac_key or b""
+        self._start = _started(name, base, self._key)
+        for each in (path, path.with_name(path.name + "-journal")):
+            refuse_special(each)
+        if not path.is_file():
+            raise CodebookCorrupt(f"{path} is missing: the codebook is not complete")
+        mode = "ro" if read_only else "rw"
+        quoted = quote(str(path.absolute()))
+        with self._reading():
+            self._file = sqlite3.connect(
+                f"file:{quoted}?mode={mode}",
+                uri=True,
+                timeout=_WAIT_S,
+                isolation_level=None,
+                check_same_thread=False,
+            )
+            for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
+                self._file.execute(f"PRAGMA {setting}")
+            if not read_only:
+                self._file.execute("PRAGMA journal_mode=TRUNCATE")
+                self._file.execute("PRAGMA synchronous=FULL")
+            self._check_schema()
+        self.version, self.checksum = self._head()
+
+    @staticmethod
+    def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> Journal:
+        """Make an empty journal and put it on the disk.
+
+        Raises: OSError where it cannot be written.
+        """
+        path.unlink(missing_ok=True)
+        start = _started(name, base, hmac_key or b"")
+        try:
+            file = sqlite3.connect(path, isolation_level=None)
+            try:
+                file.execute("PRAGMA journal_mode=TRUNCATE")
+                file.execute("PRAGMA synchronous=FULL")
+                file.execute("BEGIN IMMEDIATE")
+                file.execute(f"PRAGMA application_id={_APPLICATION}")
+                file.execute(f"PRAGMA user_version={_FORMAT}")
+                for statement in _SCHEMA:
+                    file.execute(statement)
+                file.execute("INSERT INTO head VALUES (?, ?)", (base, start))
+                file.execute("COMMIT")
+            finally:
+                file.close()
+        except sqlite3.Error as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
+        synchronise(path)
+        synchronise(path.parent)
+        return Journal(path, name, base, hmac_key)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            name = getattr(error, "sqlite_errorname", "")
+            if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")):
+                raise CodebookCorrupt(f"{self.path} is not what was written: {error}") from error
+            if name.startswith("SQLITE_READONLY"):
+                raise OSError(
+                    f"{self.path} needs a writer: an edit was interrupted; "
+                    "attach the codebook once where its directory can be written"
+                ) from error
+            raise OSError(f"{self.path} cannot be read: {error}") from error
+
+    def _check_schema(self) -> None:
+        told = {
+            name: self._file.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("application_id", "user_version")
+        }
+        if told["application_id"] != _APPLICATION:
+            raise CodebookCorrupt(f"{self.path} is not a journal of grace_fast")
+        if told["user_version"] > _FORMAT:
+            raise CodebookCorrupt(
+                f"{self.path} has format {told['user_version']}, "
+                f"this version of grace_fast reads up to {_FORMAT}"
+            )
+        found = self._file.execute("SELECT sql FROM sqlite_master ORDER BY rowid").fetchall()
+        if tuple(sql for (sql,) in found) != _SCHEMA or told["user_version"] != _FORMAT:
+            raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
+
+    def _head(self) -> tuple[int, bytes]:
+        with self._reading():
+            rows = self._file.execute("SELECT version, checksum FROM head").fetchall()
+        if len(rows) != 1 or not isinstance(rows[0][0], int) or not isinstance(rows[0][1], bytes):
+            raise CodebookCorrupt(f"{self.path} does not say which version is the last")
+        return rows[0][0], rows[0][1]
+
+    def append(self, version: int, kind: str, content: bytes) -> None:
+        """Put one version behind the others and on the disk.
+
+        Raises: OSError where that failed, ValueError where it is not the next one. Nothing was
+        added then, unless the disk says otherwise when it is read again.
+        """
+        if version != self.version + 1:
+            raise ValueError(f"the next version is {self.version + 1}, got {version}")
+        entry = (version, time.time(), kind, content)
+        checksum = _chained(self._key, self.checksum, *entry)
+        self._write(
+            ("INSERT INTO versions VALUES (?, ?, ?, ?, ?)", (*entry, checksum)),
+            ("UPDATE head SET version = ?, checksum = ?", (version, checksum)),
+        )
+        self.version, self.checksum = version, checksum
+
+    def drop_last(self) -> None:
+        """Take the last version off again.
+
+        Raises: OSError where that failed.
+        """
+        before = self._start
+        for entry in self.entries(self.version - 2):
+            if entry.version == self.version - 1:
+                before = entry.checksum
+        version = self.version - 1
+        self._write(
+            ("DELETE FROM versions WHERE version = ?", (self.version,)),
+            ("UPDATE head SET version = ?, checksum = ?", (version, before)),
+        )
+        self.version, self.checksum = version, before
+
+    def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
+        try:
+            self._file.execute("BEGIN IMMEDIATE")
+            for statement, values in statements:
+                self._file.execute(statement, values)
+            self._file.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._file.in_transaction:
+                with suppress(sqlite3.Error):  # the next writer to open the file rolls it back
+                    self._file.execute("ROLLBACK")
+            raise OSError(f"{self.path} cannot be written: {error}") from error
+
+    def entries(self, after: int | None = None) -> Iterator[Entry]:
+        """Yield the rows after a version, by default all, each one checked where all are read.
+
+        Raises: CodebookCorrupt where a row is not what was written, or is missing.
+        """
+        first = self.base if after is None else max(after, self.base)
+        version, checksum = first, self._start if first == self.base else self._checksum_of(first)
+        last, head = self._head()
+        with self._reading():
+            rows = self._file.execute(
+                "SELECT version, time, kind, content, checksum FROM versions "
+                "WHERE version > ? AND version <= ? ORDER BY version",
+                (first, last),
+            )
+            while (row := rows.fetchone()) is not None:
+                if row[0] != version + 1 or not _is_entry(row):
+                    raise CodebookCorrupt(f"{self.path}: version {version + 1} is missing")
+                checksum = _chained(self._key, checksum, *row[:4])
+                if checksum != row[4]:
+                    raise CodebookCorrupt(
+                        f"{self.path}: version {row[0]} is not what was written (checksum)"
+                    )
+                version = row[0]
+                yield Entry(*row)
+        if version != last or checksum != head:
+            raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
+
+    def _checksum_of(self, version: int) -> bytes:
+        with self._reading():
+            found = self._file.execute(
+                "SELECT checksum FROM versions WHERE version = ?", (version,)
+            ).fetchone()
+        if found is None or not isinstance(found[0], bytes):
+            raise CodebookCorrupt(f"{self.path}: version {version} is missing")
+        return found[0]
+
+    def newest(self) -> int:
+        """Return the last version that is on the disk now."""
+        return self._head()[0]
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._file.close()
+
+
+def _is_entry(row: tuple[object, ...]) -> bool:
+    kinds = (int, float, str, bytes, bytes)
+    return all(isinstance(each, kind) for each, kind in zip(row, kinds, strict=True))
+
+
+def _started(name: str, base: int, key: bytes) -> bytes:
+    """Return what the first row of a journal comes after."""
+    return hmac.digest(key, f"{name} after {base}".encode(), "sha256")
+
+
+def _chained(
+    key: bytes, before: bytes, version: int, when: float, kind: str, content: bytes
+) -> bytes:
+    """Return the checksum of a row that comes after one with a checksum."""
+    digest = hmac.new(key, before, hashlib.sha256)
+    digest.update(struct.pack("<qd", version, when))
+    digest.update(f"{kind}\n".encode())
+    digest.update(content)
+    return digest.digest()

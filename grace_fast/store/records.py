@@ -1,0 +1,282 @@
+"""One version as bytes: what changed in the codebook and what was done to its history.
+
+The bytes are those of a safetensors file. Columns that have nothing in them are left out. `order`
+says of which kind each step of the history was; every kind has columns of its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from grace_fast.changes import Change
+from grace_fast.codebook import Draft
+from grace_fast.edits import (
+    Base,
+    Edit,
+    Emptied,
+    Event,
+    Forgotten,
+    Founded,
+    History,
+    Recorded,
+    Step,
+)
+from grace_fast.mapped import CodebookCorrupt
+from grace_fast.semantics import Outcome
+from grace_fast.store import headers
+
+_OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+_KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
+_NO_SLOT = -1
+
+
+@dataclass(frozen=True)
+class Version:
+    """What one version did."""
+
+    change: Change
+    steps: list[Step]
+
+    def encode(self) -> bytes:
+        """Return it as bytes."""
+        change, labels = self.change, self.change.labels
+        present = [label for label in labels if label is not None]
+        tensors = {
+            "keys": change.keys,
+            "values": change.values,
+            "labels.length": _integers([-1 if each is None else len(each) for each in labels]),
+            "labels.ids": torch.cat(present) if present else _integers([]),
+            "ids": change.ids,
+            "rows": change.rows,
+            **{f"rows.{name}": column for name, column in change.columns.items()},
+            "order": torch.tensor([_KINDS.index(type(s)) for s in self.steps], dtype=torch.uint8),
+            **_recorded([step for step in self.steps if isinstance(step, Recorded)]),
+        }
+        events = [step for step in self.steps if isinstance(step, Event)]
+        bases = [step for step in self.steps if isinstance(step, Founded)]
+        tensors["events"] = _integers([(e.edit, e.row, e.key_slot, e.lasts_with) for e in events])
+        tensors["events.radius"] = torch.tensor([e.radius for e in events], dtype=torch.float64)
+        tensors["bases"] = _integers([(b.row, b.base.value_slot, b.base.label_slot) for b in bases])
+        gone = [step.edit for step in self.steps if isinstance(step, Forgotten)]
+        tensors["forgotten"] = _integers(gone)
+        texts = {
+            str(step.edit.id): step.edit.text
+            for step in self.steps
+            if isinstance(step, Recorded) and step.edit.text is not None
+        }
+        full = {name: each.contiguous() for name, each in tensors.items() if each.numel()}
+        return save(full, {"texts": json.dumps(texts)} if texts else None)
+
+
+def _integers(rows: Sequence[Any]) -> Tensor:
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _recorded(steps: Sequence[Recorded]) -> dict[str, Tensor]:
+    edits = [step.edit for step in steps]
+    if not edits:
+        return {}
+    return {
+        "edits": _integers(
+            [
+                (
+                    edit.id,
+                    _OUTCOMES.index(edit.outcome),
+                    edit.row,
+                    _NO_SLOT if edit.value_before is None else edit.value_before,
+                    edit.value_after,
+                    step.label_slot,
+                    edit.steps,
+                    int(edit.correct),
+                    edit.prompt,
+                )
+                for step, edit in zip(steps, edits, strict=True)
+            ]
+        ),
+        "edits.number": torch.tensor(
+            [(edit.distance, edit.radius, edit.loss) for edit in edits], dtype=torch.float64
+        ),
+        "edits.query": torch.stack([edit.query for edit in edits]).cpu(),
+    }
+
+
+def redo(content: bytes, draft: Draft, history: History) -> None:
+    """Do what a version did to a draft and a history of the version before.
+
+    Raises: CodebookCorrupt naming the column that does not fit; draft and history may be changed.
+    """
+    try:
+        headers.check(content)
+        tensors = load(content)
+        # Bytes 0 to 8 are the header's length.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        texts = json.loads(header.get("__metadata__", {}).get("texts", "{}"))
+    except (SafetensorError, ValueError, AttributeError, RecursionError) as error:
+        raise CodebookCorrupt(f"a version is no safetensors content: {error}") from error
+    columns = _Columns(tensors)
+    _change(columns, draft).apply(draft)
+    labels, now = draft.snapshot().stored_labels(), draft.snapshot()
+    for step in _steps(columns, draft, labels, texts):
+        try:
+            if isinstance(step, Recorded | Event | Founded):
+                row = step.edit.row if isinstance(step, Recorded) else step.row
+                if not 0 <= row < now.rows:
+                    raise CodebookCorrupt(f"a step is on row {row} of {now.rows}")
+            history.follow(step)
+        except KeyError as error:
+            raise CodebookCorrupt(f"a version takes back an edit there is not: {error}") from error
+
+
+class _Columns:
+    """The tensors of a version; those that were left out are empty."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def get(self, name: str, dtype: torch.dtype, *widths: int, count: int | None = None) -> Tensor:
+        """Return a column [*, *widths].
+
+        Raises: CodebookCorrupt where it has another type or shape.
+        """
+        found = self.tensors.get(name)
+        if found is None:
+            found = torch.zeros(0, *widths, dtype=dtype)
+        if (
+            found.dtype != dtype
+            or found.shape[1:] != widths
+            or found.ndim != 1 + len(widths)
+            or count not in (None, len(found))
+        ):
+            wanted = ["*" if count is None else count, *widths]
+            raise CodebookCorrupt(
+                f"{name} must be {dtype} {wanted}, got {found.dtype} {tuple(found.shape)}"
+            )
+        if dtype.is_floating_point and name not in ("edits.number",) and not found.isfinite().all():
+            raise CodebookCorrupt(f"{name} must be finite, got NaN or infinity")
+        return found
+
+
+def _change(columns: _Columns, draft: Draft) -> Change:
+    now = draft.snapshot()
+    keys = columns.get("keys", now.dtype, now.key_dim)
+    values = columns.get("values", now.dtype, now.value_dim)
+    lengths = columns.get("labels.length", torch.int64)
+    used, ids = lengths.clamp(min=0), columns.get("labels.ids", torch.int64)
+    if bool((used > len(ids)).any()) or int(used.sum()) != len(ids):
+        raise CodebookCorrupt("labels.length does not add up to the label ids there are")
+    parts = torch.split(ids, used.tolist()) if len(used) else ()
+    pairs = zip(lengths.tolist(), parts, strict=True)
+    labels = [None if length < 0 else part.clone() for length, part in pairs]
+    fresh, counts = columns.get("ids", torch.int64), now.counts
+    newest = int(now.ids[-1]) if now.rows else -1
+    if len(fresh) and (int(fresh[0]) <= newest or not bool((fresh.diff() > 0).all())):
+        raise CodebookCorrupt(f"ids must ascend beyond {newest}")
+    rows, total = columns.get("rows", torch.int64), now.rows + len(fresh)
+    ascends = len(rows) == 0 or bool((rows.diff() > 0).all())
+    if not ascends or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < total):
+        raise CodebookCorrupt(f"rows must ascend within the {total} there are")
+    if int((rows >= now.rows).sum()) != len(fresh):
+        raise CodebookCorrupt("rows must hold every row that is new")
+    count = len(rows)
+    fields = {
+        "radius": columns.get("rows.radius", torch.float32, count=count),
+        "live": columns.get("rows.live", torch.bool, count=count),
+    }
+    slots = {
+        "key_slot": counts.keys + len(keys),
+        "value_slot": counts.values + len(values),
+        "label_slot": counts.labels + len(labels),
+    }
+    for name, there in slots.items():
+        fields[name] = column = columns.get(f"rows.{name}", torch.int64, count=count)
+        _within(f"rows.{name}", column, there)
+    return Change(keys, values, labels, fresh, rows, fields)
+
+
+def _within(name: str, column: Tensor, there: int, least: int = 0) -> None:
+    if len(column) and not least <= int(column.min()) <= int(column.max()) < there:
+        raise CodebookCorrupt(f"{name} points outside the {there} slots there are")
+
+
+def _steps(
+    columns: _Columns, draft: Draft, labels: list[Tensor | None], texts: Any
+) -> Iterator[Step]:
+    """Yield the steps of a version in their order, each one checked."""
+    counts = draft.counts
+    edits = columns.get("edits", torch.int64, 9)
+    for name, at, there, least in (
+        ("outcome", 1, len(_OUTCOMES), 0),
+        ("value_before", 3, counts.values, _NO_SLOT),
+        ("value_after", 4, counts.values, 0),
+        ("label_slot", 5, counts.labels, 0),
+    ):
+        _within(f"edits.{name}", edits[:, at], there, least)
+    _within("edits.id", edits[:, 0], 1 << 62)
+    numbers = columns.get("edits.number", torch.float64, 3, count=len(edits))
+    now = draft.snapshot()
+    queries = columns.get("edits.query", now.dtype, now.key_dim, count=len(edits)).to(now.device)
+    events = columns.get("events", torch.int64, 4)
+    radii = columns.get("events.radius", torch.float64, count=len(events))
+    _within("events.key_slot", events[:, 2], counts.keys)
+    _within("events.lasts_with", events[:, 3], counts.rows, -1)
+    bases = columns.get("bases", torch.int64, 3)
+    _within("bases", bases[:, 1], counts.values)
+    _within("bases", bases[:, 2], counts.labels)
+    order, of_kind = columns.get("order", torch.uint8).tolist(), dict.fromkeys(range(5), 0)
+    forgotten = columns.get("forgotten", torch.int64).tolist()
+    listed = edits.tolist(), events.tolist(), bases.tolist()
+    there = (*map(len, listed), len(forgotten))
+    for kind in order:
+        if kind >= len(_KINDS):
+            raise CodebookCorrupt(f"order must hold kinds below {len(_KINDS)}, got {kind}")
+        at = of_kind[kind]
+        of_kind[kind] += 1
+        if kind < 4 and at >= there[kind]:
+            raise CodebookCorrupt("order names more steps than there are")
+        if kind == 0:
+            yield _edit(listed[0][at], numbers[at].tolist(), queries[at], labels, texts)
+        elif kind == 1:
+            edit, row, slot, lasts_with = listed[1][at]
+            yield Event(edit, row, float(radii[at]), slot, lasts_with)
+        elif kind == 2:
+            row, value, label = listed[2][at]
+            yield Founded(row, Base(value, label))
+        else:
+            yield Forgotten(forgotten[at]) if kind == 3 else Emptied()
+
+
+def _edit(
+    fields: list[int],
+    numbers: list[float],
+    query: Tensor,
+    labels: list[Tensor | None],
+    texts: Any,
+) -> Recorded:
+    number, outcome, row, before, after, label_slot, steps, correct, prompt = fields
+    distance, radius, loss = numbers
+    text = texts.get(str(number)) if isinstance(texts, dict) else None
+    edit = Edit(
+        id=number,
+        outcome=_OUTCOMES[outcome],
+        row=row,
+        distance=distance,
+        radius=radius,
+        query=query,
+        label=labels[label_slot],
+        value_before=None if before == _NO_SLOT else before,
+        value_after=after,
+        loss=loss,
+        steps=steps,
+        correct=bool(correct),
+        prompt=prompt,
+        text=None if text is None else (str(text[0]), str(text[1])),
+    )
+    return Recorded(edit, label_slot)

@@ -1,0 +1,98 @@
+"""What a directory says of a codebook, and the codebook and its edits once they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_fast.codebook import Codebook
+from grace_fast.edits import History
+from grace_fast.settings import Settings
+from grace_fast.store import files, layout
+from grace_fast.store.durable import journal_of, replay
+from grace_fast.store.journal import Journal
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A saved codebook that no model is needed for: to list, verify or attach."""
+
+    path: Path
+    config: dict[str, Any]
+    settings: Settings
+    fingerprint: dict[str, Any]
+    hits: dict[int, int]  # by row
+    hmac_key: bytes | None = None
+
+    @property
+    def base(self) -> int:
+        """The version that the files hold; what came after is in the journal."""
+        return int(self.config.get("version", 0))
+
+    def codebook(
+        self, device: torch.device | str = "cpu", version: int | None = None
+    ) -> tuple[Codebook, History]:
+        """Return the codebook and its edits, by default of the newest version.
+
+        Raises: CodebookCorrupt; ValueError for a version that is not there.
+        """
+        book, history, journal = self.open(device, version)
+        if journal is not None:
+            journal.close()
+        return book, history
+
+    def open(
+        self,
+        device: torch.device | str = "cpu",
+        version: int | None = None,
+        read_only: bool = True,
+    ) -> tuple[Codebook, History, Journal | None]:
+        """Return the same and the journal, to go on from there; None where there is none."""
+        tensors = files.read_tensors(self.path, self.config)
+        layout.check_radii(tensors, self.settings.max_radius)
+        book = layout.unpack_codebook(tensors, torch.device(device), self.base)
+        texts, next_id = self.config["texts"], int(self.config["next_id"])
+        history = layout.unpack_history(tensors, book.snapshot(), texts, next_id)
+        journal = journal_of(self.path, self.config, self.hmac_key, read_only)
+        if journal is not None:
+            replay(journal, book, history, version)
+        if version not in (None, book.version):
+            last = self.base if journal is None else journal.version
+            raise ValueError(
+                f"{self.path} holds the versions {self.base} to {last}, wanted {version}"
+            )
+        return book, history, journal
+
+
+def read_saved(
+    path: str | Path, hmac_key: bytes | None = None, max_radius: float | None = None
+) -> Saved:
+    """Return what a directory says of its codebook, before its tensors are read.
+
+    hmac_key, max_radius: as in `attach`.
+
+    Raises: FileNotFoundError, CodebookCorrupt.
+    """
+    config = files.read_config(path, hmac_key)
+    if "settings" not in config:
+        raise files.CodebookCorrupt(
+            f"{path} holds a codebook alone (gf.save), without the settings of a model; "
+            "open it with gf.open"
+        )
+    try:
+        settings = Settings(**config["settings"])
+        if max_radius is not None:
+            settings = replace(settings, max_radius=max_radius)
+        settings.rules(torch.float32)
+        hits = {int(row): int(count) for row, count in config["hits"].items()}
+        if not isinstance(config["texts"], dict):
+            raise TypeError("texts must be an object")
+        int(config["next_id"])
+        return Saved(Path(path), config, settings, config["fingerprint"], hits, hmac_key)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise files.CodebookCorrupt(
+            f"{Path(path) / files.CONFIG} is not complete: {error!r}"
+        ) from error

@@ -1,0 +1,108 @@
+"""Where each row of the catalogue of faults is tested; what is named here is there.
+
+A row is a fault and what has to hold in spite of it. It is covered by tests, by make targets that
+CI runs, or by a benchmark whose gate fails; `NOT_HERE` says what takes another machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+
+CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "N1": (
+        "NaN, infinite, huge, denormal and zero queries: misses, other rows unaffected",
+        (
+            "test_odd_queries.py::test_an_odd_query_is_decided_by_the_law_and_changes_no_other",
+            "test_odd_queries.py::test_a_key_with_such_numbers_is_found_by_its_own_query",
+            "test_odd_queries.py::test_in_a_model_an_odd_row_misses_bit_for_bit_and_the_others_hit",
+            "test_editor.py::test_a_nan_query_is_a_miss_and_leaves_the_other_rows_alone",
+            "test_lookup.py::test_every_back_end_decides_every_case_by_the_law",
+            "test_lookup.py::test_a_row_that_misses_keeps_every_bit_beside_one_that_hits",
+        ),
+    ),
+    "N2": (
+        "duplicates, a distance equal to the radius, cancellation at norm 1e3 to 1e6",
+        (
+            "test_odd_queries.py::test_keys_that_differ_by_their_last_bits_far_from_the_origin",
+            "test_lookup.py::test_every_back_end_decides_every_case_by_the_law",
+            "test_lookup.py::test_drawn_codebooks_are_decided_by_the_law",
+            "test_cuda_on_host.py::test_ties_that_float32_does_not_see",
+        ),
+    ),
+    "N3": (
+        "more than 2^31 elements: the last row is found",
+        (
+            "test_odd_queries.py::test_the_last_row_of_more_than_2_31_elements_is_found",
+            "test_certified.py::test_offsets_past_2_31_are_right",
+            "test_out_of_core.py::test_rows_past_what_an_int32_counts_are_read_as_they_are",
+        ),
+    ),
+    "C1": (
+        "eight readers beside an editor: no mixed read",
+        (
+            "test_large_benchmarks.py::"
+            "test_eight_readers_beside_an_editor_read_nothing_mixed_and_lose_no_row",
+            "test_large_benchmarks.py::test_a_mixed_read_and_a_lost_row_are_seen",
+            "test_codebook.py::test_readers_never_see_half_an_edit",
+            "test_concurrency.py::"
+            "test_who_asks_while_a_value_is_trained_gets_what_is_published_and_never_that_value",
+            "test_concurrency.py::test_an_edit_that_another_changes_is_decided_and_trained_anew",
+            "test_concurrency.py::test_four_threads_edit_one_codebook",
+            "make bench-readers",
+        ),
+    ),
+    "C2": (
+        "invalid accesses, undefined steps and data races of the C++: none",
+        ("make sanitize", "make tsan"),
+    ),
+    "E1": (
+        "the recorded decisions of the reference",
+        ("test_golden.py::*", "test_compat_reference.py::*", "test_compat_easyedit.py::*"),
+    ),
+    "E2": (
+        "attach and detach leave the model, a look-up leaves the codebook bit for bit",
+        (
+            "test_purity.py::test_attach_edit_and_unload_leave_state_hooks_and_outputs_as_they_were",
+            "test_purity.py::test_a_look_up_changes_no_byte_of_the_codebook",
+            "test_purity.py::test_forward_calls_and_generate_change_no_byte_of_an_editors_codebook",
+            "test_lookup.py::test_a_look_up_writes_nothing_and_draws_nothing",
+            "test_faiss.py::test_a_look_up_in_an_index_writes_nothing_and_draws_nothing",
+        ),
+    ),
+}
+
+NOT_HERE = {"C3": "compute-sanitizer takes a GPU: make gpu"}
+CITED = [(row, place) for row, (_, places) in CATALOGUE.items() for place in places]
+
+
+def functions_of(path):
+    tree = ast.parse(path.read_text())
+    return {part.name for part in tree.body if isinstance(part, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(("row", "place"), CITED, ids=[f"{row}: {place}" for row, place in CITED])
+def test_a_row_of_the_catalogue_is_tested_where_it_says(row, place):
+    if place.startswith("make "):
+        targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert place.removeprefix("make ") in targets
+        return
+    file, name = place.split("::")
+    tests = {one for one in functions_of(TESTS / file) if one.startswith("test_")}
+    assert tests if name == "*" else name in tests
+
+
+def test_what_ci_has_to_run_of_it_ci_runs():
+    steps = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert {"make test", "make slow", "make sanitize", "make tsan"} <= set(steps)
+
+
+def test_a_row_is_covered_or_says_what_it_takes():
+    assert not set(CATALOGUE) & set(NOT_HERE)
+    assert all(places for _, places in CATALOGUE.values())
