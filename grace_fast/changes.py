@@ -45,8 +45,9 @@ class Change:
 
     def apply(self, draft: Draft) -> None:
         """Make the version after of the version before, which a draft holds."""
+        known = draft.rows  # a draft may hold versions that are not published yet
         draft.extend(self.keys, self.values, self.labels, self.ids)
-        draft.set_columns(self.rows, self.columns)
+        draft.set_columns(self.rows, self.columns, known)
 
 
 def back(now: Snapshot, then: Snapshot) -> Change:

@@ -429,8 +429,11 @@ class Draft:
             labels=counts.labels + len(labels),
         )
 
-    def set_columns(self, rows: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Give rows [m] int64, ascending, every field of a page, each [m]."""
+    def set_columns(self, rows: Tensor, columns: Mapping[str, Tensor], known: int) -> None:
+        """Give rows [m] int64, ascending, every field of a page, each [m].
+
+        known: how many rows there were before the slots of these came by `extend`.
+        """
         if not len(rows):
             return
         numbers = rows // PAGE_ROWS
@@ -438,7 +441,7 @@ class Draft:
         for number in numbers.unique().tolist():
             here = numbers == number
             page, _ = self._writable(number * PAGE_ROWS)
-            at, before = rows[here] % PAGE_ROWS, rows[here] < self._first.rows
+            at, before = rows[here] % PAGE_ROWS, rows[here] < known
             was_live = page.live[at.to(page.live.device)].cpu() & before
             live += int(columns["live"][here].sum()) - int(was_live.sum())
             for name, known in moved.items():
