@@ -1,0 +1,1 @@
+"""Faults of disks and processes: what a codebook's directory is after each of them."""

@@ -1,0 +1,194 @@
+"""A durable codebook that is cheap to edit: one linear layer, values that no training makes.
+
+`OPERATIONS` is the same run everywhere, so that the state after each of its steps is known, and
+`server` makes it in a process that a test can break: it answers one line a request, and forks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import grace_fast as gf
+from faults import shim
+from grace_fast.changes import COLUMNS
+
+WIDTH, CLASSES = 6, 4
+Operation = tuple[Any, ...]
+
+
+class Tiny(nn.Module):
+    """A classifier of one layer, which is what is edited."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, CLASSES)
+        nn.init.eye_(self.layer.weight)
+        nn.init.zeros_(self.layer.bias)
+
+    def forward(self, inputs_embeds, labels=None):
+        logits = self.layer(inputs_embeds)[:, -1]
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def attach(path: Path | str | None, **settings: Any) -> gf.editor.Grace:
+    """Attach to a model of its own; what a directory holds is opened."""
+    chosen = {"epsilon": 1.0, "iterations": 0, "replacement": "replace_all", **settings}
+    return gf.attach(Tiny(), "layer", path=path, **chosen)
+
+
+def operations(count: int, seed: int = 0, every: int = 0) -> list[Operation]:
+    """Return a run of edits (new, near, repeated with another label) and undos, by its length.
+
+    every: a compaction after so many.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    centres = 4 * torch.randn(5, WIDTH, generator=generator)
+    found: list[Operation] = []
+    edits: list[int] = []
+    made = 0
+    for step in range(count):
+        if step % 5 == 4:
+            found.append(("undo", edits.pop(step % len(edits))))
+        else:
+            centre, near = torch.randint(0, 5, (2,), generator=generator).tolist()
+            offset = (0.0, 0.3, 0.6, 1.2, 0.3)[near]
+            query = centres[centre].clone()
+            query[step % WIDTH] += offset
+            found.append(("edit", query.tolist(), step % 3))
+            edits.append(made)
+            made += 1
+        if every and step % every == every - 1:
+            found.append(("compact",))
+    return found
+
+
+def do(grace: gf.editor.Grace, operation: Operation) -> None:
+    """Make one step of a run."""
+    kind, *given = operation
+    if kind == "edit":
+        query, label = given
+        batch = {"inputs_embeds": torch.tensor([[query]]), "labels": torch.tensor([label])}
+        grace.edit(batch)
+    elif kind == "undo":
+        grace.undo(given[0])
+    elif kind == "compact":
+        grace.compact()
+    elif kind == "checkout":
+        grace.checkout(given[0])
+    else:
+        raise ValueError(f"no operation is called {kind}")
+
+
+def state(grace: gf.editor.Grace) -> str:
+    """Return a checksum of everything a codebook and its history hold."""
+    book, history = grace.codebook.snapshot(), grace._history
+    edits = [
+        [each.tolist() if isinstance(each, torch.Tensor) else repr(each) for each in vars(one).values()]
+        for one in history.edits.values()
+    ]
+    whole = [
+        book.version,
+        len(book),
+        book.keys.tolist(),
+        book.values.tolist(),
+        book.key_slots[: book.counts.keys].tolist(),
+        book.value_slots[: book.counts.values].tolist(),
+        [book.column(name).tolist() for name in COLUMNS],
+        book.ids.tolist(),
+        [None if each is None else each.tolist() for each in book.stored_labels()],
+        edits,
+        [(row, repr(vars(life.copy()))) for row, life in sorted(history.rows.items())],
+        history.next_id,
+    ]
+    return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def states(run: Sequence[Operation], folder: Path) -> list[str]:
+    """Return the state before and after every step of a run in which nothing goes wrong."""
+    grace = attach(folder)
+    found = [state(grace)]
+    for operation in run:
+        do(grace, operation)
+        found.append(state(grace))
+    grace.unload()
+    return found
+
+
+# In the process that is broken
+
+
+def say(*words: object) -> None:
+    """Tell the test one line, at once."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
+
+
+def perform(request: dict[str, Any]) -> None:
+    """Make a run with a fault in it, and acknowledge each step once it was made.
+
+    After a step that was refused the next one is tried: what the codebook says is what counts.
+    """
+    folder, log = request["folder"], request.get("log")
+    if log is not None:
+        shim.watch(folder)
+        shim.log_to(log)
+    grace, fault = None, request.get("fault")
+    if fault is not None and request.get("from_the_start"):
+        shim.watch(folder)
+        shim.fail(**fault)
+    try:
+        grace = attach(folder)
+    except (OSError, gf.CodebookCorrupt) as error:
+        say("refused", "attach", type(error).__name__, json.dumps(str(error)))
+        shim.fail(shim.NO_FAULT, 0)
+        grace = attach(folder)  # in the same process: nothing of the first try is in its way
+    if fault is not None and not request.get("from_the_start"):
+        shim.watch(folder)
+        shim.fail(**fault)
+    published = state(grace)
+    for number, operation in enumerate(request["run"], start=1):
+        try:
+            do(grace, operation)
+        except (OSError, KeyError) as error:
+            if state(grace) != published:
+                say("changed", number)
+            say("refused", number, type(error).__name__, json.dumps(str(error)))
+            continue
+        shim.mark(number)
+        published = state(grace)
+        say("done", number, published)
+    say("calls", shim.calls())
+    shim.fail(shim.NO_FAULT, 0)
+    say("end", published)
+
+
+def serve(act: Callable[[dict[str, Any]], None] = perform) -> None:
+    """Answer requests, one line each: what `act` says in a fork, then how the fork ended."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if not child:
+            try:
+                act(json.loads(line))
+            except BaseException as error:
+                say("raised", type(error).__name__, json.dumps(str(error)))
+                raise
+            finally:
+                os._exit(0)
+        say("process", child)
+        _, status = os.waitpid(child, 0)
+        say("status", status)
+
+
+if __name__ == "__main__":
+    serve()

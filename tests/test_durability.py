@@ -1,0 +1,330 @@
+"""The promise: after any crash a codebook is as after some of its edits, every acknowledged one kept.
+
+A run of edits and undos is recorded call by call and replayed up to every call, torn and without
+what the disk had not been told to keep; it is ended, killed, and refused at every call.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import random
+import shutil
+import signal
+import sqlite3
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import grace_fast as gf
+from faults import shim, workload
+from faults.recording import Disk, lay_out, read_log
+from faults.server import Server
+
+RUN = workload.operations(25)  # 20 edits, 5 undos
+SHORT = workload.operations(5)
+COMPACTED = workload.operations(6, every=2)
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A process under the shim."""
+    started = Server()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def room():
+    """A folder in memory where there is one: thousands of codebooks are opened in it."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+def states(run, room):
+    folder = room / "undisturbed"
+    found = workload.states(run, folder)
+    shutil.rmtree(folder)
+    return found
+
+
+def reopened(folder):
+    """The state that a new process finds, which edits on from there."""
+    grace = workload.attach(folder)
+    found = workload.state(grace)
+    assert grace.verify().ok
+    grace.unload()
+    return found
+
+
+class Promise:
+    """Directories that a crash left, each opened as a new process would."""
+
+    def __init__(self, known, room):
+        self.known, self.folder = known, room / "crashed"
+        self.cases = Counter()
+        self._seen = {}
+        self._recovered = {}
+
+    def holds(self, kind, content, acknowledged):
+        """Check one directory; acknowledged: how many steps have to be in it."""
+        self.cases[kind] += 1
+        key = fingerprint(content)
+        if key not in self._seen:
+            self._seen[key] = self._opened(content)
+        found, allowed = self._seen[key], self.known[acknowledged : acknowledged + 2]
+        assert found in allowed, (kind, acknowledged, self.known.index(found))
+
+    @property
+    def different(self):
+        return len(self._seen)
+
+    def _opened(self, content):
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        lay_out(content, self.folder)
+        # What SQLite recovers decides the rest: the same rows beside the same files were opened.
+        before = self._rows()
+        if before not in self._recovered:
+            self._recovered[before] = reopened(self.folder)
+        return self._recovered[before]
+
+    def _rows(self):
+        found = []
+        for path in sorted(self.folder.glob("journal-*.sqlite")):
+            try:
+                file = sqlite3.connect(path, isolation_level=None)
+                try:
+                    for table in ("sqlite_master", "versions", "head"):
+                        found.append(repr(file.execute(f"SELECT * FROM {table}").fetchall()))
+                finally:
+                    file.close()
+            except sqlite3.Error as error:
+                found.append(str(error))
+        others = {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file() and not path.name.startswith(("journal-", "lock"))
+        }
+        return fingerprint(others), tuple(found)
+
+
+def fingerprint(content):
+    digest = hashlib.sha256()
+    for name, data in sorted(content.items()):
+        if name != "lock":
+            whole = "folder" if data is None else hashlib.sha256(data).hexdigest()
+            digest.update(f"{name} {whole}\n".encode())
+    return digest.hexdigest()
+
+
+def record(server, run, room):
+    """Have a run recorded; return its calls, once replaying them gives what is on the disk."""
+    folder = room / "recorded"
+    folder.mkdir()
+    outcome = server.ask(folder=str(folder), log=str(room / "log"), run=run)
+    assert (outcome.raised, outcome.refused) == ("", {})
+    calls = read_log(room / "log", folder)
+    disk = Disk()
+    for call in calls:
+        disk.replay(call)
+    lasting = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    assert disk.as_seen() == lasting
+    assert disk.marked == len(run)
+    shutil.rmtree(folder)
+    return calls
+
+
+def cuts(length, every_byte):
+    if every_byte:
+        return range(1, length)
+    return sorted({1, length // 3, length // 2, length - 1} - {0, length})
+
+
+def crash_everywhere(calls, promise, every_byte=False, orders=2):
+    """Replay every prefix: as it was seen, with a torn write, and after a loss of power."""
+    disk, chance = Disk(), random.Random(0)
+    for call in calls:
+        if call.kind == shim.WRITE:
+            for length in cuts(len(call.data), every_byte):
+                promise.holds("torn writes", disk.torn(call, length), disk.marked)
+        disk.replay(call)
+        promise.holds("prefixes", disk.as_seen(), disk.marked)
+        for names in range(disk.uncertain_names + 1):
+            promise.holds("losses of power", disk.after_power_loss(names), disk.marked)
+        for _ in range(orders):
+            kept = iter(lambda: chance.random() < 0.5, None)
+            names = chance.randint(0, disk.uncertain_names)
+            promise.holds("partial losses", disk.after_power_loss(names, kept), disk.marked)
+
+
+def test_after_every_prefix_of_its_file_calls_a_run_is_as_after_some_of_its_edits(server, room):
+    promise = Promise(states(RUN, room), room)
+    calls = record(server, RUN, room)
+    crash_everywhere(calls, promise)
+    print(f"D1: {dict(promise.cases)}, {promise.different} different directories")
+    assert promise.cases["prefixes"] == len(calls) > 400
+    assert promise.cases["torn writes"] > 600
+    assert promise.cases["losses of power"] >= len(calls)
+
+
+@pytest.mark.slow
+def test_a_write_that_is_torn_at_any_byte_loses_nothing(server, room):
+    promise = Promise(states(RUN, room), room)
+    calls = record(server, RUN, room)
+    crash_everywhere(calls, promise, every_byte=True, orders=20)
+    print(f"D1: {dict(promise.cases)}, {promise.different} different directories")
+    assert promise.cases["torn writes"] > 100_000
+
+
+def test_compaction_leaves_one_whole_codebook_wherever_it_stops(server, room):
+    promise = Promise(states(COMPACTED, room), room)
+    calls = record(server, COMPACTED, room)
+    crash_everywhere(calls, promise, orders=3)
+    print(f"D5: {dict(promise.cases)}, {promise.different} different directories")
+    assert promise.cases["prefixes"] > 200
+
+
+@pytest.mark.parametrize("how", [shim.EXIT, shim.TEAR], ids=["before", "halfway"])
+def test_a_process_that_ends_at_any_of_its_calls_keeps_what_it_acknowledged(how, server, room):
+    known, ended, at = states(COMPACTED, room), 0, 0
+    folder = room / "ended"
+    while True:
+        at += 1
+        fault = {"how": how, "at": at}
+        outcome = server.ask(folder=str(folder), run=COMPACTED, fault=fault, from_the_start=True)
+        assert not outcome.raised
+        found = reopened(folder)
+        assert found in known[outcome.acknowledged : outcome.acknowledged + 2], at
+        tidy(folder)
+        if not outcome.status:
+            break
+        assert outcome.status == shim.EXIT_STATUS << 8
+        ended += 1
+        shutil.rmtree(folder)
+    print(f"D2: ended at {ended} calls")
+    assert ended == outcome.calls > 200
+
+
+def tidy(folder):
+    """Check that a crash left nothing behind that compaction would not take along."""
+    grace = workload.attach(folder)
+    grace.compact()
+    grace.unload()
+    for kind in ("journal-*.sqlite", "codebook-*.safetensors"):
+        assert len(list(folder.glob(kind))) == 1
+    assert not list(folder.glob("*.partial"))
+
+
+def kill(server, room, times, seed):
+    """Kill an editing process at random moments; return how many of its steps were acknowledged."""
+    known, chance = states(RUN, room), random.Random(seed)
+    acknowledged = []
+    for number in range(times):
+        folder = room / f"killed-{number}"
+        after, delay_s = chance.randint(0, len(RUN) - 1), 0.006 * chance.random()
+        outcome = server.ask_and_kill(after, delay_s, folder=str(folder), run=RUN)
+        assert not outcome.raised
+        assert outcome.status in (signal.SIGKILL, 0)  # 0: it was faster
+        assert reopened(folder) in known[outcome.acknowledged : outcome.acknowledged + 2]
+        acknowledged.append((outcome.status, outcome.acknowledged))
+        shutil.rmtree(folder)
+    killed = [steps for status, steps in acknowledged if status]
+    print(f"D2: {len(killed)} kills of {times} after {dict(sorted(Counter(killed).items()))} steps")
+    assert len(killed) >= 0.9 * times
+    return killed
+
+
+def test_a_killed_process_keeps_what_it_acknowledged(server, room):
+    assert len(set(kill(server, room, 20, seed=0))) > 5
+
+
+@pytest.mark.slow
+def test_two_hundred_killed_processes_keep_what_they_acknowledged(server, room):
+    assert len(set(kill(server, room, 222, seed=1))) > 20
+
+
+# A disk that is full, or fails
+
+
+class Runs:
+    """The state after any steps of a run, made without a disk."""
+
+    def __init__(self):
+        self._known = {}
+
+    def after(self, steps):
+        key = repr(steps)
+        if key not in self._known:
+            grace = workload.attach(None)
+            for step in steps:
+                if step[0] != "compact":
+                    workload.do(grace, step)
+            self._known[key] = workload.state(grace)
+        return self._known[key]
+
+
+def refuse(server, folder, run, fault, runs, times=Counter()):
+    """Have one call of a run refused; check that what was acknowledged is there, and is known."""
+    outcome = server.ask(folder=str(folder), run=run, fault=fault, from_the_start=True)
+    assert (outcome.raised, outcome.changed, outcome.status) == ("", [], 0), fault
+    kept = [step for number, step in enumerate(run, start=1) if number in outcome.states]
+    assert outcome.last == runs.after(kept), fault
+    found = reopened(folder)
+    if found != outcome.last:
+        # A version in doubt: it may be there, but nobody was answered by it, and none came after.
+        doubted = [number for number in outcome.refused if number != "attach"]
+        assert doubted, fault
+        first = min(doubted)
+        assert outcome.acknowledged < first, fault
+        assert found == runs.after([*kept, run[first - 1]]), fault
+    return outcome, found != outcome.last
+
+
+FAULTS = {
+    "one write finds the disk full": {"how": shim.FAIL, "code": errno.ENOSPC, "kinds": shim.GROWING},
+    "the disk stays full": {
+        "how": shim.FAIL,
+        "code": errno.ENOSPC,
+        "kinds": shim.GROWING,
+        "after": True,
+    },
+    "a write is cut short and the disk stays full": {
+        "how": shim.SHORTEN,
+        "code": errno.ENOSPC,
+        "kinds": shim.GROWING,
+        "after": True,
+    },
+    "one call fails": {"how": shim.FAIL, "code": errno.EIO},
+    "every call from then on fails": {"how": shim.FAIL, "code": errno.EIO, "after": True},
+    "one fsync fails": {"how": shim.FAIL, "code": errno.EIO, "kinds": shim.SYNCHRONISING},
+    "every fsync from then on fails": {
+        "how": shim.FAIL,
+        "code": errno.EIO,
+        "kinds": shim.SYNCHRONISING,
+        "after": True,
+    },
+}
+
+
+@pytest.mark.parametrize("case", list(FAULTS))
+def test_a_call_that_fails_loses_nothing_and_acknowledges_nothing(case, server, room):
+    runs, folder, told, at, doubts = Runs(), room / "refused", Counter(), 0, 0
+    while True:
+        at += 1
+        outcome, doubted = refuse(server, folder, COMPACTED, {**FAULTS[case], "at": at}, runs)
+        shutil.rmtree(folder)
+        if at > outcome.calls and "attach" not in outcome.refused:
+            break
+        doubts += doubted
+        told.update(name for name, _ in outcome.refused.values())
+    print(f"D3, D4: {case}: {at - 1} calls, {dict(told)}, {doubts} versions in doubt")
+    assert at > 20
+    assert set(told) <= {"OSError", "CodebookReadOnly", "KeyError"}
