@@ -271,23 +271,23 @@ def _fails(*_):
     raise RuntimeError("out of memory")
 
 
-def test_an_undo_that_fails_loses_no_edit_of_another_thread(monkeypatch):
+def test_an_undo_that_fails_loses_no_edit_of_another_thread():
     grace = attach()
     first = grace.edit(batch_of(0))
-    real, refused, other = grace._save_durably, threading.Event(), threading.Event()
+    refused, other = threading.Event(), threading.Event()
 
-    def refuse(draft):
-        if threading.current_thread() is not undoing:
-            return real(draft)
-        refused.set()
-        other.wait(0.2)  # the other edit has to wait for the end of this
-        raise OSError("disk full")
+    class FullDisk:
+        def record(self, before, after):
+            if threading.current_thread() is undoing:
+                refused.set()
+                other.wait(0.2)  # the other edit has to wait for the end of this
+                raise OSError("disk full")
 
     def undo():
         with pytest.raises(OSError, match="disk full"):
             grace.undo(first.id)
 
-    monkeypatch.setattr(grace, "_save_durably", refuse)
+    grace.codebook.keep(FullDisk())
     go = threading.Event()
     with thread(lambda: go.wait() and undo()) as undoing:
         go.set()

@@ -289,7 +289,11 @@ def refuse(server, folder, run, fault, runs, times=Counter()):
 
 
 FAULTS = {
-    "one write finds the disk full": {"how": shim.FAIL, "code": errno.ENOSPC, "kinds": shim.GROWING},
+    "one write finds the disk full": {
+        "how": shim.FAIL,
+        "code": errno.ENOSPC,
+        "kinds": shim.GROWING,
+    },
     "the disk stays full": {
         "how": shim.FAIL,
         "code": errno.ENOSPC,

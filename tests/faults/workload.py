@@ -94,7 +94,10 @@ def state(grace: gf.editor.Grace) -> str:
     """Return a checksum of everything a codebook and its history hold."""
     book, history = grace.codebook.snapshot(), grace._history
     edits = [
-        [each.tolist() if isinstance(each, torch.Tensor) else repr(each) for each in vars(one).values()]
+        [
+            each.tolist() if isinstance(each, torch.Tensor) else repr(each)
+            for each in vars(one).values()
+        ]
         for one in history.edits.values()
     ]
     whole = [
