@@ -1,4 +1,4 @@
-"""The promise: after any crash a codebook is as after some of its edits, every acknowledged one kept.
+"""The promise: after any crash a codebook is as after some of its edits, all acknowledged ones.
 
 A run of edits and undos is recorded call by call and replayed up to every call, torn and without
 what the disk had not been told to keep; it is ended, killed, and refused at every call.
@@ -17,8 +17,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-import grace_fast as gf
 from faults import shim, workload
 from faults.recording import Disk, lay_out, read_log
 from faults.server import Server
@@ -98,8 +96,10 @@ class Promise:
             try:
                 file = sqlite3.connect(path, isolation_level=None)
                 try:
-                    for table in ("sqlite_master", "versions", "head"):
-                        found.append(repr(file.execute(f"SELECT * FROM {table}").fetchall()))
+                    found += [
+                        repr(file.execute(f"SELECT * FROM {table}").fetchall())
+                        for table in ("sqlite_master", "versions", "head")
+                    ]
                 finally:
                     file.close()
             except sqlite3.Error as error:
@@ -271,7 +271,7 @@ class Runs:
         return self._known[key]
 
 
-def refuse(server, folder, run, fault, runs, times=Counter()):
+def refuse(server, folder, run, fault, runs):
     """Have one call of a run refused; check that what was acknowledged is there, and is known."""
     outcome = server.ask(folder=str(folder), run=run, fault=fault, from_the_start=True)
     assert (outcome.raised, outcome.changed, outcome.status) == ("", [], 0), fault

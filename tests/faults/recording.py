@@ -80,7 +80,7 @@ class File:
 
 
 def apply(content: bytearray, offset: int, data: bytes | None) -> None:
-    """Write data into a file's content, with zeros where there was nothing; None is a truncation."""
+    """Write data into a file's content, over zeros where nothing was; None is a truncation."""
     if len(content) < offset:
         content.extend(bytes(offset - len(content)))
     if data is None:
@@ -97,7 +97,7 @@ class Disk:
         self.opened: dict[int, tuple[File | None, str]] = {}
         self.marked = 0  # the newest mark
         # Changes of names that a loss of power may take back, oldest first: what was there before.
-        self._uncertain: list[dict[str, File | None | bool]] = []
+        self._uncertain: list[dict[str, File | bool | None]] = []
 
     @staticmethod
     def of(folder: Path) -> Disk:
@@ -154,7 +154,7 @@ class Disk:
         assert file is not None, f"{path} is a folder"
         return file
 
-    def _name(self, path: str, file: File | None | bool) -> None:
+    def _name(self, path: str, file: File | bool | None) -> None:
         self._uncertain.append({path: self.names.get(path, False)})
         self._put(path, file)
 
@@ -173,7 +173,7 @@ class Disk:
             self._put(name, False)
             self._put(targets[name], file)
 
-    def _put(self, path: str, file: File | None | bool) -> None:
+    def _put(self, path: str, file: File | bool | None) -> None:
         if file is False:
             self.names.pop(path, None)
         else:
@@ -233,7 +233,7 @@ class Disk:
         }
 
 
-def _touches(names: dict[str, File | None | bool], folder: str) -> bool:
+def _touches(names: dict[str, File | bool | None], folder: str) -> bool:
     return any(str(Path(name).parent) == folder for name in names)
 
 
