@@ -16,6 +16,71 @@ TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 
 CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "D1": (
+        "torn writes and lost power: the state after some of the edits, all acknowledged ones",
+        (
+            "test_durability.py::"
+            "test_after_every_prefix_of_its_file_calls_a_run_is_as_after_some_of_its_edits",
+            "test_journal.py::test_what_was_edited_is_there_again_bit_for_bit_after_every_version",
+        ),
+    ),
+    "D2": (
+        "a process that ends or is killed keeps what it acknowledged",
+        (
+            "test_durability.py::"
+            "test_a_process_that_ends_at_any_of_its_calls_keeps_what_it_acknowledged",
+            "test_durability.py::test_two_hundred_killed_processes_keep_what_they_acknowledged",
+        ),
+    ),
+    "D3": (
+        "a full disk refuses an edit, and nothing else is lost",
+        (
+            "test_durability.py::test_a_call_that_fails_loses_nothing_and_acknowledges_nothing",
+            "test_editor.py::test_every_edit_is_on_the_disk_before_the_call_returns",
+        ),
+    ),
+    "D4": (
+        "a disk that fails makes the store read-only; nothing is acknowledged falsely",
+        (
+            "test_durability.py::test_a_call_that_fails_loses_nothing_and_acknowledges_nothing",
+            "test_journal.py::"
+            "test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published",
+        ),
+    ),
+    "D5": (
+        "a crash at any step of a compaction leaves one whole codebook",
+        (
+            "test_durability.py::test_compaction_leaves_one_whole_codebook_wherever_it_stops",
+            "test_journal.py::test_a_crash_at_any_step_of_a_compaction_leaves_the_codebook",
+        ),
+    ),
+    "D6": (
+        "directories of every format open for ever, a newer one is refused",
+        ("test_formats.py::*",),
+    ),
+    "D7": (
+        "one writer; the lock of a dead process is no lock",
+        (
+            "test_journal.py::test_a_second_editor_is_refused_until_the_first_is_unloaded",
+            "test_journal.py::test_the_lock_of_a_process_that_died_is_no_lock",
+        ),
+    ),
+    "F1": (
+        "no flipped bit of a file or of the journal is silent",
+        (
+            "test_hostile_files.py::test_no_flipped_bit_is_silent",
+            "test_hostile_files.py::test_no_flipped_bit_of_a_journal_is_silent",
+            "test_journal.py::test_a_row_of_the_journal_that_was_changed_or_lost_is_seen",
+        ),
+    ),
+    "F2": (
+        "headers made to harm are refused before anything is allocated",
+        ("test_hostile_files.py::*",),
+    ),
+    "F3": (
+        "contents that are not finite, too wide or out of place are named",
+        ("test_hostile_contents.py::*",),
+    ),
     "N1": (
         "NaN, infinite, huge, denormal and zero queries: misses, other rows unaffected",
         (
