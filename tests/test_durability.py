@@ -1,12 +1,11 @@
 """The promise: after any crash a codebook is as after some of its edits, all acknowledged ones.
 
 A run of edits and undos is recorded call by call and replayed up to every call, torn and without
-what the disk had not been told to keep; it is ended, killed, and refused at every call.
+what the disk had not been told to keep; and its process is killed at drawn moments.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import random
 import shutil
@@ -22,7 +21,6 @@ from faults.recording import Disk, lay_out, read_log
 from faults.server import Server
 
 RUN = workload.operations(25)  # 20 edits, 5 undos
-SHORT = workload.operations(5)
 COMPACTED = workload.operations(6, every=2)
 
 
@@ -193,37 +191,6 @@ def test_compaction_leaves_one_whole_codebook_wherever_it_stops(server, room):
     assert promise.cases["prefixes"] > 200
 
 
-@pytest.mark.parametrize("how", [shim.EXIT, shim.TEAR], ids=["before", "halfway"])
-def test_a_process_that_ends_at_any_of_its_calls_keeps_what_it_acknowledged(how, server, room):
-    known, ended, at = states(COMPACTED, room), 0, 0
-    folder = room / "ended"
-    while True:
-        at += 1
-        fault = {"how": how, "at": at}
-        outcome = server.ask(folder=str(folder), run=COMPACTED, fault=fault, from_the_start=True)
-        assert not outcome.raised
-        found = reopened(folder)
-        assert found in known[outcome.acknowledged : outcome.acknowledged + 2], at
-        tidy(folder)
-        if not outcome.status:
-            break
-        assert outcome.status == shim.EXIT_STATUS << 8
-        ended += 1
-        shutil.rmtree(folder)
-    print(f"D2: ended at {ended} calls")
-    assert ended == outcome.calls > 200
-
-
-def tidy(folder):
-    """Check that a crash left nothing behind that compaction would not take along."""
-    grace = workload.attach(folder)
-    grace.compact()
-    grace.unload()
-    for kind in ("journal-*.sqlite", "codebook-*.safetensors"):
-        assert len(list(folder.glob(kind))) == 1
-    assert not list(folder.glob("*.partial"))
-
-
 def kill(server, room, times, seed):
     """Kill an editing process at random moments; return how many of its steps were acknowledged."""
     known, chance = states(RUN, room), random.Random(seed)
@@ -250,86 +217,3 @@ def test_a_killed_process_keeps_what_it_acknowledged(server, room):
 @pytest.mark.slow
 def test_two_hundred_killed_processes_keep_what_they_acknowledged(server, room):
     assert len(set(kill(server, room, 222, seed=1))) > 20
-
-
-# A disk that is full, or fails
-
-
-class Runs:
-    """The state after any steps of a run, made without a disk."""
-
-    def __init__(self):
-        self._known = {}
-
-    def after(self, steps):
-        key = repr(steps)
-        if key not in self._known:
-            grace = workload.attach(None)
-            for step in steps:
-                if step[0] != "compact":
-                    workload.do(grace, step)
-            self._known[key] = workload.state(grace)
-        return self._known[key]
-
-
-def refuse(server, folder, run, fault, runs):
-    """Have one call of a run refused; check that what was acknowledged is there, and is known."""
-    outcome = server.ask(folder=str(folder), run=run, fault=fault, from_the_start=True)
-    assert (outcome.raised, outcome.changed, outcome.status) == ("", [], 0), fault
-    kept = [step for number, step in enumerate(run, start=1) if number in outcome.states]
-    assert outcome.last == runs.after(kept), fault
-    found = reopened(folder)
-    if found != outcome.last:
-        # A version in doubt: it may be there, but nobody was answered by it, and none came after.
-        doubted = [number for number in outcome.refused if number != "attach"]
-        assert doubted, fault
-        first = min(doubted)
-        assert outcome.acknowledged < first, fault
-        assert found == runs.after([*kept, run[first - 1]]), fault
-    return outcome, found != outcome.last
-
-
-FAULTS = {
-    "one write finds the disk full": {
-        "how": shim.FAIL,
-        "code": errno.ENOSPC,
-        "kinds": shim.GROWING,
-    },
-    "the disk stays full": {
-        "how": shim.FAIL,
-        "code": errno.ENOSPC,
-        "kinds": shim.GROWING,
-        "after": True,
-    },
-    "a write is cut short and the disk stays full": {
-        "how": shim.SHORTEN,
-        "code": errno.ENOSPC,
-        "kinds": shim.GROWING,
-        "after": True,
-    },
-    "one call fails": {"how": shim.FAIL, "code": errno.EIO},
-    "every call from then on fails": {"how": shim.FAIL, "code": errno.EIO, "after": True},
-    "one fsync fails": {"how": shim.FAIL, "code": errno.EIO, "kinds": shim.SYNCHRONISING},
-    "every fsync from then on fails": {
-        "how": shim.FAIL,
-        "code": errno.EIO,
-        "kinds": shim.SYNCHRONISING,
-        "after": True,
-    },
-}
-
-
-@pytest.mark.parametrize("case", list(FAULTS))
-def test_a_call_that_fails_loses_nothing_and_acknowledges_nothing(case, server, room):
-    runs, folder, told, at, doubts = Runs(), room / "refused", Counter(), 0, 0
-    while True:
-        at += 1
-        outcome, doubted = refuse(server, folder, COMPACTED, {**FAULTS[case], "at": at}, runs)
-        shutil.rmtree(folder)
-        if at > outcome.calls and "attach" not in outcome.refused:
-            break
-        doubts += doubted
-        told.update(name for name, _ in outcome.refused.values())
-    print(f"D3, D4: {case}: {at - 1} calls, {dict(told)}, {doubts} versions in doubt")
-    assert at > 20
-    assert set(told) <= {"OSError", "CodebookReadOnly", "KeyError"}
