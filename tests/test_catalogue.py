@@ -26,10 +26,7 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "D2": (
         "a process that is killed keeps what it acknowledged",
-        (
-            "test_durability.py::test_a_killed_process_keeps_what_it_acknowledged",
-            "test_durability.py::test_two_hundred_killed_processes_keep_what_they_acknowledged",
-        ),
+        ("test_durability.py::test_a_killed_process_keeps_what_it_acknowledged",),
     ),
     "D3": (
         "a full disk refuses an edit, and nothing else is lost",
