@@ -224,7 +224,13 @@ class Certificate:
             target=self._build, args=(newest, state, start), name="grace_fast-certificate"
         )
         builder.daemon = True  # joined at exit, where the interpreter still stands
-        builder.start()
+        try:
+            builder.start()
+        except RuntimeError as error:  # no memory for a thread: the look-up goes on without it
+            if self._hopeless_rows != newest.rows:
+                _log.warning("the certificate was not built: %s; look-ups read all keys", error)
+            self._hopeless_rows = newest.rows
+            return
         self._builder = builder  # the thread takes the lock before it says that it is done
 
     def _build(self, snapshot: Snapshot, state: State | None, start: int) -> None:

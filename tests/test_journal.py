@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import grace_fast as gf
 from grace_fast.changes import COLUMNS
 from grace_fast.cli import app
+from grace_fast.store import files
 from grace_fast.store.saved import read_saved
 
 FAMILY = FAMILIES["bert"]
@@ -201,6 +202,42 @@ def test_a_crash_at_any_step_of_a_compaction_leaves_the_codebook(model, tmp_path
         again.compact()
         assert len(list(copy.glob("*.sqlite"))) == 1
         again.unload()
+
+
+@pytest.mark.parametrize("step", ["before the manifest", "after the manifest"])
+def test_what_is_edited_after_a_compaction_that_failed_is_not_lost(
+    step, model, tmp_path, monkeypatch
+):
+    grace = attach(model, tmp_path)
+    grace.edit(batch(0, 0))
+    real = files.synchronise
+
+    def fail(path):
+        if path == tmp_path and (tmp_path / files.CONFIG).read_bytes() != before:
+            raise OSError("input/output error")
+        real(path)
+
+    def fail_at_once(path, content):
+        raise OSError("input/output error")
+
+    before = (tmp_path / files.CONFIG).read_bytes()
+    if step == "before the manifest":
+        monkeypatch.setattr(files, "replace", fail_at_once)
+    else:
+        monkeypatch.setattr(files, "synchronise", fail)
+    with pytest.raises(OSError, match="input/output"):
+        grace.compact()
+    monkeypatch.undo()
+    acknowledged = [0]
+    if step == "before the manifest":
+        acknowledged.append(grace.edit(batch(1, 1)).id)
+    else:
+        with pytest.raises(gf.CodebookReadOnly, match="mend the disk and attach"):
+            grace.edit(batch(1, 1))
+    grace.unload()
+    again = attach(model, tmp_path)
+    assert [edit.id for edit in again.edits()] == acknowledged
+    again.unload()
 
 
 def test_the_lock_of_a_process_that_died_is_no_lock(model, tmp_path):

@@ -52,10 +52,15 @@ class Lock:
     """
 
     def __init__(self, folder: Path) -> None:
+        missing = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for made in missing:
+            files.synchronise(made.parent)
         descriptor = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
             holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(descriptor)
@@ -66,8 +71,6 @@ class Lock:
         except BaseException:
             os.close(descriptor)
             raise
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self.close = weakref.finalize(self, os.close, descriptor)
 
 
@@ -92,7 +95,15 @@ class Store:
         self._is_closed = False
 
     def resume(self, journal: Journal, book: Codebook) -> None:
-        """Go on with the journal of a codebook that was read from it."""
+        """Go on with the journal of a codebook that was read from it.
+
+        Raises: OSError where the directory cannot be synchronised.
+        """
+        # Who wrote it may have died between renaming the manifest and making that certain.
+        files.synchronise(self.folder)
+        self._keep(journal, book)
+
+    def _keep(self, journal: Journal, book: Codebook) -> None:
         self.journal = journal
         self._history().keeps_steps = True
         book.keep(self)
@@ -112,14 +123,16 @@ class Store:
             told = {"file": path.name, "name": name}
             try:
                 write({"version": now.version, "journal": told})
-            except BaseException:
+            except BaseException as error:
                 journal.close()
-                if not _is_named(self.folder, path.name):
+                if _is_named(self.folder, path.name):
+                    self._fail(error)  # an edit in the journal of before would not be found again
+                else:
                     path.unlink(missing_ok=True)
                 raise
             if self.journal is not None:
                 self.journal.close()
-            self.resume(journal, book)
+            self._keep(journal, book)
 
     def record(self, before: Snapshot, after: Snapshot) -> None:
         """Put a version on the disk.
@@ -133,9 +146,12 @@ class Store:
         content = Version(Change.between(before, after), steps).encode()
         try:
             self.journal.append(after.version, _kind(steps), content)
-        except (OSError, ValueError) as error:
+        except BaseException as error:
             cause = getattr(error.__cause__, "sqlite_errorname", "")
-            if not cause.startswith(_DISK_FULL):
+            # Else there was no memory, or it was interrupted.
+            is_of_the_disk = isinstance(error, OSError | ValueError)
+            may_go_on = cause.startswith(_DISK_FULL) or not is_of_the_disk
+            if not (may_go_on and self.journal.is_as_before()):
                 self._fail(error)
             raise
 
@@ -147,7 +163,7 @@ class Store:
         except (OSError, CodebookCorrupt) as error:
             self._fail(error)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         self._failure = str(error)
 
     def _require_writable(self) -> None:
@@ -189,6 +205,8 @@ def _is_named(folder: Path, name: str) -> bool:
     """Tell whether the manifest of a directory names a journal."""
     try:
         told = files.read_config(folder).get("journal")
+    except FileNotFoundError:
+        return False
     except (OSError, ValueError):
         return True  # in doubt it stays
     return told is not None and told.get("file") == name

@@ -31,6 +31,7 @@ MAPPED = ("keys", "values")
 JOURNALS = "journal"  # the stem of their names
 _STEMS = ("codebook", "codes", *MAPPED)
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,250}")
+_ROOM_BYTES = 1 << 20
 DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -57,13 +58,24 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     sums = {name: checksum(tensor) for name, tensor in stored.items()}
-    content = save(stored)
+    content = serialised(stored)
     name = f"codebook-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     whole = manifest.seal({**config, "tensors": {"file": name, "sha256": sums}}, hmac_key)
     replace(folder / name, content)
     replace(folder / CONFIG, whole)
     kept = config.get("journal")
     _drop_others(folder, {name} if kept is None else {name, kept["file"]})
+
+
+def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Return the content of a file of tensors.
+
+    Raises: MemoryError where there is no room for it.
+    """
+    # safetensors ends the process where it gets no memory: so it is asked for here, and given back.
+    np.empty(3 * sum(tensor.nbytes for tensor in tensors.values()) + _ROOM_BYTES, np.uint8)
+    content: bytes = save(dict(tensors), None if metadata is None else dict(metadata))
+    return content
 
 
 def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None = None) -> None:

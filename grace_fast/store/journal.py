@@ -191,11 +191,13 @@ class Journal:
             for statement, values in statements:
                 self._file.execute(statement, values)
             self._file.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:  # no memory, or Control-C between two statements
             if self._file.in_transaction:
                 with suppress(sqlite3.Error):  # the next writer to open the file rolls it back
                     self._file.execute("ROLLBACK")
-            raise OSError(f"{self.path} cannot be written: {error}") from error
+            if isinstance(error, sqlite3.Error):
+                raise OSError(f"{self.path} cannot be written: {error}") from error
+            raise
 
     def entries(self, after: int | None = None) -> Iterator[Entry]:
         """Yield the rows after a version, by default all, each one checked where all are read.
@@ -232,6 +234,13 @@ class Journal:
         if found is None or not isinstance(found[0], bytes):
             raise CodebookCorrupt(f"{self.path}: version {version} is missing")
         return found[0]
+
+    def is_as_before(self) -> bool:
+        """Tell whether the disk holds the versions that this knows of, after an append failed."""
+        try:
+            return not self._file.in_transaction and self._head() == (self.version, self.checksum)
+        except (OSError, CodebookCorrupt):
+            return False
 
     def newest(self) -> int:
         """Return the last version that is on the disk now."""

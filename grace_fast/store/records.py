@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from grace_fast.changes import Change
@@ -30,7 +29,7 @@ from grace_fast.edits import (
 )
 from grace_fast.mapped import CodebookCorrupt
 from grace_fast.semantics import Outcome
-from grace_fast.store import headers, manifest
+from grace_fast.store import files, headers, manifest
 
 _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
@@ -72,8 +71,7 @@ class Version:
             if isinstance(step, Recorded) and step.edit.text is not None
         }
         full = {name: each.contiguous() for name, each in tensors.items() if each.numel()}
-        content: bytes = save(full, {"texts": json.dumps(texts)} if texts else None)
-        return content
+        return files.serialised(full, {"texts": json.dumps(texts)} if texts else None)
 
 
 def _integers(rows: Sequence[Any]) -> Tensor:
