@@ -444,12 +444,9 @@ class Draft:
             at, before = rows[here] % PAGE_ROWS, rows[here] < known
             was_live = page.live[at.to(page.live.device)].cpu() & before
             live += int(columns["live"][here].sum()) - int(was_live.sum())
-            for name, known in moved.items():
-                slots, usual = (
-                    columns[name][here],
-                    torch.where(before, getattr(page, name)[at], rows[here]),
-                )
-                moved[name] = known or not torch.equal(slots, usual)
+            for name in moved:
+                usual = torch.where(before, getattr(page, name)[at], rows[here])
+                moved[name] |= not torch.equal(columns[name][here], usual)
             for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):
                 field: Tensor = getattr(page, name)
                 field[at.to(field.device)] = columns[name][here].to(field.device)

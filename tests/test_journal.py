@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 import grace_fast as gf
 from grace_fast.changes import COLUMNS
 from grace_fast.cli import app
+from grace_fast.codebook import PAGE_ROWS
 from grace_fast.store import files
 from grace_fast.store.saved import read_saved
 
@@ -122,6 +123,30 @@ def test_rows_that_no_edit_made_are_kept_too(model, tmp_path):
     again = attach(model, tmp_path)
     assert state(again) == wanted
     assert [each.kind for each in again.log()] == ["edit", "rows", "rows"]
+    again.unload()
+
+
+def test_a_version_that_changes_rows_of_many_pages_is_there_again(model, tmp_path):
+    grace = attach(model, tmp_path)
+    grace.edit(batch(0, 0))
+    book, count = grace.codebook, 3 * PAGE_ROWS
+    generator = torch.Generator().manual_seed(0)
+    keys = 100 + torch.randn(count, book.key_dim, generator=generator)
+    ids = book.append(keys, torch.ones(count, book.value_dim), torch.ones(count)).tolist()
+    with book.writing() as draft:
+        for at in (5, PAGE_ROWS + 5, 2 * PAGE_ROWS + 5):
+            book.remove(ids[at])
+            draft.set_radius(at + 10, 2.0)
+    wanted = state(grace)
+    assert len(book) == int(book.live.sum()) == count - 2
+    grace.checkout(1)
+    assert len(book) == int(book.live.sum()) == 1
+    grace.checkout(3)
+    assert len(book) == int(book.live.sum()) == count - 2
+    grace.unload()
+    again = attach(model, tmp_path)
+    assert len(again.codebook) == int(again.codebook.live.sum()) == count - 2
+    assert state(again)["columns"] == wanted["columns"]
     again.unload()
 
 
