@@ -37,8 +37,8 @@ class Change:
         return Change(
             after.key_slots[old.keys : new.keys].cpu(),
             after.value_slots[old.values : new.values].cpu(),
-            after.stored_labels()[old.labels :],
-            after._ids[old.rows : new.rows, 0].clone(),
+            after.stored_labels(old.labels),
+            after.ids[old.rows :].clone(),
             changed,
             _columns(after, changed),
         )
@@ -52,15 +52,15 @@ class Change:
 
 def back(now: Snapshot, then: Snapshot) -> Change:
     """Return the change that gives every row what it held in an earlier version; later ones go."""
-    rows = torch.arange(now.rows)
-    columns = {name: now.column(name).cpu().clone() for name in COLUMNS}
+    columns, differ = {}, torch.zeros(now.rows, dtype=torch.bool)
     for name in COLUMNS:
-        columns[name][: then.rows] = then.column(name).cpu()
-    columns["live"][then.rows :] = False
-    differ = torch.zeros(now.rows, dtype=torch.bool)
-    for name in COLUMNS:
-        differ |= _bits(columns[name]) != _bits(now.column(name).cpu())
-    changed = rows[differ]
+        held = now.column(name).cpu()
+        columns[name] = column = held.clone()
+        column[: then.rows] = then.column(name).cpu()
+        if name == "live":
+            column[then.rows :] = False
+        differ |= _bits(column) != _bits(held)
+    changed = differ.nonzero()[:, 0]
     return Change(
         now.key_slots[:0].cpu(),
         now.value_slots[:0].cpu(),

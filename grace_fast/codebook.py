@@ -222,9 +222,13 @@ class Snapshot:
         """[N] int64, where in the store each row's key is."""
         return self.column("key_slot")
 
-    def stored_labels(self) -> list[Tensor | None]:
-        """Return the labels by slot."""
-        return self._label_slots[: self.counts.labels]
+    def stored_labels(self, first: int = 0) -> list[Tensor | None]:
+        """Return the labels by slot, from the first one asked for."""
+        return self._label_slots[first : self.counts.labels]
+
+    def label_in(self, slot: int) -> Tensor | None:
+        """Return the label of one slot."""
+        return self._label_slots[slot]
 
     @cached_property
     def values(self) -> Tensor:
@@ -300,7 +304,7 @@ class Snapshot:
 
     def label_of(self, row: int) -> Tensor | None:
         """Return the label of one row."""
-        return self._label_slots[self.label_slot_of(row)]
+        return self.label_in(self.label_slot_of(row))
 
     def row_of(self, key_id: int) -> int:
         """Return the live row of an id.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grace_fast.changes import Change
-from grace_fast.codebook import Draft
+from grace_fast.codebook import Draft, Snapshot
 from grace_fast.edits import (
     Base,
     Edit,
@@ -119,9 +119,9 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
     if not manifest.are_texts(texts):
         raise CodebookCorrupt("a version must hold its texts as prompt and target by edit")
     columns = _Columns(tensors)
-    _change(columns, draft).apply(draft)
-    labels, now = draft.snapshot().stored_labels(), draft.snapshot()
-    for step in _steps(columns, draft, labels, texts):
+    _change(columns, draft.snapshot()).apply(draft)
+    now = draft.snapshot()
+    for step in _steps(columns, now, texts):
         try:
             if isinstance(step, Recorded | Event | Founded):
                 row = step.edit.row if isinstance(step, Recorded) else step.row
@@ -161,8 +161,8 @@ class _Columns:
         return found
 
 
-def _change(columns: _Columns, draft: Draft) -> Change:
-    now = draft.snapshot()
+def _change(columns: _Columns, now: Snapshot) -> Change:
+    """Return the change of a version, checked against the codebook that it is made to."""
     keys = columns.get("keys", now.dtype, now.key_dim)
     values = columns.get("values", now.dtype, now.value_dim)
     lengths = columns.get("labels.length", torch.int64)
@@ -204,11 +204,12 @@ def _within(name: str, column: Tensor, there: int, least: int = 0) -> None:
         raise CodebookCorrupt(f"{name} points outside the {there} slots there are")
 
 
-def _steps(
-    columns: _Columns, draft: Draft, labels: list[Tensor | None], texts: Any
-) -> Iterator[Step]:
-    """Yield the steps of a version in their order, each one checked."""
-    counts = draft.counts
+def _steps(columns: _Columns, now: Snapshot, texts: Any) -> Iterator[Step]:
+    """Yield the steps of a version in their order, each one checked.
+
+    now: the codebook that the version left.
+    """
+    counts = now.counts
     edits = columns.get("edits", torch.int64, 9)
     for name, at, there, least in (
         ("outcome", 1, len(_OUTCOMES), 0),
@@ -222,7 +223,6 @@ def _steps(
     numbers = columns.get("edits.number", torch.float64, 3, count=len(edits))
     if not bool((numbers[:, 0] >= 0).all() & numbers[:, 1].isfinite().all()):
         raise CodebookCorrupt("edits.number must be distances >= 0 and finite radii")
-    now = draft.snapshot()
     queries = columns.get("edits.query", now.dtype, now.key_dim, count=len(edits)).to(now.device)
     events = columns.get("events", torch.int64, 4)
     radii = columns.get("events.radius", torch.float64, count=len(events))
@@ -243,7 +243,8 @@ def _steps(
         if kind < 4 and at >= counted[kind]:
             raise CodebookCorrupt("order names more steps than there are")
         if kind == 0:
-            yield _edit(listed[0][at], numbers[at].tolist(), queries[at], labels, texts)
+            label = now.label_in(listed[0][at][5])
+            yield _edit(listed[0][at], numbers[at].tolist(), queries[at], label, texts)
         elif kind == 1:
             edit, row, slot, lasts_with = listed[1][at]
             yield Event(edit, row, float(radii[at]), slot, lasts_with)
@@ -258,7 +259,7 @@ def _edit(
     fields: list[int],
     numbers: list[float],
     query: Tensor,
-    labels: list[Tensor | None],
+    label: Tensor | None,
     texts: Any,
 ) -> Recorded:
     number, outcome, row, before, after, label_slot, steps, correct, prompt = fields
@@ -271,7 +272,7 @@ def _edit(
         distance=distance,
         radius=radius,
         query=query,
-        label=labels[label_slot],
+        label=label,
         value_before=None if before == _NO_SLOT else before,
         value_after=after,
         loss=loss,
