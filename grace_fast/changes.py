@@ -12,9 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_fast.codebook import PAGE_ROWS, Draft, Page, Snapshot
-
-COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")
+from grace_fast.codebook import COLUMNS, PAGE_ROWS, Draft, Page, Snapshot
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,6 +26,7 @@ from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, reserve
 
 PAGE_ROWS = 4096
+COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -451,7 +452,7 @@ class Draft:
             for name in moved:
                 usual = torch.where(before, getattr(page, name)[at], rows[here])
                 moved[name] |= not torch.equal(columns[name][here], usual)
-            for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):
+            for name in COLUMNS:
                 field: Tensor = getattr(page, name)
                 field[at.to(field.device)] = columns[name][here].to(field.device)
         self._set(
@@ -619,7 +620,7 @@ class Codebook:
         for start in range(0, count, PAGE_ROWS):
             page = Page.empty(book.device)
             here = slice(0, min(PAGE_ROWS, count - start))
-            for name in ("radius", "live", "key_slot", "value_slot", "label_slot"):
+            for name in COLUMNS:
                 getattr(page, name)[here] = columns[name][start : start + PAGE_ROWS]
             pages.append(page)
         in_order = torch.arange(count)

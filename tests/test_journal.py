@@ -17,9 +17,8 @@ from models import FAMILIES
 from typer.testing import CliRunner
 
 import grace_fast as gf
-from grace_fast.changes import COLUMNS
 from grace_fast.cli import app
-from grace_fast.codebook import PAGE_ROWS
+from grace_fast.codebook import COLUMNS, PAGE_ROWS
 from grace_fast.store import files
 from grace_fast.store.saved import read_saved
 

@@ -6,7 +6,7 @@ or by event (`events.*`). Texts, where they are kept, are in the JSON beside the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, get_args
 
 import torch
@@ -19,7 +19,7 @@ from grace_fast.semantics import Outcome
 from grace_fast.store import manifest
 from grace_fast.store.files import CodebookCorrupt
 
-_OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _ROW_COLUMNS = {
     "id": torch.int64,
     "radius": torch.float32,
@@ -58,14 +58,19 @@ def pack_codebook(snapshot: Snapshot) -> dict[str, Tensor]:
     return slots | pack_rows(snapshot)
 
 
-def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
-    """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
-    labels = snapshot.stored_labels()
+def pack_labels(labels: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Return labels as tensors; a length of -1 is that of none."""
     lengths = [-1 if label is None else len(label) for label in labels]
     present = [label for label in labels if label is not None]
     return {
         "labels.length": torch.tensor(lengths, dtype=torch.int64),
         "labels.ids": torch.cat(present) if present else torch.zeros(0, dtype=torch.int64),
+    }
+
+
+def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
+    """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
+    return pack_labels(snapshot.stored_labels()) | {
         "rows.id": snapshot.ids,
         "rows.radius": snapshot.radii,
         "rows.live": snapshot.live,
@@ -112,10 +117,11 @@ def unpack_rows(
     }
     slots = (("key_slot", _slots(keys)), ("value_slot", _slots(values)))
     for name, there in (*slots, ("label_slot", len(lengths))):
-        _check_slots(f"rows.{name}", columns[name], there)
+        check_slots(f"rows.{name}", columns[name], there)
     _check_finite("rows.radius", columns["radius"])
     _check_ids("rows.id", columns["id"])
-    return Codebook.restore(keys, values, _labels(tensors, lengths), columns, device, version)
+    labels = unpack_labels(lengths, _column(tensors, "labels.ids", torch.int64))
+    return Codebook.restore(keys, values, labels, columns, device, version)
 
 
 def check_radii(tensors: Mapping[str, Tensor], max_radius: float | None) -> None:
@@ -177,14 +183,18 @@ def _slots(slots: Tensor | MappedFile) -> int:
     return slots.shape.rows if isinstance(slots, MappedFile) else len(slots)
 
 
-def _labels(tensors: Mapping[str, Tensor], lengths: Tensor) -> list[Tensor | None]:
-    ids, used = _column(tensors, "labels.ids", torch.int64), lengths.clamp(min=0)
+def unpack_labels(lengths: Tensor, ids: Tensor) -> list[Tensor | None]:
+    """Return the labels of `pack_labels`.
+
+    Raises: CodebookCorrupt where the lengths are not those of the ids.
+    """
+    used = lengths.clamp(min=0)
     # Each one first: a sum of huge lengths wraps around.
     if bool((used > len(ids)).any()) or int(used.sum()) != len(ids):
         raise CodebookCorrupt(
             "labels.length does not add up to the label ids there are", field="labels.length"
         )
-    parts = torch.split(ids, used.tolist())
+    parts = torch.split(ids, used.tolist()) if len(used) else ()
     pairs = zip(lengths.tolist(), parts, strict=True)
     return [None if length < 0 else part for length, part in pairs]
 
@@ -207,7 +217,7 @@ def pack_history(history: History, snapshot: Snapshot) -> dict[str, Tensor]:
     empty = snapshot.key_slots.new_zeros(0, snapshot.key_dim)
     return tensors | {
         "edits.outcome": torch.tensor(
-            [_OUTCOMES.index(edit.outcome) for edit in edits], dtype=torch.int64
+            [OUTCOMES.index(edit.outcome) for edit in edits], dtype=torch.int64
         ),
         "edits.value_before": torch.tensor(before, dtype=torch.int64),
         "edits.label_slot": torch.tensor(
@@ -240,7 +250,7 @@ def unpack_history(
         text = texts.get(str(fields["id"]))
         edit = Edit(
             **fields,
-            outcome=_OUTCOMES[outcomes[at]],
+            outcome=OUTCOMES[outcomes[at]],
             query=queries[at],
             label=labels[slots[at]],
             value_before=None if before[at] < 0 else before[at],
@@ -284,10 +294,10 @@ def _edit_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str
             raise CodebookCorrupt(
                 f"edit {number} is on row {row} of {snapshot.rows}", field="edits.row", row=at
             )
-    _check_slots("edits.value_after", columns["value_after"], counts.values)
-    _check_slots("edits.value_before", columns["value_before"], counts.values, least=-1)
-    _check_slots("edits.label_slot", columns["label_slot"], counts.labels)
-    _check_slots("edits.outcome", columns["outcome"], len(_OUTCOMES))
+    check_slots("edits.value_after", columns["value_after"], counts.values)
+    check_slots("edits.value_before", columns["value_before"], counts.values, least=-1)
+    check_slots("edits.label_slot", columns["label_slot"], counts.labels)
+    check_slots("edits.outcome", columns["outcome"], len(OUTCOMES))
     _check_finite("edits.radius", columns["radius"])
     # Infinite where the edit was added: no key was near.
     _refuse(~(columns["distance"] >= 0), "edits.distance", "must be a number >= 0")
@@ -302,9 +312,9 @@ def _event_columns(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[st
         name: _column(tensors, f"events.{name}", dtype, count)
         for name, dtype in _EVENT_NUMBERS.items()
     }
-    _check_slots("events.row", columns["row"], snapshot.rows)
-    _check_slots("events.key_slot", columns["key_slot"], snapshot.counts.keys)
-    _check_slots("events.lasts_with", columns["lasts_with"], snapshot.rows, least=-1)
+    check_slots("events.row", columns["row"], snapshot.rows)
+    check_slots("events.key_slot", columns["key_slot"], snapshot.counts.keys)
+    check_slots("events.lasts_with", columns["lasts_with"], snapshot.rows, least=-1)
     _check_finite("events.radius", columns["radius"].float())
     return columns
 
@@ -317,7 +327,7 @@ def _bases(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> Tensor:
         )
     sizes = (snapshot.rows, snapshot.counts.values, snapshot.counts.labels)
     for column, size in zip(bases.T, sizes, strict=True):
-        _check_slots("bases", column, size)
+        check_slots("bases", column, size)
     return bases
 
 
@@ -390,7 +400,8 @@ def _column(
     return column
 
 
-def _check_slots(name: str, column: Tensor, slots: int, least: int = 0) -> None:
+def check_slots(name: str, column: Tensor, slots: int, least: int = 0) -> None:
+    """Raise CodebookCorrupt where a column [n] or [n, m] points outside of what there is."""
     _refuse(
         (column < least) | (column >= slots), name, f"points outside the {slots} slots there are"
     )

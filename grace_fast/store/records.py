@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,10 +28,9 @@ from grace_fast.edits import (
     Step,
 )
 from grace_fast.mapped import CodebookCorrupt
-from grace_fast.semantics import Outcome
 from grace_fast.store import files, headers, manifest
+from grace_fast.store.layout import OUTCOMES, check_slots, pack_labels, unpack_labels
 
-_OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
 _NO_SLOT = -1
 
@@ -45,13 +44,11 @@ class Version:
 
     def encode(self) -> bytes:
         """Return it as bytes."""
-        change, labels = self.change, self.change.labels
-        present = [label for label in labels if label is not None]
+        change = self.change
         tensors = {
             "keys": change.keys,
             "values": change.values,
-            "labels.length": _integers([-1 if each is None else len(each) for each in labels]),
-            "labels.ids": torch.cat(present) if present else _integers([]),
+            **pack_labels(change.labels),
             "ids": change.ids,
             "rows": change.rows,
             **{f"rows.{name}": column for name, column in change.columns.items()},
@@ -87,7 +84,7 @@ def _recorded(steps: Sequence[Recorded]) -> dict[str, Tensor]:
             [
                 (
                     edit.id,
-                    _OUTCOMES.index(edit.outcome),
+                    OUTCOMES.index(edit.outcome),
                     edit.row,
                     _NO_SLOT if edit.value_before is None else edit.value_before,
                     edit.value_after,
@@ -166,17 +163,12 @@ def _change(columns: _Columns, now: Snapshot) -> Change:
     keys = columns.get("keys", now.dtype, now.key_dim)
     values = columns.get("values", now.dtype, now.value_dim)
     lengths = columns.get("labels.length", torch.int64)
-    used, ids = lengths.clamp(min=0), columns.get("labels.ids", torch.int64)
-    if bool((used > len(ids)).any()) or int(used.sum()) != len(ids):
-        raise CodebookCorrupt("labels.length does not add up to the label ids there are")
-    parts = torch.split(ids, used.tolist()) if len(used) else ()
-    pairs = zip(lengths.tolist(), parts, strict=True)
-    labels = [None if length < 0 else part.clone() for length, part in pairs]
+    labels = unpack_labels(lengths, columns.get("labels.ids", torch.int64))
     fresh, counts = columns.get("ids", torch.int64), now.counts
     newest = int(now.ids[-1]) if now.rows else -1
     if len(fresh) and (int(fresh[0]) <= newest or not bool((fresh.diff() > 0).all())):
         raise CodebookCorrupt(f"ids must ascend beyond {newest}")
-    _within("ids", fresh, manifest.MAX_NUMBER)
+    check_slots("ids", fresh, manifest.MAX_NUMBER)
     rows, total = columns.get("rows", torch.int64), now.rows + len(fresh)
     ascends = len(rows) == 0 or bool((rows.diff() > 0).all())
     if not ascends or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < total):
@@ -195,13 +187,8 @@ def _change(columns: _Columns, now: Snapshot) -> Change:
     }
     for name, there in slots.items():
         fields[name] = column = columns.get(f"rows.{name}", torch.int64, count=count)
-        _within(f"rows.{name}", column, there)
+        check_slots(f"rows.{name}", column, there)
     return Change(keys, values, labels, fresh, rows, fields)
-
-
-def _within(name: str, column: Tensor, there: int, least: int = 0) -> None:
-    if len(column) and not least <= int(column.min()) <= int(column.max()) < there:
-        raise CodebookCorrupt(f"{name} points outside the {there} slots there are")
 
 
 def _steps(columns: _Columns, now: Snapshot, texts: Any) -> Iterator[Step]:
@@ -212,25 +199,25 @@ def _steps(columns: _Columns, now: Snapshot, texts: Any) -> Iterator[Step]:
     counts = now.counts
     edits = columns.get("edits", torch.int64, 9)
     for name, at, there, least in (
-        ("outcome", 1, len(_OUTCOMES), 0),
+        ("outcome", 1, len(OUTCOMES), 0),
         ("value_before", 3, counts.values, _NO_SLOT),
         ("value_after", 4, counts.values, 0),
         ("label_slot", 5, counts.labels, 0),
     ):
-        _within(f"edits.{name}", edits[:, at], there, least)
-    _within("edits.id", edits[:, 0], manifest.MAX_NUMBER)
-    _within("edits.steps", edits[:, 6], manifest.MAX_NUMBER)
+        check_slots(f"edits.{name}", edits[:, at], there, least)
+    check_slots("edits.id", edits[:, 0], manifest.MAX_NUMBER)
+    check_slots("edits.steps", edits[:, 6], manifest.MAX_NUMBER)
     numbers = columns.get("edits.number", torch.float64, 3, count=len(edits))
     if not bool((numbers[:, 0] >= 0).all() & numbers[:, 1].isfinite().all()):
         raise CodebookCorrupt("edits.number must be distances >= 0 and finite radii")
     queries = columns.get("edits.query", now.dtype, now.key_dim, count=len(edits)).to(now.device)
     events = columns.get("events", torch.int64, 4)
     radii = columns.get("events.radius", torch.float64, count=len(events))
-    _within("events.key_slot", events[:, 2], counts.keys)
-    _within("events.lasts_with", events[:, 3], counts.rows, -1)
+    check_slots("events.key_slot", events[:, 2], counts.keys)
+    check_slots("events.lasts_with", events[:, 3], counts.rows, -1)
     bases = columns.get("bases", torch.int64, 3)
-    _within("bases", bases[:, 1], counts.values)
-    _within("bases", bases[:, 2], counts.labels)
+    check_slots("bases", bases[:, 1], counts.values)
+    check_slots("bases", bases[:, 2], counts.labels)
     order, of_kind = columns.get("order", torch.uint8).tolist(), dict.fromkeys(range(5), 0)
     forgotten = columns.get("forgotten", torch.int64).tolist()
     listed = edits.tolist(), events.tolist(), bases.tolist()
@@ -267,7 +254,7 @@ def _edit(
     text = texts.get(str(number))
     edit = Edit(
         id=number,
-        outcome=_OUTCOMES[outcome],
+        outcome=OUTCOMES[outcome],
         row=row,
         distance=distance,
         radius=radius,
