@@ -299,16 +299,9 @@ def checkout(
     as_json: Json = False,
 ) -> None:
     """Go back to an earlier version, in a new version that can itself be taken back."""
-    try:
-        with closing(Offline(directory)) as offline:
-            offline.checkout(to)
-            figures = {"version": offline.book.version, "keys": len(offline.book)}
-    except (OSError, ValueError) as error:
-        _fail(str(error))
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    typer.echo(f"version {figures['version']} decides as version {to}: {figures['keys']} keys")
+    figures = _change(directory, lambda offline: offline.checkout(to))
+    said = f"version {figures['version']} decides as version {to}: {figures['keys']} keys"
+    typer.echo(json.dumps(figures) if as_json else said)
 
 
 @app.command()
@@ -317,16 +310,19 @@ def compact(
     as_json: Json = False,
 ) -> None:
     """Make the newest version the base; earlier versions go, every edit stays."""
+    figures = _change(directory, Offline.compact)
+    said = f"version {figures['version']} is the base of {directory}: {figures['keys']} keys"
+    typer.echo(json.dumps(figures) if as_json else said)
+
+
+def _change(directory: Path, way: Callable[[Offline], None]) -> dict[str, int]:
+    """Change a codebook without its model; return its version and the number of its keys."""
     try:
         with closing(Offline(directory)) as offline:
-            offline.compact()
-            figures = {"version": offline.book.version, "keys": len(offline.book)}
+            way(offline)
+            return {"version": offline.book.version, "keys": len(offline.book)}
     except (OSError, ValueError) as error:
         _fail(str(error))
-    if as_json:
-        typer.echo(json.dumps(figures))
-        return
-    typer.echo(f"version {figures['version']} is the base of {directory}: {figures['keys']} keys")
 
 
 @app.command("export")

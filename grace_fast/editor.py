@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -243,7 +242,7 @@ class Grace:
         self._require_editable()
         self._journal()
         assert self._store is not None, "who edits a journal has a store"
-        self._store.begin(self.codebook, self._write_base)
+        self._store.begin(self.codebook, self._writer_of(self.codebook))
 
     def refresh(self) -> bool:
         """Take up the versions that another process made since; tell whether there were any.
@@ -386,7 +385,7 @@ class Grace:
         lock = Lock(Path(path))
         try:
             with self.codebook.held() as now:
-                self._save(Path(path), now, key)
+                self._save(Path(path), now, key, {})
         finally:
             lock.close()
 
@@ -630,7 +629,7 @@ class Grace:
         if journal is not None:
             self._store.resume(journal, book)
         else:
-            self._store.begin(book, self._write_base)
+            self._store.begin(book, self._writer_of(book))
 
     def read(self, book: Codebook, history: History, journal: Journal | None) -> None:
         """Answer from a codebook that others edit."""
@@ -673,10 +672,8 @@ class Grace:
         if not self._is_attached:
             raise RuntimeError("this editor was unloaded; attach() again")
 
-    def _write_base(self, told: Mapping[str, Any]) -> None:
-        self._writer_of(self.codebook)(told)
-
     def _writer_of(self, book: Codebook) -> Callable[[Mapping[str, Any]], None]:
+        """Return what writes a codebook as the base of a journal that the manifest is told of."""
         assert self.path is not None, "a store has a directory"
         path = self.path
         return lambda told: self._save(path, book.snapshot(), self._hmac_key, told)
@@ -686,7 +683,7 @@ class Grace:
         path: Path,
         snapshot: Snapshot,
         hmac_key: bytes | None,
-        told: Mapping[str, Any] = MappingProxyType({}),
+        told: Mapping[str, Any],
     ) -> None:
         described = {
             "settings": asdict(self.settings),

@@ -68,6 +68,12 @@ def state(grace):
     }
 
 
+def assert_reopens(model, path, wanted):
+    again = attach(model, path)
+    assert state(again) == wanted
+    again.unload()
+
+
 def stream(grace):
     """Edit and undo; return the state after every version, by version."""
     states = {grace.codebook.version: state(grace)}
@@ -403,9 +409,7 @@ def test_a_version_that_somebody_else_refuses_is_not_in_the_journal(model, tmp_p
     grace.edit(batch(2, 1))
     wanted = state(grace)
     grace.unload()
-    again = attach(model, tmp_path)
-    assert state(again) == wanted
-    again.unload()
+    assert_reopens(model, tmp_path, wanted)
 
 
 def test_what_earlier_versions_saved_becomes_a_journal_once_it_is_edited(model, tmp_path):
@@ -418,9 +422,7 @@ def test_what_earlier_versions_saved_becomes_a_journal_once_it_is_edited(model, 
     again.edit(batch(1, 1))
     wanted = state(again)
     again.unload()
-    reopened = attach(model, tmp_path)
-    assert state(reopened) == wanted
-    reopened.unload()
+    assert_reopens(model, tmp_path, wanted)
 
 
 def test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published(
@@ -441,9 +443,7 @@ def test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published(
     with pytest.raises(gf.CodebookReadOnly, match="since an edit could not be kept"):
         grace.edit(batch(1, 1))
     grace.unload()
-    again = attach(model, tmp_path)
-    assert state(again) == before
-    again.unload()
+    assert_reopens(model, tmp_path, before)
 
 
 def call(*arguments):
@@ -492,9 +492,7 @@ def test_a_codebook_travels_in_one_file_and_is_tested_before_it_arrives(model, t
     assert call("export", tmp_path / "book", file) == (0, {"edits": 6, "out": str(file)})
     assert "is there already" in " ".join(call("export", tmp_path / "book", file)[1].split())
     assert call("import", file, tmp_path / "there")[0] == 0
-    again = attach(model, tmp_path / "there")
-    assert state(again) == wanted
-    again.unload()
+    assert_reopens(model, tmp_path / "there", wanted)
     assert "is not empty" in call("import", file, tmp_path / "there")[1]
     whole, silent = file.read_bytes(), 0
     for at in range(0, len(whole), 97):

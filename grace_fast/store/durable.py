@@ -13,7 +13,6 @@ rename of the manifest goes from the old pair to the new one.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import secrets
@@ -26,7 +25,7 @@ from typing import Any
 from grace_fast.changes import Change, back
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Emptied, Forgotten, History, Recorded, Step
-from grace_fast.mapped import CodebookCorrupt, open_regular
+from grace_fast.mapped import CodebookCorrupt
 from grace_fast.store import files
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import Version, redo
@@ -56,18 +55,18 @@ class Lock:
         folder.mkdir(parents=True, exist_ok=True)
         for made in missing:
             files.synchronise(made.parent)
-        descriptor = open_regular(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            descriptor = files.claim(folder / LOCK)
         except BlockingIOError as error:
-            holder = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
+            with (folder / LOCK).open("rb") as file:
+                holder = file.read(20).decode("ascii", "replace").strip() or "unknown"
             raise CodebookLocked(
                 f"{folder} is being edited by process {holder}; "
                 "attach with read_only=True, or unload() the editor there first"
             ) from error
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         except BaseException:
             os.close(descriptor)
             raise

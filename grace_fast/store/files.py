@@ -8,6 +8,7 @@ what is no regular file is not read at all. `manifest` has the formats.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -128,6 +129,20 @@ def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, A
         raise error if isinstance(error, OSError) else OSError(f"{file}: {error}") from error
     synchronise(folder)
     return {"file": file.name, "sha256": sums}
+
+
+def claim(path: Path) -> int:
+    """Return a descriptor of a file that is this process's alone until it is closed.
+
+    Raises: BlockingIOError where somebody has it, OSError where it cannot be opened.
+    """
+    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def synchronise(path: Path) -> None:

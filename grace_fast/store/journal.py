@@ -68,11 +68,10 @@ class Journal:
             refuse_special(each)
         if not path.is_file():
             raise CodebookCorrupt(f"{path} is missing: the codebook is not complete")
-        mode = "ro" if read_only else "rw"
-        quoted = quote(str(path.absolute()))
+        place = quote(str(path.absolute()))
         with self._reading():
             self._file = sqlite3.connect(
-                f"file:{quoted}?mode={mode}",
+                f"file:{place}?mode={'ro' if read_only else 'rw'}",
                 uri=True,
                 timeout=_WAIT_S,
                 isolation_level=None,

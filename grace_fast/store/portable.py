@@ -30,8 +30,7 @@ def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> i
         raise FileExistsError(f"{target} is there already; choose another name")
     saved = read_saved(path, hmac_key)
     book, history = saved.codebook()
-    described = {name: saved.config[name] for name in ("settings", "fingerprint", "hits")}
-    described["version"] = book.version
+    described = {**saved.described, "version": book.version}
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:

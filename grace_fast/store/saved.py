@@ -34,6 +34,11 @@ class Saved:
         """The version that the files hold; what came after is in the journal."""
         return int(self.config.get("version", 0))
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """What the manifest says beside the codebook and its edits, to be written again."""
+        return {name: self.config[name] for name in ("settings", "fingerprint", "hits")}
+
     def codebook(
         self, device: torch.device | str = "cpu", version: int | None = None
     ) -> tuple[Codebook, History]:
@@ -123,10 +128,8 @@ class Offline:
         go_back(self.book, self.history, earlier.snapshot(), history)
 
     def _write(self, told: Mapping[str, Any]) -> None:
-        kept = ("settings", "fingerprint", "hits")
-        described = {**{name: self._saved.config[name] for name in kept}, **told}
-        key = self._saved.hmac_key
-        write(self.path, described, self.book.snapshot(), self.history, key)
+        described = {**self._saved.described, **told}
+        write(self.path, described, self.book.snapshot(), self.history, self._saved.hmac_key)
 
     def close(self) -> None:
         """Give the directory back."""

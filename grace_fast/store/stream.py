@@ -9,7 +9,6 @@ until the new one is whole.
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -383,14 +382,13 @@ def _locked(work: Path) -> Iterator[Path]:
     if work.is_symlink():
         raise CodebookCorrupt(f"{work} is a link; remove it")
     work.mkdir(exist_ok=True)
-    descriptor = open_regular(work / "lock", os.O_RDWR | os.O_CREAT)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(
-                f"another process builds in {work}; wait for it, or choose another directory"
-            ) from None
+        descriptor = files.claim(work / "lock")
+    except BlockingIOError:
+        raise BlockingIOError(
+            f"another process builds in {work}; wait for it, or choose another directory"
+        ) from None
+    try:
         yield work
     finally:
         os.close(descriptor)
