@@ -9,8 +9,6 @@ row i is found where it was there before the call, and is not where it came afte
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import threading
 import time
@@ -167,18 +165,10 @@ def main(arguments: list[str] | None = None) -> int:
     described = machine.describe(1)
     figures = run(given.rows, given.width, given.appends, given.turns)
     words = sys.argv[1:] if arguments is None else arguments
-    found = {
-        "machine": described,
-        "command": machine.command("benchmarks.beside_appends", words),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "figures": figures,
-    }
+    found = machine.heading(described, "benchmarks.beside_appends", words) | {"figures": figures}
     print(markdown(found), end="")
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        path = given.out / f"beside-appends-{machine.short_name(described)}-{found['date']}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(found))
+        machine.keep(given.out, "beside-appends", found, markdown(found))
     return 1 if figures["shared"]["wrong"] or figures["private"]["wrong"] else 0
 
 

@@ -9,7 +9,6 @@ codebooks, where the law is cheap to ask, get most of the questions; none gets l
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -315,21 +314,15 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     counts = run(given.decisions, given.seed, [case for case in GRID if given.only in case.name])
     words = sys.argv[1:] if arguments is None else arguments
-    found = {
-        "machine": described,
+    found = machine.heading(described, "benchmarks.gate", words) | {
         "kernels": cpu._cpu.instruction_set() if cpu._cpu else "torch",
-        "command": machine.command("benchmarks.gate", words),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seconds": round(time.perf_counter() - start),
         **summary(counts),
     }
     print(json.dumps(found) if given.as_json else markdown(found), end="")
     if given.out:
-        name = f"gate-{machine.short_name(described)}-{found['date']}"
-        path = given.out / f"{name}{'-' * bool(given.kernels)}{given.kernels}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(found))
+        more = "-" * bool(given.kernels) + given.kernels
+        machine.keep(given.out, "gate", found, markdown(found), more)
     return 1 if found["total"]["wrong"] or found["total"]["nearest_wrong"] else 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import platform
 import re
@@ -50,6 +52,20 @@ def command(module: str, words: Sequence[str]) -> str:
         elif word.split("=")[0] not in _FOLDERS:
             kept.append(word)
     return " ".join([f"python -m {module}", *kept])
+
+
+def heading(machine: dict[str, Any], module: str, words: Sequence[str]) -> dict[str, Any]:
+    """Return what a result file says before its figures: machine, command and today's date."""
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    return {"machine": machine, "command": command(module, words), "date": today}
+
+
+def keep(folder: Path, name: str, found: dict[str, Any], page: str, more: str = "") -> None:
+    """Write what was found as `<name>-<machine>-<date><more>.json`, and its page beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{short_name(found['machine'])}-{found['date']}{more}.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
 
 
 def commit() -> str:

@@ -8,7 +8,6 @@ of all keys, and where one is wrong no time is reported and the command fails.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import re
@@ -309,18 +308,10 @@ def main(arguments: list[str] | None = None) -> int:
             sizes.append(run(Source(rows), folder, given.decisions, given.whole))
             shutil.rmtree(folder)
     words = sys.argv[1:] if arguments is None else arguments
-    found = {
-        "machine": described,
-        "command": machine.command("benchmarks.out_of_core", words),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "sizes": sizes,
-    }
+    found = machine.heading(described, "benchmarks.out_of_core", words) | {"sizes": sizes}
     print(markdown(found), end="")
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        path = given.out / f"out-of-core-{machine.short_name(described)}-{found['date']}.json"
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(found))
+        machine.keep(given.out, "out-of-core", found, markdown(found))
     return 1 if wrong(sizes) else 0
 
 

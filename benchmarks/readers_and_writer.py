@@ -12,8 +12,6 @@ The readers look up as often without the editor, in turns: what it costs them is
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 import threading
 import time
@@ -217,19 +215,12 @@ def main(arguments: list[str] | None = None) -> int:
     described = machine.describe(1)
     figures = run(given.rows, given.width, given.look_ups, given.turns)
     words = sys.argv[1:] if arguments is None else arguments
-    found = {
-        "machine": described,
-        "command": machine.command("benchmarks.readers_and_writer", words),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "figures": figures,
+    found = machine.heading(described, "benchmarks.readers_and_writer", words) | {
+        "figures": figures
     }
     print(markdown(found), end="")
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        name = f"readers-and-writer-{machine.short_name(described)}-{found['date']}.json"
-        path = given.out / name
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        path.with_suffix(".md").write_text(markdown(found))
+        machine.keep(given.out, "readers-and-writer", found, markdown(found))
     if figures["wrong"]:
         return 1
     return 2 if figures["ratio_p99"] > ALLOWED else 0
