@@ -26,6 +26,7 @@ from grace_fast import advice, batches, calibrate, compiled, lookup, plans, posi
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
+from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
@@ -125,6 +126,7 @@ class Grace:
             decoder_only=self.kind == "decoder",
             first_token=in_decoder,
             name=name,
+            layer_name=settings.layer,
         )
         if self.path is not None and lock is not None:
             self._store = Store(self.path, lock, lambda: self._history, hmac_key)
@@ -158,6 +160,15 @@ class Grace:
     def hits(self) -> dict[int, int]:
         """How often each row has fired, by row; counted beside the codebook, not in it."""
         return self._adapter.hits
+
+    @property
+    def counters(self) -> Counters:
+        """What look-ups did until now; may be read from any thread. See `grace_fast.counters`."""
+        book = self._adapter.book
+        now = None if book is None else book.snapshot()
+        return self._adapter.tally.read(
+            versions=0 if now is None else now.version, keys=0 if now is None else len(now)
+        )
 
     # Editing
 
