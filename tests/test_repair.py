@@ -21,7 +21,7 @@ import grace_fast as gf
 from grace_fast.attachment import read_saved
 from grace_fast.cli import app
 from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES
-from grace_fast.store import files
+from grace_fast.store import files, resident
 from grace_fast.store.repair import repair
 
 KEY = bytes(range(32))
@@ -222,6 +222,32 @@ def test_the_longest_sound_prefix_of_a_journal_is_kept(name, journalled):
     assert len(list(journalled.glob("journal-*.sqlite"))) == 1
     assert read_saved(journalled).codebook(version=0)[0].version == 0
     assert_sound(journalled)
+
+
+def test_a_version_that_was_interrupted_is_taken_back_and_the_others_stay(journalled):
+    file = sqlite3.connect(next(journalled.glob("journal-*.sqlite")), isolation_level=None)
+    file.execute("PRAGMA cache_size=1")
+    file.execute("BEGIN IMMEDIATE")
+    file.execute("INSERT INTO versions VALUES (11, 0.0, 'edit', ?, ?)", (bytes(1 << 22), b""))
+    crashed = shutil.copytree(journalled, journalled.parent / "crashed")
+    file.execute("ROLLBACK")
+    file.close()
+    with pytest.raises(OSError, match="needs a writer"):
+        read_saved(crashed).codebook()
+    report = repair(crashed)
+    assert report.dropped == []
+    assert not report.was_sound
+    assert read_saved(crashed).codebook()[0].version == 10
+    assert_sound(crashed)
+
+
+def test_a_file_that_cannot_be_read_now_is_neither_sound_nor_repaired(bare, monkeypatch):
+    def fail(*_, **__):
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(resident, "open", fail)
+    with pytest.raises(OSError, match="input/output"):
+        repair(bare)
 
 
 def test_a_base_that_is_not_sound_goes_on_with_its_journal(journalled):

@@ -103,7 +103,9 @@ def _is_sound(
     except CodebookCorrupt:
         return False
     except OSError:  # an edit that was interrupted, in a journal that needs a writer
-        return config.get("journal") is None
+        if config.get("journal") is None:
+            raise
+        return False
     return True
 
 
