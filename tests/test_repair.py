@@ -377,3 +377,38 @@ def test_the_command_line_lists_what_was_dropped_and_ends_with_3(edited):
     assert listed_.exit_code == 3
     assert {each["what"] for each in json.loads(listed_.stdout)["dropped"]} == {"row", "edit"}
     assert call("--keep-rows").exit_code == 1
+
+
+def test_a_ball_stays_as_an_edit_that_is_dropped_left_it(edited):
+    columns = files.read_tensors(edited, files.read_config(edited))
+    owed = [
+        (row, maker)
+        for row, maker in zip(
+            columns["events.row"].tolist(), columns["events.lasts_with"].tolist(), strict=True
+        )
+        if maker not in (row, -1)
+    ]
+    assert owed, "the golden editor has an edit that splits a ball"
+    split, maker = owed[0]
+    wide = columns["rows.radius"][split].item()
+    replace_tensor(edited, "tensors", "keys", put(int(columns["rows.key_slot"][maker]), math.nan))
+    report = repair(edited)
+    assert listed(report, "row") == [maker]
+    left = files.read_tensors(edited, files.read_config(edited))
+    of_split = left["events.row"] == split
+    assert left["events.radius"][of_split][-1].item() == left["rows.radius"][split].item() == wide
+    assert not (left["events.lasts_with"] == maker).any()
+
+
+def test_a_row_that_two_blocks_hold_goes_with_either(tmp_path):
+    book, width = gf.Codebook(3000, 2), 3000 * 4
+    generator = torch.Generator().manual_seed(1)
+    book.append(torch.randn(800, 3000, generator=generator), torch.zeros(800, 2), torch.ones(800))
+    gf.save(book, tmp_path / "bare")
+    overwrite(file_of(tmp_path / "bare", "keys"), HEADER_BYTES + BLOCK_BYTES + 99, b"\x01")
+    first, last = BLOCK_BYTES // width, 2 * BLOCK_BYTES // width
+    assert (first + 1) * width > BLOCK_BYTES > first * width
+    assert (last + 1) * width > 2 * BLOCK_BYTES > last * width
+    report = repair(tmp_path / "bare")
+    assert listed(report, "row") == list(range(first, last + 1))
+    assert repair(tmp_path / "bare").was_sound
