@@ -198,7 +198,7 @@ class MappedFile:
             if len(content) != size:
                 self._check_size("shrank while it was in use")
             row = first // self.shape.row_bytes
-            if not self._is_saved(block, content):
+            if not is_saved(content, self._checks[block]):
                 raise CodebookCorrupt(
                     f"{self.path}: block {block}, from row {row} on, is not what was saved "
                     "(checksum)",
@@ -213,12 +213,6 @@ class MappedFile:
                     row=row,
                 )
             self.tested[block] = 1
-
-    def _is_saved(self, block: int, content: bytes) -> bool:
-        saved = self._checks[block]
-        if saved.ndim:
-            return sha256(content).digest() == bytes(saved.tolist())
-        return zlib.crc32(content) == int(saved)
 
     def test_rows(self, first: int, last: int) -> None:
         """Test the blocks of rows [first, last); rows past the file are none of its business."""
@@ -270,6 +264,13 @@ def _alive(known: weakref.ref[MappedFile]) -> MappedFile:
     return file
 
 
+def is_saved(content: bytes, check: Tensor) -> bool:
+    """Tell whether a block is as saved; its check: SHA-256 [32] uint8, or CRC-32 [] int64."""
+    if check.ndim:
+        return sha256(content).digest() == bytes(check.tolist())
+    return zlib.crc32(content) == int(check)
+
+
 def first_not_finite(content: bytes | memoryview, dtype: torch.dtype) -> int | None:
     """Return the first element of a buffer that is NaN or infinite, None where none is."""
     kind, exponent = _EXPONENT[dtype]
@@ -277,3 +278,9 @@ def first_not_finite(content: bytes | memoryview, dtype: torch.dtype) -> int | N
     if not len(raised) or raised.max() != exponent:
         return None
     return int(np.argmax(raised == exponent))
+
+
+def not_finite(content: bytes, dtype: torch.dtype) -> npt.NDArray[np.int64]:
+    """Return every element of a buffer that is NaN or infinite."""
+    kind, exponent = _EXPONENT[dtype]
+    return np.flatnonzero((np.frombuffer(content, kind) & kind(exponent)) == exponent)

@@ -70,8 +70,8 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
         ("test_hostile_files.py::*",),
     ),
     "F3": (
-        "contents that are not finite, too wide or out of place are named",
-        ("test_hostile_contents.py::*",),
+        "contents that are not finite, too wide or out of place are named, or dropped and listed",
+        ("test_hostile_contents.py::*", "test_repair.py::*"),
     ),
     "N1": (
         "NaN, infinite, huge, denormal and zero queries: misses, other rows unaffected",
