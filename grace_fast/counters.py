@@ -174,9 +174,8 @@ class Tally:
     def read(self, versions: int, keys: int) -> Counters:
         """Return the sums; versions, keys: the codebook's version number and size."""
         cells = list(self._cells)
-        buckets = tuple(map(sum, zip(*(cell.buckets for cell in cells), strict=True)))
-        if not cells:
-            buckets = (0,) * (len(BOUNDS) + 1)
+        none = [0] * (len(BOUNDS) + 1)
+        buckets = tuple(map(sum, zip(none, *(cell.buckets for cell in cells), strict=True)))
         tells = not any(cell.without_effort for cell in cells)
         sees = not any(cell.without_hits for cell in cells)
         seconds = sum(cell.seconds for cell in cells)

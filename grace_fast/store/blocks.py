@@ -17,7 +17,7 @@ from grace_fast.mapped import (
     Shape,
     is_saved,
     not_finite,
-    open_regular,
+    open_rows,
 )
 from grace_fast.store.rows import RowWriter, Written
 
@@ -32,14 +32,7 @@ class Given:
 
     def __init__(self, path: Path, shape: Shape, checks: Tensor, name: str) -> None:
         self._path, self._shape, self._checks, self._name = path, shape, checks, name
-        if len(checks) != shape.blocks:
-            raise CodebookCorrupt(
-                f"{path} has {shape.blocks} blocks, and there are {len(checks)} checksums"
-            )
-        try:
-            self._file = open_regular(path)
-        except OSError as error:
-            raise CodebookCorrupt(f"{path} is missing: there is nothing to repair") from error
+        self._file = open_rows(path, shape, checks)
         weakref.finalize(self, os.close, self._file)
         if not os.fstat(self._file).st_size and shape.nbytes:
             raise CodebookCorrupt(f"{path} is empty: there is nothing to repair")

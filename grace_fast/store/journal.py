@@ -268,13 +268,6 @@ class Journal:
         """Return the last version that is on the disk now."""
         return self._head()[0]
 
-    def told_newest(self) -> int | None:
-        """Return the version that is said to be the last, None where that cannot be read."""
-        try:
-            return self._head()[0]
-        except CodebookCorrupt:
-            return None
-
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()

@@ -15,7 +15,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -29,7 +29,7 @@ from grace_fast.edits import History
 from grace_fast.mapped import CodebookCorrupt, MappedFile, refuse_special
 from grace_fast.store import files, layout, resident, saved
 from grace_fast.store.blocks import Given
-from grace_fast.store.durable import LOCK, Lock
+from grace_fast.store.durable import LOCK, Lock, journal_place
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import redo
 from grace_fast.store.sound import (
@@ -86,10 +86,21 @@ def repair(
             raise ValueError(f"{folder} is signed: give its hmac_key")
         report = Repaired(folder)
         if not _is_sound(folder, config, hmac_key, max_radius):
-            way = _Bare if files.is_mapped(config) else _Edited
-            work = way(folder, config, hmac_key, max_radius, keep_rows, report)
-            _replace(work, report)
+            damaged = _Damaged(folder, config, hmac_key, max_radius, keep_rows, report)
+            _replace(_Bare(damaged) if files.is_mapped(config) else _Edited(damaged), report)
         return report
+
+
+@dataclass(frozen=True)
+class _Damaged:
+    """A directory that is not sound, and what is asked of its repair; as in `repair`."""
+
+    folder: Path
+    config: dict[str, Any]
+    hmac_key: bytes | None
+    max_radius: float | None
+    keep_rows: bool
+    report: Repaired
 
 
 def _is_sound(
@@ -203,16 +214,9 @@ class _Bare:
     Raises: CodebookCorrupt where there is nothing to stand on.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        hmac_key: bytes | None,
-        max_radius: float | None,
-        keep_rows: bool,
-        report: Repaired,
-    ) -> None:
-        self._folder, self._key, self._report = folder, hmac_key, report
+    def __init__(self, damaged: _Damaged) -> None:
+        folder, config, report = damaged.folder, damaged.config, damaged.report
+        self._folder, self._key, self._report = folder, damaged.hmac_key, report
         found, _ = _read_columns(folder, config.get("tensors"), report)
         columns = layout.with_the_usual(found)
         _require_like(columns, _row_columns())
@@ -225,7 +229,9 @@ class _Bare:
             if bool(rows.any()):
                 report.made_again.append(f"the {name}, with zeros in the place of what was changed")
         unsound, live = Unsound(), columns["rows.live"]
-        columns = mend_rows(columns, self._odd["keys"], self._odd["values"], max_radius, unsound)
+        columns = mend_rows(
+            columns, self._odd["keys"], self._odd["values"], damaged.max_radius, unsound
+        )
         report.dropped += _list_rows(unsound, True, live)
         self._columns = columns | {"rows.live": _without(live, unsound.numbers)}
 
@@ -259,19 +265,12 @@ class _Edited:
     Raises: CodebookCorrupt where there is nothing to stand on.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: dict[str, Any],
-        hmac_key: bytes | None,
-        max_radius: float | None,
-        keep_rows: bool,
-        report: Repaired,
-    ) -> None:
-        self._folder, self._config, self._key = folder, config, hmac_key
-        self._saved = saved.read_saved(folder, hmac_key, max_radius)
-        self._max_radius, self._keep_rows = self._saved.settings.max_radius, keep_rows
-        self._report = report
+    def __init__(self, damaged: _Damaged) -> None:
+        folder, config, report = damaged.folder, damaged.config, damaged.report
+        self._folder, self._config, self._key = folder, config, damaged.hmac_key
+        self._saved = saved.read_saved(folder, self._key, damaged.max_radius)
+        self._max_radius = self._saved.settings.max_radius
+        self._keep_rows, self._report = damaged.keep_rows, report
         self._unsound = Unsound()
         columns, is_told = _read_columns(folder, config.get("tensors"), report)
         has_journal = config.get("journal") is not None
@@ -281,7 +280,8 @@ class _Edited:
         self._entries: list[Entry] = []
         if has_journal:
             self._take_versions(columns)
-        self._book, self._history, _ = self._replayed(columns, self._entries)
+        else:
+            self._book, self._history = self._unpacked(columns)
         self._is_folded = not fits or not has_journal
         if has_journal:
             self._finish()
@@ -330,20 +330,21 @@ class _Edited:
         mended, edits = story.without(out.keys())
         gone = unsound.gone(self._keep_rows)
         self._report.dropped += _list_rows(unsound, self._keep_rows, live) if drops else []
-        self._report.dropped += [Dropped("edit", edit, story.why(edit)) for edit in edits]
+        self._report.dropped += [Dropped("edit", edit, why) for edit, why in edits]
         silent = {row: why for row, why in gone.items() if drops or row in unsound.untold}
         next_id = 1 + max(mended["edits.id"].tolist(), default=-1)
         self._config["next_id"] = max(int(self._config["next_id"]), next_id)
         return mended | {"rows.live": _without(live, silent)}
 
     def _take_versions(self, columns: Mapping[str, Tensor]) -> None:
-        """Find the versions that can be gone through one after the other, and list the others."""
+        """Go through the versions one after the other as far as that can be, list the others."""
         entries, newest, why = _salvaged(self._folder, self._config, self._key)
-        _, _, (count_, stop) = self._replayed(columns, entries)
+        self._book, self._history, done, stop = self._replayed(columns, entries)
+        self._entries = entries[:done]
         if stop:
             why = stop
-        self._entries = entries[:count_]
-        last = self._saved.base + count_
+            self._book, self._history, *_ = self._replayed(columns, self._entries)
+        last = self._saved.base + done
         newest = max([newest or 0] + [entry.version for entry in entries])
         lost = range(last + 1, newest + 1)
         if why and not 0 < len(lost) <= _MOST_LISTED:
@@ -352,7 +353,7 @@ class _Edited:
 
     def _replayed(
         self, columns: Mapping[str, Tensor], entries: Sequence[Entry]
-    ) -> tuple[Codebook, History, tuple[int, str]]:
+    ) -> tuple[Codebook, History, int, str]:
         """Return what a base and versions come to; how many did, and why the next one does not.
 
         Where one does not, the codebook and its history are not to be used.
@@ -364,11 +365,11 @@ class _Edited:
                 try:
                     redo(entry.content, draft, history)
                 except CodebookCorrupt as error:
-                    return book, history, (done, f"version {entry.version}: {error}")
+                    return book, history, done, f"version {entry.version}: {error}"
                 draft.version = entry.version
                 done += 1
             draft.version = self._saved.base + done
-        return book, history, (done, "")
+        return book, history, done, ""
 
     def _finish(self) -> None:
         """Drop from the newest version, once it is reached, what cannot be trusted."""
@@ -428,19 +429,16 @@ def _salvaged(
     entries: list[Entry] = []
     newest = None
     try:
-        told = config["journal"]
-        name, path = told.get("name"), files.place(folder, told.get("file"))
-        if not isinstance(name, str) or "version" not in config:
-            raise CodebookCorrupt(f"{folder}: the manifest does not describe its journal")
+        path, name, base = journal_place(folder, config)
         beside = path.with_name(path.name + "-journal")
         with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as room:
             for each in (path, beside):
                 refuse_special(each)
                 if each.exists():
                     shutil.copyfile(each, Path(room) / each.name)
-            base = int(config["version"])
             with closing(Journal(Path(room) / path.name, name, base, key, salvage=True)) as journal:
-                newest = journal.told_newest()
+                with suppress(CodebookCorrupt):
+                    newest = journal.newest()
                 entries.extend(journal.sound_entries())
     except CodebookCorrupt as error:
         return entries, newest, str(error)

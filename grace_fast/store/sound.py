@@ -118,24 +118,26 @@ class Story:
         while self._test_lives():
             pass
 
-    def without(self, rows: Collection[int]) -> tuple[dict[str, Tensor], list[int]]:
-        """Return the columns without what happened on some rows, and the ids of those edits."""
-        of_edits = self._columns["edits.row"].tolist()
-        kept = [at for at, row in enumerate(of_edits) if at not in self._lost and row not in rows]
-        gone = sorted({*range(len(of_edits))} - {*kept})
+    def without(self, rows: Collection[int]) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
+        """Return the columns without what happened on some rows; the ids of those edits, and why.
+
+        rows: of those that were found unsound.
+        """
+        of_edits, ids = (self._columns[f"edits.{name}"].tolist() for name in ("row", "id"))
+        known = self._unsound.numbers | self._unsound.untold
+        kept: list[int] = []
+        gone: list[tuple[int, str]] = []
+        for at, row in enumerate(of_edits):
+            if at in self._lost:
+                gone.append((ids[at], self._lost[at]))
+            elif row in rows:
+                gone.append((ids[at], f"it is on row {row}: {known[row]}"))
+            else:
+                kept.append(at)
         made = self._picked("edits.", kept) | self._events_without(rows)
         bases = self._columns["bases"]
         made["bases"] = bases[[row not in rows for row in bases[:, 0].tolist()]]
-        return self._columns | made, self._columns["edits.id"][gone].tolist()
-
-    def why(self, edit: int) -> str:
-        """Return why an edit is dropped."""
-        ids = self._columns["edits.id"].tolist()
-        lost = {ids[at]: why for at, why in self._lost.items()}
-        rows = dict(zip(ids, self._columns["edits.row"].tolist(), strict=True))
-        row = rows[edit]
-        known = self._unsound.numbers | self._unsound.untold
-        return lost.get(edit) or f"it is on row {row}: {known[row]}"
+        return self._columns | made, gone
 
     def _events_without(self, rows: Collection[int]) -> dict[str, Tensor]:
         """Return the events without those on some rows or owed to them.
