@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, reserve
 
@@ -80,7 +81,7 @@ class Snapshot:
     pages: tuple[Page, ...]
     key_slots: Tensor  # [capacity, D]
     value_slots: Tensor  # [capacity, V]
-    _label_slots: list[Tensor | None]
+    _label_slots: Labels
     _ids: Tensor  # [capacity, 1] int64
     # What back ends keep, shared by the published versions of a codebook; None for a draft, whose
     # rows may yet be dropped and given to other keys.
@@ -225,7 +226,11 @@ class Snapshot:
 
     def stored_labels(self, first: int = 0) -> list[Tensor | None]:
         """Return the labels by slot, from the first one asked for."""
-        return self._label_slots[first : self.counts.labels]
+        return self._label_slots.between(first, self.counts.labels)
+
+    def label_columns(self) -> tuple[Tensor, Tensor]:
+        """Return the labels by slot as lengths and ids; see `Labels`."""
+        return self._label_slots.columns(self.counts.labels)
 
     def label_in(self, slot: int) -> Tensor | None:
         """Return the label of one slot."""
@@ -342,7 +347,7 @@ class Draft:
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = self._first = base.counts
         self.version = base.version + 1  # that it will be published as
-        del book._label_slots[base.counts.labels :]  # what a dropped draft left behind
+        book._label_slots.cut(base.counts.labels)  # what a dropped draft left behind
 
     def _continued(self) -> Draft:
         """Return a draft of its own that starts from this one."""
@@ -511,7 +516,7 @@ class Draft:
     def set_label(self, row: int, label: Tensor | None) -> None:
         """Give one row another label."""
         slot = self.counts.labels
-        self._book._label_slots.append(label)
+        self._book._label_slots.extend([label])
         self._set(labels=slot + 1)
         self.point_label(row, slot)
 
@@ -577,7 +582,7 @@ class Codebook:
         self._values = reserve(value_dim, dtype, self.device, reserve_rows)
         self._ids = reserve(1, torch.int64, torch.device("cpu"), reserve_rows)
         self._next_id = 0
-        self._label_slots: list[Tensor | None] = []
+        self._label_slots = Labels()
         self._writer = threading.RLock()
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
@@ -599,7 +604,7 @@ class Codebook:
         cls,
         keys: Tensor | MappedFile,
         values: Tensor | MappedFile,
-        labels: list[Tensor | None],
+        labels: Labels,
         columns: Mapping[str, Tensor],
         device: torch.device,
         version: int = 0,
@@ -615,7 +620,7 @@ class Codebook:
         book._ids.commit(count)
         book._ids.tensor[:count, 0] = columns["id"]
         book._next_id = int(columns["id"][-1]) + 1 if count else 0
-        book._label_slots.extend(labels)
+        book._label_slots = labels
         pages = []
         for start in range(0, count, PAGE_ROWS):
             page = Page.empty(book.device)
@@ -641,6 +646,7 @@ class Codebook:
             pages=tuple(pages),
             key_slots=book._keys.tensor,
             value_slots=book._values.tensor,
+            _label_slots=labels,
             key_file=keys if isinstance(keys, MappedFile) else None,
             value_file=values if isinstance(values, MappedFile) else None,
         )
@@ -705,7 +711,7 @@ class Codebook:
                 yield draft
             finally:
                 self._draft, self._next_id = outer, next_id
-                del self._label_slots[draft._first.labels :]
+                self._label_slots.cut(draft._first.labels)
 
     @contextmanager
     def held(self) -> Iterator[Snapshot]:

@@ -266,17 +266,11 @@ def replay(journal: Journal, book: Codebook, history: History, version: int | No
 
 def go_back(book: Codebook, history: History, then: Snapshot, earlier: History) -> None:
     """Publish a version that decides as an earlier one did; ids that were given stay so."""
-    with book.held() as now:
-        before = history.copy()
-        try:
-            with book.writing() as draft:
-                back(now, then).apply(draft)
-                history.empty()
-                for step in earlier.steps():
-                    history.follow(step)
-        except BaseException:
-            history.become(before)
-            raise
+    with book.held() as now, history.attempting(), book.writing() as draft:
+        back(now, then).apply(draft)
+        history.empty()
+        for step in earlier.steps():
+            history.follow(step)
 
 
 @dataclass(frozen=True)

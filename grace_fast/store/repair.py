@@ -27,7 +27,7 @@ from torch import Tensor
 from grace_fast.codebook import Codebook
 from grace_fast.edits import History
 from grace_fast.mapped import CodebookCorrupt, MappedFile, refuse_special
-from grace_fast.store import files, layout, resident, saved
+from grace_fast.store import files, layout, past, resident, saved
 from grace_fast.store.blocks import Given
 from grace_fast.store.durable import LOCK, Lock, journal_place
 from grace_fast.store.journal import Entry, Journal
@@ -297,7 +297,7 @@ class _Edited:
     def _unpacked(self, columns: Mapping[str, Tensor]) -> tuple[Codebook, History]:
         book = layout.unpack_codebook(columns, _HOST, self._saved.base)
         texts, next_id = self._config["texts"], int(self._config["next_id"])
-        return book, layout.unpack_history(columns, book.snapshot(), texts, next_id)
+        return book, past.unpack_history(columns, book.snapshot(), texts, next_id)
 
     def _mended(self, columns: dict[str, Tensor], is_told: bool, drops: bool) -> dict[str, Tensor]:
         """Return columns that can be read, without the rows and edits that cannot be trusted.
@@ -315,7 +315,7 @@ class _Edited:
         unsound, live = self._unsound, columns["rows.live"]
         mended = mend_rows(columns, odd["keys"], odd["values"], self._max_radius, unsound)
         snapshot = layout.unpack_codebook(mended, _HOST).snapshot()
-        empty = layout.pack_history(History(), snapshot)
+        empty = past.pack_history(History(), snapshot)
         try:
             if not is_told:
                 raise CodebookCorrupt("its edits are not what was saved (checksum)")
@@ -377,10 +377,10 @@ class _Edited:
         try:
             if self._unsound.numbers:
                 raise CodebookCorrupt("rows of its base cannot be trusted")
-            layout.check_replayed(snapshot, self._history, self._max_radius)
+            past.check_replayed(snapshot, self._history, self._max_radius)
         except CodebookCorrupt:
             version = snapshot.version
-            columns = layout.pack_codebook(snapshot) | layout.pack_history(self._history, snapshot)
+            columns = layout.pack_codebook(snapshot) | past.pack_history(self._history, snapshot)
             texts = {str(e.id): list(e.text) for e in self._history.edits.values() if e.text}
             self._config = self._config | {"texts": texts, "next_id": self._history.next_id}
             self._book, self._history = self._unpacked(self._mended(columns, True, drops=True))

@@ -13,7 +13,7 @@ from grace_fast._version import __version__
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import History
 from grace_fast.settings import Settings
-from grace_fast.store import files, layout
+from grace_fast.store import files, layout, past
 from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
 from grace_fast.store.journal import Journal
 
@@ -62,11 +62,11 @@ class Saved:
         layout.check_radii(tensors, self.settings.max_radius)
         book = layout.unpack_codebook(tensors, torch.device(device), self.base)
         texts, next_id = self.config["texts"], int(self.config["next_id"])
-        history = layout.unpack_history(tensors, book.snapshot(), texts, next_id)
+        history = past.unpack_history(tensors, book.snapshot(), texts, next_id)
         journal = journal_of(self.path, self.config, self.hmac_key, read_only)
         if journal is not None:
             replay(journal, book, history, version)
-            layout.check_replayed(book.snapshot(), history, self.settings.max_radius)
+            past.check_replayed(book.snapshot(), history, self.settings.max_radius)
         if version not in (None, book.version):
             last = self.base if journal is None else journal.version
             raise ValueError(
@@ -88,9 +88,9 @@ def write(
 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
-    texts = {str(edit.id): edit.text for edit in history.edits.values() if edit.text is not None}
+    texts = past.texts_of(history)
     config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
-    tensors = layout.pack_codebook(snapshot) | layout.pack_history(history, snapshot)
+    tensors = layout.pack_codebook(snapshot) | past.pack_history(history, snapshot)
     files.write(path, config, tensors, hmac_key)
 
 

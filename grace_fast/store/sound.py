@@ -256,7 +256,7 @@ class Story:
     def _test_lives(self) -> bool:
         """Note the rows whose history does not hang together; return whether there was one.
 
-        The rules are those of `layout.check_history`, row by row.
+        The rules are those of `past`, row by row.
         """
         gone = self._unsound.numbers.keys() | self._unsound.untold.keys()
         edits: dict[int, set[int]] = {}

@@ -111,7 +111,7 @@ def state(grace: gf.editor.Grace) -> str:
         book.ids.tolist(),
         [None if each is None else each.tolist() for each in book.stored_labels()],
         edits,
-        [(row, repr(vars(life.copy()))) for row, life in sorted(history.rows.items())],
+        [(row, repr(vars(life))) for row, life in sorted(history.rows.items())],
         history.next_id,
     ]
     return hashlib.sha256(repr(whole).encode()).hexdigest()
