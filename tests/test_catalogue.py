@@ -26,17 +26,34 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "D2": (
         "a process that is killed keeps what it acknowledged",
-        ("test_durability.py::test_a_killed_process_keeps_what_it_acknowledged",),
+        (
+            "test_durability.py::test_a_killed_process_keeps_what_it_acknowledged",
+            "test_durability.py::test_two_hundred_kills_lose_nothing_that_was_acknowledged",
+            "test_durability.py::"
+            "test_a_process_that_ends_at_any_file_call_keeps_what_it_acknowledged",
+        ),
     ),
     "D3": (
         "a full disk refuses an edit, and nothing else is lost",
-        ("test_editor.py::test_every_edit_is_on_the_disk_before_the_call_returns",),
+        (
+            "test_editor.py::test_every_edit_is_on_the_disk_before_the_call_returns",
+            "test_disk_faults.py::"
+            "test_a_disk_that_refuses_any_call_loses_nothing_and_publishes_nothing",
+            "test_disk_faults.py::test_a_directory_of_which_any_call_fails_loses_nothing",
+            "test_disk_faults.py::"
+            "test_files_that_may_not_grow_are_written_in_part_and_lose_nothing",
+            "test_disk_faults.py::"
+            "test_a_journal_of_so_many_pages_refuses_what_is_too_much_and_goes_on",
+        ),
     ),
     "D4": (
         "a disk that fails makes the store read-only; nothing is acknowledged falsely",
         (
             "test_journal.py::"
             "test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published",
+            "test_disk_faults.py::test_no_fsync_that_fails_is_acknowledged_even_if_power_is_lost",
+            "test_disk_faults.py::test_a_file_is_on_the_disk_before_its_name_"
+            "and_its_name_before_the_call_returns",
         ),
     ),
     "D5": (
