@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from grace_fast.mapped import HEADER_BYTES, MappedFile
-from grace_fast.memory import MappedRows, Rows, reserve
+from grace_fast.memory import MappedRows, Rows, memory_errors, reserve
 
 PAGE_ROWS = 4096
 COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
@@ -722,6 +722,7 @@ class Codebook:
             follow(self._current)
             self._followers[name] = follow
 
+    @memory_errors()
     def append(
         self,
         keys: Tensor,

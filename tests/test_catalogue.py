@@ -74,6 +74,13 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_journal.py::test_the_lock_of_a_process_that_died_is_no_lock",
         ),
     ),
+    "S1": (
+        "whatever is done in whatever order, the codebook is what a model in numpy is",
+        (
+            "test_stateful.py::test_whatever_is_done_to_a_durable_codebook_it_is_what_its_model_is",
+            "test_stateful.py::test_many_long_runs_leave_a_durable_codebook_as_its_model",
+        ),
+    ),
     "F1": (
         "no flipped bit of a file or of the journal is silent",
         (
@@ -116,6 +123,13 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_odd_queries.py::test_the_last_row_of_more_than_2_31_elements_is_found",
             "test_certified.py::test_offsets_past_2_31_are_right",
             "test_out_of_core.py::test_rows_past_what_an_int32_counts_are_read_as_they_are",
+        ),
+    ),
+    "N4": (
+        "no more memory: MemoryError, the old version still answers, nothing is lost",
+        (
+            "test_out_of_memory.py::"
+            "test_where_memory_ends_the_old_version_still_answers_and_is_found_again",
         ),
     ),
     "C1": (
