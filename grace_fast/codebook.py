@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
-from grace_fast.memory import MappedRows, Rows, reserve
+from grace_fast.memory import MappedRows, Rows, memory_errors, reserve
 
 PAGE_ROWS = 4096
 COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
@@ -728,6 +728,7 @@ class Codebook:
             follow(self._current)
             self._followers[name] = follow
 
+    @memory_errors()
     def append(
         self,
         keys: Tensor,

@@ -14,6 +14,8 @@ import mmap
 import os
 import resource
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +47,22 @@ _PROT_NONE = 0
 _MAP_NORESERVE = 0x4000
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
+
+
+# What torch and C++ say in a plain RuntimeError where the host has no more memory.
+_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise MemoryError where torch has no more memory, whatever it calls that."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_named = isinstance(error, torch.OutOfMemoryError)
+        if is_named or any(sign in str(error) for sign in _NO_MEMORY):
+            raise MemoryError(str(error)) from error
+        raise
 
 
 class Rows(Protocol):

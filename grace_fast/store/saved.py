@@ -12,6 +12,7 @@ import torch
 from grace_fast._version import __version__
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import History
+from grace_fast.memory import memory_errors
 from grace_fast.settings import Settings
 from grace_fast.store import files, layout, past
 from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
@@ -44,13 +45,15 @@ class Saved:
     ) -> tuple[Codebook, History]:
         """Return the codebook and its edits, by default of the newest version.
 
-        Raises: CodebookCorrupt; ValueError for a version that is not there.
+        Raises: CodebookCorrupt; ValueError for a version that is not there; MemoryError where there
+        is no room for them.
         """
         book, history, journal = self.open(device, version)
         if journal is not None:
             journal.close()
         return book, history
 
+    @memory_errors()
     def open(
         self,
         device: torch.device | str = "cpu",
@@ -75,6 +78,7 @@ class Saved:
         return book, history, journal
 
 
+@memory_errors()
 def write(
     path: Path,
     described: Mapping[str, Any],
@@ -86,7 +90,8 @@ def write(
 
     described: what the manifest says of them beside what these two hold.
 
-    Raises: OSError where it cannot be written; what was there before stays valid then.
+    Raises: OSError where it cannot be written, MemoryError where there is no room to prepare it;
+    what was there before stays valid then.
     """
     texts = past.texts_of(history)
     config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
