@@ -17,16 +17,21 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
-from grace_fast.memory import MappedRows, Rows, memory_errors, reserve
+from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
 
 PAGE_ROWS = 4096
+_NO_COPY = (
+    "a codebook, and a model it is attached to, cannot be copied or pickled: its rows lie at "
+    "addresses that are reserved for it. Copy the model before `attach`, or save the codebook "
+    "(`gf.save`, `grace.save_pretrained`) and open it for the copy (`gf.open`, `from_pretrained`)"
+)
 COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -94,6 +99,9 @@ class Snapshot:
     # The fields reach beyond the rows there are, into memory that may not be read.
     def __repr__(self) -> str:
         return f"Snapshot(version={self.version}, {len(self)} keys, {self.rows} rows)"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(_NO_COPY)
 
     def __len__(self) -> int:
         return self.counts.live
@@ -170,7 +178,7 @@ class Snapshot:
     @cached_property
     def ids(self) -> Tensor:
         """[N] int64, ascending."""
-        return self._ids[: self.rows, 0]
+        return bounded(self._ids[: self.rows, 0])
 
     @cached_property
     def device_key_slot(self) -> Tensor | None:
@@ -184,7 +192,7 @@ class Snapshot:
         What lies in a file is not tested by a view; `keys_at` tests what it reads.
         """
         if not self.counts.key_moves:
-            return self.key_slots[: self.rows]
+            return bounded(self.key_slots[: self.rows])
         return self.key_slots[self.key_slot.to(self.device)]
 
     def keys_at(self, rows: Tensor) -> Tensor:
@@ -240,7 +248,7 @@ class Snapshot:
     def values(self) -> Tensor:
         """[N, V]; a view of the store, or a gather once a value was trained again."""
         if not self.counts.value_moves:
-            return self.value_slots[: self.rows]
+            return bounded(self.value_slots[: self.rows])
         return self.value_slots[self.column("value_slot").to(self.device)]
 
     @cached_property
@@ -258,14 +266,14 @@ class Snapshot:
         slot = self.key_slot_of(row)
         if self.key_file is not None:
             return _fetched(self.key_slots, torch.tensor([slot]), self.key_file)[0]
-        return self.key_slots[slot]
+        return bounded(self.key_slots[slot])
 
     def value_of(self, row: int) -> Tensor:
         """Return the value of one row, [V]."""
         slot = self.value_slot_of(row)
         if self.value_file is not None:
             return _fetched(self.value_slots, torch.tensor([slot]), self.value_file)[0]
-        return self.value_slots[slot]
+        return bounded(self.value_slots[slot])
 
     def values_of(self, rows: Tensor) -> Tensor:
         """Return the values of rows [B], as [B, V]; row 0's for -1, to be masked by the caller."""
@@ -770,6 +778,9 @@ class Codebook:
     def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
         """Return what a back end computes from the keys of this version; see `Snapshot.derived`."""
         return self._current.derived(name, build)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(_NO_COPY)
 
     def __len__(self) -> int:
         return len(self._current)

@@ -77,6 +77,15 @@ class Rows(Protocol):
         """
 
 
+def bounded(view: Tensor) -> Tensor:
+    """Return a view of a store as a tensor at the same address whose storage is what it shows.
+
+    `torch.save` and `copy.deepcopy` read the whole storage of a tensor, and most of a store's is
+    reserved and not there.
+    """
+    return torch.from_dlpack(view)
+
+
 def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Rows:
     """Return an empty array of rows of `width` elements, at one address for life where it can."""
     if device.type == "cpu":

@@ -158,7 +158,7 @@ class _Edits:
         return Edit(
             **fields,
             outcome=outcome,
-            query=self.query[at],
+            query=self.query[at].clone(),  # which does not keep all of them in memory
             label=self.labels(label_slot),
             value_before=None if before == _NO_SLOT else before,
             text=None if text is None else (str(text[0]), str(text[1])),
