@@ -6,6 +6,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PATIENCE_S = 60.0  # for the next thing that the browser says
 _OPTIONS = (
     "--headless",
     "--no-sandbox",
@@ -49,6 +51,7 @@ class Page:
     requests: list[str] = field(default_factory=list)
     said: list[Any] = field(default_factory=list)  # on the console, by scripts or the browser
     dialogs: list[str] = field(default_factory=list)
+    loads: int = 0
     _session: str | None = None
     _count: int = 0
 
@@ -67,7 +70,7 @@ class Page:
             self._note(message)
             if wanted(message):
                 return message
-        raise RuntimeError("the browser has gone")
+        raise RuntimeError("the browser has gone, or says nothing any more")
 
     def _note(self, message: dict[str, Any]) -> None:
         told = message.get("params", {})
@@ -76,6 +79,8 @@ class Page:
                 self.requests.append(told["request"]["url"])
             case "Log.entryAdded" | "Runtime.consoleAPICalled" | "Runtime.exceptionThrown":
                 self.said.append(told)
+            case "Page.loadEventFired":
+                self.loads += 1
             case "Page.javascriptDialogOpening":
                 self.dialogs.append(told["message"])
 
@@ -98,8 +103,10 @@ class Page:
         )
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[feature])
+        before = self.loads
         self.call("Page.navigate", url=file.resolve().as_uri())
-        self._until(lambda each: each.get("method") == "Page.loadEventFired")
+        while self.loads == before:
+            self._until(lambda _: True)
 
     def value(self, expression: str) -> Any:
         """Return what an expression is on the page; the test asks, the page has no script."""
@@ -159,6 +166,8 @@ def _write(descriptor: int, message: dict[str, Any]) -> None:
 
 def _messages(descriptor: int) -> Iterator[dict[str, Any]]:
     held = b""
-    while content := os.read(descriptor, 1 << 20):
+    while select.select([descriptor], [], [], PATIENCE_S)[0]:
+        if not (content := os.read(descriptor, 1 << 20)):
+            return
         *whole, held = (held + content).split(b"\0")
         yield from map(json.loads, whole)

@@ -16,6 +16,8 @@ import golden_codebooks
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -415,6 +417,14 @@ def test_stored_text_is_shown_as_one_line_that_hides_nothing(given, shown):
     assert texts.inert(given) == shown
 
 
+@given(st.text(st.characters(), max_size=300))
+def test_any_text_is_bounded_and_can_be_written(text):
+    shown = texts.inert(text)
+    shown.encode()
+    assert len(shown) <= len("[U+10FFFF]") * texts.LIMIT + len("… (300 characters)")
+    assert len(shown.splitlines()) <= 1
+
+
 def test_an_empty_codebook_has_a_page(tmp_path):
     words = page_of(book_of(tmp_path, torch.zeros(0, 3), [])).text
     assert "0 edits 0 taken back 0 keys" in words
@@ -435,10 +445,43 @@ def test_a_codebook_of_undone_edits_has_a_page(tmp_path):
     assert "0 keys" in words
 
 
+def test_a_directory_of_the_first_format_has_a_page():
+    words = page_of(Path(__file__).parent / "golden_formats" / "edits-1").text
+    assert "8 edits 1 taken back" in words
+    assert "format 1" in words
+
+
 def test_keys_that_are_all_the_same_have_a_page(tmp_path):
     words = page_of(book_of(tmp_path, torch.full((12, 3), 0.1), [1] * 12)).text
     assert "too few keys that differ" in words
     assert "all ask with one query" in words
+
+
+@pytest.mark.parametrize("semantics", ["paper", "reference"])
+@pytest.mark.parametrize(
+    ("epsilon", "scale", "radii"),
+    [
+        (5e-324, 1e-38, [0.0] * 10),
+        (1e-300, 1e-38, [1e-45] * 10),
+        (3e38, 1e38, [3e38] * 10),
+        (1e300, 1.0, [1.0] * 10),
+        (1.0, 1.0, [0.0, 1e-45, 1e38, 3e38, -1.0, -3e38, 1.0, 2.0, 0.5, 1e10]),
+        (1.0, 1.0, [-1.0] * 10),
+    ],
+    ids=["smallest", "tiny", "huge", "huge epsilon", "of every size", "all dead"],
+)
+def test_numbers_at_the_ends_are_drawn(tmp_path, epsilon, scale, radii, semantics):
+    keys = torch.randn(10, 3, generator=torch.Generator().manual_seed(5)) * scale
+    settings = asdict(Settings("layer", epsilon, semantics=semantics))
+    page = page_of(book_of(tmp_path, keys, [0, 1] * 5, radii, settings=settings))
+    drawn = [
+        value
+        for tag, attributes in page.tags
+        for name, value in attributes.items()
+        if tag in ("circle", "path", "polyline", "rect", "text", "use") and name != "class"
+    ]
+    assert drawn
+    assert not [value for value in drawn if re.search(f"nan|inf|∞|{texts.NOTHING}", value)]
 
 
 def call(*arguments: object):

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from grace_fast.report.charts import Bar, Chart, Scale, span
@@ -46,12 +47,13 @@ class Hits:
 
 def radii_of(reading: Reading) -> Radii:
     """Return what a page says of the radii."""
-    epsilon = np.float32(reading.rules.epsilon)
-    balls = reading.radii[reading.radii >= 0]
+    # A codebook keeps radii in float32: so an epsilon beyond that is infinite.
+    epsilon = float(torch.tensor(reading.rules.epsilon, dtype=torch.float32))
+    balls = reading.radii[reading.radii >= 0].astype(np.float64)
     if not len(balls):
         return Radii(None, 0, len(reading.radii), math.nan, math.nan, math.nan, 0, 0, 0)
     changed = balls[balls != epsilon]
-    chart = _chart_of(changed, float(epsilon)) if len(changed) else None
+    chart = _chart_of(changed, epsilon if math.isfinite(epsilon) else 0) if len(changed) else None
     return Radii(
         chart,
         len(balls),
@@ -65,8 +67,8 @@ def radii_of(reading: Reading) -> Radii:
     )
 
 
-def _chart_of(radii: NDArray[np.float32], epsilon: float) -> Chart:
-    """Return a histogram that ends where few are left, and holds epsilon."""
+def _chart_of(radii: NDArray[np.float64], epsilon: float) -> Chart:
+    """Return a histogram of radii that ends where few are left, and holds epsilon."""
     end = min(float(radii.max()), 3 * max(float(np.quantile(radii, 0.99)), epsilon))
     x = Scale.linear(0, 1.05 * max(end, epsilon), "radius")
     counts, edges = np.histogram(radii, BINS, (0, x.high))

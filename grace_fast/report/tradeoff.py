@@ -53,9 +53,12 @@ class TradeOff:
 
 
 def trade_off_of(reading: Reading) -> TradeOff | None:
-    """Try epsilons on held-out edits; None of fewer than ten edits, or of one query only."""
+    """Try epsilons on held-out edits.
+
+    None of fewer than ten edits, of one query only, or where epsilon is no radius (a float32).
+    """
     numbers = sorted(reading.history.edits)
-    if len(numbers) < FEWEST:
+    if len(numbers) < FEWEST or reading.rules.epsilon > torch.finfo(torch.float32).max:
         return None
     edits = [reading.history.edits[numbers[at]] for at in spread(len(numbers), EDITS)]
     labels = [reading.asks_for(edit.label) for edit in edits]
