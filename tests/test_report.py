@@ -26,6 +26,7 @@ from grace_fast import lookup, report, semantics
 from grace_fast.cli import app
 from grace_fast.edits import Edit, Event, History
 from grace_fast.report import balls, keymap, neighbours, reading, texts, tradeoff
+from grace_fast.report.charts import Scale
 from grace_fast.settings import Settings
 from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.saved import Saved, write
@@ -434,6 +435,13 @@ def test_an_empty_codebook_has_a_page(tmp_path):
     assert "too few keys that differ" in words
 
 
+def test_one_edit_is_spoken_of_in_the_singular(tmp_path):
+    words = page_of(book_of(tmp_path, [[1.0, 2.0]], [3], hits={0: 1})).text
+    for said in ("1 edit 0 taken back", "1 key 0 rows", "1 edit fires", "1 hit on 1 of 1 key"):
+        assert f" {said} " in words, said
+    assert "Of the 1 edit 1 was added" in words
+
+
 def test_a_codebook_of_undone_edits_has_a_page(tmp_path):
     grace = golden_codebooks.editor()
     made = [edit.id for edit in grace.edits()]
@@ -449,6 +457,37 @@ def test_a_directory_of_the_first_format_has_a_page():
     words = page_of(Path(__file__).parent / "golden_formats" / "edits-1").text
     assert "8 edits 1 taken back" in words
     assert "format 1" in words
+
+
+def test_every_reference_within_the_page_is_answered_once(hostile, edited):
+    for folder in (hostile, edited[0]):
+        page = page_of(folder)
+        named = [found["id"] for _, found in page.tags if "id" in found]
+        assert len(named) == len(set(named))
+        for _, found in page.tags:
+            wanted = (found.get("aria-labelledby") or "").split()
+            wanted += [found["href"].removeprefix("#")] if "href" in found else []
+            assert set(wanted) <= set(named), found
+
+
+@pytest.mark.parametrize(
+    ("scale", "ticks"),
+    [
+        (Scale.linear(0, 235, "rows", whole=True), ["0", "50", "100", "150", "200"]),
+        (Scale.linear(0, 2.1, "balls", whole=True), ["0", "1", "2"]),
+        (Scale.linear(0, 1e6, "rows"), ["0", "200k", "400k", "600k", "800k", "1M"]),
+        (Scale.linear(0, 0, "none"), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (Scale.linear(0, 4.2, "held-out", unit=" %"), ["0 %", "1 %", "2 %", "3 %", "4 %"]),
+        (Scale.log(1.6, 10.5, "epsilon"), ["2", "5", "10"]),
+        (Scale.log(1e-3, 1e3, "epsilon"), ["0.001", "0.01", "0.1", "1", "10", "100", "1k"]),
+    ],
+    ids=["tens", "whole", "millions", "nothing", "per cent", "a decade", "six decades"],
+)
+def test_axes_have_round_ticks(scale, ticks):
+    assert [tick.text for tick in scale.ticks] == ticks
+    places = [scale.part(tick.value) for tick in scale.ticks]
+    assert places == sorted(places)
+    assert 0 <= places[0] <= places[-1] <= 1 + 1e-9
 
 
 def test_keys_that_are_all_the_same_have_a_page(tmp_path):

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from grace_fast.report.charts import Bar, Chart, Scale, span
 from grace_fast.report.reading import Reading, Told
+from grace_fast.report.texts import compact
 
 BINS = 32
 MOST_HIT = 50  # rows in the table
 NEVER_HIT = 20
-UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,7 @@ def _by_doublings(hits: NDArray[np.int64]) -> Chart:
 def _short(name: str) -> str:
     """Return the name of a range for an axis: only where it begins, where it would be long."""
     low = int(name.split("-")[0])
-    if low < 64:
-        return name
-    unit, size = next((unit, size) for unit, size in UNITS if low >= size)
-    return f"{low / size:.3g}{unit}+"
+    return name if low < 64 else f"{compact(low)}+"
 
 
 def _pairs(edges: NDArray[np.float64]) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from grace_fast.report.texts import number
+from grace_fast.report.texts import compact, number
 
 WIDTH, HEIGHT = 420.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 20.0, 40.0  # around the plot, for the ticks and names
@@ -145,6 +145,4 @@ def span(low: float, high: float) -> str:
 
 
 def _plain(value: float) -> str:
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e5 else f"{value:.0e}".replace("e+0", "e")
-    return f"{value:.3g}"
+    return compact(value) if 1000 <= value < 1e15 else f"{value:.3g}"

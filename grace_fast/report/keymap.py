@@ -64,7 +64,7 @@ def keymap_of(reading: Reading) -> KeyMap | None:
         Point(x, y, kinds.get(one.answer, 0), _title(one))
         for one, (x, y) in zip(told, places, strict=True)
     ]
-    points.sort(key=lambda point: point.kind)  # those without a colour below the others
+    points.sort(key=lambda point: point.kind > 0)  # those without a colour below the others
     return KeyMap(Map(tuple(points)), tuple(groups), len(rows), len(reading.live), variance)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import unicodedata
 
 LIMIT = 200  # characters
+UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 NOTHING = "\N{EN DASH}"
 _SPELT_OUT = ("Cc", "Cf", "Cs")  # control, format (among them what changes direction), surrogates
 _JOINERS = "\u200c\u200d"  # format too, and part of words and emoji
@@ -32,6 +33,12 @@ def number(value: float, digits: int = 5) -> str:
     if value != value:
         return NOTHING
     return f"{value:.{digits}g}".replace("inf", "∞")
+
+
+def compact(count: float) -> str:
+    """Return a count of at least 1 to three digits, as in 16.4k."""
+    unit, size = next((unit, size) for unit, size in UNITS if count >= size)
+    return f"{count / size:.3g}{unit}"
 
 
 def share(part: float, whole: float) -> str:
