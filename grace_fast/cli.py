@@ -247,6 +247,29 @@ def info(
 
 
 @app.command()
+def report(
+    directory: Annotated[Path, typer.Argument(help="A saved codebook.")],
+    out: Annotated[
+        Path, typer.Option(help="Where the page goes, a name in .html; in place of one there.")
+    ] = Path("report.html"),
+    key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that the directory is signed with.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page of a codebook: edits, hits, radii, conflicts, a map, epsilon."""
+    key = _key(key_file)
+    try:
+        from grace_fast.report import write
+
+        figures = write(directory, out, key)
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        _fail(str(error))
+    said = f"{out}: {figures['edits']} edits on {figures['keys']} keys"
+    typer.echo(json.dumps(figures) if as_json else said)
+
+
+@app.command()
 def log(
     directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
     as_json: Json = False,

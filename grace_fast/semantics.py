@@ -163,8 +163,8 @@ class Rules:
     def __post_init__(self) -> None:
         if not self.max_radius > 0:
             raise ValueError(f"max_radius must be a number > 0, got {self.max_radius}")
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"epsilon must be a positive number, got {self.epsilon}")
+        if not 0 < self.epsilon <= torch.finfo(torch.float32).max:  # as radii are
+            raise ValueError(f"epsilon must be a positive number of float32, got {self.epsilon}")
         if not (math.isfinite(self.margin) and self.margin >= 0):
             raise ValueError(f"expand_margin must be a number >= 0, got {self.margin}")
         for name, choices in (("expand", Expand), ("semantics", Semantics)):

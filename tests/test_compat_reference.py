@@ -444,7 +444,7 @@ def test_a_config_without_a_needed_key_is_refused_by_its_name(part, name):
         ("editor", "replacement", "all", "replacement must be one of .*replace_prompt.*'all'"),
         ("editor", "val_init", "hot", "val_init must be one of .*'cold', 'warm'.*'hot'"),
         ("editor", "eps_expand", "half", "eps_expand must be one of .*'moving_average'"),
-        ("editor", "eps", 0, "epsilon must be a positive number, got 0"),
+        ("editor", "eps", 0, "epsilon must be a positive number of float32, got 0"),
         ("editor", "n_iter", 0, "n_iter must be at least 1, got 0"),
         ("editor", "edit_lr", -1, "edit_lr must be a number > 0, got -1"),
     ],

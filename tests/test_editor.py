@@ -502,7 +502,7 @@ def test_attach_refuses_what_cannot_be_edited():
     grace.unload()
     attach(model, family).unload()
     for wrong, message in {
-        "epsilon": "epsilon must be a positive number, got -1",
+        "epsilon": "epsilon must be a positive number of float32, got -1",
         "replacement": "replacement must be one of",
         "semantics": "semantics must be one of",
         "expand": "expand must be one of",

@@ -138,13 +138,21 @@ def test_only_hits_are_replaced_and_only_where_the_mask_says():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epsilon": 0.0}, "epsilon must be a positive number, got 0.0"),
-        ({"epsilon": math.nan}, "epsilon must be a positive number, got nan"),
+        ({"epsilon": 0.0}, "epsilon must be a positive number of float32, got 0.0"),
+        ({"epsilon": 1e300}, "epsilon must be a positive number of float32, got 1e"),
+        ({"epsilon": math.nan}, "epsilon must be a positive number of float32, got nan"),
         ({"epsilon": 1.0, "margin": -1.0}, "expand_margin must be a number >= 0, got -1.0"),
         ({"epsilon": 1.0, "expand": "grow"}, "expand must be one of"),
         ({"epsilon": 1.0, "semantics": "mine"}, "semantics must be one of"),
     ],
-    ids=["zero epsilon", "NaN epsilon", "negative margin", "unknown expand", "unknown semantics"],
+    ids=[
+        "zero epsilon",
+        "vast epsilon",
+        "NaN epsilon",
+        "negative margin",
+        "unknown expand",
+        "unknown semantics",
+    ],
 )
 def test_rules_that_mean_nothing_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
