@@ -71,7 +71,7 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     from grace_fast.kernels import nearest as kernel
 
     found: tuple[Tensor, Tensor] = kernel.nearest(
-        queries=queries.to(torch.float32).contiguous(),  # exact: bf16 and fp16 fit fp32
+        queries=_given(queries.to(torch.float32)),  # exact: bf16 and fp16 fit fp32
         keys=snapshot.key_slots,
         key_slot=snapshot.device_key_slot,
         live=snapshot.live,
@@ -83,12 +83,23 @@ def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
     if graphs.is_capturing(snapshot):
         kept: Captured = graphs.kept_of(snapshot, NAME)
-        return kept.find(queries.contiguous())
+        return kept.find(_given(queries))
     if not (len(snapshot) and len(queries)):
         row, squared = semantics.no_row(len(queries), queries.device)
         return row >= 0, row, squared
     table: Table = snapshot.derived(NAME, _table) or _table(snapshot, None)
-    return table.find(queries.contiguous())
+    return table.find(_given(queries))
+
+
+def _given(queries: Tensor) -> Tensor:
+    """Return queries as kernels take them.
+
+    The interpreter takes tensors that begin at one address for parts of one: a codebook that is
+    asked for its own keys has them copied.
+    """
+    if _interpreted():
+        return queries.clone(memory_format=torch.contiguous_format)
+    return queries.contiguous()
 
 
 def keep_for_graphs(codebook: Codebook) -> None:
