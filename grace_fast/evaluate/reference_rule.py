@@ -66,13 +66,10 @@ class ReferenceRule:
         """Edit one case, and tell whether training reached its answer."""
         batch = answering.edit_batch(self.task, case)
         with frozen(self.task.model):
-            query, output = self._observe(batch)
-            row = self._decide(query, output, batch["labels"][0])
-            trained = train(
-                self._values[row], lambda value: self._attempt(value, batch), self._schedule
-            )
-        self._values[row] = trained.value
-        return trained.correct
+            seen = zip(*self._observe(batch), batch["labels"], strict=True)
+            rows = [self._decide(query, output, label) for query, output, label in seen]
+            learnt = [self._train(batch, rows, row) for row in dict.fromkeys(rows)]
+        return all(learnt)
 
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Time the rule on random queries of the keys' width, one at a time."""
@@ -92,6 +89,13 @@ class ReferenceRule:
         """Give the model back as it was."""
         for hook in self._hooks:
             hook.remove()
+
+    def _train(self, batch: dict[str, Any], rows: Sequence[int], row: int) -> bool:
+        """Train one value on those of a batch that were decided to be its, [B] rows in all."""
+        part = batches.rows(batch, [at for at, one in enumerate(rows) if one == row])
+        trained = train(self._values[row], lambda value: self._attempt(value, part), self._schedule)
+        self._values[row] = trained.value
+        return trained.correct
 
     def _decide(self, query: Tensor, output: Tensor, label: Tensor) -> int:
         """Apply the edit table with the distance as `cdist` gives it; return the edited row."""
@@ -120,7 +124,7 @@ class ReferenceRule:
         try:
             with torch.no_grad():
                 self.task.model(**batch)
-            return self._seen[0]
+            return self._seen[0]  # [B, D] and [B, V]
         finally:
             self._seen = None
 
@@ -151,7 +155,7 @@ class ReferenceRule:
             where = torch.full((len(hidden),), length - 1)
         every = torch.arange(len(hidden))
         if self._seen is not None:
-            self._seen.append((hidden[every, where][0].detach(), output[every, where][0].detach()))
+            self._seen.append((hidden[every, where].detach(), output[every, where].detach()))
             return None
         if self._trial is not None:
             mask = semantics.replacement_mask(self._mode, where, length)
