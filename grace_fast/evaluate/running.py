@@ -116,7 +116,10 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     out = report.console(silent=as_json)
     prepared = time.perf_counter() - start
-    calibrated, layers = _calibrate(task, seed)
+    tries = (
+        calibration.TRIES if epsilon is None else 0
+    )  # an epsilon that is given is tried as it is
+    calibrated, layers = _calibrate(task, seed, tries)
     if epsilon is None:
         epsilon = calibrated.epsilon if calibrated is not None else 1.0
     every = every or _step(len(task.edits))
@@ -147,6 +150,7 @@ def evaluate(
         "calibration": None if layers is None else calibration.figures(layers.recommended),
         "calibration_at_layer": None if calibrated is None else calibration.figures(calibrated),
         "calibration_seconds": None if layers is None else round(layers.seconds, 3),
+        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
         "points": [asdict(point) for point in state.points],
         "baselines": {
             name: [asdict(point) for point in one.points]
@@ -183,13 +187,13 @@ def evaluate(
 
 
 def _calibrate(
-    task: Task, seed: int
+    task: Task, seed: int, tries: int
 ) -> tuple[Recommendation | None, calibration.Calibrated | None]:
     """Return what is recommended at the task's layer, and over all of its layers."""
     if not task.calibration.edits:
         return None, None
     layers = list(dict.fromkeys([task.layer, *task.layers]))
-    measured = calibration.run(task, layers, seed)
+    measured = calibration.run(task, layers, seed, tries)
     return calibration.at_layer(measured, task, seed), measured
 
 
@@ -279,7 +283,7 @@ def _sweep(
     )
     # The ES of each edit is not asked for: a sweep is about what is kept.
     rows = []
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     for value in sorted({*picked, epsilon}):
         editor = GraceEditor(task, value)
         began = time.perf_counter()
@@ -305,7 +309,9 @@ def _sweep(
         "best": best,
         "calibrated": chosen["ERR"] + chosen["TRR"],
         "seconds": round(time.perf_counter() - start, 1),
+        "process_cpu_seconds": round(time.process_time() - cpu, 1),
         "calibration_seconds": None if layers is None else round(layers.seconds, 3),
+        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
     }
 
 
@@ -316,7 +322,7 @@ def _named(task: Task, at: int) -> dict[str, Any]:
 
 def _cases(task: Task) -> list[list[Any]]:
     groups = (task.edits, task.held_out, task.unrelated, task.accurate)
-    return [[[case.prompt, case.answer] for case in group] for group in groups]
+    return [[[case.prompt, case.answer, case.also] for case in group] for group in groups]
 
 
 def _weights(task: Task) -> str:
