@@ -187,10 +187,51 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_table(whole, tmp_path, mo
     assert timeless(resumed) == timeless(whole[0])
 
 
+def test_an_interrupted_sweep_goes_on_to_the_same_rows(tmp_path, monkeypatch):
+    edit, tried = GraceEditor.edit, []
+
+    def interrupted(self: GraceEditor, case: Case) -> bool:
+        if not tried or tried[-1] != self.grace.settings.epsilon:
+            tried.append(self.grace.settings.epsilon)
+        if len(tried) == 4:  # the stream of the evaluation itself is the first
+            raise KeyboardInterrupt
+        return edit(self, case)
+
+    wanted: dict[str, Any] = {"epsilon": 0.05, "sweep": 3}
+    task = small_task(edits=cases(NAMES[:2], 1))
+    through = run(task, tmp_path / "whole", **wanted)["sweep"]
+    monkeypatch.setattr(GraceEditor, "edit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(task, tmp_path / "broken", **wanted)
+    assert len(tried) == 4
+    monkeypatch.undo()
+    done = json.loads((tmp_path / "broken" / "sweep.json").read_text())["rows"]
+    resumed = run(task, tmp_path / "broken", **wanted)["sweep"]
+    assert len(done) == 2
+    assert resumed["rows"][:2] == done  # to the clock: they were not run again
+    clocks = ("seconds", "process_cpu_seconds")
+    rows = [
+        [{name: row[name] for name in row if name not in clocks} for row in one["rows"]]
+        for one in (resumed, through)
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
+
+
 def test_a_state_of_another_recipe_is_not_taken(whole):
     state = json.loads((whole[1] / stream.STATE).read_text())
     assert stream.Progress.read(whole[1], state["recipe"]) is not None
     assert stream.Progress.read(whole[1], "another") is None
+    task = small_task()
+    changed = [
+        replace(task, tuning_rate=1.0),
+        replace(task, retraining_rate=1.0),
+        replace(task, rehearsal=[]),
+        replace(task, edits=[replace(task.edits[0], also=("x",)), *task.edits[1:]]),
+    ]
+    recipes = {running.recipe_of(one, 0.05, 4, seed=0) for one in changed}
+    assert running.recipe_of(task, 0.05, 4, seed=0) == state["recipe"]
+    assert len(recipes | {state["recipe"]}) == 5
 
 
 def test_edits_that_are_not_learnt_are_counted_and_named(tmp_path):
