@@ -27,7 +27,7 @@ LIBRARIES := $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.
 UNDER_SANITIZERS := LD_PRELOAD="$(LIBRARIES)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)
 REACH_NATIVE := lookup certified prepared codebook codes edits golden store out_of_core streams \
-	changed_files concurrency purity odd_queries
+	changed_files concurrency purity odd_queries counters
 
 sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-behaviour sanitizers
 	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'
@@ -66,6 +66,9 @@ bench-beside-appends: .venv/.bench  ## look-ups of two threads beside 100 000 ap
 
 bench-readers: .venv/.bench  ## a million look-ups of eight threads beside an editor, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.readers_and_writer --out benchmarks/results
+
+bench-durable: .venv/.bench  ## edits with a journal, and a million of them opened, in minutes
+	PYTHONPATH=. $(BIN)/python -m benchmarks.durable --out benchmarks/results
 
 bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hour; 20 GB of memory
 	PYTHONPATH=. $(BIN)/python -m benchmarks.run --full
@@ -139,4 +142,4 @@ clean:  ## drop what was built
 	touch $@
 
 .PHONY: help demo evaluate test slow sanitize tsan bench bench-million bench-ten-million bench-beside-appends bench-readers \
-	bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-full gpu check fix clean
+	bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-full gpu check fix clean

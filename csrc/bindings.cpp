@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -33,21 +34,24 @@ Dtype dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
 }
 
-// The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool. Tensors are
-// made of it when they are read; three of them cost more than the look-up.
+// The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool, and what it
+// took: proved misses and keys read, int64 each. Tensors are made of it when they are read; three
+// of them cost more than the look-up.
 template <typename Find>
-py::tuple answered(int64_t batch, const Find& find) {
+py::tuple answered(int64_t batch, Effort* effort, const Find& find) {
   const auto buffer = py::reinterpret_steal<py::object>(
-      PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(17 * batch)));
+      PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(17 * batch + 16)));
   if (!buffer) throw py::error_already_set();
   char* squared = PyByteArray_AS_STRING(buffer.ptr());
   int64_t hits;
   {
     const py::gil_scoped_release unlocked;
-    hits =
-        find(reinterpret_cast<bool*>(squared + 16 * batch),
-             reinterpret_cast<int64_t*>(squared + 8 * batch), reinterpret_cast<double*>(squared));
+    hits = find(reinterpret_cast<bool*>(squared + 16 * batch),
+                reinterpret_cast<int64_t*>(squared + 8 * batch), reinterpret_cast<double*>(squared),
+                effort);
   }
+  const int64_t work[] = {effort->proved, effort->rechecks};
+  std::memcpy(squared + 17 * batch, work, sizeof work);
   return py::make_tuple(hits, buffer);
 }
 
@@ -124,9 +128,9 @@ struct Plan {
   }
   py::dict effort(const Book& book, Address first, int64_t stride, int dtype, int64_t batch) const {
     Effort effort{};
-    answered(batch, [&](bool* hit, int64_t* row, double* squared) {
+    answered(batch, &effort, [&](bool* hit, int64_t* row, double* squared, Effort* read) {
       return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate, 1,
-                            hit, row, squared, &effort);
+                            hit, row, squared, read);
     });
     py::dict read;
     read["boxes"] = effort.boxes;
@@ -190,22 +194,24 @@ struct Version {
 
  private:
   py::tuple found(const Queries& queries, int threads) const {
-    return answered(queries.batch, [&](bool* hit, int64_t* row, double* squared) {
-      const int64_t hits = decided(queries, threads, hit, row, squared);
-      check_not_lost(book.keys);
-      return hits;
-    });
+    Effort effort{};
+    return answered(queries.batch, &effort,
+                    [&](bool* hit, int64_t* row, double* squared, Effort* read) {
+                      const int64_t hits = decided(queries, threads, hit, row, squared, read);
+                      check_not_lost(book.keys);
+                      return hits;
+                    });
   }
-  int64_t decided(const Queries& queries, int threads, bool* hit, int64_t* row,
-                  double* squared) const {
+  int64_t decided(const Queries& queries, int threads, bool* hit, int64_t* row, double* squared,
+                  Effort* effort) const {
     if (!plan || queries.batch > certified_up_to) {
-      return find_dense(queries, book.keys, widest, threads, hit, row, squared);
+      return find_dense(queries, book.keys, widest, threads, hit, row, squared, effort);
     }
     // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
     const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
     return find_certified(queries, book.keys, plan->certificate,
                           static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
-                          nullptr);
+                          effort);
   }
 };
 

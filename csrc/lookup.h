@@ -96,9 +96,12 @@ struct Certificate {
   float widest;     // >= every radius
 };
 
-// What the look-ups of a batch read; the calibration predicts bytes from it.
+// What the look-ups of a batch read; the calibration predicts bytes from it, and adaptors count it.
 struct Effort {
-  int64_t boxes, codes, survivors, rechecks, exhaustive;
+  int64_t boxes, codes, survivors;
+  int64_t rechecks;    // keys read whole
+  int64_t exhaustive;  // look-ups that read every key after all
+  int64_t proved;      // misses for which no key was read
 };
 
 // For each query: the live row of least finite S, the lowest on a tie, and that S; (-1, inf) where
@@ -112,8 +115,9 @@ void nearest_certified(const Queries& queries, const Keys& keys, const Certifica
 
 // For each query: whether it is in the ball of its nearest row, and then that row and its S, else
 // (-1, inf). Returns the number of hits.   hit [B], row [B], squared [B]
+// What was read is added to `effort`, where there is one.
 int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
-                   int64_t* row, double* squared);
+                   int64_t* row, double* squared, Effort* effort);
 int64_t find_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
                        int threads, bool* hit, int64_t* row, double* squared, Effort* effort);
 

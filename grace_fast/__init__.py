@@ -8,6 +8,7 @@ from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
 from grace_fast.backends.faiss_index import FaissIndex
 from grace_fast.calibrate import CalibrationEdit
 from grace_fast.codebook import Codebook
+from grace_fast.counters import Counters, LookupWarning
 from grace_fast.editor import Explanation, Grace
 from grace_fast.edits import Edit, Verification
 from grace_fast.index_errors import IndexErrors, measure_indexes
@@ -37,12 +38,14 @@ __all__ = [
     "CodebookLocked",
     "CodebookMismatch",
     "CodebookReadOnly",
+    "Counters",
     "Edit",
     "Explanation",
     "FaissIndex",
     "Grace",
     "GraceWarning",
     "IndexErrors",
+    "LookupWarning",
     "Match",
     "Nearest",
     "Prepared",

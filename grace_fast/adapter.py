@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 
 from grace_fast import adapter_op, generation, lookup, positions, recall, selection, tensor_parallel
 from grace_fast.answers import Answer
-from grace_fast.codebook import Codebook
+from grace_fast.backends import graphs
+from grace_fast.codebook import Codebook, Snapshot
+from grace_fast.counters import Tally
 from grace_fast.generation import Generation
 from grace_fast.positions import Call, Query
 from grace_fast.semantics import Replacement
@@ -78,7 +81,9 @@ class Adapter:
     decoder_only: bool
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
     name: str | None = None
-    hits: Counter[int] = field(default_factory=Counter)  # by row; a look-up writes nothing else
+    layer_name: str = "the edited layer"
+    hits: Counter[int] = field(default_factory=Counter)  # by row; with `tally`, all that is written
+    tally: Tally = field(default_factory=Tally)
 
     def install(self) -> None:
         """Put the hooks in."""
@@ -143,6 +148,8 @@ class Adapter:
 
         hidden: [B, T, D] or, from a model that flattens them, [B*T, D]; output: the same with V.
 
+        An error of the look-up itself leaves the output as it is: it is counted, and told once.
+
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
         run, book = self._run, self.book
@@ -180,7 +187,15 @@ class Adapter:
             answer, cached = self._of_newest(hidden, call), 0
         else:
             answer = self._of_prompts(hidden, call, cached)
-        return None if answer is None else answer.write(output, self.replacement, cached)
+        if answer is None:
+            return None
+        try:
+            values = answer.values()
+        except Exception as error:
+            self._fail_open(error, answer.snapshot, hidden.shape[-1])
+            return None
+        # Not guarded: autograd's hooks may end a checkpoint's second run by an exception from here.
+        return None if values is None else answer.write(output, values, self.replacement, cached)
 
     def _of_tokens(self, hidden: Tensor) -> Answer:
         """Decide for each token [B*T] as a query of its own."""
@@ -258,8 +273,14 @@ class Adapter:
         assert self.book is not None
         snapshot = self.book.snapshot()
         whole = tensor_parallel.whole(queries, self.layer, snapshot.key_dim)
-        match = lookup.find(whole.to(snapshot.device, snapshot.dtype), snapshot)
-        if match.hits == 0:
+        match, began = None, perf_counter()
+        try:
+            match = lookup.find(whole.to(snapshot.device, snapshot.dtype), snapshot)
+        except Exception as error:  # no caller's: types and widths are those of the codebook
+            self._fail_open(error, snapshot, queries.shape[-1])
+        seconds = perf_counter() - began
+        answered: int | None = 0
+        if match is None or match.hits == 0:
             answer = Answer(position, snapshot, None, None, owner)
         else:
             hit, row = match.hit, match.row
@@ -271,12 +292,27 @@ class Adapter:
                 hit = hit & chosen.to(hit.device)
             if asked is not None:
                 hit = hit & asked.to(hit.device)
+            answered = None
             if snapshot.device.type == "cpu":
-                self.hits.update(row[hit].tolist())
+                rows = row[hit].tolist()
+                self.hits.update(rows)
+                answered = len(rows)
             answer = Answer(position, snapshot, hit, row, owner)
+        if match is not None:
+            self.tally.add(match, len(queries), answered, seconds)
         if self.layer.training and self.query != "every_token":
             self._memory.keep(queries, position if here is None else here, answer)
         return answer
+
+    def _fail_open(self, error: Exception, snapshot: Snapshot, width: int) -> None:
+        """Count a look-up that failed; the caller goes on with the layer's own output.
+
+        Raises: the error where that would be worse: a captured graph would go on unedited for ever,
+        and the processes of a layer that is split (width is not D then) with different outputs.
+        """
+        if width != snapshot.key_dim or graphs.is_capturing(snapshot):
+            raise error
+        self.tally.fail(self.layer_name, error)
 
     def _try(
         self, trial: Trial, hidden: Tensor, output: Tensor, call: Call | None

@@ -33,24 +33,22 @@ class Answer:
         """Tell whether this was decided for the rows of a batch of this size."""
         return self.owner is None and len(self.position) == batch
 
-    def write(
-        self, output: Tensor, mode: Replacement, cached: int | Tensor = 0
-    ) -> tuple[Tensor, Tensor] | None:
-        """Return output [B, T, V] with the hits' values and what was replaced [B, T], or None.
+    def values(self) -> Tensor | None:
+        """Return the value of each query's row [Q, V], None where nothing hit.
 
-        cached: the tokens of the sequences before these.
+        Raises: CodebookCorrupt where they lie in a file that is not what was saved.
         """
-        if self.hit is None:
-            return None
-        assert self.row is not None
-        return write_values(
-            output,
-            self.hit,
-            self.snapshot.values_of(self.row),
-            self.position - cached,
-            mode,
-            self.owner,
-        )
+        return None if self.row is None else self.snapshot.values_of(self.row)
+
+    def write(
+        self, output: Tensor, values: Tensor, mode: Replacement, cached: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Return output [B, T, V] with the hits' values and what was replaced [B, T].
+
+        values: what `values` returned; cached: the tokens of the sequences before these.
+        """
+        assert self.hit is not None, "there are values"
+        return write_values(output, self.hit, values, self.position - cached, mode, self.owner)
 
 
 def write_values(

@@ -24,6 +24,7 @@ import grace_fast as gf
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
 from grace_fast.store import portable
+from grace_fast.store import repair as repairing
 from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config
 from grace_fast.store.journal import Journal
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 FAILED = 1
+LOST = 3  # it was repaired, and not all of it is there any more
 
 
 @app.callback()
@@ -432,13 +434,35 @@ def build(
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
+    directory: Annotated[Path, typer.Argument(help="A saved codebook.")],
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Drop what cannot be trusted, and list it.")
+    ] = False,
+    keep_rows: Annotated[
+        bool, typer.Option("--keep-rows", help="With --repair: rows stay whose edits are lost.")
+    ] = False,
+    max_radius: Annotated[
+        float | None, typer.Option(help="With --repair: no ball may be wider.")
+    ] = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that the directory is signed with.")
+    ] = None,
+    as_json: Json = False,
 ) -> None:
-    """Check every checksum of a codebook and look every stored query up again."""
-    if _is_bare(directory):
-        _verify_files(directory, as_json)
+    """Check every checksum of a codebook and look every stored query up again.
+
+    With --repair it ends with 0 where nothing was lost, and with 3 where something was.
+    """
+    key = _key(key_file)
+    if repair:
+        _repair(directory, key, max_radius, keep_rows, as_json)
         return
-    saved, book, history = _open(directory)
+    if keep_rows or max_radius is not None:
+        _fail("--keep-rows and --max-radius need --repair")
+    if _is_bare(directory):
+        _verify_files(directory, key, as_json)
+        return
+    saved, book, history = _open(directory, key)
     verification = history.verify(book, saved.settings.rules(book.dtype))
     if as_json:
         figures = {
@@ -460,6 +484,44 @@ def verify(
         raise typer.Exit(FAILED)
 
 
+def _key(file: Path | None) -> bytes | None:
+    try:
+        return None if file is None else file.read_bytes()
+    except OSError as error:
+        _fail(f"cannot read the key: {error}")
+
+
+def _repair(
+    directory: Path, key: bytes | None, max_radius: float | None, keep_rows: bool, as_json: bool
+) -> None:
+    try:
+        report = repairing.repair(
+            directory, hmac_key=key, max_radius=max_radius, keep_rows=keep_rows
+        )
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    dropped = [asdict(each) for each in report.dropped]
+    if as_json:
+        kept = None if report.kept is None else str(report.kept)
+        figures = {"was_sound": report.was_sound, "kept": kept, "dropped": dropped}
+        typer.echo(json.dumps(figures | {"made_again": report.made_again}))
+    elif report.was_sound:
+        typer.echo(f"{directory} is sound; nothing was changed")
+    else:
+        typer.echo(f"{directory} is sound again; as it was it lies in {report.kept}")
+        for each in report.made_again:
+            typer.echo(f"made again: {each}")
+        table = Table("dropped", "number", "why")
+        for one in dropped:
+            table.add_row(
+                one["what"], "" if one["number"] is None else str(one["number"]), one["why"]
+            )
+        if dropped:
+            Console().print(table)
+    if dropped:
+        raise typer.Exit(LOST)
+
+
 def _is_bare(directory: Path) -> bool:
     """Tell whether a directory holds a codebook alone, without a model's edits."""
     try:
@@ -468,10 +530,10 @@ def _is_bare(directory: Path) -> bool:
         _fail(str(error))
 
 
-def _verify_files(directory: Path, as_json: bool) -> None:
+def _verify_files(directory: Path, key: bytes | None, as_json: bool) -> None:
     try:
-        book = gf.open(directory, verify=True)
-    except (OSError, ValueError) as error:
+        book = gf.open(directory, verify=True, hmac_key=key)
+    except (OSError, ValueError, TypeError) as error:
         _fail(str(error))
     if as_json:
         typer.echo(json.dumps({"ok": True, "keys": len(book)}))
@@ -492,9 +554,9 @@ def _count(rows: str) -> int:
     return round(count)
 
 
-def _open(directory: Path) -> tuple[Saved, gf.Codebook, History]:
+def _open(directory: Path, key: bytes | None = None) -> tuple[Saved, gf.Codebook, History]:
     try:
-        saved = read_saved(directory)
+        saved = read_saved(directory, key)
         return saved, *saved.codebook()
     except (OSError, ValueError) as error:
         _fail(str(error))

@@ -17,15 +17,21 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
-from grace_fast.memory import MappedRows, Rows, reserve
+from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
 
 PAGE_ROWS = 4096
+_NO_COPY = (
+    "a codebook, and a model it is attached to, cannot be copied or pickled: its rows lie at "
+    "addresses that are reserved for it. Copy the model before `attach`, or save the codebook "
+    "(`gf.save`, `grace.save_pretrained`) and open it for the copy (`gf.open`, `from_pretrained`)"
+)
 COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -80,7 +86,7 @@ class Snapshot:
     pages: tuple[Page, ...]
     key_slots: Tensor  # [capacity, D]
     value_slots: Tensor  # [capacity, V]
-    _label_slots: list[Tensor | None]
+    _label_slots: Labels
     _ids: Tensor  # [capacity, 1] int64
     # What back ends keep, shared by the published versions of a codebook; None for a draft, whose
     # rows may yet be dropped and given to other keys.
@@ -93,6 +99,9 @@ class Snapshot:
     # The fields reach beyond the rows there are, into memory that may not be read.
     def __repr__(self) -> str:
         return f"Snapshot(version={self.version}, {len(self)} keys, {self.rows} rows)"
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(_NO_COPY)
 
     def __len__(self) -> int:
         return self.counts.live
@@ -169,7 +178,7 @@ class Snapshot:
     @cached_property
     def ids(self) -> Tensor:
         """[N] int64, ascending."""
-        return self._ids[: self.rows, 0]
+        return bounded(self._ids[: self.rows, 0])
 
     @cached_property
     def device_key_slot(self) -> Tensor | None:
@@ -183,7 +192,7 @@ class Snapshot:
         What lies in a file is not tested by a view; `keys_at` tests what it reads.
         """
         if not self.counts.key_moves:
-            return self.key_slots[: self.rows]
+            return bounded(self.key_slots[: self.rows])
         return self.key_slots[self.key_slot.to(self.device)]
 
     def keys_at(self, rows: Tensor) -> Tensor:
@@ -225,7 +234,11 @@ class Snapshot:
 
     def stored_labels(self, first: int = 0) -> list[Tensor | None]:
         """Return the labels by slot, from the first one asked for."""
-        return self._label_slots[first : self.counts.labels]
+        return self._label_slots.between(first, self.counts.labels)
+
+    def label_columns(self) -> tuple[Tensor, Tensor]:
+        """Return the labels by slot as lengths and ids; see `Labels`."""
+        return self._label_slots.columns(self.counts.labels)
 
     def label_in(self, slot: int) -> Tensor | None:
         """Return the label of one slot."""
@@ -235,7 +248,7 @@ class Snapshot:
     def values(self) -> Tensor:
         """[N, V]; a view of the store, or a gather once a value was trained again."""
         if not self.counts.value_moves:
-            return self.value_slots[: self.rows]
+            return bounded(self.value_slots[: self.rows])
         return self.value_slots[self.column("value_slot").to(self.device)]
 
     @cached_property
@@ -253,14 +266,14 @@ class Snapshot:
         slot = self.key_slot_of(row)
         if self.key_file is not None:
             return _fetched(self.key_slots, torch.tensor([slot]), self.key_file)[0]
-        return self.key_slots[slot]
+        return bounded(self.key_slots[slot])
 
     def value_of(self, row: int) -> Tensor:
         """Return the value of one row, [V]."""
         slot = self.value_slot_of(row)
         if self.value_file is not None:
             return _fetched(self.value_slots, torch.tensor([slot]), self.value_file)[0]
-        return self.value_slots[slot]
+        return bounded(self.value_slots[slot])
 
     def values_of(self, rows: Tensor) -> Tensor:
         """Return the values of rows [B], as [B, V]; row 0's for -1, to be masked by the caller."""
@@ -342,7 +355,7 @@ class Draft:
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = self._first = base.counts
         self.version = base.version + 1  # that it will be published as
-        del book._label_slots[base.counts.labels :]  # what a dropped draft left behind
+        book._label_slots.cut(base.counts.labels)  # what a dropped draft left behind
 
     def _continued(self) -> Draft:
         """Return a draft of its own that starts from this one."""
@@ -511,7 +524,7 @@ class Draft:
     def set_label(self, row: int, label: Tensor | None) -> None:
         """Give one row another label."""
         slot = self.counts.labels
-        self._book._label_slots.append(label)
+        self._book._label_slots.extend([label])
         self._set(labels=slot + 1)
         self.point_label(row, slot)
 
@@ -577,7 +590,7 @@ class Codebook:
         self._values = reserve(value_dim, dtype, self.device, reserve_rows)
         self._ids = reserve(1, torch.int64, torch.device("cpu"), reserve_rows)
         self._next_id = 0
-        self._label_slots: list[Tensor | None] = []
+        self._label_slots = Labels()
         self._writer = threading.RLock()
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
@@ -599,7 +612,7 @@ class Codebook:
         cls,
         keys: Tensor | MappedFile,
         values: Tensor | MappedFile,
-        labels: list[Tensor | None],
+        labels: Labels,
         columns: Mapping[str, Tensor],
         device: torch.device,
         version: int = 0,
@@ -615,7 +628,7 @@ class Codebook:
         book._ids.commit(count)
         book._ids.tensor[:count, 0] = columns["id"]
         book._next_id = int(columns["id"][-1]) + 1 if count else 0
-        book._label_slots.extend(labels)
+        book._label_slots = labels
         pages = []
         for start in range(0, count, PAGE_ROWS):
             page = Page.empty(book.device)
@@ -641,6 +654,7 @@ class Codebook:
             pages=tuple(pages),
             key_slots=book._keys.tensor,
             value_slots=book._values.tensor,
+            _label_slots=labels,
             key_file=keys if isinstance(keys, MappedFile) else None,
             value_file=values if isinstance(values, MappedFile) else None,
         )
@@ -705,7 +719,7 @@ class Codebook:
                 yield draft
             finally:
                 self._draft, self._next_id = outer, next_id
-                del self._label_slots[draft._first.labels :]
+                self._label_slots.cut(draft._first.labels)
 
     @contextmanager
     def held(self) -> Iterator[Snapshot]:
@@ -722,6 +736,7 @@ class Codebook:
             follow(self._current)
             self._followers[name] = follow
 
+    @memory_errors()
     def append(
         self,
         keys: Tensor,
@@ -763,6 +778,9 @@ class Codebook:
     def derived(self, name: str, build: Callable[[Snapshot, Any], Any]) -> Any:
         """Return what a back end computes from the keys of this version; see `Snapshot.derived`."""
         return self._current.derived(name, build)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise TypeError(_NO_COPY)
 
     def __len__(self) -> int:
         return len(self._current)

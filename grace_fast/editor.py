@@ -26,6 +26,7 @@ from grace_fast import advice, batches, calibrate, compiled, lookup, plans, posi
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
+from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
@@ -125,6 +126,7 @@ class Grace:
             decoder_only=self.kind == "decoder",
             first_token=in_decoder,
             name=name,
+            layer_name=settings.layer,
         )
         if self.path is not None and lock is not None:
             self._store = Store(self.path, lock, lambda: self._history, hmac_key)
@@ -158,6 +160,15 @@ class Grace:
     def hits(self) -> dict[int, int]:
         """How often each row has fired, by row; counted beside the codebook, not in it."""
         return self._adapter.hits
+
+    @property
+    def counters(self) -> Counters:
+        """What look-ups did until now; may be read from any thread. See `grace_fast.counters`."""
+        book = self._adapter.book
+        now = None if book is None else book.snapshot()
+        return self._adapter.tally.read(
+            versions=0 if now is None else now.version, keys=0 if now is None else len(now)
+        )
 
     # Editing
 
@@ -196,14 +207,8 @@ class Grace:
         Raises: KeyError where no remaining edit has the id.
         """
         self._require_editable()
-        with self.codebook.held():  # until what a refused version noted is forgotten
-            before = self._history.copy()
-            try:
-                with self.codebook.writing() as draft:
-                    return self._history.undo(draft, int(edit_id))
-            except BaseException:
-                self._history.become(before)
-                raise
+        with self._noting(self.codebook) as draft:
+            return self._history.undo(draft, int(edit_id))
 
     # Versions, where there is a directory
 
@@ -268,10 +273,8 @@ class Grace:
             return fresh.version != book.version
         if self._reads.newest() == book.version:
             return False
-        history = self._history.copy()
-        with book.held():
-            replay(self._reads, book, history)
-            self._history.become(history)
+        with book.held(), self._history.attempting():
+            replay(self._reads, book, self._history)
         return True
 
     def _at(self, version: int) -> tuple[Codebook, History]:
@@ -433,9 +436,8 @@ class Grace:
         Raises: _Superseded where it did.
         """
         rules = self.settings.rules(book.dtype)
-        with book.sketching() as draft:
-            sketch, first_id = self._history.sketch(), self._history.next_id
-            plan = plans.make(proposal, draft, sketch, rules, first_id)
+        with book.sketching() as draft, self._history.attempting(keep=False):
+            plan = plans.make(proposal, draft, self._history, rules, self._history.next_id)
         results = [self._train(one, batch, seen) for one in plan.trainings]
         with self._noting(book) as draft:
             now = plans.make(proposal, draft, self._history, rules, self._history.next_id)
@@ -449,16 +451,10 @@ class Grace:
 
     @contextmanager
     def _noting(self, book: Codebook) -> Iterator[Draft]:
-        """Open a draft; where it is not published, the history forgets the edits noted of it."""
-        with book.held():  # nobody gets an id of theirs before they are forgotten
-            first_id = self._history.next_id
-            try:
-                with book.writing() as draft:
-                    yield draft
-            except BaseException:
-                self._history.forget_from(first_id)
-                self._history.next_id = first_id
-                raise
+        """Open a draft; where it is not published, the history is as it was before."""
+        # Nobody gets an id of a draft's before it is published or forgotten.
+        with book.held(), self._history.attempting(), book.writing() as draft:
+            yield draft
 
     def _train(self, training: Training, batch: Batch, seen: Observation) -> Trained:
         """Train one value on the rows of the batch that it answers."""

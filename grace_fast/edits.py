@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from grace_fast import lookup, semantics
 from grace_fast.codebook import Codebook, Draft, Snapshot
+from grace_fast.kept import Kept
 from grace_fast.semantics import Outcome, Rules
 
 NO_EDIT = -1  # the id of what was on a row before its first edit: keys appended by hand
@@ -125,23 +127,14 @@ class Enacted:
     value_before: int | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class RowLife:
     """What happened on one row and still holds, oldest first."""
 
-    edits: list[int] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
+    edits: tuple[int, ...] = ()
+    events: tuple[Event, ...] = ()
     base: Base | None = None  # where the row was there before any edit
     neighbour: int = -1  # the row that was split to make room for this one
-
-    @property
-    def was_edited(self) -> bool:
-        """Whether an edit is on it, or changed its ball."""
-        return bool(self.edits) or any(event.edit != NO_EDIT for event in self.events)
-
-    def copy(self) -> RowLife:
-        """Return one that changes by itself."""
-        return replace(self, edits=list(self.edits), events=list(self.events))
 
 
 @dataclass(frozen=True)
@@ -176,13 +169,23 @@ Step = Recorded | Event | Founded | Forgotten | Emptied
 
 
 class History:
-    """The edits that remain, in order, and what they did to each row."""
+    """The edits that remain, in order, and what they did to each row.
 
-    def __init__(self) -> None:
-        self.edits: dict[int, Edit] = {}
-        self.rows: dict[int, RowLife] = {}
-        self.label_slots: dict[int, int] = {}  # by edit: where the store keeps its row's label
-        self.next_id = 0
+    edits, rows, label_slots: what came in columns; `store.past` makes them of a file.
+    """
+
+    def __init__(
+        self,
+        edits: Kept[Edit] | None = None,
+        rows: Kept[RowLife] | None = None,
+        label_slots: Kept[int] | None = None,
+        next_id: int = 0,
+    ) -> None:
+        self.edits = Kept[Edit]() if edits is None else edits
+        self.rows = Kept[RowLife]() if rows is None else rows
+        # By edit: where the store keeps its row's label.
+        self.label_slots = Kept[int]() if label_slots is None else label_slots
+        self.next_id = next_id
         self.keeps_steps = False  # somebody asks for them
         self._steps: list[Step] = []
 
@@ -203,7 +206,7 @@ class History:
     def follow(self, step: Step) -> None:
         """Do what a step did to the history that it was taken from.
 
-        Raises: KeyError for the step of another history.
+        Raises: KeyError or ValueError for the step of another history.
         """
         if isinstance(step, Recorded):
             self.record(step.edit, step.label_slot)
@@ -216,15 +219,37 @@ class History:
         else:
             self.empty()
 
-    def become(self, other: History) -> None:
-        """Be what another history is, which is not used any more; steps are not kept of it."""
-        self.edits, self.rows, self.label_slots = other.edits, other.rows, other.label_slots
-        self.next_id = other.next_id
-        self._steps.clear()
+    @contextmanager
+    def attempting(self, keep: bool = True) -> Iterator[None]:
+        """Take back what is done within where it raises; in any case where it is not to be kept.
+
+        Where anybody else can see the history, its codebook's writers are held off meanwhile.
+        """
+        parts: tuple[Kept[Any], ...] = (self.edits, self.rows, self.label_slots)
+        marks = [part.mark() for part in parts]
+        next_id, noted = self.next_id, len(self._steps)
+        kept = False
+        try:
+            yield
+            kept = keep
+        finally:
+            if not kept:
+                self.edits, self.rows, self.label_slots = parts
+                for part, mark in zip(parts, marks, strict=True):
+                    part.take_back(mark)
+                self.next_id = next_id
+                del self._steps[noted:]
+            for part in parts:
+                part.let_go()
+
+    def copy(self) -> History:
+        """Return a history that further edits and undos of this one do not change."""
+        parts = (self.edits.copy(), self.rows.copy(), self.label_slots.copy())
+        return History(*parts, self.next_id)
 
     def empty(self) -> None:
         """Forget every edit, and give none of their ids again."""
-        self.edits, self.rows, self.label_slots = {}, {}, {}
+        self.edits, self.rows, self.label_slots = Kept(), Kept(), Kept()
         self._note(Emptied())
 
     def _note(self, step: Step) -> None:
@@ -232,49 +257,34 @@ class History:
             self._steps.append(step)
 
     def record(self, edit: Edit, label_slot: int) -> None:
-        """Keep an enacted edit with what its training reached."""
+        """Keep an enacted edit with what its training reached.
+
+        Raises: ValueError where there is an edit of its id, or a later one on its row.
+        """
+        life = self._life(edit.row)
+        if edit.id in self.edits or (life.edits and life.edits[-1] >= edit.id):
+            raise ValueError(f"an edit must come after those of row {edit.row}, got {edit.id}")
         self.edits[edit.id] = edit
         self.label_slots[edit.id] = label_slot
-        self._life(edit.row).edits.append(edit.id)
+        self.rows[edit.row] = replace(life, edits=(*life.edits, edit.id))
         self.next_id = max(self.next_id, edit.id + 1)
         self._note(Recorded(edit, label_slot))
 
-    def forget_from(self, edit_id: int) -> None:
-        """Drop every trace of the edits from an id on: their draft was dropped."""
-        for life in self.rows.values():
-            life.edits = [edit for edit in life.edits if edit < edit_id]
-            life.events = [event for event in life.events if event.edit < edit_id]
-        # What is left of a row that only they touched is what it holds: it is noted anew.
-        self.rows = {row: life for row, life in self.rows.items() if life.was_edited}
-        for gone in [edit for edit in self.edits if edit >= edit_id]:
-            del self.edits[gone], self.label_slots[gone]
-        self._steps.clear()
-
-    def copy(self) -> History:
-        """Return a history that further edits and undos of this one do not change."""
-        twin = History()
-        twin.edits, twin.label_slots = dict(self.edits), dict(self.label_slots)
-        twin.rows = {row: life.copy() for row, life in self.rows.items()}
-        twin.next_id, twin.keeps_steps = self.next_id, self.keeps_steps
-        return twin
-
-    def sketch(self) -> History:
-        """Return what an edit can be enacted on to see what it would do: this stays as it is."""
-        return _Sketch(self)
-
     def _life(self, row: int) -> RowLife:
-        return self.rows.setdefault(row, RowLife())
+        return self.rows.get(row, _UNTOUCHED)
 
     def add_event(self, event: Event) -> None:
         """Note a change of a row's ball."""
-        self._life(event.row).events.append(event)
+        life = self._life(event.row)
+        self.rows[event.row] = replace(life, events=(*life.events, event))
         if event.lasts_with not in (event.row, -1):
-            self._life(event.lasts_with).neighbour = event.row
+            made = self._life(event.lasts_with)
+            self.rows[event.lasts_with] = replace(made, neighbour=event.row)
         self._note(event)
 
     def set_base(self, row: int, base: Base) -> None:
         """Note what a row held before any edit."""
-        self._life(row).base = base
+        self.rows[row] = replace(self._life(row), base=base)
         self._note(Founded(row, base))
 
     def enact(
@@ -389,16 +399,18 @@ class History:
         del self.label_slots[edit_id]
         self._note(Forgotten(edit_id))
         life = self.rows[edit.row]
-        life.edits.remove(edit_id)
-        if life.edits or life.base is not None:
-            life.events = [
+        edits = tuple(each for each in life.edits if each != edit_id)
+        if edits or life.base is not None:
+            events = tuple(
                 event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
-            ]
+            )
+            self.rows[edit.row] = replace(life, edits=edits, events=events)
             return edit
         del self.rows[edit.row]
         if life.neighbour in self.rows:
             split = self.rows[life.neighbour]
-            split.events = [event for event in split.events if event.lasts_with != edit.row]
+            events = tuple(event for event in split.events if event.lasts_with != edit.row)
+            self.rows[life.neighbour] = replace(split, events=events)
         return edit
 
     def _restore_ball(self, draft: Draft, row: int) -> None:
@@ -440,7 +452,7 @@ class History:
     def _replay(self, edit: Edit, row: int, hit: bool, rules: Rules) -> Replay:
         if row == edit.row and hit:
             newest = self.edits[self.rows[row].edits[-1]]
-            if newest is edit or _answers_alike(rules, edit, newest):
+            if newest.id == edit.id or _answers_alike(rules, edit, newest):
                 return Replay(edit.id, "fires")
             return Replay(edit.id, "superseded", newest.id)
         # A later key is nearer; or its own ball was shrunk or moved away.
@@ -454,7 +466,7 @@ class History:
     def _last_to_change(self, row: int) -> int:
         """Return the newest remaining edit that a row's ball is owed to."""
         by = NO_EDIT
-        for event in self.rows.get(row, RowLife()).events:
+        for event in self._life(row).events:
             if event.edit in self.edits:
                 by = max(by, event.edit)
             elif event.edit != NO_EDIT:  # undone, and kept up by later edits on the row it made
@@ -462,18 +474,7 @@ class History:
         return by
 
 
-class _Sketch(History):
-    """A history that copies the lives it changes, few of many."""
-
-    def __init__(self, known: History) -> None:
-        super().__init__()
-        self._known = known
-
-    def _life(self, row: int) -> RowLife:
-        if row not in self.rows:
-            known = self._known.rows.get(row)
-            self.rows[row] = RowLife() if known is None else known.copy()
-        return self.rows[row]
+_UNTOUCHED = RowLife()
 
 
 def _label_compared(rules: Rules, snapshot: Snapshot, row: int) -> Tensor | None:

@@ -127,6 +127,11 @@ class Match:
         """[B] bool, the answer is R64's; False where a FAISS index found it and proved nothing."""
         return torch.ones_like(self.hit) if self._certified is None else self._certified
 
+    @property
+    def effort(self) -> tuple[int, int] | None:
+        """Misses proved without reading a key, and keys read; None where a back end is silent."""
+        return None if self._answers is None else cpu.effort(self._answers)
+
     def __repr__(self) -> str:
         return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"
 

@@ -129,15 +129,8 @@ class MappedFile:
     def __init__(self, path: Path, name: str, shape: Shape, checks: Tensor) -> None:
         self.path, self.name, self.shape = path, name, shape
         self._checks = checks
-        if len(checks) != shape.blocks:
-            raise CodebookCorrupt(
-                f"{path} has {shape.blocks} blocks, and there are {len(checks)} checksums"
-            )
-        try:
-            # Kept open: whoever replaces the file leaves this one to us.
-            self.descriptor = open_regular(path)
-        except OSError as error:
-            raise CodebookCorrupt(f"{path} is missing: the codebook is not complete") from error
+        # Kept open: whoever replaces the file leaves this one to us.
+        self.descriptor = open_rows(path, shape, checks)
         weakref.finalize(self, os.close, self.descriptor)
         self._check_size("is truncated or was changed")
         if os.pread(self.descriptor, HEADER_BYTES, 0) != shape.header(name):
@@ -198,7 +191,7 @@ class MappedFile:
             if len(content) != size:
                 self._check_size("shrank while it was in use")
             row = first // self.shape.row_bytes
-            if not self._is_saved(block, content):
+            if not is_saved(content, self._checks[block]):
                 raise CodebookCorrupt(
                     f"{self.path}: block {block}, from row {row} on, is not what was saved "
                     "(checksum)",
@@ -213,12 +206,6 @@ class MappedFile:
                     row=row,
                 )
             self.tested[block] = 1
-
-    def _is_saved(self, block: int, content: bytes) -> bool:
-        saved = self._checks[block]
-        if saved.ndim:
-            return sha256(content).digest() == bytes(saved.tolist())
-        return zlib.crc32(content) == int(saved)
 
     def test_rows(self, first: int, last: int) -> None:
         """Test the blocks of rows [first, last); rows past the file are none of its business."""
@@ -270,10 +257,43 @@ def _alive(known: weakref.ref[MappedFile]) -> MappedFile:
     return file
 
 
+def open_rows(path: Path, shape: Shape, checks: Tensor) -> int:
+    """Return a descriptor of a file of rows that has a check for each of its blocks.
+
+    Raises: CodebookCorrupt where it has not, is missing or is no regular file.
+    """
+    if len(checks) != shape.blocks:
+        raise CodebookCorrupt(
+            f"{path} has {shape.blocks} blocks, and there are {len(checks)} checksums"
+        )
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise CodebookCorrupt(f"{path} is missing: the codebook is not complete") from error
+
+
+def is_saved(content: bytes, check: Tensor) -> bool:
+    """Tell whether a block is as saved; its check: SHA-256 [32] uint8, or CRC-32 [] int64."""
+    if check.ndim:
+        return sha256(content).digest() == bytes(check.tolist())
+    return zlib.crc32(content) == int(check)
+
+
 def first_not_finite(content: bytes | memoryview, dtype: torch.dtype) -> int | None:
     """Return the first element of a buffer that is NaN or infinite, None where none is."""
-    kind, exponent = _EXPONENT[dtype]
-    raised = np.frombuffer(content, kind) & kind(exponent)
+    raised, exponent = _exponents(content, dtype)
     if not len(raised) or raised.max() != exponent:
         return None
     return int(np.argmax(raised == exponent))
+
+
+def not_finite(content: bytes, dtype: torch.dtype) -> npt.NDArray[np.int64]:
+    """Return every element of a buffer that is NaN or infinite."""
+    raised, exponent = _exponents(content, dtype)
+    return np.flatnonzero(raised == exponent)
+
+
+def _exponents(content: bytes | memoryview, dtype: torch.dtype) -> tuple[npt.NDArray[Any], int]:
+    """Return the exponents of a buffer, in place, and that of what is not finite: the highest."""
+    kind, exponent = _EXPONENT[dtype]
+    return np.frombuffer(content, kind) & kind(exponent), exponent

@@ -14,6 +14,8 @@ import mmap
 import os
 import resource
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +49,22 @@ _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
+# What torch and C++ say in a plain RuntimeError where the host has no more memory.
+_NO_MEMORY = ("DefaultCPUAllocator", "bad_alloc")
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise MemoryError where torch has no more memory, whatever it calls that."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_named = isinstance(error, torch.OutOfMemoryError)
+        if is_named or any(sign in str(error) for sign in _NO_MEMORY):
+            raise MemoryError(str(error)) from error
+        raise
+
+
 class Rows(Protocol):
     """An append-only array of rows; `tensor` may be read up to the rows that were committed."""
 
@@ -57,6 +75,15 @@ class Rows(Protocol):
 
         Raises: MemoryError where they cannot be had; nothing has changed then.
         """
+
+
+def bounded(view: Tensor) -> Tensor:
+    """Return a view of a store as a tensor at the same address whose storage is what it shows.
+
+    `torch.save` and `copy.deepcopy` read the whole storage of a tensor, and most of a store's is
+    reserved and not there.
+    """
+    return torch.from_dlpack(view)
 
 
 def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Rows:

@@ -1,10 +1,13 @@
 """One thread: tiny models are slower on two, and the machine is shared. CI repeats itself."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import disk
 import pytest
 import torch
+from faults.server import Server
 from hypothesis import HealthCheck, settings
 
 import grace_fast as gf
@@ -43,3 +46,19 @@ def folder(saved, tmp_path):
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def server():
+    """A process under the shim of file calls, which forks for every run."""
+    started = Server()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def room():
+    """A folder in memory where there is one: thousands of codebooks are opened in it."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        yield Path(folder)

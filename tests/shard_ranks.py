@@ -244,7 +244,8 @@ if __name__ == "__main__":
         timeout=timedelta(seconds=60),
     )
     globals()[scenario]()
-    if scenario in ("die", "hang"):
-        os._exit(0)  # nobody is left to say goodbye to
-    dist.barrier()
-    dist.destroy_process_group()
+    if scenario not in ("die", "hang"):  # nobody is left to say goodbye to then
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort at the interpreter's end (pytorch/pytorch#179291)

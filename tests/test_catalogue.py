@@ -26,17 +26,34 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "D2": (
         "a process that is killed keeps what it acknowledged",
-        ("test_durability.py::test_a_killed_process_keeps_what_it_acknowledged",),
+        (
+            "test_durability.py::test_a_killed_process_keeps_what_it_acknowledged",
+            "test_durability.py::test_two_hundred_kills_lose_nothing_that_was_acknowledged",
+            "test_durability.py::"
+            "test_a_process_that_ends_at_any_file_call_keeps_what_it_acknowledged",
+        ),
     ),
     "D3": (
         "a full disk refuses an edit, and nothing else is lost",
-        ("test_editor.py::test_every_edit_is_on_the_disk_before_the_call_returns",),
+        (
+            "test_editor.py::test_every_edit_is_on_the_disk_before_the_call_returns",
+            "test_disk_faults.py::"
+            "test_a_disk_that_refuses_any_call_loses_nothing_and_publishes_nothing",
+            "test_disk_faults.py::test_a_directory_of_which_any_call_fails_loses_nothing",
+            "test_disk_faults.py::"
+            "test_files_that_may_not_grow_are_written_in_part_and_lose_nothing",
+            "test_disk_faults.py::"
+            "test_a_journal_of_so_many_pages_refuses_what_is_too_much_and_goes_on",
+        ),
     ),
     "D4": (
         "a disk that fails makes the store read-only; nothing is acknowledged falsely",
         (
             "test_journal.py::"
             "test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published",
+            "test_disk_faults.py::test_no_fsync_that_fails_is_acknowledged_even_if_power_is_lost",
+            "test_disk_faults.py::test_a_file_is_on_the_disk_before_its_name_"
+            "and_its_name_before_the_call_returns",
         ),
     ),
     "D5": (
@@ -57,6 +74,13 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_journal.py::test_the_lock_of_a_process_that_died_is_no_lock",
         ),
     ),
+    "S1": (
+        "whatever is done in whatever order, the codebook is what a model in numpy is",
+        (
+            "test_stateful.py::test_whatever_is_done_to_a_durable_codebook_it_is_what_its_model_is",
+            "test_stateful.py::test_many_long_runs_leave_a_durable_codebook_as_its_model",
+        ),
+    ),
     "F1": (
         "no flipped bit of a file or of the journal is silent",
         (
@@ -70,8 +94,8 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
         ("test_hostile_files.py::*",),
     ),
     "F3": (
-        "contents that are not finite, too wide or out of place are named",
-        ("test_hostile_contents.py::*",),
+        "contents that are not finite, too wide or out of place are named, or dropped and listed",
+        ("test_hostile_contents.py::*", "test_repair.py::*"),
     ),
     "N1": (
         "NaN, infinite, huge, denormal and zero queries: misses, other rows unaffected",
@@ -99,6 +123,13 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
             "test_odd_queries.py::test_the_last_row_of_more_than_2_31_elements_is_found",
             "test_certified.py::test_offsets_past_2_31_are_right",
             "test_out_of_core.py::test_rows_past_what_an_int32_counts_are_read_as_they_are",
+        ),
+    ),
+    "N4": (
+        "no more memory: MemoryError, the old version still answers, nothing is lost",
+        (
+            "test_out_of_memory.py::"
+            "test_where_memory_ends_the_old_version_still_answers_and_is_found_again",
         ),
     ),
     "C1": (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
@@ -703,3 +705,42 @@ def test_two_writers_take_turns():
     assert sorted(book.keys[:, 0].tolist()) == [*range(100), *range(1000, 1100)]
     assert torch.equal(book.radii, book.keys[:, 0] + 1)
     assert book.ids.tolist() == list(range(200))
+
+
+COPIED = """
+import copy, io, pickle
+import torch
+from grace_fast import Codebook
+for dtype in (torch.float32, torch.bfloat16):
+    book = Codebook(4, 3, dtype=dtype)
+    for is_empty in (True, False):
+        if not is_empty:
+            rows = (torch.randn(5, width, dtype=dtype) for width in (4, 3))
+            book.append(*rows, torch.ones(5))
+        found = [book.keys, book.values, book.radii, book.ids]
+        if not is_empty:
+            found += [book.snapshot().key_of(3), book.snapshot().value_of(3)]
+        for tensor in found:
+            assert tensor.untyped_storage().nbytes() <= 4096 * 4, tensor
+            saved = io.BytesIO()
+            torch.save(tensor, saved)
+            saved.seek(0)
+            read = [torch.load(saved), copy.deepcopy(tensor), pickle.loads(pickle.dumps(tensor))]
+            assert all(torch.equal(each, tensor) for each in read)
+assert book.keys.data_ptr() == book.snapshot().key_slots.data_ptr()
+"""
+
+
+def test_what_a_codebook_shows_is_copied_without_the_room_that_is_reserved():
+    out = subprocess.run(
+        [sys.executable, "-c", COPIED], capture_output=True, text=True, check=False
+    )
+    assert out.returncode == 0, out.stderr  # the process would end at an address that is not there
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_codebook_is_not_copied_by_accident_and_says_what_to_do(copied):
+    book = Codebook(4, 3)
+    for each in (book, book.snapshot()):
+        with pytest.raises(TypeError, match="save the codebook"):
+            copied(each)

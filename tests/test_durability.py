@@ -11,48 +11,21 @@ import random
 import shutil
 import signal
 import sqlite3
-import tempfile
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from faults import shim, workload
 from faults.recording import Disk, lay_out, read_log
-from faults.server import Server
+from faults.workload import reopened
 
 RUN = workload.operations(25)  # 20 edits, 5 undos
 COMPACTED = workload.operations(6, every=2)
-
-
-@pytest.fixture(scope="module")
-def server():
-    """A process under the shim."""
-    started = Server()
-    yield started
-    started.close()
-
-
-@pytest.fixture
-def room():
-    """A folder in memory where there is one: thousands of codebooks are opened in it."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        yield Path(folder)
 
 
 def states(run, room):
     folder = room / "undisturbed"
     found = workload.states(run, folder)
     shutil.rmtree(folder)
-    return found
-
-
-def reopened(folder):
-    """The state that a new process finds, which edits on from there."""
-    grace = workload.attach(folder)
-    found = workload.state(grace)
-    assert grace.verify().ok
-    grace.unload()
     return found
 
 
@@ -191,6 +164,16 @@ def test_compaction_leaves_one_whole_codebook_wherever_it_stops(server, room):
     assert promise.cases["prefixes"] > 200
 
 
+def assert_kept(outcome, folder, known):
+    """Open what a dead process left: nothing acknowledged is lost, and its lock is no lock."""
+    lock = folder / "lock"
+    if lock.exists() and lock.stat().st_size:
+        assert str(outcome.process).startswith(lock.read_text().strip())  # it may be torn
+    assert not outcome.raised
+    assert reopened(folder) in known[outcome.acknowledged : outcome.acknowledged + 2]
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 def kill(server, room, times, seed):
     """Kill an editing process at random moments; return how many of its steps were acknowledged."""
     known, chance = states(RUN, room), random.Random(seed)
@@ -199,11 +182,9 @@ def kill(server, room, times, seed):
         folder = room / f"killed-{number}"
         after, delay_s = chance.randint(0, len(RUN) - 1), 0.006 * chance.random()
         outcome = server.ask_and_kill(after, delay_s, folder=str(folder), run=RUN)
-        assert not outcome.raised
         assert outcome.status in (signal.SIGKILL, 0)  # 0: it was faster
-        assert reopened(folder) in known[outcome.acknowledged : outcome.acknowledged + 2]
+        assert_kept(outcome, folder, known)
         acknowledged.append((outcome.status, outcome.acknowledged))
-        shutil.rmtree(folder)
     killed = [steps for status, steps in acknowledged if status]
     print(f"D2: {len(killed)} kills of {times} after {dict(sorted(Counter(killed).items()))} steps")
     assert len(killed) >= 0.9 * times
@@ -212,3 +193,41 @@ def kill(server, room, times, seed):
 
 def test_a_killed_process_keeps_what_it_acknowledged(server, room):
     assert len(set(kill(server, room, 20, seed=0))) > 5
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_lose_nothing_that_was_acknowledged(server, room):
+    assert len(set(kill(server, room, 200, seed=1))) > 15
+
+
+def end_at_calls(server, room, how, step):
+    """End the process at every `step`-th file call, or in the middle of that write; count them."""
+    run, folder = workload.operations(25, every=16), room / "ended"
+    known, kinds = states(run, room), shim.WRITING if how == shim.TEAR else shim.EVERY_KIND
+    ended = 0
+    for ended, at in enumerate(range(1, 5000, step)):
+        fault = {"how": how, "at": at, "kinds": kinds}
+        outcome = server.ask(folder=str(folder), run=run, fault=fault)
+        if outcome.last:  # there are not so many calls
+            return ended, outcome.calls
+        assert outcome.status == shim.EXIT_STATUS << 8
+        assert_kept(outcome, folder, known)
+    raise AssertionError("the run does not end")
+
+
+ENDS = {"before it": shim.EXIT, "half-way": shim.TEAR}
+
+
+@pytest.mark.parametrize("moment", ENDS)
+def test_a_process_that_ends_at_a_file_call_keeps_what_it_acknowledged(server, room, moment):
+    ended, calls = end_at_calls(server, room, ENDS[moment], step=13)
+    print(f"D2: ended {moment} at {ended} of {calls} calls")
+    assert ended == -(-calls // 13) > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ENDS)
+def test_a_process_that_ends_at_any_file_call_keeps_what_it_acknowledged(server, room, moment):
+    ended, calls = end_at_calls(server, room, ENDS[moment], step=1)
+    print(f"D2: ended {moment} at {ended} of {calls} calls")
+    assert ended == calls > 200

@@ -23,7 +23,7 @@ from grace_fast.attachment import read_saved
 from grace_fast.edits import History
 from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES
 from grace_fast.settings import Settings
-from grace_fast.store import durable, files, headers, layout, manifest, records
+from grace_fast.store import durable, files, headers, layout, manifest, past, records
 
 KEY = bytes(range(32))
 EDITOR = golden.editor()
@@ -530,11 +530,11 @@ def assert_serves(data, book, history):
 @given(st.data())
 def test_drawn_columns_are_refused_or_make_a_codebook_that_serves(data):
     snapshot = EDITOR.codebook.snapshot()
-    tensors = layout.pack_codebook(snapshot) | layout.pack_history(EDITOR._history, snapshot)
+    tensors = layout.pack_codebook(snapshot) | past.pack_history(EDITOR._history, snapshot)
     tensors = changed(data, tensors)
     try:
         book = layout.unpack_codebook(tensors, torch.device("cpu"))
-        history = layout.unpack_history(tensors, book.snapshot(), {}, 9)
+        history = past.unpack_history(tensors, book.snapshot(), {}, 9)
     except gf.CodebookCorrupt:
         return
     assert_serves(data, book, history)
@@ -559,7 +559,7 @@ def test_drawn_versions_of_a_journal_are_refused_or_make_a_codebook_that_serves(
                 content = save(changed(data, load(content)))
             with book.writing() as draft:
                 records.redo(content, draft, history)
-        layout.check_replayed(book.snapshot(), history, None)
+        past.check_replayed(book.snapshot(), history, None)
     except gf.CodebookCorrupt:
         return
     assert_serves(data, book, history)

@@ -54,7 +54,7 @@ def content_of(folder):
         edits = [
             dataclasses.replace(edit, query=None, label=None) for edit in history.edits.values()
         ]
-        said["edits"] = repr((edits, history.rows, history.next_id))
+        said["edits"] = repr((edits, dict(history.rows), history.next_id))
     else:
         book = gf.open(folder, verify=True)
         if config["codes"] is not None:

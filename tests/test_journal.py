@@ -63,7 +63,7 @@ def state(grace):
         "ids": book.ids.tolist(),
         "labels": [None if each is None else each.tolist() for each in book.stored_labels()],
         "edits": edits,
-        "rows": {row: vars(life.copy()) for row, life in sorted(history.rows.items())},
+        "rows": {row: vars(life) for row, life in sorted(history.rows.items())},
         "next_id": history.next_id,
     }
 

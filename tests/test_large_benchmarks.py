@@ -14,7 +14,7 @@ import grace_fast as gf
 from grace_fast import largebench
 
 sys.path.append(str(Path(__file__).parents[1]))
-from benchmarks import beside_appends, out_of_core, readers_and_writer
+from benchmarks import beside_appends, durable, machine, out_of_core, readers_and_writer
 
 
 @pytest.fixture
@@ -125,3 +125,24 @@ def test_a_mixed_read_and_a_lost_row_are_seen():
     where = {"cpu": "a", "cores": 1, "commit": "b", "python": "c"}
     found = {"machine": where, "command": "d", "date": "e", "figures": figures}
     assert readers_and_writer.markdown(found).endswith("1 look-ups were wrong: no times.\n")
+
+
+def test_what_was_made_durable_is_opened_as_it_was_before_any_time_is_told(tmp_path):
+    figures = durable.run(sizes=(50, 500), edits=6, turns=2, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert [each["edits"] for each in figures["opened"]] == [50, 500]
+    assert all(each["is_same"] for each in (figures["edited"], *figures["opened"]))
+    found = machine.heading(machine.describe(1), "benchmarks.durable", []) | {"figures": figures}
+    assert "| 500 |" in durable.markdown(found)
+    figures["opened"][1]["is_same"] = False
+    assert durable.markdown(found).endswith("What was opened is not what was written: no times.\n")
+
+
+def test_a_codebook_that_is_not_what_was_written_is_told():
+    book, history = durable.made(20)
+    assert durable.is_as_made((book, history), book, history)
+    other = durable.made(20)
+    with other[0].writing() as draft:
+        draft.set_radius(3, 0.25)
+    assert not durable.is_as_made((book, history), *other)
+    assert not durable.is_as_made(durable.made(21), book, history)

@@ -12,7 +12,7 @@ from test_edits import Stream, same, zero
 
 import grace_fast as gf
 from grace_fast.semantics import Rules
-from grace_fast.store import files, layout
+from grace_fast.store import files, layout, past
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def stream():
 
 def write(stream, path, **config):
     snapshot = stream.book.snapshot()
-    tensors = layout.pack_codebook(snapshot) | layout.pack_history(stream.history, snapshot)
+    tensors = layout.pack_codebook(snapshot) | past.pack_history(stream.history, snapshot)
     files.write(path, {"settings": {}, **config}, tensors)
     return tensors
 
@@ -44,7 +44,7 @@ def write(stream, path, **config):
 def read(path, next_id=99):
     tensors = files.read_tensors(path, files.read_config(path))
     book = layout.unpack_codebook(tensors, torch.device("cpu"))
-    return tensors, book, layout.unpack_history(tensors, book.snapshot(), {}, next_id)
+    return tensors, book, past.unpack_history(tensors, book.snapshot(), {}, next_id)
 
 
 def test_a_codebook_comes_back_bit_for_bit_with_its_history(stream, tmp_path):

@@ -79,3 +79,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads may abort at the interpreter's end (pytorch/pytorch#179291)

@@ -206,20 +206,18 @@ class Lookup {
       if (row >= keys_.rows) continue;  // a later row than this snapshot's
       if (other) {
         if (other->found || row == other->self) continue;
-        other->found = squared(row, other->limit) <= other->limit;
+        other->found = read(row, other->limit) <= other->limit;
       } else if (is_live(keys_, row)) {
-        candidates_.offer(band_, {row, squared(row, candidates_.limit()), index, position});
+        candidates_.offer(band_, {row, read(row, candidates_.limit()), index, position});
       }
     }
-    effort.rechecks += count;
   }
 
   void read_rows(int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) {
       if (!is_live(keys_, row)) continue;
-      candidates_.offer(band_, {row, squared(row, candidates_.limit())});
+      candidates_.offer(band_, {row, read(row, candidates_.limit())});
     }
-    effort.rechecks += std::max<int64_t>(0, last - first);
   }
 
   Best read_all() {
@@ -231,7 +229,9 @@ class Lookup {
 
   Best settle() { return candidates_.settle(query_, band_, balls_); }
 
-  float squared(int64_t row, float limit) const {
+  // Read a key whole: S in float32, or something above `limit` once it is.
+  float read(int64_t row, float limit) {
+    ++effort.rechecks;
     fetch(keys_, row);
     return kernels().squared[static_cast<int>(keys_.dtype)](query_, key_of(keys_, row), keys_.width,
                                                             limit);
@@ -251,20 +251,25 @@ class Lookup {
   float limit_ = 0;    // float32 sums above it never count
 };
 
-// Do one(lookup, b) for every query, some to a task.
+// Do one(lookup, b) for every query, some to a task; what was read is added to `effort`.
 template <typename One>
 void look_up(const Queries& queries, const Keys& keys, const Certificate& certificate, int threads,
              Effort* effort, const One& one) {
-  in_parallel((queries.batch + kTogether - 1) / kTogether, threads, [&](int64_t task) {
+  const int64_t tasks = (queries.batch + kTogether - 1) / kTogether;
+  in_parallel(tasks, threads, [&](int64_t task) {
     Lookup lookup(keys, certificate);
     const int64_t last = std::min((task + 1) * kTogether, queries.batch);
     for (int64_t b = task * kTogether; b < last; ++b) one(lookup, b);
     if (!effort) return;
-    __atomic_fetch_add(&effort->boxes, lookup.effort.boxes, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&effort->codes, lookup.effort.codes, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&effort->survivors, lookup.effort.survivors, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&effort->rechecks, lookup.effort.rechecks, __ATOMIC_RELAXED);
-    __atomic_fetch_add(&effort->exhaustive, lookup.effort.exhaustive, __ATOMIC_RELAXED);
+    const Effort& read = lookup.effort;
+    for (const auto part : {&Effort::boxes, &Effort::codes, &Effort::survivors, &Effort::rechecks,
+                            &Effort::exhaustive, &Effort::proved}) {
+      if (tasks == 1) {
+        effort->*part += read.*part;
+      } else {
+        __atomic_fetch_add(&(effort->*part), read.*part, __ATOMIC_RELAXED);
+      }
+    }
   });
 }
 
@@ -274,7 +279,9 @@ int64_t find_certified(const Queries& queries, const Keys& keys, const Certifica
                        int threads, bool* hit, int64_t* row, double* squared, Effort* effort) {
   int64_t hits = 0;
   look_up(queries, keys, certificate, threads, effort, [&](Lookup& lookup, int64_t b) {
+    const int64_t read_before = lookup.effort.rechecks;
     const Best best = lookup.find(queries, b);
+    lookup.effort.proved += best.row < 0 && lookup.effort.rechecks == read_before;
     hit[b] = best.row >= 0;
     row[b] = best.row;
     squared[b] = best.squared;

@@ -39,6 +39,7 @@ class Dense {
   const float* query(int64_t b) const { return wide_ + b * stride_; }
   bool finite(int64_t b) const { return finite_[b]; }
   const Band& band() const { return band_; }
+  int64_t keys_read() const { return keys_read_; }  // once for each query
 
   // Leave the candidates of every query in the first batch_ of the returned.
   std::vector<Candidates>& run(int threads) {
@@ -61,7 +62,8 @@ class Dense {
   }
 
  private:
-  void read(const Task& task, Candidates* candidates) const {
+  void read(const Task& task, Candidates* candidates) {
+    int64_t keys_read = 0;
     const int64_t step = std::max<int64_t>(2, kTileBytes / key_bytes(keys_));
     std::vector<int64_t> rows;
     for (int64_t first = task.row_first; first < task.row_last; first += step) {
@@ -74,6 +76,7 @@ class Dense {
       for (int64_t group = task.group_first; group < task.group_last; ++group) {
         const int64_t query_first = group * kGroup;
         const int64_t count = std::min(kGroup, batch_ - query_first);
+        keys_read += count * static_cast<int64_t>(rows.size());
         if (count < 3) {
           read_alone(rows, query_first, count, candidates);
         } else {
@@ -81,6 +84,7 @@ class Dense {
         }
       }
     }
+    __atomic_fetch_add(&keys_read_, keys_read, __ATOMIC_RELAXED);
   }
 
   void read_alone(const std::vector<int64_t>& rows, int64_t first, int64_t count,
@@ -127,10 +131,12 @@ class Dense {
   float* wide_;
   std::vector<char> finite_;
   std::vector<Candidates> candidates_;
+  int64_t keys_read_ = 0;
 };
 
-void answer(const Queries& queries, const Keys& keys, float limit, bool balls, int threads,
-            int64_t* row, double* squared) {
+// Return how many keys were read, once for each query.
+int64_t answer(const Queries& queries, const Keys& keys, float limit, bool balls, int threads,
+               int64_t* row, double* squared) {
   Dense dense(queries, keys, limit);
   std::vector<Candidates>& candidates = dense.run(threads);
   in_parallel(queries.batch, threads, [&](int64_t b) {
@@ -139,6 +145,7 @@ void answer(const Queries& queries, const Keys& keys, float limit, bool balls, i
     row[b] = best.row;
     squared[b] = best.squared;
   });
+  return dense.keys_read();
 }
 
 }  // namespace
@@ -149,12 +156,14 @@ void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_
 }
 
 int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
-                   int64_t* row, double* squared) {
+                   int64_t* row, double* squared, Effort* effort) {
   int64_t hits = 0;
   if (widest >= 0) {
     const float limit = Band(keys.width).above(static_cast<double>(widest) * widest);
-    answer(queries, keys, limit, true, threads, row, squared);
+    const int64_t read = answer(queries, keys, limit, true, threads, row, squared);
+    if (effort) effort->rechecks += read;
   } else {  // every key is dead
+    if (effort) effort->proved += queries.batch;
     std::fill(row, row + queries.batch, -1);
     std::fill(squared, squared + queries.batch, std::numeric_limits<double>::infinity());
   }

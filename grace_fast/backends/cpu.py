@@ -9,6 +9,7 @@ two is by predicted bytes; the decision is the same.
 from __future__ import annotations
 
 import math
+from struct import Struct
 from typing import Any
 
 import torch
@@ -22,9 +23,11 @@ from grace_fast.views import DTYPE_NUMBERS, View
 _cpu: Any = native.cpu
 
 NAME = "cpu"
-# The answers of a batch side by side: S of all, row of all, hit of all (bindings.cpp).
+# The answers of a batch side by side: S of all, row of all, hit of all, then the effort
+# (bindings.cpp).
 FIRST_OF_ANSWER = {torch.float64: 0, torch.int64: 8, torch.bool: 16}
 BYTES_PER_ANSWER = 17
+EFFORT = Struct("=qq")
 
 
 def why_not(workload: Workload) -> str | None:
@@ -72,9 +75,16 @@ def unpack(answers: bytearray | None, dtype: torch.dtype) -> Tensor:
     """Return S (float64), row (int64) or hit (bool) of the answers, over their own memory."""
     if not answers:
         return torch.empty(0, dtype=dtype)
-    batch = len(answers) // BYTES_PER_ANSWER
+    batch = (len(answers) - EFFORT.size) // BYTES_PER_ANSWER
     first = FIRST_OF_ANSWER[dtype]
     return torch.frombuffer(answers, dtype=dtype, count=batch, offset=first * batch)
+
+
+def effort(answers: bytearray) -> tuple[int, int]:
+    """Return how many misses were proved without reading a key, and how many keys were read."""
+    if not answers:
+        return 0, 0
+    return EFFORT.unpack_from(answers, len(answers) - EFFORT.size)
 
 
 def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:

@@ -211,9 +211,22 @@ def _is_named(folder: Path, name: str) -> bool:
     return told is not None and told.get("file") == name
 
 
+def journal_place(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str, int]:
+    """Return where the journal that a manifest names is, its name and the version before it.
+
+    Raises: CodebookCorrupt where that is not told.
+    """
+    told = config["journal"]
+    name = told.get("name")
+    is_named = isinstance(name, str) and told.get("file") == f"{files.JOURNALS}-{name}.sqlite"
+    if not is_named or "version" not in config:
+        raise CodebookCorrupt(f"{folder}: the manifest does not describe its journal")
+    return files.place(folder, told["file"]), name, int(config["version"])
+
+
 def journal_of(
     folder: Path,
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     hmac_key: bytes | None = None,
     read_only: bool = True,
 ) -> Journal | None:
@@ -221,15 +234,9 @@ def journal_of(
 
     Raises: CodebookCorrupt where it is missing or foreign, OSError where it cannot be read.
     """
-    told = config.get("journal")
-    if told is None:
+    if config.get("journal") is None:
         return None
-    name = told.get("name")
-    is_named = isinstance(name, str) and told.get("file") == f"{files.JOURNALS}-{name}.sqlite"
-    if not is_named or "version" not in config:
-        raise CodebookCorrupt(f"{folder}: the manifest does not describe its journal")
-    path = files.place(folder, told["file"])
-    return Journal(path, name, int(config["version"]), hmac_key, read_only)
+    return Journal(*journal_place(folder, config), hmac_key, read_only)
 
 
 def replay(journal: Journal, book: Codebook, history: History, version: int | None = None) -> None:
@@ -259,17 +266,11 @@ def replay(journal: Journal, book: Codebook, history: History, version: int | No
 
 def go_back(book: Codebook, history: History, then: Snapshot, earlier: History) -> None:
     """Publish a version that decides as an earlier one did; ids that were given stay so."""
-    with book.held() as now:
-        before = history.copy()
-        try:
-            with book.writing() as draft:
-                back(now, then).apply(draft)
-                history.empty()
-                for step in earlier.steps():
-                    history.follow(step)
-        except BaseException:
-            history.become(before)
-            raise
+    with book.held() as now, history.attempting(), book.writing() as draft:
+        back(now, then).apply(draft)
+        history.empty()
+        for step in earlier.steps():
+            history.follow(step)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,15 @@ def update(path: Path, fields: Mapping[str, Any], hmac_key: bytes | None = None)
         replace(path / CONFIG, manifest.seal({**config, **fields}, hmac_key))
 
 
+def change_journal(path: Path, journal: Mapping[str, Any], hmac_key: bytes | None = None) -> None:
+    """Let a directory have another journal of the same base, which is whole and on the disk.
+
+    Raises: OSError where it cannot be written, CodebookCorrupt where the manifest cannot be read.
+    """
+    update(path, {"journal": journal}, hmac_key)
+    _drop_others(path, {journal["file"], manifest.read(path)["tensors"]["file"]})
+
+
 def _drop_others(folder: Path, names: set[str]) -> None:
     """Remove the files of a codebook that is no longer the directory's."""
     for stem in _STEMS:
@@ -200,8 +209,11 @@ def is_mapped(config: Mapping[str, Any]) -> bool:
     return config["format"] == 2 or "mapped" in config
 
 
-def read_file(path: str | Path, described: Any) -> dict[str, Tensor]:
+def read_file(path: str | Path, described: Any, wrong: set[str] | None = None) -> dict[str, Tensor]:
     """Return the tensors of one file, in memory of their own, as the JSON describes them.
+
+    wrong: where the names go of tensors that are not what was saved, rather than being refused;
+        those that cannot be read at all are left out.
 
     Raises: CodebookCorrupt as `read_tensors`.
     """
@@ -214,7 +226,7 @@ def read_file(path: str | Path, described: Any) -> dict[str, Tensor]:
         raise CodebookCorrupt(f"{file} is missing: the codebook is not complete") from error
     try:
         found = headers.check(descriptor, sums.keys())
-        tensors = {name: _read(descriptor, name, each) for name, each in found.items()}
+        tensors = _read_all(descriptor, found, wrong)
     except CodebookCorrupt as error:
         raise CodebookCorrupt(
             f"{file} is truncated or no safetensors file: {error}", field=error.field, row=error.row
@@ -225,6 +237,9 @@ def read_file(path: str | Path, described: Any) -> dict[str, Tensor]:
         os.close(descriptor)
     for tensor_name, tensor in tensors.items():
         if checksum(tensor) != sums[tensor_name]:
+            if wrong is not None:
+                wrong.add(tensor_name)
+                continue
             raise CodebookCorrupt(
                 f"{file}: {tensor_name} is not what was saved (checksum)", field=tensor_name
             )
@@ -238,6 +253,17 @@ def map_file(
 
     Raises: CodebookCorrupt where it is missing, of another size or not described.
     """
+    file, shape, checks = described_rows(path, config, name, tensors)
+    return MappedFile(file, name, shape, checks)
+
+
+def described_rows(
+    path: str | Path, config: Mapping[str, Any], name: str, tensors: Mapping[str, Tensor]
+) -> tuple[Path, Shape, Tensor]:
+    """Return where the keys or values of a directory are, their shape, the checks of their blocks.
+
+    Raises: CodebookCorrupt where that is not described.
+    """
     described, checks = config.get("mapped"), tensors.get(f"{name}.blocks")
     try:
         told = described[name]  # type: ignore[index]
@@ -250,7 +276,7 @@ def map_file(
     kind, tail = (torch.int64, ()) if config["format"] == 2 else (torch.uint8, (32,))
     if checks is None or checks.dtype != kind or not checks.ndim or checks.shape[1:] != tail:
         raise CodebookCorrupt(f"{path}: there are no checksums of the {name}")
-    return MappedFile(place(path, file), name, shape, checks)
+    return place(path, file), shape, checks
 
 
 def place(path: str | Path, name: Any) -> Path:
@@ -261,6 +287,20 @@ def place(path: str | Path, name: Any) -> Path:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise CodebookCorrupt(f"{path}: {name!a} is not the name of a file in this directory")
     return Path(path) / name
+
+
+def _read_all(
+    descriptor: int, found: Mapping[str, Described], wrong: set[str] | None
+) -> dict[str, Tensor]:
+    tensors = {}
+    for name, each in found.items():
+        try:
+            tensors[name] = _read(descriptor, name, each)
+        except CodebookCorrupt as error:
+            if wrong is None or error.field is None:
+                raise
+            wrong.add(name)
+    return tensors
 
 
 def _read(descriptor: int, name: str, described: Described) -> Tensor:

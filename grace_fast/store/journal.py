@@ -30,6 +30,7 @@ _SCHEMA = (
     "kind TEXT NOT NULL, content BLOB NOT NULL, checksum BLOB NOT NULL)",
     "CREATE TABLE head (version INTEGER NOT NULL, checksum BLOB NOT NULL)",
 )
+_LAST = (1 << 63) - 1  # at most any version
 _WAIT_S = 10.0  # for a reader or a writer that is just reading or writing
 
 
@@ -48,7 +49,8 @@ class Journal:
     """The versions after a base, in one file. One process writes it, any number read it.
 
     name: what tells this journal from another one of the directory; base: the version it begins
-    after; hmac_key: what the checksums are made with, where the directory is signed.
+    after; hmac_key: what the checksums are made with, where the directory is signed; salvage: it
+    need not say which version is the last, and only `sound_entries` is asked.
 
     Raises: CodebookCorrupt where the file is missing, foreign or not what was written; OSError
     where it cannot be read.
@@ -61,6 +63,7 @@ class Journal:
         base: int,
         hmac_key: bytes | None = None,
         read_only: bool = False,
+        salvage: bool = False,
     ) -> None:
         self.path, self.base, self._key = path, base, hmac_key or b""
         self._start = _started(name, base, self._key)
@@ -83,7 +86,7 @@ class Journal:
                 self._file.execute("PRAGMA journal_mode=TRUNCATE")
                 self._file.execute("PRAGMA synchronous=FULL")
             self._check_schema()
-        self.version, self.checksum = self._head()
+        self.version, self.checksum = (base, self._start) if salvage else self._head()
 
     @staticmethod
     def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> Journal:
@@ -152,15 +155,17 @@ class Journal:
             raise CodebookCorrupt(f"{self.path} does not say which version is the last")
         return rows[0][0], rows[0][1]
 
-    def append(self, version: int, kind: str, content: bytes) -> None:
+    def append(self, version: int, kind: str, content: bytes, when: float | None = None) -> None:
         """Put one version behind the others and on the disk.
+
+        when: seconds since 1970, by default now.
 
         Raises: OSError where that failed, ValueError where it is not the next one. Nothing was
         added then, unless the disk says otherwise when it is read again.
         """
         if version != self.version + 1:
             raise ValueError(f"the next version is {self.version + 1}, got {version}")
-        entry = (version, time.time(), kind, content)
+        entry = (version, time.time() if when is None else when, kind, content)
         checksum = _chained(self._key, self.checksum, *entry)
         self._write(
             ("INSERT INTO versions VALUES (?, ?, ?, ?, ?)", (*entry, checksum)),
@@ -206,11 +211,31 @@ class Journal:
         first = self.base if after is None else max(after, self.base)
         version, checksum = first, self._start if first == self.base else self._checksum_of(first)
         last, head = self._head()
+        for entry in self._chain(first, checksum, last):
+            version, checksum = entry.version, entry.checksum
+            yield entry
+        if version != last or checksum != head:
+            raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
+
+    def sound_entries(self) -> Iterator[Entry]:
+        """Yield the rows from the first on, as long as each is what was written.
+
+        Raises: CodebookCorrupt behind them, where there was a further one, or may have been.
+        """
+        version, checksum = self.base, self._start
+        for entry in self._chain(version, checksum, _LAST):
+            version, checksum = entry.version, entry.checksum
+            yield entry
+        if (version, checksum) != self._head():
+            raise CodebookCorrupt(f"{self.path}: another version is the last, found {version}")
+
+    def _chain(self, version: int, checksum: bytes, last: int) -> Iterator[Entry]:
+        """Yield the rows after a version with a checksum, up to another version, each checked."""
         with self._reading():
             rows = self._file.execute(
                 "SELECT version, time, kind, content, checksum FROM versions "
                 "WHERE version > ? AND version <= ? ORDER BY version",
-                (first, last),
+                (version, last),
             )
             while (row := rows.fetchone()) is not None:
                 if row[0] != version + 1 or not _is_entry(row):
@@ -222,8 +247,6 @@ class Journal:
                     )
                 version = row[0]
                 yield Entry(*row)
-        if version != last or checksum != head:
-            raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
 
     def _checksum_of(self, version: int) -> bytes:
         with self._reading():

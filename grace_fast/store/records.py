@@ -27,6 +27,7 @@ from grace_fast.edits import (
     Recorded,
     Step,
 )
+from grace_fast.labels import columns_of
 from grace_fast.mapped import CodebookCorrupt
 from grace_fast.store import files, headers, manifest
 from grace_fast.store.layout import OUTCOMES, check_slots, pack_labels, unpack_labels
@@ -48,7 +49,7 @@ class Version:
         tensors = {
             "keys": change.keys,
             "values": change.values,
-            **pack_labels(change.labels),
+            **pack_labels(*columns_of(change.labels)),
             "ids": change.ids,
             "rows": change.rows,
             **{f"rows.{name}": column for name, column in change.columns.items()},
@@ -126,7 +127,7 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
                     raise CodebookCorrupt(f"a step is on row {row} of {now.rows}")
             history.follow(step)
         except (LookupError, ValueError) as error:
-            raise CodebookCorrupt(f"a version takes back an edit there is not: {error}") from error
+            raise CodebookCorrupt(f"a version does not follow the one before: {error}") from error
 
 
 class _Columns:
@@ -163,7 +164,8 @@ def _change(columns: _Columns, now: Snapshot) -> Change:
     keys = columns.get("keys", now.dtype, now.key_dim)
     values = columns.get("values", now.dtype, now.value_dim)
     lengths = columns.get("labels.length", torch.int64)
-    labels = unpack_labels(lengths, columns.get("labels.ids", torch.int64))
+    filed = unpack_labels(lengths, columns.get("labels.ids", torch.int64))
+    labels = filed.between(0, len(filed))
     fresh, counts = columns.get("ids", torch.int64), now.counts
     newest = int(now.ids[-1]) if now.rows else -1
     if len(fresh) and (int(fresh[0]) <= newest or not bool((fresh.diff() > 0).all())):

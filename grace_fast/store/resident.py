@@ -45,7 +45,7 @@ def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> 
             f"{folder} holds an unfinished build; finish it with build(), "
             f"or remove {folder / BUILDING}"
         )
-    snapshot, coded = _with_codes(book)
+    snapshot, coded = with_codes(book)
     token = secrets.token_hex(8)
     places = {name: folder / f"{name}-{token}.safetensors" for name in files.MAPPED}
     try:
@@ -75,7 +75,7 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def _with_codes(book: Codebook) -> tuple[Snapshot, dict[str, Tensor] | None]:
+def with_codes(book: Codebook) -> tuple[Snapshot, dict[str, Tensor] | None]:
     """Return a version and its codes; none where there are few keys or nothing to code them."""
     while True:
         snapshot = book.snapshot()

@@ -12,8 +12,9 @@ import torch
 from grace_fast._version import __version__
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import History
+from grace_fast.memory import memory_errors
 from grace_fast.settings import Settings
-from grace_fast.store import files, layout
+from grace_fast.store import files, layout, past
 from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
 from grace_fast.store.journal import Journal
 
@@ -44,13 +45,15 @@ class Saved:
     ) -> tuple[Codebook, History]:
         """Return the codebook and its edits, by default of the newest version.
 
-        Raises: CodebookCorrupt; ValueError for a version that is not there.
+        Raises: CodebookCorrupt; ValueError for a version that is not there; MemoryError where there
+        is no room for them.
         """
         book, history, journal = self.open(device, version)
         if journal is not None:
             journal.close()
         return book, history
 
+    @memory_errors()
     def open(
         self,
         device: torch.device | str = "cpu",
@@ -62,11 +65,11 @@ class Saved:
         layout.check_radii(tensors, self.settings.max_radius)
         book = layout.unpack_codebook(tensors, torch.device(device), self.base)
         texts, next_id = self.config["texts"], int(self.config["next_id"])
-        history = layout.unpack_history(tensors, book.snapshot(), texts, next_id)
+        history = past.unpack_history(tensors, book.snapshot(), texts, next_id)
         journal = journal_of(self.path, self.config, self.hmac_key, read_only)
         if journal is not None:
             replay(journal, book, history, version)
-            layout.check_replayed(book.snapshot(), history, self.settings.max_radius)
+            past.check_replayed(book.snapshot(), history, self.settings.max_radius)
         if version not in (None, book.version):
             last = self.base if journal is None else journal.version
             raise ValueError(
@@ -75,6 +78,7 @@ class Saved:
         return book, history, journal
 
 
+@memory_errors()
 def write(
     path: Path,
     described: Mapping[str, Any],
@@ -86,11 +90,12 @@ def write(
 
     described: what the manifest says of them beside what these two hold.
 
-    Raises: OSError where it cannot be written; what was there before stays valid then.
+    Raises: OSError where it cannot be written, MemoryError where there is no room to prepare it;
+    what was there before stays valid then.
     """
-    texts = {str(edit.id): edit.text for edit in history.edits.values() if edit.text is not None}
+    texts = past.texts_of(history)
     config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
-    tensors = layout.pack_codebook(snapshot) | layout.pack_history(history, snapshot)
+    tensors = layout.pack_codebook(snapshot) | past.pack_history(history, snapshot)
     files.write(path, config, tensors, hmac_key)
 
 

@@ -4,9 +4,9 @@
 // the kernel; a wrapper in Python would see none of SQLite's calls. The process itself says what is
 // watched: io_watch, io_log, io_fail, io_mark and io_calls are called through ctypes.
 //
-// A call is counted when it could change the directory: opening to create or truncate, writing,
-// truncating, synchronising, renaming, unlinking, making or removing a directory. Calls are made one
-// at a time, so that the order of the log is the order of the kernel.
+// A call is counted when it could change the directory (opening to create or truncate, writing,
+// truncating, synchronising, renaming, unlinking, making or removing a directory) or when it opens
+// what is there. Calls are made one at a time, so that the order of the log is that of the kernel.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -24,7 +24,7 @@
 #include <unistd.h>
 
 // As tests/faults/recording.py reads them.
-enum { OPEN = 1, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MAKE, MARK, SYNC_REFUSED };
+enum { OPEN = 1, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MAKE, MARK, SYNC_REFUSED, LOOK };
 enum { FAIL = 1, SHORTEN, EXIT, TEAR };
 
 typedef struct {
@@ -154,7 +154,7 @@ static int opened_at(int folder, const char* given, int flags, mode_t mode, Open
   const int is_new = (flags & O_CREAT) && lstat(path, &there) != 0;
   const int changes = is_new || (flags & O_TRUNC);
   int descriptor = -1;
-  if (!changes || !fault(OPEN)) {
+  if (!fault(changes ? OPEN : LOOK)) {
     descriptor = real(folder, given, flags, mode);
     if (descriptor >= DESCRIPTORS) abort();
     if (descriptor >= 0) {

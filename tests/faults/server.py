@@ -25,6 +25,7 @@ class Outcome:
     calls: int = 0
     last: str = ""  # the state at the end, where it was reached
     lines: list[str] = field(default_factory=list)  # anything else
+    process: int = 0
     status: int = 0  # as of os.waitpid
 
     @property
@@ -50,6 +51,8 @@ class Outcome:
             self.calls = int(rest)
         elif kind == "end":
             self.last = rest
+        elif kind == "process":
+            self.process = int(rest)
         elif kind == "status":
             self.status = int(rest)
         else:
@@ -82,18 +85,14 @@ class Server:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        outcome, process = Outcome(), 0
+        outcome = Outcome()
         for line in self._process.stdout:
-            kind, _, rest = line.strip().partition(" ")
-            if kind == "process":
-                process = int(rest)
-            else:
-                outcome.hear(line.strip())
-            if kind == "status":
+            outcome.hear(line.strip())
+            if line.startswith("status "):
                 return outcome
-            if after is not None and process and outcome.acknowledged >= after:
+            if after is not None and outcome.process and outcome.acknowledged >= after:
                 time.sleep(delay_s)
-                os.kill(process, signal.SIGKILL)
+                os.kill(outcome.process, signal.SIGKILL)
                 after = None
         raise AssertionError("the server of forks ended by itself")
 

@@ -20,11 +20,12 @@ SOURCE = Path(__file__).parent / "io_shim.c"
 LIBRARY = "GRACE_FAST_IO_SHIM"  # in the environment of a process that has it
 
 # As io_shim.c numbers them.
-OPEN, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MAKE, MARK, SYNC_REFUSED = range(1, 10)
+OPEN, WRITE, TRUNCATE, SYNC, RENAME, UNLINK, MAKE, MARK, SYNC_REFUSED, LOOK = range(1, 11)
 NO_FAULT, FAIL, SHORTEN, EXIT, TEAR = range(5)
 EVERY_KIND = 0xFFFFFFFF
 GROWING = 1 << OPEN | 1 << WRITE | 1 << MAKE | 1 << RENAME  # what a full disk refuses
 SYNCHRONISING = 1 << SYNC
+WRITING = 1 << WRITE
 EXIT_STATUS = 9  # of a process that ended at a call
 
 

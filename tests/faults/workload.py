@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +22,12 @@ from torch import nn
 
 import grace_fast as gf
 from faults import shim
-from grace_fast.changes import COLUMNS
+from grace_fast.codebook import COLUMNS
+from grace_fast.edits import History
 
 WIDTH, CLASSES = 6, 4
 Operation = tuple[Any, ...]
+NOTHING = {"how": shim.NO_FAULT, "at": 0}
 
 
 class Tiny(nn.Module):
@@ -86,6 +90,8 @@ def do(grace: gf.editor.Grace, operation: Operation) -> None:
         grace.compact()
     elif kind == "checkout":
         grace.checkout(given[0])
+    elif kind == "ask":  # a hit is counted, and the counts are kept when the directory is left
+        grace.model(inputs_embeds=torch.tensor([[given[0]]]))
     else:
         raise ValueError(f"no operation is called {kind}")
 
@@ -111,10 +117,16 @@ def state(grace: gf.editor.Grace) -> str:
         book.ids.tolist(),
         [None if each is None else each.tolist() for each in book.stored_labels()],
         edits,
-        [(row, repr(vars(life.copy()))) for row, life in sorted(history.rows.items())],
+        [(row, repr(_life(history, row))) for row in sorted(history.rows)],
         history.next_id,
     ]
     return hashlib.sha256(repr(whole).encode()).hexdigest()
+
+
+def _life(history: History, row: int) -> dict[str, Any]:
+    """Return what is known of a row; a neighbour that is gone is none, as it is once read again."""
+    life = vars(history.rows[row])
+    return life | {"neighbour": life["neighbour"] if life["neighbour"] in history.rows else -1}
 
 
 def states(run: Sequence[Operation], folder: Path) -> list[str]:
@@ -124,6 +136,15 @@ def states(run: Sequence[Operation], folder: Path) -> list[str]:
     for operation in run:
         do(grace, operation)
         found.append(state(grace))
+    grace.unload()
+    return found
+
+
+def reopened(folder: Path) -> str:
+    """Return the state that a new process finds, which edits on from there."""
+    grace = attach(folder)
+    found = state(grace)
+    assert grace.verify().ok
     grace.unload()
     return found
 
@@ -140,26 +161,26 @@ def perform(request: dict[str, Any]) -> None:
     """Make a run with a fault in it, and acknowledge each step once it was made.
 
     After a step that was refused the next one is tried: what the codebook says is what counts.
+    Steps are counted from `first`; file_bytes and pages are limits that are not the shim's.
     """
-    folder, log = request["folder"], request.get("log")
-    if log is not None:
-        shim.watch(folder)
-        shim.log_to(log)
-    grace, fault = None, request.get("fault")
-    if fault is not None and request.get("from_the_start"):
-        shim.watch(folder)
-        shim.fail(**fault)
+    shim.watch(request["folder"])
+    shim.log_to(request.get("log"))
+    if "file_bytes" in request:
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], usual[1]))
+    shim.fail(**request.get("fault", NOTHING))
     try:
-        grace = attach(folder)
+        grace = attach(request["folder"])
     except (OSError, gf.CodebookCorrupt) as error:
         say("refused", "attach", type(error).__name__, json.dumps(str(error)))
-        shim.fail(shim.NO_FAULT, 0)
-        grace = attach(folder)  # in the same process: nothing of the first try is in its way
-    if fault is not None and not request.get("from_the_start"):
-        shim.watch(folder)
-        shim.fail(**fault)
+        shim.fail(**NOTHING)
+        if "file_bytes" in request:
+            resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+        grace = attach(request["folder"])  # nothing of the first try is in the way of a second
     published = state(grace)
-    for number, operation in enumerate(request["run"], start=1):
+    for number, operation in enumerate(request["run"], start=request.get("first", 1)):
+        if "pages" in request:  # of whichever journal there is now
+            grace._store.journal._file.execute(f"PRAGMA max_page_count={request['pages']}")
         try:
             do(grace, operation)
         except (OSError, KeyError) as error:
@@ -170,14 +191,25 @@ def perform(request: dict[str, Any]) -> None:
         shim.mark(number)
         published = state(grace)
         say("done", number, published)
+    grace.unload()
     say("calls", shim.calls())
-    shim.fail(shim.NO_FAULT, 0)
     say("end", published)
+
+
+def warm_up() -> None:
+    """Make a run with everything in it, so that no fork has to import or build anything."""
+    with tempfile.TemporaryDirectory() as folder:
+        grace = attach(folder)
+        for operation in operations(5, every=5):
+            do(grace, operation)
+        state(grace)
+        grace.unload()
 
 
 def serve(act: Callable[[dict[str, Any]], None] = perform) -> None:
     """Answer requests, one line each: what `act` says in a fork, then how the fork ended."""
     torch.set_num_threads(1)
+    warm_up()
     for line in sys.stdin:
         child = os.fork()
         if not child:
@@ -185,7 +217,6 @@ def serve(act: Callable[[dict[str, Any]], None] = perform) -> None:
                 act(json.loads(line))
             except BaseException as error:
                 say("raised", type(error).__name__, json.dumps(str(error)))
-                raise
             finally:
                 os._exit(0)
         say("process", child)

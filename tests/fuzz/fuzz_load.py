@@ -24,7 +24,7 @@ with atheris.instrument_imports(include=["grace_fast"]):
     import grace_fast as gf
     from grace_fast import certificate, order
     from grace_fast.attachment import read_saved
-    from grace_fast.store import coded, files, headers, layout, manifest, source
+    from grace_fast.store import coded, files, headers, layout, manifest, past, source
 
 import golden_codebooks as golden
 import torch
@@ -95,7 +95,7 @@ def columns(content: bytes) -> None:
     tensors = _changed(COLUMNS, content)
     book = layout.unpack_codebook(tensors, HOST)
     _use(book)
-    history = layout.unpack_history(tensors, book.snapshot(), {}, 9)
+    history = past.unpack_history(tensors, book.snapshot(), {}, 9)
     for edit in list(history.edits):
         history.verify(book, RULES)
         with book.writing() as draft:
