@@ -290,6 +290,18 @@ def test_the_reference_rule_forgets_expanded_edits_once_it_has_more_than_25_keys
     assert any(lost)
 
 
+def test_the_reference_rule_starts_its_values_alike_whatever_ran_before():
+    task = small_task(settings={"replacement": "replace_all", "iterations": 0})  # cold, untrained
+    started = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        rule = ReferenceRule(task, epsilon=0.05)
+        rule.edit(task.edits[0])
+        started.append(rule._values[0])
+        rule.close()
+    assert torch.equal(*started)
+
+
 def _missed(rule: ReferenceRule, query: torch.Tensor) -> bool:
     distance, row = torch.cdist(query[None], torch.stack(rule._keys)).min(1)
     return bool(distance > torch.tensor(rule._radii)[row])

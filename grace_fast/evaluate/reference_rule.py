@@ -51,6 +51,7 @@ class ReferenceRule:
         self._seen: list[tuple[Tensor, Tensor]] | None = None  # query and output while watching
         self._where: Tensor | None = None
         self._cached = 0
+        self._cold = torch.Generator().manual_seed(0)  # its own: what ran before does not matter
         self._held: tuple[Tensor, Tensor] | None = None  # rows and query tokens of a prompt
         self._hooks = [
             stack.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -99,7 +100,7 @@ class ReferenceRule:
 
     def _decide(self, query: Tensor, output: Tensor, label: Tensor) -> int:
         """Apply the edit table with the distance as `cdist` gives it; return the edited row."""
-        fresh = output if self._start == "warm" else torch.rand(len(output))
+        fresh = output if self._start == "warm" else torch.rand(len(output), generator=self._cold)
         distance, near = math.inf, -1
         if self._keys:
             lowest = torch.cdist(query[None], torch.stack(self._keys)).min(1)
