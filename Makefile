@@ -22,6 +22,16 @@ test: .venv/.test  ## the tests, all but the slow ones
 slow: .venv/.test  ## the slow tests
 	$(BIN)/python -m pytest -q -m slow
 
+# A reader that does what none must ends the run; its input is then the only file in FOUND that is
+# named crash-, timeout- or oom-: give it to `readers.take`, mend what it found, and keep it in the corpus.
+SECONDS ?= 60
+FOUND := build/fuzz
+CORPUS := tests/fuzz/corpus
+fuzz: .venv/.fuzz  ## readers of foreign files, each with inputs guided by coverage, a minute; SECONDS=600
+	mkdir -p $(FOUND)/inputs
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m fuzz -max_total_time=$(SECONDS) \
+		-max_len=512 -timeout=20 -rss_limit_mb=4096 -artifact_prefix=$(FOUND)/ $(FOUND)/inputs $(CORPUS)
+
 # A build that stops at the first invalid access or undefined step, in a folder of its own. Python
 # is not built so: the sanitizers are loaded before it, and what it never frees is not reported.
 SANITIZED := build/sanitized/lib
@@ -138,10 +148,12 @@ clean:  ## drop what was built
 	touch $@
 
 # The GPU look-up takes nvcc two minutes, so only the tests have it built.
-.venv/.demo .venv/.evaluate .venv/.bench .venv/.dev: export GRACE_FAST_CUDA := 0
-.venv/.demo .venv/.evaluate .venv/.test .venv/.bench .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
+.venv/.demo .venv/.evaluate .venv/.bench .venv/.fuzz .venv/.dev: export GRACE_FAST_CUDA := 0
+.venv/.demo .venv/.evaluate .venv/.test .venv/.bench .venv/.fuzz .venv/.dev: .venv/.%: .venv/.python $(SOURCES)
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
-.PHONY: help demo evaluate $(EVALUATIONS) test slow sanitize tsan bench bench-million bench-ten-million bench-beside-appends bench-readers \
-	bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-full gpu check fix clean
+.PHONY: $(EVALUATIONS)
+.PHONY: help demo evaluate test slow fuzz sanitize tsan bench bench-million bench-ten-million bench-beside-appends \
+	bench-readers bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate \
+	gate-full gpu check fix clean

@@ -16,6 +16,7 @@ from grace_fast import calibrate
 from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
+from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
 from grace_fast.hosts import place, uncompiled
 from grace_fast.positions import Query
@@ -50,13 +51,14 @@ def attach(
     stop_loss: float | None = None,
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None = None,
     calibration_edits: Iterable[CalibrationEdit] | None = None,
+    codebook: Codebook | None = None,
     path: str | Path | None = None,
     store_text: bool = False,
     max_radius: float | None = None,
     hmac_key: bytes | None = None,
     read_only: bool = False,
 ) -> Grace:
-    """Put an empty codebook on one layer of a model, which answers as before until it is edited.
+    """Put a codebook on one layer of a model, which answers as before until it is edited.
 
     layer: the dotted name of a linear layer, as in `model.named_modules()`.
     epsilon: the radius of a new key, in the units of the layer's input; "auto" measures it on
@@ -74,6 +76,9 @@ def attach(
         type needs for the same prompt in another batch.
     stop_loss: training stops below this loss once the prediction is right; .1 by default, never in
         `reference` semantics.
+    codebook: the one to put there, by default an empty one; `gf.open` gives one that stays on the
+        disk, of millions of keys. Its rows answer at once; they are no edits, and edits beside them
+        leave its files as they are.
     path: a directory; every edit is on its disk before anybody is answered by it, and a codebook
         that is there already is opened, with the settings it was made with. One editor at a time
         has it, until it is unloaded.
@@ -89,6 +94,8 @@ def attach(
     """
     found, module = find_layer(model, layer)
     _refuse_second(found, module, name)
+    if codebook is not None:
+        _refuse_unfit(codebook, found, module, path)
     if hmac_key is not None:
         manifest.require_key(hmac_key)
     if read_only or (path is not None and files.holds_codebook(path)):
@@ -126,6 +133,8 @@ def attach(
     lock = None if path is None else Lock(Path(path))
     try:
         grace = Grace(model, module, settings, tokenizer, path, name, hmac_key, lock)
+        if codebook is not None:
+            grace.take(codebook, History())
     except BaseException:
         if lock is not None:
             lock.close()
@@ -238,7 +247,7 @@ def _attach_saved(
     book, history, journal = saved.open(
         "cpu" if placed is None else placed[0], read_only=not durable
     )
-    _refuse_other_widths(path, layer, module, book)
+    _refuse_other_widths(str(path), layer, module, book)
     kept = path if durable or follow else None
     grace = Grace(model, module, saved.settings, tokenizer, kept, name, saved.hmac_key, lock)
     grace.hits.update(saved.hits)
@@ -254,11 +263,32 @@ def _attach_saved(
     return grace
 
 
-def _refuse_other_widths(path: str | Path, layer: str, module: nn.Module, book: Codebook) -> None:
+def _refuse_other_widths(name: str, layer: str, module: nn.Module, book: Codebook) -> None:
     wanted, given = declared_widths(module), (book.key_dim, book.value_dim)
     if any(width not in (None, other) for width, other in zip(wanted, given, strict=True)):
         raise CodebookMismatch(
-            f"{path} has keys and values of the widths {given}, {layer} wants {wanted}"
+            f"{name} has keys and values of the widths {given}, {layer} wants {wanted}"
+        )
+
+
+def _refuse_unfit(book: Codebook, layer: str, module: nn.Module, path: str | Path | None) -> None:
+    """Raise where a codebook cannot answer for a layer, or not be kept in a directory."""
+    if not isinstance(book, Codebook):
+        raise TypeError(f"codebook must be a Codebook, got {type(book).__name__}")
+    _refuse_other_widths("the codebook", layer, module, book)
+    wanted, given = place(module), (book.device, book.dtype)
+    if wanted is not None and wanted != given:
+        raise CodebookMismatch(
+            f"the codebook holds {given[1]} on {given[0]}, "
+            f"{layer} computes {wanted[1]} on {wanted[0]}"
+        )
+    if path is None:
+        return
+    if files.holds_codebook(path):
+        raise ValueError(f"{path} holds a codebook already: give either path or codebook")
+    if book.snapshot().key_file is not None:
+        raise ValueError(
+            "a codebook that lies in files of its own takes edits in memory only: leave out path"
         )
 
 

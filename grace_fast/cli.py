@@ -604,7 +604,7 @@ def _read_edits(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             _fail(f"{path}, line {number} is not JSON: {error}")
         if not isinstance(fields, dict) or "target" not in fields:
             _fail(f"{path}, line {number} must be an object with a prompt and a target")

@@ -70,7 +70,7 @@ class Explanation:
     """Why one prompt is answered as it is."""
 
     fires: bool  # the nearest key's ball holds the query
-    edit: int | None  # the newest edit on the nearest row; None for an empty codebook
+    edit: int | None  # the newest edit on the nearest row; None where no edit made it, or none is
     row: int  # the nearest row, -1 for an empty codebook
     distance: float  # to it, inf for an empty codebook
     radius: float  # of it, NaN for an empty codebook

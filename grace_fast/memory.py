@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from grace_fast.device_memory import DeviceRows, driver_of
 
@@ -83,7 +84,7 @@ def bounded(view: Tensor) -> Tensor:
     `torch.save` and `copy.deepcopy` read the whole storage of a tensor, and most of a store's is
     reserved and not there.
     """
-    return torch.from_dlpack(view)
+    return from_dlpack(view)
 
 
 def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | None = None) -> Rows:

@@ -97,6 +97,17 @@ CATALOGUE: dict[str, tuple[str, tuple[str, ...]]] = {
         "contents that are not finite, too wide or out of place are named, or dropped and listed",
         ("test_hostile_contents.py::*", "test_repair.py::*"),
     ),
+    "F4": (
+        "whatever bytes a reader is given: it refuses them in words, or what it gives serves",
+        (
+            "test_fuzz_corpus.py::*",
+            "test_hostile_contents.py::"
+            "test_drawn_columns_are_refused_or_make_a_codebook_that_serves",
+            "test_hostile_contents.py::"
+            "test_drawn_versions_of_a_journal_are_refused_or_make_a_codebook_that_serves",
+            "make fuzz",
+        ),
+    ),
     "N1": (
         "NaN, infinite, huge, denormal and zero queries: misses, other rows unaffected",
         (
@@ -188,7 +199,7 @@ def test_a_row_of_the_catalogue_is_tested_where_it_says(row, place):
 
 def test_what_ci_has_to_run_of_it_ci_runs():
     steps = (ROOT / ".ci" / "run").read_text().splitlines()
-    assert {"make test", "make slow", "make sanitize", "make tsan"} <= set(steps)
+    assert {"make test", "make slow", "make fuzz", "make sanitize", "make tsan"} <= set(steps)
 
 
 def test_a_row_is_covered_or_says_what_it_takes():

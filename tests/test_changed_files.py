@@ -15,7 +15,8 @@ from disk import (
     in_memory,
     some_keys,
 )
-from safetensors.torch import load_file, save_file
+from fuzz.damage import put_tensors
+from safetensors.torch import load_file
 
 import grace_fast as gf
 from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES
@@ -41,22 +42,14 @@ def overwrite(path, at, content):
 
 def replace_tensor(folder, which, name, change):
     """Change one tensor, with the checksum that suits it: what checksums do not see."""
-    config = files.read_config(folder)
-    file = folder / config[which]["file"]
-    tensors = load_file(file)
-    tensors[name] = change(tensors[name]).contiguous()
-    save_file(tensors, file)
-    config[which]["sha256"][name] = files.checksum(tensors[name])
-    change_config(folder, **{which: config[which]})
+    tensors = load_file(folder / files.read_config(folder)[which]["file"])
+    put_tensors(folder, which, tensors | {name: change(tensors[name])})
 
 
 def drop_tensor(folder, which, name):
-    config = files.read_config(folder)
-    file = folder / config[which]["file"]
-    tensors = load_file(file)
-    del tensors[name], config[which]["sha256"][name]
-    save_file(tensors, file)
-    change_config(folder, **{which: config[which]})
+    tensors = load_file(folder / files.read_config(folder)[which]["file"])
+    del tensors[name]
+    put_tensors(folder, which, tensors)
 
 
 OPENING = {

@@ -12,13 +12,13 @@ import math
 import golden_codebooks as golden
 import pytest
 import torch
+from fuzz.serving import assert_decides_by_the_law, assert_serves
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
 from test_changed_files import change_config, replace_tensor
 
 import grace_fast as gf
-from grace_fast import semantics
 from grace_fast.attachment import read_saved
 from grace_fast.edits import History
 from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES
@@ -346,16 +346,6 @@ def test_odd_numbers_that_may_be_are_decided_by_the_law(name, edited):
     assert_decides_by_the_law(gf.open(edited))
 
 
-def assert_decides_by_the_law(book):
-    queries = torch.cat((golden.questions(), book.keys, torch.full((1, golden.WIDTH), math.nan)))
-    found = gf.find(queries, book)
-    row, squared = semantics.nearest(queries, book.keys, book.live)
-    radius = torch.cat((book.radii.double(), torch.tensor([-1.0])))[row]
-    hit = (radius >= 0) & (squared <= radius * radius)
-    assert torch.equal(found.hit, hit)
-    assert torch.equal(found.row[hit], row[hit])
-
-
 # The cap of epsilon
 
 
@@ -517,14 +507,9 @@ def changed(data, tensors):
     return tensors
 
 
-def assert_serves(data, book, history):
-    """Look up, verify, and undo every edit in any order."""
-    assert_decides_by_the_law(book)
-    for edit in data.draw(st.permutations(list(history.edits))):
-        history.verify(book, EDITOR.settings.rules(book.dtype))
-        with book.writing() as draft:
-            history.undo(draft, edit)
-    assert_decides_by_the_law(book)
+def assert_serves_in_any_order(data, book, history):
+    order = data.draw(st.permutations(list(history.edits)))
+    assert_serves(book, history, EDITOR.settings.rules(book.dtype), order)
 
 
 @given(st.data())
@@ -537,7 +522,7 @@ def test_drawn_columns_are_refused_or_make_a_codebook_that_serves(data):
         history = past.unpack_history(tensors, book.snapshot(), {}, 9)
     except gf.CodebookCorrupt:
         return
-    assert_serves(data, book, history)
+    assert_serves_in_any_order(data, book, history)
 
 
 @pytest.fixture(scope="module")
@@ -562,7 +547,7 @@ def test_drawn_versions_of_a_journal_are_refused_or_make_a_codebook_that_serves(
         past.check_replayed(book.snapshot(), history, None)
     except gf.CodebookCorrupt:
         return
-    assert_serves(data, book, history)
+    assert_serves_in_any_order(data, book, history)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ so that any edit can be rolled back. EasyEdit itself compares an edit with the l
 from __future__ import annotations
 
 import copy as copying
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,10 +23,13 @@ from grace_fast import semantics as law
 from grace_fast.attachment import find_layer
 from grace_fast.codebook import Draft
 from grace_fast.compat.adaptor import Adaptor, Change
-from grace_fast.compat.method import read_method, read_steps
+from grace_fast.compat.method import number, read_method, read_steps
 from grace_fast.compat.reference import Editor
 from grace_fast.compat.teaching import prompt_end
 from grace_fast.semantics import IGNORED_LABEL, Rules
+
+# What PyYAML raises, beside its own, for tags that do not suit their text, and for deep ones.
+_ODD_YAML = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
 
 @dataclass
@@ -56,21 +60,27 @@ class GraceHyperParams:
     def from_hparams(cls, hparams_name_or_path: str | Path) -> GraceHyperParams:
         """Read a YAML file; `.yaml` may be left out of its name.
 
-        Raises: FileNotFoundError, ValueError for another algorithm or without `inner_params`.
+        Raises: FileNotFoundError, ValueError for what is no YAML, another algorithm, a rate or
+        radius that is no number, or without `inner_params`.
         """
         import yaml
 
         path = Path(hparams_name_or_path)
         path = path if ".yaml" in path.name else path.with_name(f"{path.name}.yaml")
-        given = yaml.safe_load(path.read_text())
+        try:
+            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, *_ODD_YAML) as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(given, dict) or given.get("alg_name") != "GRACE":
             found = given.get("alg_name") if isinstance(given, dict) else given
-            raise ValueError(f"{path} must have alg_name: GRACE, got {found!r}")
-        if not given.get("inner_params"):
-            raise ValueError(f"{path} needs inner_params: the layers to edit")
+            # Not repr: an alias within aliases is short in a file and endless when written out.
+            raise ValueError(f"{path} must have alg_name: GRACE, got {reprlib.repr(found)}")
+        layers = given.get("inner_params")
+        if not (isinstance(layers, list) and layers and all(isinstance(n, str) for n in layers)):
+            raise ValueError(f"{path} needs inner_params: a list of the layers to edit")
         known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
         # YAML takes 1e-3 for text.
-        known |= {name: float(known[name]) for name in ("edit_lr", "eps") if name in known}
+        known |= {name: number(name, known[name]) for name in ("edit_lr", "eps") if name in known}
         return cls(**known)
 
 
@@ -129,6 +139,7 @@ class GRACEAdapter(Adaptor):
 
         Raises: as `Adaptor.load`.
         """
+        self._check("keys", keys)
         ids = [touches[0].edit_id for touches in self._touches] if edit_ids is None else edit_ids
         if edit_ids is not None and len(ids) != len(keys):
             raise ValueError(f"edit_ids must be {len(keys)}, one for each key, got {len(ids)}")

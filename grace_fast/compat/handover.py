@@ -119,18 +119,28 @@ def _move_codebook(original: Any, twin: Adaptor, name: str) -> None:
     missing = [part for part in CODEBOOK if not hasattr(original, part)]
     if missing:
         raise ValueError(f"the adaptor at {name} has keys but no {', '.join(missing)}")
+    for part in ("keys", "values"):
+        if not isinstance(given := getattr(original, part), Tensor):
+            raise TypeError(
+                f"{part} of the adaptor at {name} must be a tensor, got {type(given).__name__}"
+            )
     device = home(twin.layer)[0]
     keys: Tensor = original.keys.detach().to(device)
     values = original.values.detach().to(device)
-    epsilons = torch.as_tensor(original.epsilons).to(device)
-    labels = list(original.key_labels)
+    try:
+        epsilons = torch.as_tensor(original.epsilons).to(device)
+        labels = list(original.key_labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"epsilons and key_labels of the adaptor at {name} must be numbers and a list: {error}"
+        ) from error
     if not isinstance(twin, easyedit.GRACEAdapter):
         twin.load(keys, values, epsilons, labels)
         return
     labels.reverse()
     ids = _flat(getattr(original, "edit_ids", []))
-    if len(ids) != len(keys):
-        ids = [None] * len(keys)
+    if keys.shape[:1] != (len(ids),):
+        ids = [None] * len(labels)
     twin.load(keys, values, epsilons, labels, ids)
     if len(keys) > 1:
         warnings.warn(

@@ -236,12 +236,28 @@ class LiveCodebook(nn.Module):
             if saved or self._book is not None:
                 missing_keys += [prefix + name for name in STORED if name not in saved]
             return
-        sizes = saved["key_label_sizes"].tolist()
-        labels = [label[None] if len(label) else None for label in saved["key_labels"].split(sizes)]
         try:
+            labels = _labels_in(saved["key_labels"], saved["key_label_sizes"])
             self.load(saved["keys"], saved["values"], saved["epsilons"], labels)
         except (TypeError, ValueError) as error:
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+def _labels_in(ids: Any, sizes: Any) -> list[Tensor | None]:
+    """Return the labels of a state_dict, [1, T] each, of their ids one after the other.
+
+    Raises: TypeError, ValueError where the sizes are not those of the ids.
+    """
+    for name, given in (("key_labels", ids), ("key_label_sizes", sizes)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(given).__name__}")
+        if given.ndim != 1 or given.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64 [*], got {given.dtype} {tuple(given.shape)}")
+    # Each one first: a sum of huge sizes wraps around.
+    if bool(((sizes < 0) | (sizes > len(ids))).any()) or int(sizes.sum()) != len(ids):
+        raise ValueError(f"key_label_sizes must add up to the {len(ids)} key_labels")
+    parts = ids.split(sizes.tolist()) if len(sizes) else ()
+    return [label[None] if len(label) else None for label in parts]
 
 
 def home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:

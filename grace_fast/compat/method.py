@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
@@ -39,7 +41,7 @@ def read_method(read: Read, read_idle: Read) -> Method:
     Raises: ValueError for a mode that does not exist, naming those that do.
     """
     method = Method(
-        epsilon=float(read("eps")),
+        epsilon=number("eps", read("eps")),
         replacement=cast(Replacement, one_of("replacement", read("replacement"), Replacement)),
         val_init=cast(ValueInit, one_of("val_init", read("val_init"), ValueInit)),
         eps_expand=cast(Expand, one_of("eps_expand", read("eps_expand"), Expand)),
@@ -55,12 +57,12 @@ def read_steps(read: Read) -> Steps:
 
     Raises: ValueError for fewer than one step or a learning rate that is not positive.
     """
-    n_iter, edit_lr = int(read("n_iter")), float(read("edit_lr"))
-    if n_iter < 1:
-        raise ValueError(f"n_iter must be at least 1, got {n_iter}")
+    n_iter, edit_lr = number("n_iter", read("n_iter")), number("edit_lr", read("edit_lr"))
+    if not 1 <= n_iter < math.inf:
+        raise ValueError(f"n_iter must be at least 1, got {n_iter:g}")
     if not edit_lr > 0:
         raise ValueError(f"edit_lr must be a number > 0, got {edit_lr}")
-    return Steps(n_iter, edit_lr)
+    return Steps(int(n_iter), edit_lr)
 
 
 def one_of(name: str, given: Any, choices: Any) -> str:
@@ -69,5 +71,16 @@ def one_of(name: str, given: Any, choices: Any) -> str:
     Raises: ValueError naming them.
     """
     if given not in get_args(choices):
-        raise ValueError(f"{name} must be one of {get_args(choices)}, got {given!r}")
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {reprlib.repr(given)}")
     return str(given)
+
+
+def number(name: str, given: Any) -> float:
+    """Return a setting that is a number, or text of one.
+
+    Raises: ValueError naming it.
+    """
+    try:
+        return float(given)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name} must be a number, got {reprlib.repr(given)}") from None

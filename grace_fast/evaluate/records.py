@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,13 @@ def read(path: Path, fields: Mapping[str, Check]) -> list[dict[str, Any]]:
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with _told(path), path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number} must be an object, got {_short(record)}")
@@ -92,7 +93,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as lines:
+    with _told(path), path.open(encoding="utf-8", newline="") as lines:
         reader = csv.DictReader(lines)
         for record in reader:
             # A short line has None for what it lacks, a long one its rest under None.
@@ -100,6 +101,15 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 reader.line_num,
                 {name: value for name, value in record.items() if name and value is not None},
             )
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Say of which file it is that a line cannot be read."""
+    try:
+        yield
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not {path.suffix} in UTF-8: {error}") from error
 
 
 def _short(value: Any) -> str:

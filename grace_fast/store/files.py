@@ -113,12 +113,17 @@ def _drop_others(folder: Path, names: set[str]) -> None:
     """Remove the files of a codebook that is no longer the directory's."""
     for stem in _STEMS:
         for old in folder.glob(f"{stem}-*.safetensors"):
-            if old.name not in names:
+            if old.name not in names and not _is_folder(old):
                 old.unlink()
     for old in folder.glob(f"{JOURNALS}-*.sqlite"):
-        if old.name not in names:
-            old.with_name(old.name + "-journal").unlink(missing_ok=True)
-            old.unlink()
+        for each in (old.with_name(old.name + "-journal"), old):
+            if old.name not in names and not _is_folder(each):
+                each.unlink(missing_ok=True)
+
+
+def _is_folder(path: Path) -> bool:
+    """Tell whether a folder has the name of a file; it is none of ours, and stays."""
+    return path.is_dir() and not path.is_symlink()
 
 
 def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -150,10 +150,16 @@ class Journal:
 
     def _head(self) -> tuple[int, bytes]:
         with self._reading():
-            rows = self._file.execute("SELECT version, checksum FROM head").fetchall()
+            # One statement, so that a version that is just appended is in neither or in both.
+            rows = self._file.execute(
+                "SELECT version, checksum, (SELECT max(version) FROM versions) FROM head"
+            ).fetchall()
         if len(rows) != 1 or not isinstance(rows[0][0], int) or not isinstance(rows[0][1], bytes):
             raise CodebookCorrupt(f"{self.path} does not say which version is the last")
-        return rows[0][0], rows[0][1]
+        version, checksum, newest = rows[0]
+        if newest is not None and newest > version:
+            raise CodebookCorrupt(f"{self.path}: version {version} is the last, found {newest}")
+        return version, checksum
 
     def append(self, version: int, kind: str, content: bytes, when: float | None = None) -> None:
         """Put one version behind the others and on the disk.

@@ -6,6 +6,7 @@ into a new directory, and every test of a directory is made there before it gets
 
 from __future__ import annotations
 
+import errno
 import secrets
 import shutil
 import tempfile
@@ -78,10 +79,13 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
         if target.exists():
             target.rmdir()
         partial.rename(target)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, UnicodeDecodeError) as error:
         raise CodebookCorrupt(f"{source} is not a packed codebook: {error}") from error
-    except FileNotFoundError as error:
-        if error.filename is not None:
+    except OSError as error:
+        # It tells of a place before its beginning, or lacks a file of a directory.
+        if error.filename is not None or not (
+            isinstance(error, FileNotFoundError) or error.errno == errno.EINVAL
+        ):
             raise
         raise CodebookCorrupt(f"{source} is not a packed codebook: {error}") from error
     finally:

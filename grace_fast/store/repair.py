@@ -197,7 +197,8 @@ def _require_like(columns: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -
     lengths: dict[str, int] = {}
     for name, each in wanted.items():
         found = columns.get(name)
-        if found is None or found.dtype != each.dtype or found.shape[1:] != each.shape[1:]:
+        kind = (each.ndim, each.dtype, each.shape[1:])
+        if found is None or (found.ndim, found.dtype, found.shape[1:]) != kind:
             raise CodebookCorrupt(f"{name} must be {each.dtype}, one for each row", field=name)
         stem = name if name.startswith("labels") else name.split(".")[0]
         if len(found) != lengths.setdefault(stem, len(found)):

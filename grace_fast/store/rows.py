@@ -44,6 +44,10 @@ class RowWriter:
         self._shape = Shape(known["rows"] if known else 0, width, dtype)
         self._checks: list[str] = list(known["checks"]) if known else []
         self._file = os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b")
+        size = os.fstat(self._file.fileno()).st_size
+        if self.rows and size < HEADER_BYTES + self._shape.nbytes:
+            self._file.close()
+            raise CodebookCorrupt(f"{path} has fewer rows than were written; remove {path.parent}")
         self._file.truncate(HEADER_BYTES + self._shape.nbytes)
         full = self._shape.nbytes // BLOCK_BYTES * BLOCK_BYTES
         self._last_check = sha256(self._pread(full, self._shape.nbytes))

@@ -90,9 +90,15 @@ def write(
 
     described: what the manifest says of them beside what these two hold.
 
-    Raises: OSError where it cannot be written, MemoryError where there is no room to prepare it;
+    Raises: ValueError for a codebook that lies in files of its own, which hold no edits; OSError
+    where it cannot be written, MemoryError where there is no room to prepare it;
     what was there before stays valid then.
     """
+    if snapshot.key_file is not None:
+        raise ValueError(
+            f"the codebook lies in {snapshot.key_file.path.parent}, whose files hold no edits: "
+            "gf.save writes its keys and values, to be opened by gf.open"
+        )
     texts = past.texts_of(history)
     config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
     tensors = layout.pack_codebook(snapshot) | past.pack_history(history, snapshot)
@@ -154,7 +160,7 @@ def read_saved(
     if "settings" not in config:
         raise files.CodebookCorrupt(
             f"{path} holds a codebook alone (gf.save), without the settings of a model; "
-            "open it with gf.open"
+            "open it with gf.open, and give that to attach(codebook=)"
         )
     try:
         settings = Settings(**config["settings"])

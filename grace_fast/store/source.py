@@ -13,6 +13,7 @@ from grace_fast.mapped import CodebookCorrupt
 from grace_fast.store import headers
 
 _BLOCK_BYTES = 1 << 25
+_SHAPES = {"keys": ("[M, D]", 2), "values": ("[M, V]", 2), "radii": ("[M]", 1)}
 
 
 class FilesOfRows:
@@ -57,9 +58,11 @@ class FilesOfRows:
                 missing = sorted(set(wanted) - set(opened.keys()))
                 if missing:
                     raise ValueError(f"{path} must hold {wanted}, and has no {missing}")
-                keys = opened.get_slice("keys").get_shape()
+                shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
         except (SafetensorError, CodebookCorrupt) as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
-        if len(keys) != 2:
-            raise ValueError(f"{path}: keys must be [M, D], got {keys}")
-        return int(keys[0])
+        for name, (wanted_shape, rank) in _SHAPES.items():
+            shape = shapes.get(name, [1] * rank)
+            if len(shape) != rank or 0 in shape[1:]:
+                raise ValueError(f"{path}: {name} must be {wanted_shape}, got {shape}")
+        return int(shapes["keys"][0])

@@ -32,6 +32,7 @@ from grace_fast.building import Build
 from grace_fast.codebook import DTYPES, Codebook, Snapshot, checked_radii, checked_rows
 from grace_fast.codes import Codes
 from grace_fast.mapped import (
+    BLOCK_BYTES,
     HEADER_BYTES,
     CodebookCorrupt,
     MappedFile,
@@ -39,7 +40,7 @@ from grace_fast.mapped import (
     refuse_special,
 )
 from grace_fast.order import Encoded
-from grace_fast.store import files, headers, layout, resident
+from grace_fast.store import files, headers, layout, manifest, resident
 from grace_fast.store.background import behind
 from grace_fast.store.coded import pack_map, pack_state, unpack_map
 from grace_fast.store.rows import RowWriter, Written
@@ -50,6 +51,7 @@ Block = tuple[Any, Any, Any]  # keys [M, D], values [M, V], radii [M]; tensors o
 Blocks = Iterable[Block] | Callable[[int], Iterable[Block]]
 STATE = "state.json"
 FORMAT = 2  # of the state
+_SHA256 = re.compile("[0-9a-f]{64}")
 _TOKEN = re.compile("[0-9a-f]{16}")  # nothing that leads out of the directory
 CHECKPOINT_BYTES = 1 << 29  # of keys and values, between two states: a second of writing
 CHECKPOINT_KEYS = 1 << 18  # encoded between two states
@@ -132,6 +134,8 @@ class _Unfinished:
                 raise CodebookCorrupt(f"{file} has format {known}, wanted {FORMAT}; remove {work}")
             if not _TOKEN.fullmatch(str(self._state.get("token"))):
                 raise CodebookCorrupt(f"{file} does not name the files of a build; remove {work}")
+            if not _is_complete(self._state):
+                raise CodebookCorrupt(f"{file} does not tell what was written; remove {work}")
 
     def _save_state(self, **changes: Any) -> None:
         self._state |= {"format": FORMAT, **changes}
@@ -295,6 +299,8 @@ class _Unfinished:
         """Have the map that was fitted before the interruption, or fit it; False without any."""
         if "map" in self._state:
             tensors = files.read_file(self._work, self._state["map"])
+            if "floor" not in tensors:
+                raise CodebookCorrupt(f"{self._work}: the map has no floor; remove {self._work}")
             made.phi = unpack_map(tensors, self._state["widths"]["keys"])
             made.floor = float(tensors["floor"])
             return True
@@ -361,6 +367,49 @@ def _mapped(
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, max(1, shape[0] * shape[1] * dtype.itemsize))
     return np.memmap(path, dtype, "r+", shape=shape)
+
+
+def _is_complete(state: Mapping[str, Any]) -> bool:
+    """Tell whether a state says all that a build goes on from, each part of its type."""
+    widths, dtype = state.get("widths"), state.get("dtype")
+    if not isinstance(dtype, str) or dtype not in files.DTYPES or not isinstance(widths, dict):
+        return False
+    if widths.keys() != set(files.MAPPED) or not all(
+        _is_count(width, 1) for width in widths.values()
+    ):
+        return False
+    sizes = {"radii": 4} | {
+        name: width * files.DTYPES[dtype].itemsize for name, width in widths.items()
+    }
+    rows = [_rows_of(state.get(name), sizes[name]) for name in STREAMED]
+    encoded, fitted = state.get("encoded", {}), state.get("map", {})
+    return (
+        None not in rows
+        and (len(set(rows)) == 1 or not state.get("written"))
+        and isinstance(fitted, dict)
+        and isinstance(encoded, dict)
+        and set(encoded) in (set(), {"rows", "near_error", "far_error"})
+        and all(isinstance(each, int | float) for each in encoded.values())
+        and _is_count(encoded.get("rows", 0), 0)
+        and encoded.get("rows", 0) <= (rows[0] or 0)
+    )
+
+
+def _rows_of(checkpoint: Any, row_bytes: int) -> int | None:
+    """Return how many rows a checkpoint tells of; None where it is none of such rows."""
+    if not isinstance(checkpoint, dict) or checkpoint.keys() != {"rows", "checks", "last_check"}:
+        return None
+    rows, checks = checkpoint["rows"], checkpoint["checks"]
+    if not _is_count(rows, 0) or not isinstance(checks, list):
+        return None
+    sums = [*checks, checkpoint["last_check"]]
+    if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in sums):
+        return None
+    return int(rows) if len(checks) == rows * row_bytes // BLOCK_BYTES else None
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < manifest.MAX_NUMBER
 
 
 def _tensors(block: Block) -> tuple[Tensor, Tensor, Tensor]:
