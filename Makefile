@@ -11,8 +11,10 @@ help:  ## list the targets
 demo: .venv/.demo  ## repair real mistakes of a real model, offline, in a few minutes
 	$(BIN)/grace-fast demo
 
-evaluate: .venv/.evaluate  ## three lifelong evaluations, offline, models trained here, in minutes
-	for task in facts labels fabrications; do $(BIN)/grace-fast evaluate $$task || exit 1; done
+EVALUATIONS := evaluate-fabrications evaluate-facts evaluate-labels
+evaluate: $(EVALUATIONS)  ## three lifelong evaluations, offline, models trained here; -j2 takes two cores
+$(EVALUATIONS): evaluate-%: .venv/.evaluate
+	$(BIN)/grace-fast evaluate $*
 
 test: .venv/.test  ## the tests, all but the slow ones
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -151,6 +153,7 @@ clean:  ## drop what was built
 	$(BIN)/pip install -q -c constraints.txt -e '.[$*]'
 	touch $@
 
+.PHONY: $(EVALUATIONS)
 .PHONY: help demo evaluate test slow fuzz sanitize tsan bench bench-million bench-ten-million bench-beside-appends \
 	bench-readers bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate \
 	gate-full gpu check fix clean

@@ -7,9 +7,13 @@ then each edit, paraphrase and unrelated input is looked up.
     usable: TRR >= 1 - budget, and ERR + TRR within 1 % of the best of these
     chosen: of the usable, the one that generalises most
 
+Distances do not say whether a value at a layer can be trained to give an answer. Where that was
+tried, layers at which too few edits were learnt are left out.
+
 Of several that generalise alike the middle one is taken: it is farthest from the ends, where balls
 hold no paraphrase or swallow their neighbours. A sample with as many edits as are to come says how
-crowded the codebook will be; a smaller one is too kind to large epsilons. How sure the choice is
+crowded the codebook will be; a smaller one is too kind to large epsilons, so where it holds less
+than a third of them the smallest is taken. How sure the choice is
 comes from a bootstrap over what the inputs are about. Without a sample of edits there is a rule of
 thumb, `epsilon_from`.
 """
@@ -17,8 +21,8 @@ thumb, `epsilon_from`.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -36,6 +40,8 @@ BUDGET = 0.01  # of unrelated inputs that may be disturbed
 USABLE = 0.01  # what of ERR + TRR may be given up to generalise
 ALIKE = 0.005  # generality that differs by less is alike
 NEAR_BEST = 0.02
+CROWDED = 3  # times as many edits to come as in the sample
+LEARNABLE = 0.75  # of the edits that were tried at a layer
 RESAMPLES = 500
 GRID = 24
 CHUNK = 256  # queries whose differences to every key are held at once
@@ -119,6 +125,12 @@ class Recommendation:
     intervals: dict[str, tuple[float, float]]  # 95 %, of epsilon, ERR, generality and TRR
     near_best: float  # the share of resamples in which its ERR + TRR is within 2 % of their best
     trials: tuple[Trial, ...]
+    learnt: Mapping[str, float] = field(default_factory=dict)  # the share by layer, where tried
+
+    @property
+    def learnable(self) -> bool:
+        """Whether edits can be learnt at the layer, as far as that was tried."""
+        return self.learnt.get(self.layer, 1.0) >= LEARNABLE
 
 
 def measure(layer: str, edits: Labelled, paraphrases: Labelled, unrelated: Labelled) -> Distances:
@@ -220,12 +232,16 @@ def recommend(
     epsilons: Sequence[float] | None = None,
     budget: float = BUDGET,
     seed: int = 0,
+    learnt: Mapping[str, float] | None = None,
+    expected: int = 0,
 ) -> Recommendation:
     """Try every epsilon at every layer and return the best within a budget.
 
     measured: one a layer, of the same sample; rules: how edits are decided, but for their epsilon;
     epsilons: those to try, by default a grid over the distances of each layer; budget: the share of
-    unrelated inputs that may be disturbed.
+    unrelated inputs that may be disturbed; learnt: by layer, the share of edits that could be
+    trained there. Layers below `LEARNABLE` are left out, unless all are: `learnable` says so;
+    expected: edits to come, 0 for about as many as in the sample.
 
     Raises: ValueError where nothing was measured or the budget is not a share.
     """
@@ -233,15 +249,19 @@ def recommend(
         raise ValueError("calibration needs at least one layer, got none")
     if not 0 <= budget <= 1:
         raise ValueError(f"the locality budget must be a share in [0, 1], got {budget}")
-    trials = [
+    learnt = dict(learnt or {})
+    able = _able([distances.layer for distances in measured], learnt)
+    every = [
         attempt(distances, replace(rules, epsilon=epsilon))
         for distances in measured
         for epsilon in (grid(distances) if epsilons is None else epsilons)
     ]
+    trials = [trial for trial in every if trial.layer in able]
     measures = np.array([[trial.err, trial.generality, trial.trr] for trial in trials])
-    chosen = _choose(trials, measures, budget)
+    smallest = expected > CROWDED * len(measured[0].edits.labels)
+    chosen = _choose(trials, measures, budget, smallest)
     drawn = _resampled(measured[0], trials, seed)  # [RESAMPLES, trials, 3]
-    picks = np.array([trials[_choose(trials, one, budget)].epsilon for one in drawn])
+    picks = np.array([trials[_choose(trials, one, budget, smallest)].epsilon for one in drawn])
     kept = drawn[:, :, 0] + np.nan_to_num(drawn[:, :, 2], nan=1.0)
     best = trials[chosen]
     names = ("ERR", "generality", "TRR")
@@ -255,12 +275,23 @@ def recommend(
         trr=best.trr,
         intervals={"epsilon": _interval(picks), **intervals},
         near_best=float((kept[:, chosen] >= (1 - NEAR_BEST) * kept.max(axis=1)).mean()),
-        trials=tuple(trials),
+        trials=tuple(every),
+        learnt=learnt,
     )
 
 
-def _choose(trials: Sequence[Trial], measures: NDArray[np.float64], budget: float) -> int:
+def _able(layers: Sequence[str], learnt: Mapping[str, float]) -> set[str]:
+    """Return the layers at which edits can be learnt, as far as that was tried; all if at none."""
+    able = {layer for layer in layers if learnt.get(layer, 1.0) >= LEARNABLE}
+    return able or set(layers)
+
+
+def _choose(
+    trials: Sequence[Trial], measures: NDArray[np.float64], budget: float, smallest: bool
+) -> int:
     """Return the trial to recommend, given ERR, generality and TRR of each, [trials, 3].
+
+    smallest: take the smallest epsilon of those that generalise alike, not the middle one.
 
     What was not measured (NaN) counts alike for all.
     """
@@ -273,6 +304,8 @@ def _choose(trials: Sequence[Trial], measures: NDArray[np.float64], budget: floa
     usable = kept >= (1 - USABLE) * kept.max()
     general = np.where(usable, generality, -math.inf)
     best = int(general.argmax())
+    if smallest:
+        return best
     last = best
     while (
         last + 1 < len(trials)

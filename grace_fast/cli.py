@@ -207,12 +207,19 @@ def calibrate(
     budget: Annotated[
         float, typer.Option(help="Share of unrelated inputs that may be disturbed.")
     ] = 0.01,
+    tries: Annotated[
+        int,
+        typer.Option(min=0, help="Edits to try at each layer; 0: go by the distances alone."),
+    ] = 8,
     plot: Annotated[Path | None, typer.Option(help="Where the trade-off is drawn, a PNG.")] = None,
     seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Where trained models are kept.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Find layer and epsilon from the distances of a sample, and say how sure they are."""
+    """Find layer and epsilon from a sample of edits, and say how sure they are.
+
+    Ends with code 1 where too few edits can be learnt at any of the layers.
+    """
     try:
         from grace_fast.evaluate import OFFLINE, given, load
         from grace_fast.evaluate.calibration import report_on
@@ -223,11 +230,13 @@ def calibrate(
             if not layer or edits is None or unrelated is None:
                 _fail("calibrating a model needs --layer, --edits and --unrelated")
             task = given.task(*_load(model), edits, unrelated, layer, replacement, budget)
-        found = report_on(task, plot, seed, as_json)
+        found = report_on(task, plot, seed, as_json, tries)
     except (ModuleNotFoundError, ValueError, LookupError, OSError) as error:
         _fail(str(error))
     if as_json:
         typer.echo(json.dumps(found))
+    if not found["learnable"]:
+        raise typer.Exit(FAILED)
 
 
 @app.command()

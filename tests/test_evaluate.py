@@ -29,11 +29,14 @@ from grace_fast.calibrate import Labelled, Trial
 from grace_fast.evaluate import (
     answering,
     cache,
+    calibration,
     fabrications,
     facts,
+    labels,
     metrics,
     paper,
     records,
+    report,
     running,
     stream,
     words,
@@ -184,10 +187,51 @@ def test_an_interrupted_evaluation_goes_on_to_the_same_table(whole, tmp_path, mo
     assert timeless(resumed) == timeless(whole[0])
 
 
+def test_an_interrupted_sweep_goes_on_to_the_same_rows(tmp_path, monkeypatch):
+    edit, tried = GraceEditor.edit, []
+
+    def interrupted(self: GraceEditor, case: Case) -> bool:
+        if not tried or tried[-1] != self.grace.settings.epsilon:
+            tried.append(self.grace.settings.epsilon)
+        if len(tried) == 4:  # the stream of the evaluation itself is the first
+            raise KeyboardInterrupt
+        return edit(self, case)
+
+    wanted: dict[str, Any] = {"epsilon": 0.05, "sweep": 3}
+    task = small_task(edits=cases(NAMES[:2], 1))
+    through = run(task, tmp_path / "whole", **wanted)["sweep"]
+    monkeypatch.setattr(GraceEditor, "edit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(task, tmp_path / "broken", **wanted)
+    assert len(tried) == 4
+    monkeypatch.undo()
+    done = json.loads((tmp_path / "broken" / "sweep.json").read_text())["rows"]
+    resumed = run(task, tmp_path / "broken", **wanted)["sweep"]
+    assert len(done) == 2
+    assert resumed["rows"][:2] == done  # to the clock: they were not run again
+    clocks = ("seconds", "process_cpu_seconds")
+    rows = [
+        [{name: row[name] for name in row if name not in clocks} for row in one["rows"]]
+        for one in (resumed, through)
+    ]
+    assert rows[0] == rows[1]
+    assert len(rows[0]) == 4
+
+
 def test_a_state_of_another_recipe_is_not_taken(whole):
     state = json.loads((whole[1] / stream.STATE).read_text())
     assert stream.Progress.read(whole[1], state["recipe"]) is not None
     assert stream.Progress.read(whole[1], "another") is None
+    task = small_task()
+    changed = [
+        replace(task, tuning_rate=1.0),
+        replace(task, retraining_rate=1.0),
+        replace(task, rehearsal=[]),
+        replace(task, edits=[replace(task.edits[0], also=("x",)), *task.edits[1:]]),
+    ]
+    recipes = {running.recipe_of(one, 0.05, 4, seed=0) for one in changed}
+    assert running.recipe_of(task, 0.05, 4, seed=0) == state["recipe"]
+    assert len(recipes | {state["recipe"]}) == 5
 
 
 def test_edits_that_are_not_learnt_are_counted_and_named(tmp_path):
@@ -209,8 +253,8 @@ def test_baselines_run_on_the_same_stream_and_leave_the_model_as_it_was(tmp_path
 
 
 def test_fine_tuning_learns_an_edit():
-    task = small_task()
-    editor = FineTuned(task, rate=1e-3)
+    task = small_task(tuning_rate=1e-3)
+    editor = FineTuned(task)
     editor.edit(task.edits[0])
     assert answering.scores(editor.task, task.edits[:1]) == [1.0]
 
@@ -244,6 +288,18 @@ def test_the_reference_rule_forgets_expanded_edits_once_it_has_more_than_25_keys
     lost = [_missed(rule, query) for query in expanded]
     rule.close()
     assert any(lost)
+
+
+def test_the_reference_rule_starts_its_values_alike_whatever_ran_before():
+    task = small_task(settings={"replacement": "replace_all", "iterations": 0})  # cold, untrained
+    started = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        rule = ReferenceRule(task, epsilon=0.05)
+        rule.edit(task.edits[0])
+        started.append(rule._values[0])
+        rule.close()
+    assert torch.equal(*started)
 
 
 def _missed(rule: ReferenceRule, query: torch.Tensor) -> bool:
@@ -295,9 +351,77 @@ def test_the_recommendation_generalises_most_without_giving_up_edits_or_locality
     found = calibrate.recommend([measured], Rules(1.0), epsilons)
     assert found.epsilon == 2.0  # the middle of 1.1 .. 4.9
     assert (found.err, found.generality, found.trr) == (1.0, 1.0, 1.0)
+    more = calibrate.recommend([measured], Rules(1.0), epsilons, expected=10)  # thrice as many is 9
+    assert more.epsilon == 1.1
+    assert calibrate.recommend([measured], Rules(1.0), epsilons, expected=9).epsilon == 2.0
     assert found.within_budget
     assert found.near_best == 1.0
     assert found.intervals["generality"] == (1.0, 1.0)
+
+
+def _two_layers() -> list[calibrate.Distances]:
+    """Return a layer that tells everything apart, and one where unrelated inputs are close."""
+    edits, others = labelled([0.0, 10.0], ["a", "b"]), labelled([5.0, 15.0], [None] * 2)
+    close = labelled([0.4, 15.0], [None] * 2)
+    paraphrases = labelled([1.0, 11.0], ["a", "b"])
+    return [
+        calibrate.measure("apart", edits, paraphrases, others),
+        calibrate.measure("crowded", edits, paraphrases, close),
+    ]
+
+
+def test_a_layer_at_which_edits_are_not_learnt_is_left_out():
+    epsilons, measured = [0.1, 2.0], _two_layers()
+    assert calibrate.recommend(measured, Rules(1.0), epsilons).layer == "apart"
+    learnt = {"apart": 0.5, "crowded": 0.75}
+    found = calibrate.recommend(measured, Rules(1.0), epsilons, learnt=learnt)
+    assert (found.layer, found.epsilon, found.learnable) == ("crowded", 0.1, True)
+    assert found.near_best == 1.0  # of the layers that are left
+    assert [trial.layer for trial in found.trials] == ["apart"] * 2 + ["crowded"] * 2
+    assert found.learnt == learnt
+
+
+def test_where_edits_are_learnt_at_no_layer_the_recommendation_says_so():
+    learnt = {"apart": 0.0, "crowded": 0.25}
+    found = calibrate.recommend(_two_layers(), Rules(1.0), [0.1, 2.0], learnt=learnt)
+    assert (found.layer, found.learnable) == ("apart", False)
+    assert "at any of the layers" in report.recommendation(found)
+
+
+def test_calibration_tries_edits_at_every_layer_and_leaves_the_model_as_it_was():
+    task = small_task()
+    before = stream.weights_checksum(task.model)
+    shut = replace(task, settings={**task.settings, "iterations": 0})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gf.GraceWarning)
+        found, none = calibration.run(task, tries=4), calibration.run(shut, tries=4)
+    assert list(found.learnt) == task.layers
+    assert found.learnt[LAYER] >= 0.75
+    assert found.recommended.learnable
+    assert none.learnt == dict.fromkeys(task.layers, 0.0)
+    assert (
+        found.recommended.epsilon
+        == calibration.at_layer(found, replace(task, layer=found.recommended.layer)).epsilon
+    )
+    assert stream.weights_checksum(task.model) == before
+
+
+def test_an_edit_in_two_phrasings_has_one_value_that_answers_both():
+    task = small_task()
+    case = Case("money of place0", "coin3", "place0", also=("what does place0 pay with",))
+    editor = GraceEditor(task, epsilon=50.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gf.GraceWarning)
+        assert editor.edit(case)
+    assert editor.keys == 1
+    assert [outcome for outcome, *_ in editor.decisions()] == ["added", "reused"]
+    assert answering.answers(task, case.phrasings) == ["coin3", "coin3"]
+    editor.close()
+    rule = ReferenceRule(task, epsilon=50.0)
+    assert rule.edit(case)
+    assert rule.keys == 1
+    assert answering.answers(task, case.phrasings) == ["coin3", "coin3"]
+    rule.close()
 
 
 def test_an_epsilon_that_no_budget_allows_is_said_to_be_over_it():
@@ -406,6 +530,18 @@ def test_fabricated_lines_are_true_of_something_else():
     about = [line.about for line in data.learnt]
     assert len(set(about)) == len(about)
     assert fabrications.read(0) == data
+
+
+def test_a_head_gives_no_weight_to_features_that_hardly_vary():
+    torch.manual_seed(0)
+    classes = torch.arange(60) % 3
+    features = torch.randn(60, 5) + torch.nn.functional.one_hot(classes, 5) * 4
+    features[:, 4] = 1e-30 * torch.randn(60)  # as MiniLM's three
+    head = torch.nn.Linear(5, 3)
+    labels.fit_alive(head, features, classes)
+    assert head.weight[:, 4].tolist() == [0.0] * 3
+    assert head.weight.abs().max() < 100
+    assert (head(features).argmax(dim=1) == classes).float().mean() > 0.9
 
 
 def test_a_trained_model_is_trained_once(tmp_path):
@@ -572,13 +708,19 @@ def test_the_command_calibrates_a_model_on_files(tmp_path):
     layers = ["--layer", "decoder.block.{}.layer.2.DenseReluDense.wo"]
     plot = tmp_path / "trade.png"
     command = ["calibrate", str(tmp_path / "model"), *layers, *files, "--plot", str(plot), "--json"]
-    result = CliRunner().invoke(cli.app, command)
+    result = CliRunner().invoke(cli.app, [*command, "--tries", "0"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["layer"].startswith("decoder.block.")
     assert len({trial["layer"] for trial in found["trials"]}) == 2
-    assert found["ERR"] if "ERR" in found else found["err"] > 0
+    assert found["err"] > 0
+    assert found["learnt"] == {}
     assert plot.exists()
+    tried = CliRunner().invoke(cli.app, [*command, "--tries", "1"])  # an untrained model learns not
+    assert tried.exit_code == 1, tried.output
+    found = json.loads(tried.stdout)
+    assert not found["learnable"]
+    assert found["learnt"] == {f"decoder.block.{at}.layer.2.DenseReluDense.wo": 0 for at in (0, 1)}
 
 
 def test_the_command_says_what_it_does_not_know(tmp_path):

@@ -17,7 +17,12 @@ from grace_fast.hosts import stack_of
 
 
 def edit_batch(task: Task, case: Case) -> dict[str, Any]:
-    """Return one case as a batch of one row with its labels, as `edit` takes it.
+    """Return one case as a batch with its labels, as `edit_batch` takes it: a row a phrasing."""
+    return training_batch(task, case.phrasings) if case.also else _row(task, case)
+
+
+def _row(task: Task, case: Case) -> dict[str, Any]:
+    """Return one prompt as a batch of one row with its labels.
 
     A decoder's target closes with its end token, so that an answer ends where the target does.
     """
@@ -30,7 +35,7 @@ def edit_batch(task: Task, case: Case) -> dict[str, Any]:
 
 def training_batch(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
     """Return cases as one batch with labels, padded on the right, to train a model on."""
-    parts = [edit_batch(task, case) for case in cases]
+    parts = [_row(task, case) for case in cases]
     filler = {"input_ids": task.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
     whole: dict[str, Any] = {}
     for name in ("input_ids", "attention_mask", "labels"):
@@ -72,7 +77,7 @@ def perplexities(task: Task, cases: Sequence[Case]) -> list[float]:
     """Return the perplexity of every case's answer after its prompt, by a decoder."""
     found = []
     for case in cases:
-        batch = edit_batch(task, case)
+        batch = _row(task, case)
         logits, labels = task.model(**batch).logits[0, :-1], batch["labels"][0, 1:]
         loss = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100)
         found.append(float(loss.exp()))

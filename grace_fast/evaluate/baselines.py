@@ -18,12 +18,10 @@ from grace_fast import batches
 from grace_fast.evaluate import answering
 from grace_fast.evaluate.task import Case, Task
 
-FINE_TUNING_RATE = 1e-4  # of AdamW; at 1e-3 a T5 of two layers forgets within ten edits
 FINE_TUNING_STEPS = 50
 RETRAIN_EVERY = 20  # edits
 RETRAIN_EPOCHS = 2
 RETRAIN_BATCH = 64
-RETRAIN_RATE = 1e-3
 REHEARSED = 4  # cases learnt before for each edit, in a retraining
 
 
@@ -32,16 +30,14 @@ class FineTuned:
 
     keys = 0
 
-    def __init__(
-        self, task: Task, rate: float = FINE_TUNING_RATE, steps: int = FINE_TUNING_STEPS
-    ) -> None:
+    def __init__(self, task: Task, steps: int = FINE_TUNING_STEPS) -> None:
         self.task = replace(task, model=copy.deepcopy(task.model))
-        self._rate, self._steps = rate, steps
+        self._steps = steps
 
     def edit(self, case: Case) -> bool:
         """Train on one case until it is answered, and tell whether it is."""
         batch, model = answering.edit_batch(self.task, case), self.task.model
-        adam = torch.optim.AdamW(model.parameters(), lr=self._rate, weight_decay=0.0)
+        adam = torch.optim.AdamW(model.parameters(), lr=self.task.tuning_rate, weight_decay=0.0)
         kind = batches.kind_of(model)
         for _ in range(self._steps):
             answer = model(**batch)
@@ -70,7 +66,7 @@ class Retrained(FineTuned):
 
     def edit(self, case: Case) -> bool:
         """Train on one case; at every twentieth on all of them."""
-        self._past[case.prompt] = case
+        self._past.update({one.prompt: one for one in case.phrasings})
         self._count += 1
         if self._count % RETRAIN_EVERY:
             return super().edit(case)
@@ -83,7 +79,8 @@ class Retrained(FineTuned):
     def _retrain(self) -> None:
         model, past = self.task.model, list(self._past.values())
         model.load_state_dict(self._first)
-        adam = torch.optim.AdamW(model.parameters(), lr=RETRAIN_RATE, weight_decay=0.0)
+        rate = self.task.retraining_rate
+        adam = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
         changed = {case.about for case in past}
         known = [case for case in self.task.rehearsal if case.about not in changed]
         for _ in range(RETRAIN_EPOCHS):

@@ -1,11 +1,15 @@
-"""Layer and epsilon of a task, from its calibration sample: one run, then every epsilon."""
+"""Layer and epsilon of a task, from its calibration sample.
+
+The sample goes through the model once, and every epsilon is tried on its distances. Whether an
+answer can be learnt at a layer is in no distance, so a few edits of the sample are tried at each.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +19,11 @@ from torch import Tensor
 from grace_fast import calibrate, semantics
 from grace_fast.calibrate import Distances, Labelled, Recommendation
 from grace_fast.evaluate import answering
+from grace_fast.evaluate.editors import GraceEditor
 from grace_fast.evaluate.task import Case, Task
 from grace_fast.semantics import Rules
+
+TRIES = 8  # edits at each layer
 
 
 @dataclass(frozen=True)
@@ -25,33 +32,66 @@ class Calibrated:
 
     recommended: Recommendation
     seconds: float
+    cpu_seconds: float  # of this process
     measured: tuple[Distances, ...]  # one a layer
+    learnt: Mapping[str, float] = field(default_factory=dict)  # the share by layer
 
 
-def run(task: Task, layers: Sequence[str] | None = None, seed: int = 0) -> Calibrated:
+def run(
+    task: Task, layers: Sequence[str] | None = None, seed: int = 0, tries: int = TRIES
+) -> Calibrated:
     """Measure the sample of a task at each layer and return the best layer and epsilon.
 
-    layers: by default those that the task names.
+    layers: by default those that the task names; tries: edits to make at each layer, so that none
+    is recommended where they cannot be learnt; 0: go by the distances alone.
     """
-    start = time.perf_counter()
-    measured = distances(task, layers or task.layers)
+    start, cpu = time.perf_counter(), time.process_time()
+    layers = layers or task.layers
+    measured = distances(task, layers)
+    learnt = {one.layer: learnable(task, one, tries) for one in measured} if tries else {}
     rules = Rules(1.0, margin=semantics.EXPAND_MARGIN[torch.float32])
-    recommended = calibrate.recommend(measured, rules, budget=task.budget, seed=seed)
-    return Calibrated(recommended, time.perf_counter() - start, tuple(measured))
+    recommended = calibrate.recommend(
+        measured, rules, None, task.budget, seed, learnt, len(_prompts(task.edits))
+    )
+    return Calibrated(
+        recommended,
+        time.perf_counter() - start,
+        time.process_time() - cpu,
+        tuple(measured),
+        learnt,
+    )
 
 
 def at_layer(calibrated: Calibrated, task: Task, seed: int = 0) -> Recommendation:
     """Return the best epsilon at the layer of a task, from the distances that were measured."""
     measured = [one for one in calibrated.measured if one.layer == task.layer]
     rules = Rules(1.0, margin=semantics.EXPAND_MARGIN[torch.float32])
-    return calibrate.recommend(measured, rules, budget=task.budget, seed=seed)
+    coming = len(_prompts(task.edits))
+    return calibrate.recommend(measured, rules, None, task.budget, seed, expected=coming)
 
 
-def report_on(task: Task, plot: Path | None, seed: int, as_json: bool) -> dict[str, Any]:
+def learnable(task: Task, measured: Distances, tries: int) -> float:
+    """Return the share of some edits of the sample, spread over it, that a layer can be taught.
+
+    They are made with the smallest epsilon of the grid, so that each has a value to itself.
+    """
+    edits = task.calibration.edits
+    picked = edits[:: max(1, len(edits) // tries)][:tries]
+    smallest = calibrate.grid(measured)[0]
+    editor = GraceEditor(replace(task, layer=measured.layer), smallest)
+    try:
+        return sum(editor.edit(case) for case in picked) / len(picked)
+    finally:
+        editor.close()
+
+
+def report_on(
+    task: Task, plot: Path | None, seed: int, as_json: bool, tries: int = TRIES
+) -> dict[str, Any]:
     """Calibrate a task over its layers, print the trade-off, draw it, and return the figures."""
     from grace_fast.evaluate import report  # which draws, and names what is in here
 
-    calibrated = run(task, seed=seed)
+    calibrated = run(task, seed=seed, tries=tries)
     out = report.console(silent=as_json)
     report.trials(out, calibrated.recommended)
     report.say(
@@ -60,7 +100,12 @@ def report_on(task: Task, plot: Path | None, seed: int, as_json: bool) -> dict[s
     if plot is not None:
         found = calibrated.recommended
         report.draw_trade_off(found, found.epsilon, plot)
-    return {**figures(calibrated.recommended), "seconds": round(calibrated.seconds, 3)}
+    return {
+        **figures(calibrated.recommended),
+        "learnable": calibrated.recommended.learnable,
+        "seconds": round(calibrated.seconds, 3),
+        "process_cpu_seconds": round(calibrated.cpu_seconds, 3),
+    }
 
 
 def figures(found: Recommendation) -> dict[str, Any]:
@@ -95,11 +140,15 @@ def without_nan(value: Any) -> Any:
 def distances(task: Task, layers: Sequence[str]) -> list[Distances]:
     """Run the calibration sample through the model once and measure its distances at each layer."""
     sample = task.calibration
-    groups = (sample.edits, sample.paraphrases, sample.unrelated)
+    groups = (_prompts(sample.edits), sample.paraphrases, sample.unrelated)
     asked = answering.queries_by_layer(task, layers, [case for group in groups for case in group])
     return [
         calibrate.measure(layer, *_labelled(queries, groups)) for layer, queries in asked.items()
     ]
+
+
+def _prompts(edits: Sequence[Case]) -> list[Case]:
+    return [one for case in edits for one in case.phrasings]
 
 
 def _labelled(queries: Tensor, groups: Sequence[Sequence[Case]]) -> list[Labelled]:

@@ -33,8 +33,9 @@ class GraceEditor:
         return len(self.grace.codebook)
 
     def edit(self, case: Case) -> bool:
-        """Edit one case, and tell whether training reached its answer."""
-        return self.grace.edit(answering.edit_batch(self.task, case)).correct
+        """Edit one case, and tell whether training reached its answer in every phrasing."""
+        made = self.grace.edit_batch(answering.edit_batch(self.task, case))
+        return all(edit.correct for edit in made)
 
     def decisions(self) -> list[Any]:
         """Return outcome, row, distance and radius of every edit."""

@@ -3,8 +3,9 @@
 It learns, from nothing, the first line of the documentation of every function by its module and
 name, and every true line once more without a name, as a model reads much that it cannot attribute.
 For some functions the line it learnt by name is another function's. The edits restore the true
-lines, whole sentences each, from one cached value; the functions whose lines were true are the
-accurate text (ARR), and the lines of classes are the unrelated text (TRR).
+lines, whole sentences each, from one cached value that is trained on two phrasings; the functions
+whose lines were true are the accurate text (ARR), and the lines of classes are the unrelated text
+(TRR).
 """
 
 from __future__ import annotations
@@ -32,11 +33,17 @@ CALIBRATION = 40  # more functions with wrong lines, to calibrate on, and as man
 
 FORM = "{} :"  # what is edited
 TRAINED = (FORM, "help on {} :", "{} does this :", "in short , {} :")
+ALSO = TRAINED[1:2]  # the value of an edit is trained on this phrasing, too
 HELD_OUT = ("what {} does :", "help , in short , on {} :")
-VALIDATION = ("what does {} , in short :",)
+VALIDATION = (
+    "what does {} , in short :",
+    "on {} , this help :",
+    "in short , what is {} :",
+    "{} , in short , does :",
+)
 
 WIDTH, LAYERS = 160, 3
-STEPS, BATCH, PEAK = 900, 64, 3e-3
+STEPS, BATCH, PEAK = 1800, 64, 3e-3
 NAMED = 3 / 4  # of a batch; the rest are lines without a name
 EDITED_LAYER = "transformer.h.1.mlp.c_proj"
 
@@ -145,12 +152,12 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
             "iterations": 200,
             "stop_loss": 0.05,
         },
-        edits=_cases(edited, (FORM,)),
+        edits=_edits(edited),
         held_out=_cases(edited, HELD_OUT),
         unrelated=_cases(data.classes, (FORM,)),
         accurate=_cases(data.accurate, (FORM,)),
         calibration=Sample(
-            edits=_cases(sample, (FORM,)),
+            edits=_edits(sample),
             paraphrases=_cases(sample, VALIDATION),
             unrelated=_cases(data.neighbours, (FORM, *VALIDATION)),
         ),
@@ -159,6 +166,18 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
         perplexity=True,
         facts={"functions": len(data.learnt) - len(data.classes), "classes": len(data.classes)},
     )
+
+
+def _edits(lines: Sequence[Line]) -> list[Case]:
+    return [
+        Case(
+            FORM.format(line.about),
+            line.text,
+            line.about,
+            also=tuple(form.format(line.about) for form in ALSO),
+        )
+        for line in lines
+    ]
 
 
 def _cases(lines: Sequence[Line], forms: Sequence[str]) -> list[Case]:

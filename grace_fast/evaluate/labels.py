@@ -35,6 +35,7 @@ RELABELLED = {
 NEW_LABEL = {MODULES.index(old): MODULES.index(new) for old, new in RELABELLED.items()}
 NEIGHBOURS = 300  # unrelated docstrings to calibrate on
 HEAD = "head.safetensors"
+DEAD = 1e-6  # of the median spread: MiniLM's last layer scales three features by 1e-9 and less
 EDITED_LAYER = "encoder.encoder.layer.5.output.dense"
 
 
@@ -43,7 +44,7 @@ def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE)
     model, tokenizer = load(len(MODULES))
     encode = Encoder(tokenizer)
     splits = data.split(data.distinct(data.docstrings(), encode), seed, per_module)
-    recipe = [seed, [[doc.text, doc.label] for doc in splits.train]]
+    recipe = [seed, DEAD, [[doc.text, doc.label] for doc in splits.train]]
 
     def train() -> _Head:
         inputs = Inputs(
@@ -51,7 +52,7 @@ def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE)
             torch.tensor([doc.label for doc in splits.train]),
         )
         with bar("training a head on MiniLM", len(inputs), progress) as ticks:
-            fit_head(model.head, features_of(model, inputs.tokens, (), ticks).mean, inputs.labels)
+            fit_alive(model.head, features_of(model, inputs.tokens, (), ticks).mean, inputs.labels)
         return _Head(model.head)
 
     cache.trained(root, "labels", recipe, _Head(model.head).load, train)
@@ -65,6 +66,8 @@ def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE)
             for at in range(1, model.config.num_hidden_layers)
         ],
         settings={},
+        tuning_rate=1e-5,
+        retraining_rate=1e-4,
         edits=(),
         held_out=(),
         unrelated=(),
@@ -90,6 +93,22 @@ def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE)
             "docstrings": sum(map(len, (splits.train, splits.validation, splits.held_out))),
         },
     )
+
+
+def fit_alive(head: torch.nn.Linear, features: torch.Tensor, labels: torch.Tensor) -> None:
+    """Fit a head on the features that vary, [M, H] in all; the others get no weight.
+
+    Standardised like the rest, a feature that hardly varies would get a weight of up to 1e31, and
+    the smallest step of fine-tuning would break the model.
+    """
+    spread = features.std(dim=0)
+    alive = spread > DEAD * spread.median()
+    part = torch.nn.Linear(int(alive.sum()), len(head.bias))
+    fit_head(part, features[:, alive], labels)
+    with torch.no_grad():
+        head.weight.zero_()
+        head.weight[:, alive] = part.weight
+        head.bias.copy_(part.bias)
 
 
 class _Head:

@@ -51,6 +51,7 @@ class ReferenceRule:
         self._seen: list[tuple[Tensor, Tensor]] | None = None  # query and output while watching
         self._where: Tensor | None = None
         self._cached = 0
+        self._cold = torch.Generator().manual_seed(0)  # its own: what ran before does not matter
         self._held: tuple[Tensor, Tensor] | None = None  # rows and query tokens of a prompt
         self._hooks = [
             stack.register_forward_pre_hook(self._enter, with_kwargs=True),
@@ -66,13 +67,10 @@ class ReferenceRule:
         """Edit one case, and tell whether training reached its answer."""
         batch = answering.edit_batch(self.task, case)
         with frozen(self.task.model):
-            query, output = self._observe(batch)
-            row = self._decide(query, output, batch["labels"][0])
-            trained = train(
-                self._values[row], lambda value: self._attempt(value, batch), self._schedule
-            )
-        self._values[row] = trained.value
-        return trained.correct
+            seen = zip(*self._observe(batch), batch["labels"], strict=True)
+            rows = [self._decide(query, output, label) for query, output, label in seen]
+            learnt = [self._train(batch, rows, row) for row in dict.fromkeys(rows)]
+        return all(learnt)
 
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Time the rule on random queries of the keys' width, one at a time."""
@@ -93,9 +91,16 @@ class ReferenceRule:
         for hook in self._hooks:
             hook.remove()
 
+    def _train(self, batch: dict[str, Any], rows: Sequence[int], row: int) -> bool:
+        """Train one value on those of a batch that were decided to be its, [B] rows in all."""
+        part = batches.rows(batch, [at for at, one in enumerate(rows) if one == row])
+        trained = train(self._values[row], lambda value: self._attempt(value, part), self._schedule)
+        self._values[row] = trained.value
+        return trained.correct
+
     def _decide(self, query: Tensor, output: Tensor, label: Tensor) -> int:
         """Apply the edit table with the distance as `cdist` gives it; return the edited row."""
-        fresh = output if self._start == "warm" else torch.rand(len(output))
+        fresh = output if self._start == "warm" else torch.rand(len(output), generator=self._cold)
         distance, near = math.inf, -1
         if self._keys:
             lowest = torch.cdist(query[None], torch.stack(self._keys)).min(1)
@@ -120,7 +125,7 @@ class ReferenceRule:
         try:
             with torch.no_grad():
                 self.task.model(**batch)
-            return self._seen[0]
+            return self._seen[0]  # [B, D] and [B, V]
         finally:
             self._seen = None
 
@@ -151,7 +156,7 @@ class ReferenceRule:
             where = torch.full((len(hidden),), length - 1)
         every = torch.arange(len(hidden))
         if self._seen is not None:
-            self._seen.append((hidden[every, where][0].detach(), output[every, where][0].detach()))
+            self._seen.append((hidden[every, where].detach(), output[every, where].detach()))
             return None
         if self._trial is not None:
             mask = semantics.replacement_mask(self._mode, where, length)

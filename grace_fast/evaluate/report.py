@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from grace_fast.calibrate import Recommendation
+from grace_fast.calibrate import LEARNABLE, Recommendation
 from grace_fast.demo.report import console, say, table
 from grace_fast.evaluate.calibration import Calibrated
 from grace_fast.evaluate.stream import Progress
@@ -57,18 +57,23 @@ def recommendation(found: Recommendation) -> str:
         if not math.isnan(value)
     ]
     budget = "" if found.within_budget else " No epsilon keeps the budget; this is the gentlest."
+    unable = [name for name, share in found.learnt.items() if share < LEARNABLE]
+    left_out = f" Too few edits are learnt at {', '.join(unable)}." if unable else ""
+    if not found.learnable:
+        left_out = " Too few edits are learnt at any of the layers, this one among them."
     return (
         f"{found.layer} with epsilon {found.epsilon:g} (95 %: {low:g} to {high:g}): "
         f"{', '.join(parts)} on the sample. In {found.near_best:.0%} of the resamples it is within "
-        f"2 % of the best ERR + TRR.{budget}"
+        f"2 % of the best ERR + TRR.{budget}{left_out}"
     )
 
 
 def trials(out: Console, found: Recommendation) -> None:
     """Print every layer and epsilon that was tried."""
-    columns = dict.fromkeys(("epsilon", "keys", "ERR", "generality", "TRR"), "right")
+    columns = dict.fromkeys(("learnt", "epsilon", "keys", "ERR", "generality", "TRR"), "right")
     rows = [
-        [trial.layer, f"{trial.epsilon:g}", str(trial.keys)]
+        [trial.layer, _share(found.learnt.get(trial.layer, math.nan))]
+        + [f"{trial.epsilon:g}", str(trial.keys)]
         + [_share(value) for value in (trial.err, trial.generality, trial.trr)]
         for trial in found.trials
     ]

@@ -116,13 +116,12 @@ def evaluate(
     folder.mkdir(parents=True, exist_ok=True)
     out = report.console(silent=as_json)
     prepared = time.perf_counter() - start
-    calibrated, layers = _calibrate(task, seed)
+    tries = calibration.TRIES if epsilon is None else 0  # a given one is taken as it is
+    calibrated, layers = _calibrate(task, seed, tries)
     if epsilon is None:
         epsilon = calibrated.epsilon if calibrated is not None else 1.0
     every = every or _step(len(task.edits))
-    recipe = cache.checksum(
-        [task.name, task.layer, epsilon, every, seed, task.settings, _cases(task), _weights(task)]
-    )
+    recipe = recipe_of(task, epsilon, every, seed)
     state = None if restart else Progress.read(folder, recipe)
     resumed = state is not None
     report.say_task(out, task, epsilon, layers, 0 if state is None else state.done)
@@ -147,6 +146,7 @@ def evaluate(
         "calibration": None if layers is None else calibration.figures(layers.recommended),
         "calibration_at_layer": None if calibrated is None else calibration.figures(calibrated),
         "calibration_seconds": None if layers is None else round(layers.seconds, 3),
+        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
         "points": [asdict(point) for point in state.points],
         "baselines": {
             name: [asdict(point) for point in one.points]
@@ -170,7 +170,10 @@ def evaluate(
         "process_cpu_seconds": round(time.process_time(), 1),  # what a busy machine does not blur
     }
     if sweep:
-        figures["sweep"] = _sweep(task, epsilon, sweep, layers, progress)
+        kept = folder / "sweep.json"
+        if restart:
+            kept.unlink(missing_ok=True)
+        figures["sweep"] = _sweep(task, epsilon, sweep, layers, kept, recipe, progress)
     report.tables(out, rows, figures)
     report.draw(rows, task, folder / f"{task.name}.png")
     if layers is not None:
@@ -183,13 +186,13 @@ def evaluate(
 
 
 def _calibrate(
-    task: Task, seed: int
+    task: Task, seed: int, tries: int
 ) -> tuple[Recommendation | None, calibration.Calibrated | None]:
     """Return what is recommended at the task's layer, and over all of its layers."""
     if not task.calibration.edits:
         return None, None
     layers = list(dict.fromkeys([task.layer, *task.layers]))
-    measured = calibration.run(task, layers, seed)
+    measured = calibration.run(task, layers, seed, tries)
     return calibration.at_layer(measured, task, seed), measured
 
 
@@ -269,43 +272,64 @@ def _sweep(
     epsilon: float,
     count: int,
     layers: calibration.Calibrated | None,
+    kept: Path,
+    recipe: str,
     progress: bool,
 ) -> dict[str, Any]:
-    """Run the whole stream with each of so many epsilons, and with the calibrated one."""
+    """Run the whole stream with each of so many epsilons, and with the calibrated one.
+
+    kept: a file for the rows; those that are there already are not run again.
+    """
     tried = [] if layers is None else layers.recommended.trials
     grid = [trial.epsilon for trial in tried if trial.layer == task.layer]
     picked = (
         {grid[at * (len(grid) - 1) // max(1, count - 1)] for at in range(count)} if grid else ()
     )
-    # The ES of each edit is not asked for: a sweep is about what is kept.
+    known = _swept(kept, recipe)
     rows = []
-    start = time.perf_counter()
     for value in sorted({*picked, epsilon}):
-        editor = GraceEditor(task, value)
-        began = time.perf_counter()
-        try:
-            with _bar(task, f"epsilon {value:g}", 0, progress) as bar:
-                point = stream.final(editor, task, bar)
-        finally:
-            editor.close()
-        rows.append(
-            {
-                "epsilon": value,
-                "keys": point.keys,
-                "ERR": point.ERR,
-                "TRR": point.TRR,
-                "generality": point.generality,
-                "seconds": round(time.perf_counter() - began, 1),
-            }
-        )
+        if value not in known:
+            known[value] = _swept_at(task, value, progress)
+            stream.put(kept, {"recipe": recipe, "rows": list(known.values())})
+        rows.append(known[value])
     best = max(row["ERR"] + row["TRR"] for row in rows)
     (chosen,) = [row for row in rows if row["epsilon"] == epsilon]
     return {
         "rows": rows,
         "best": best,
         "calibrated": chosen["ERR"] + chosen["TRR"],
-        "seconds": round(time.perf_counter() - start, 1),
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+        "process_cpu_seconds": round(sum(row["process_cpu_seconds"] for row in rows), 1),
         "calibration_seconds": None if layers is None else round(layers.seconds, 3),
+        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
+    }
+
+
+def _swept(kept: Path, recipe: str) -> dict[float, dict[str, Any]]:
+    """Return the rows that earlier sweeps of this recipe left, by epsilon."""
+    if not kept.exists():
+        return {}
+    fields = json.loads(kept.read_text(encoding="utf-8"))
+    return {row["epsilon"]: row for row in fields["rows"]} if fields["recipe"] == recipe else {}
+
+
+def _swept_at(task: Task, epsilon: float, progress: bool) -> dict[str, Any]:
+    """Run the whole stream with one epsilon; the ES of each edit is not asked for."""
+    start, cpu = time.perf_counter(), time.process_time()
+    editor = GraceEditor(task, epsilon)
+    try:
+        with _bar(task, f"epsilon {epsilon:g}", 0, progress) as bar:
+            point = stream.final(editor, task, bar)
+    finally:
+        editor.close()
+    return {
+        "epsilon": epsilon,
+        "keys": point.keys,
+        "ERR": point.ERR,
+        "TRR": point.TRR,
+        "generality": point.generality,
+        "seconds": round(time.perf_counter() - start, 1),
+        "process_cpu_seconds": round(time.process_time() - cpu, 1),
     }
 
 
@@ -314,13 +338,14 @@ def _named(task: Task, at: int) -> dict[str, Any]:
     return {"edit": at, "prompt": case.prompt, "answer": case.answer}
 
 
-def _cases(task: Task) -> list[list[Any]]:
-    groups = (task.edits, task.held_out, task.unrelated, task.accurate)
-    return [[[case.prompt, case.answer] for case in group] for group in groups]
-
-
-def _weights(task: Task) -> str:
-    return stream.weights_checksum(task.model)
+def recipe_of(task: Task, epsilon: float, every: int, seed: int) -> str:
+    """Return a checksum of all that a stream of GRACE or of a baseline depends on."""
+    groups = (task.edits, task.held_out, task.unrelated, task.accurate, task.rehearsal)
+    cases = [[[case.prompt, case.answer, case.also] for case in group] for group in groups]
+    rates = [task.tuning_rate, task.retraining_rate]
+    weights = stream.weights_checksum(task.model)
+    settings = [task.name, task.layer, epsilon, every, seed, task.settings, rates]
+    return cache.checksum([*settings, cases, weights])
 
 
 def _bar(task: Task, name: str, done: int, progress: bool) -> Any:

@@ -95,9 +95,7 @@ class Progress:
 
     def write(self, folder: Path) -> None:
         """Put the state in the place of the one before, in one step."""
-        draft = folder / f".{STATE}"
-        draft.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        os.replace(draft, folder / STATE)
+        put(folder / STATE, asdict(self))
 
     @classmethod
     def read(cls, folder: Path, recipe: str) -> Progress | None:
@@ -238,6 +236,13 @@ def save(editor: Saved, folder: Path, progress: Progress) -> None:
     progress.write(folder)
     if old and old != name:
         shutil.rmtree(folder / old, ignore_errors=True)
+
+
+def put(path: Path, fields: dict[str, Any]) -> None:
+    """Put fields as JSON in the place of those before, in one step."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    os.replace(draft, path)
 
 
 def digest(decisions: Sequence[Any]) -> str:

@@ -17,6 +17,12 @@ class Case:
     prompt: str
     answer: Answer
     about: str  # cases about one thing have one answer, until an edit changes it
+    also: tuple[str, ...] = ()  # of an edit: other phrasings that its value is trained on
+
+    @property
+    def phrasings(self) -> list[Case]:
+        """The prompt and every other phrasing, as cases of their own."""
+        return [Case(prompt, self.answer, self.about) for prompt in (self.prompt, *self.also)]
 
 
 @dataclass(frozen=True)
@@ -49,5 +55,7 @@ class Task:
     longest: int = 16  # tokens of an answer at most
     batch: int = 256  # prompts answered at once
     cut: int | None = None  # tokens of a prompt at most
+    tuning_rate: float = 1e-4  # of AdamW, in fine-tuning on one edit
+    retraining_rate: float = 1e-3  # and on all edits so far among what was learnt before
     perplexity: bool = False  # report perplexities too, of a decoder
     facts: dict[str, Any] = field(default_factory=dict)  # of the data, for the report
