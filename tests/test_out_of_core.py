@@ -179,26 +179,25 @@ def test_a_codebook_larger_than_the_memory_that_may_be_had_is_built_and_serves(t
         import re, resource, torch
         import grace_fast as gf
         torch.set_num_threads(1)
-        ROWS, WIDTH, STEP = 250_000, 256, 5_000
+        ROWS, WIDTH, STEP = 400_000, 256, 5_000
         def keys_from(first, count):
             generator = torch.Generator().manual_seed(first)
             return torch.randn(count, WIDTH, generator=generator)
         def parts(first):
             for at in range(first, ROWS, STEP):
                 yield keys_from(at, STEP), torch.full((STEP, 2), 1.0), torch.full((STEP,), 1.0)
-        warm = gf.Codebook(64, 2)
-        warm.append(torch.randn(5000, 64), torch.zeros(5000, 2), torch.ones(5000))
-        gf.prepare(warm)  # threads and libraries have what they take
+        # Threads and libraries have what they take, and nothing of it is still being made.
+        gf.prepare(gf.build({str(tmp_path / "warm")!r}, [next(parts(0))], progress=False))
         def taken(name):
             found = re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())
             return int(found[1]) << 10
-        limit = taken("VmData") + (128 << 20)
+        limit = taken("VmData") + (192 << 20)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        book = gf.build({str(tmp_path)!r}, parts, rows=ROWS, progress=False)
-        assert book.snapshot().key_file.shape.nbytes > 1.9 * (128 << 20)
+        book = gf.build({str(tmp_path / "large")!r}, parts, rows=ROWS, progress=False)
+        assert book.snapshot().key_file.shape.nbytes > 1.9 * (192 << 20)
         del book
         base = taken("RssAnon")
-        find = gf.prepare(gf.open({str(tmp_path)!r}))
+        find = gf.prepare(gf.open({str(tmp_path / "large")!r}))
         for first in range(0, ROWS, STEP):
             asked = keys_from(first, STEP)[:3]
             assert find(asked).row.tolist() == [first, first + 1, first + 2]
