@@ -240,6 +240,11 @@ class Snapshot:
         """Return the labels by slot as lengths and ids; see `Labels`."""
         return self._label_slots.columns(self.counts.labels)
 
+    @property
+    def labels_by_slot(self) -> Labels:
+        """The labels by slot, later ones of the codebook among them."""
+        return self._label_slots
+
     def label_in(self, slot: int) -> Tensor | None:
         """Return the label of one slot."""
         return self._label_slots[slot]

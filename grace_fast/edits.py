@@ -252,6 +252,14 @@ class History:
         self.edits, self.rows, self.label_slots = Kept(), Kept(), Kept()
         self._note(Emptied())
 
+    def go_back(self, earlier: History) -> None:
+        """Hold what an earlier history of this codebook holds; ids that were given stay so."""
+        self.empty()
+        self.edits, self.rows = earlier.edits.copy(), earlier.rows.copy()
+        self.label_slots = earlier.label_slots.copy()
+        for step in earlier.steps() if self.keeps_steps else ():
+            self._note(step)
+
     def _note(self, step: Step) -> None:
         if self.keeps_steps:
             self._steps.append(step)

@@ -57,7 +57,7 @@ class Kept(MutableMapping[int, T], Generic[T]):
 
     def _position(self, number: int) -> int | None:
         """Return where the columns hold an item that is still there; None where they do not."""
-        at = int(np.searchsorted(self._numbers, number))
+        at = int(self._numbers.searchsorted(number))
         there = at < len(self._numbers) and self._numbers[at] == number
         return at if there and number not in self._gone else None
 

@@ -268,9 +268,7 @@ def go_back(book: Codebook, history: History, then: Snapshot, earlier: History) 
     """Publish a version that decides as an earlier one did; ids that were given stay so."""
     with book.held() as now, history.attempting(), book.writing() as draft:
         back(now, then).apply(draft)
-        history.empty()
-        for step in earlier.steps():
-            history.follow(step)
+        history.go_back(earlier)
 
 
 @dataclass(frozen=True)
@@ -309,6 +307,6 @@ def difference(one: tuple[Snapshot, History], other: tuple[Snapshot, History]) -
         sorted(listed[0] - listed[1]),
         {row: (radii[0][row], radii[1][row]) for row in both if radii[0][row] != radii[1][row]},
         [row for row in both if slots[0][row] != slots[1][row]],
-        sorted(new.edits.keys() - old.edits.keys()),
-        sorted(old.edits.keys() - new.edits.keys()),
+        sorted(set(new.edits) - set(old.edits)),
+        sorted(set(old.edits) - set(new.edits)),
     )

@@ -6,7 +6,7 @@ somebody looks at it. So what any of them could break is tested here, of all at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from grace_fast.codebook import Snapshot
 from grace_fast.edits import NO_EDIT, Base, Edit, Event, History, RowLife
 from grace_fast.kept import Filed, Kept
+from grace_fast.labels import Labels
 from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.layout import (
     OUTCOMES,
@@ -142,7 +143,7 @@ class _Edits:
 
     past: _Past
     query: Tensor  # [E, D]
-    labels: Callable[[int], Tensor | None]  # by slot
+    labels: Labels  # by slot
     texts: Mapping[str, Any]  # by id
 
     @property
@@ -152,14 +153,14 @@ class _Edits:
 
     def make(self, at: int) -> Edit:
         """Return one edit."""
-        fields = {name: values[at].item() for name, values in self.past.edits.items()}
+        fields = {name: values.item(at) for name, values in self.past.edits.items()}
         label_slot, before = fields.pop("label_slot"), fields.pop("value_before")
         outcome, text = OUTCOMES[fields.pop("outcome")], self.texts.get(str(fields["id"]))
         return Edit(
             **fields,
             outcome=outcome,
             query=self.query[at].clone(),  # which does not keep all of them in memory
-            label=self.labels(label_slot),
+            label=self.labels[label_slot],
             value_before=None if before == _NO_SLOT else before,
             text=None if text is None else (str(text[0]), str(text[1])),
         )
@@ -178,7 +179,7 @@ class _LabelSlots:
 
     def make(self, at: int) -> int:
         """Return the slot of one edit's label."""
-        return int(self.past.edits["label_slot"][at])
+        return int(self.past.edits["label_slot"].item(at))
 
 
 @dataclass(frozen=True)
@@ -333,7 +334,7 @@ def unpack_history(
     if len(ids) and next_id <= ids[-1]:
         raise CodebookCorrupt(f"the next id is {next_id}, and there is an edit {ids[-1]}")
     queries = _checked_queries(tensors, snapshot, len(ids)).to(snapshot.device)
-    edits: Filed[Edit] = _Edits(past, queries, snapshot.label_in, texts)
+    edits: Filed[Edit] = _Edits(past, queries, snapshot.labels_by_slot, texts)
     return History(Kept(edits), Kept(_Lives(past)), Kept(_LabelSlots(past)), next_id)
 
 

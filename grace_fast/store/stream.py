@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import re
 import secrets
@@ -389,7 +390,7 @@ def _is_complete(state: Mapping[str, Any]) -> bool:
         and isinstance(fitted, dict)
         and isinstance(encoded, dict)
         and set(encoded) in (set(), {"rows", "near_error", "far_error"})
-        and all(isinstance(each, int | float) for each in encoded.values())
+        and all(isinstance(each, int | float) and 0 <= each < math.inf for each in encoded.values())
         and _is_count(encoded.get("rows", 0), 0)
         and encoded.get("rows", 0) <= (rows[0] or 0)
     )
