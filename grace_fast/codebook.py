@@ -245,10 +245,6 @@ class Snapshot:
         """The labels by slot, later ones of the codebook among them."""
         return self._label_slots
 
-    def label_in(self, slot: int) -> Tensor | None:
-        """Return the label of one slot."""
-        return self._label_slots[slot]
-
     @cached_property
     def values(self) -> Tensor:
         """[N, V]; a view of the store, or a gather once a value was trained again."""
@@ -323,7 +319,7 @@ class Snapshot:
 
     def label_of(self, row: int) -> Tensor | None:
         """Return the label of one row."""
-        return self.label_in(self.label_slot_of(row))
+        return self._label_slots[self.label_slot_of(row)]
 
     def row_of(self, key_id: int) -> int:
         """Return the live row of an id.

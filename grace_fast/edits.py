@@ -255,8 +255,8 @@ class History:
     def go_back(self, earlier: History) -> None:
         """Hold what an earlier history of this codebook holds; ids that were given stay so."""
         self.empty()
-        self.edits, self.rows = earlier.edits.copy(), earlier.rows.copy()
-        self.label_slots = earlier.label_slots.copy()
+        twin = earlier.copy()
+        self.edits, self.rows, self.label_slots = twin.edits, twin.rows, twin.label_slots
         for step in earlier.steps() if self.keeps_steps else ():
             self._note(step)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast.semantics import covering_radius
+from grace_fast.threads import one_thread
 
 DATA = "synthetic keys (normal, variance 1/j); real activations differ"
 WIDTH = 768
@@ -125,12 +126,8 @@ def run(
 
     `passed` is False where a decision differed from the law; no speed is given then.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _run(as_json, sizes, budget_s)
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _run(as_json: bool, sizes: Sequence[int], budget_s: float) -> dict[str, Any]:

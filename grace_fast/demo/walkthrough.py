@@ -6,8 +6,6 @@ import json
 import platform
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from grace_fast.demo.data import MODULES, PER_MODULE, REWORDINGS
 from grace_fast.demo.examples import Generality, example, generality
 from grace_fast.demo.prepare import Prepared, bar, calibrate, prepare
 from grace_fast.demo.stream import Final, HeldOut, Point
+from grace_fast.threads import one_thread
 
 POINTS = 6  # measurements along the stream
 
@@ -41,7 +40,7 @@ def run(
     of the answer is False where verify found a broken edit or a bar was missed, as `failures` says.
     """
     # On a machine that is busy, two threads that wait for each other are slower than one.
-    with _one_thread():
+    with one_thread():
         return _run(Path(output), seed, progress, as_json, per_module)
 
 
@@ -151,17 +150,6 @@ def _held_out(prepared: Prepared, layer: str) -> HeldOut:
         wrong=(~right).nonzero()[:, 0].tolist(),
         right=right.nonzero()[:, 0].tolist(),
     )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread within a `with` block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _verify_saved(prepared: Prepared, path: Path) -> gf.Verification:

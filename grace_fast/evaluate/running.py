@@ -27,6 +27,7 @@ from grace_fast.evaluate.editors import GraceEditor
 from grace_fast.evaluate.reference_rule import ReferenceRule
 from grace_fast.evaluate.stream import Progress
 from grace_fast.evaluate.task import Task
+from grace_fast.threads import one_thread
 
 OFFLINE = ("facts", "labels", "fabrications")
 PAPER = ("zsre", "scotus", "hallucination")
@@ -77,7 +78,7 @@ def run(
     retraining and the reference's rule on the same stream; sweep: try so many epsilons on the whole
     stream beside the calibrated one; restart: forget an interrupted run.
     """
-    with _one_thread():
+    with _repeatable():
         start = time.perf_counter()
         task = load(name, seed, cache_folder, data, progress)
         return evaluate(
@@ -359,14 +360,8 @@ def _bar(task: Task, name: str, done: int, progress: bool) -> Any:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread within a `with` block: the same sums at every run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with warnings.catch_warnings():
-            # A sweep tries epsilons that are far off on purpose.
-            warnings.simplefilter("ignore", gf.GraceWarning)
-            yield
-    finally:
-        torch.set_num_threads(before)
+def _repeatable() -> Iterator[None]:
+    """Compute the same sums at every run, and do not warn: a sweep tries epsilons far off."""
+    with one_thread(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", gf.GraceWarning)
+        yield

@@ -6,12 +6,8 @@ Where a codebook is large it says what it lists or looks at: it is made in secon
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from grace_fast.report.balls import hits_of, radii_of
 from grace_fast.report.keymap import keymap_of
@@ -22,6 +18,7 @@ from grace_fast.report.page import render
 from grace_fast.report.reading import Reading, read
 from grace_fast.report.tradeoff import trade_off_of
 from grace_fast.store.files import replace
+from grace_fast.threads import one_thread
 
 ENDINGS = (".html", ".htm")
 
@@ -37,7 +34,7 @@ def write(directory: Path, out: Path, hmac_key: bytes | None = None) -> dict[str
     if out.suffix.lower() not in ENDINGS:
         raise ValueError(f"a page must be named .html, got {str(out)!r}")
     reading = read(directory, hmac_key)
-    with _one_thread():
+    with one_thread():
         page = render(facts(reading)).encode()
     try:
         replace(out, page)
@@ -59,18 +56,3 @@ def facts(reading: Reading) -> dict[str, Any]:
         "map": keymap_of(reading),
         "trade": trade_off_of(reading),
     }
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread within a `with` block: beside a busy model several wait for each other.
-
-    Of a million keys on two cores that others use, two threads took 9.1 s to find what lies close,
-    one thread 1.3 s (AMD EPYC).
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -232,7 +232,7 @@ def _steps(columns: _Columns, now: Snapshot, texts: Any) -> Iterator[Step]:
         if kind < 4 and at >= counted[kind]:
             raise CodebookCorrupt("order names more steps than there are")
         if kind == 0:
-            label = now.label_in(listed[0][at][5])
+            label = now.labels_by_slot[listed[0][at][5]]
             yield _edit(listed[0][at], numbers[at].tolist(), queries[at], label, texts)
         elif kind == 1:
             edit, row, slot, lasts_with = listed[1][at]
