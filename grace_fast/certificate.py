@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_fast import codes, native, order
+from grace_fast import codes, forks, native, order
 from grace_fast.building import Build
 from grace_fast.codebook import PAGE_ROWS, Page, Snapshot
 from grace_fast.order import Array, Part
@@ -71,7 +71,9 @@ class Certificate:
         self._builder: threading.Thread | None = None
         self._cancelled = False
         self._hopeless_rows = 0  # no map could be fitted at this size
+        self._handed: weakref.ref[View] | None = None  # the view that was made last
         _builders.add(self)
+        forks.guard(self, "_lock", forks.Order.CODES, _go_on_in_child)
 
     def view(self, snapshot: Snapshot, other: View | None = None) -> View:
         """Return a version as the extension reads it; `other` is any earlier view."""
@@ -84,6 +86,7 @@ class Certificate:
                 view.plan = plan_of(self._cpu, state, snapshot.rows, self._widest)
                 view.holds = (state, state.tail)
                 view.predicted_bytes = state.predicted_bytes
+            self._handed = weakref.ref(view)
             return view
 
     @contextmanager
@@ -280,3 +283,22 @@ def _stop_building() -> None:
     for certificate in list(_builders):
         certificate._cancelled = True
         certificate.settle()
+
+
+def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
+    """Let a forked child make for itself what a thread was making that it has not.
+
+    It begins when it first asks, not before. whole: else what is known may be half taken in, and is
+    given up; views that were handed out before stay true.
+    """
+    was_making, certificate._builder = certificate._builder is not None, None
+    if not whole:
+        certificate._state, certificate._pages = None, ()
+    if was_making or not whole:
+        certificate._seen.clear()
+        view = certificate._handed and certificate._handed()
+        if view is not None:
+            view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
+
+
+_FORKED: Any = object()

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Protocol, SupportsIndex
 import torch
 from torch import Tensor
 
+from grace_fast import forks
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
@@ -593,6 +594,8 @@ class Codebook:
         self._next_id = 0
         self._label_slots = Labels()
         self._writer = threading.RLock()
+        self.was_forked_in_writing = False  # while another thread wrote
+        forks.guard(self, "_writer", forks.Order.WRITING, Codebook._drop_draft_in_child)
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
         self._followers: dict[str, Callable[[Snapshot], None]] = {}
@@ -700,6 +703,14 @@ class Codebook:
             if ledger is not None and self._current is not published:
                 ledger.revoke(published)
             raise
+
+    def _drop_draft_in_child(self, whole: bool) -> None:
+        """Be in a forked child as the published version, without the draft of another thread."""
+        self.was_forked_in_writing = not whole
+        if not whole:
+            now, self._draft = self._current, None
+            self._next_id = int(now.ids[-1]) + 1 if now.rows else 0
+            self._label_slots.cut(now.counts.labels)
 
     def keep(self, ledger: Ledger | None) -> None:
         """Let every version be recorded before it is published; None to end that."""

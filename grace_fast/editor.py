@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
+from grace_fast import advice, batches, calibrate, compiled, forks, lookup, plans, positions
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -115,6 +115,7 @@ class Grace:
         self._layer = layer
         self._history = History()
         self._making = threading.Lock()
+        forks.guard(self, "_making", forks.Order.MAKING, Grace._take_back_in_child)
         self._scale_is_checked = False
         self._adapter = Adapter(
             model=base,
@@ -657,6 +658,12 @@ class Grace:
             return
         with self._adapter.book.held():
             yield
+
+    def _take_back_in_child(self, _: bool) -> None:
+        """Forget in a forked child the edit that another thread was in the middle of."""
+        book = self._adapter.book
+        if book is not None and book.was_forked_in_writing:
+            self._history.take_back_attempts()
 
     def _require_editable(self) -> None:
         if self._is_reader:
