@@ -670,6 +670,8 @@ class Grace:
             raise CodebookReadOnly(
                 f"{self.path} was attached with read_only=True; attach it without to edit"
             )
+        if self._store is not None:
+            self._store.require_writable()
 
     def _require_attached(self) -> None:
         if not self._is_attached:

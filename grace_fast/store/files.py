@@ -8,11 +8,14 @@ what is no regular file is not read at all. `manifest` has the formats.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+import sys
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from grace_fast import forks
 from grace_fast.mapped import CodebookCorrupt as CodebookCorrupt
 from grace_fast.mapped import MappedFile, Shape, open_regular
 from grace_fast.store import headers, manifest
@@ -63,7 +67,7 @@ def write(
     name = f"codebook-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     whole = manifest.seal({**config, "tensors": {"file": name, "sha256": sums}}, hmac_key)
     replace(folder / name, content)
-    replace(folder / CONFIG, whole)
+    _replace_manifest(folder, whole)
     kept = config.get("journal")
     _drop_others(folder, {name} if kept is None else {name, kept["file"]})
 
@@ -85,7 +89,7 @@ def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
     folder = Path(path)
-    replace(folder / CONFIG, manifest.seal(config, hmac_key))
+    _replace_manifest(folder, manifest.seal(config, hmac_key))
     described = [*config["mapped"].values(), config["tensors"], config["codes"]]
     _drop_others(folder, {each["file"] for each in described if each is not None})
 
@@ -97,7 +101,11 @@ def update(path: Path, fields: Mapping[str, Any], hmac_key: bytes | None = None)
     """
     config = manifest.read(path, hmac_key)
     if any(config.get(name) != value for name, value in fields.items()):
-        replace(path / CONFIG, manifest.seal({**config, **fields}, hmac_key))
+        _replace_manifest(path, manifest.seal({**config, **fields}, hmac_key))
+
+
+def _replace_manifest(folder: Path, content: bytes) -> None:
+    replace(folder / CONFIG, content, ready=lambda: require_claim(folder))
 
 
 def change_journal(path: Path, journal: Mapping[str, Any], hmac_key: bytes | None = None) -> None:
@@ -145,18 +153,83 @@ def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, A
     return {"file": file.name, "sha256": sums}
 
 
-def claim(path: Path) -> int:
-    """Return a descriptor of a file that is this process's alone until it is closed.
+class CodebookLocked(OSError):
+    """Another process, or another editor of this one, edits the codebook of a directory."""
 
-    Raises: BlockingIOError where somebody has it, OSError where it cannot be opened.
+
+class Claim:
+    """A file that is this process's alone until it is closed; forked children have no part in it.
+
+    Raises: BlockingIOError where somebody has it, OSError where it cannot be opened or the file
+    system keeps no locks.
     """
-    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+
+    def __init__(self, path: Path) -> None:
+        # From here on: another working directory does not make it another file.
+        self.path = path.absolute()
+        for _ in range(_REMOVALS):
+            with _claiming:  # no fork comes between the two lines
+                self.descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
+                _claims.add(self)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.is_in_place():
+                    return
+            except BaseException as error:
+                self.close()
+                if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                    raise OSError(
+                        error.errno,
+                        f"{path} cannot be locked, as its file system keeps no locks "
+                        f"({error.strerror}); keep the codebook on a local disk, or open it to be "
+                        "read",
+                    ) from error
+                raise
+            self.close()  # it was removed before it was locked: somebody may have the next one
+        raise OSError(f"{path} is removed again and again; leave a lock where it is")
+
+    def is_in_place(self) -> bool:
+        """Tell whether the file still has its name: else somebody may have another of that name."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        return self.descriptor >= 0 and os.path.samestat(found, os.fstat(self.descriptor))
+
+    def close(self) -> None:
+        """Give the file back."""
+        _claims.discard(self)
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+_REMOVALS = 10
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_claims: set[Claim] = set()
+_claiming = threading.Lock()
+
+
+def _leave_claims(*_: object) -> None:
+    """Close what a forked child has inherited: a lock lasts as long as one copy of it is open."""
+    for claim in list(_claims):
+        claim.close()
+
+
+forks.guard(sys.modules[__name__], "_claiming", mend=_leave_claims)
+
+
+def require_claim(folder: Path) -> None:
+    """Raise CodebookLocked where a lock that this process has in a directory is not there any more.
+
+    Somebody may have removed it, and another process has its own since.
+    """
+    for claim in list(_claims):
+        if claim.path.parent == folder.absolute() and not claim.is_in_place():
+            raise CodebookLocked(
+                f"{claim.path} was removed or replaced, so another process may have {folder} by "
+                "now; nothing further is written: unload() or close this one, and open it again"
+            )
 
 
 def synchronise(path: Path) -> None:
@@ -168,8 +241,11 @@ def synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Put a file in place in one step, and on the disk before anything refers to it."""
+def replace(path: Path, content: bytes, ready: Callable[[], None] = lambda: None) -> None:
+    """Put a file in place in one step, and on the disk before anything refers to it.
+
+    ready: called right before that step; what it raises prevents it.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         partial.unlink(missing_ok=True)
@@ -177,6 +253,7 @@ def replace(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        ready()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

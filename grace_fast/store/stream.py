@@ -139,6 +139,7 @@ class _Unfinished:
                 raise CodebookCorrupt(f"{file} does not tell what was written; remove {work}")
 
     def _save_state(self, **changes: Any) -> None:
+        files.require_claim(self._work)
         self._state |= {"format": FORMAT, **changes}
         files.replace(self._work / STATE, json.dumps(self._state).encode())
 
@@ -233,8 +234,9 @@ class _Unfinished:
                     if again < len(checked[0]):
                         put(tuple(part[again:] for part in checked))
             except BaseException:
-                put.finish()
-                self._checkpoint(writers)
+                if put.is_here:  # else a worker of the stream ends, in a fork
+                    put.finish()
+                    self._checkpoint(writers)
                 raise
         if row < known:
             raise ValueError(
@@ -316,6 +318,7 @@ class _Unfinished:
         self, written: Mapping[str, Written], snapshot: Snapshot, coded: dict[str, Tensor] | None
     ) -> None:
         """Put the files where the directory's codebook is, and make them that."""
+        files.require_claim(self._work)
         placed = {}
         for name in files.MAPPED:
             place = self._folder / written[name].path.name
@@ -433,7 +436,7 @@ def _locked(work: Path) -> Iterator[Path]:
         raise CodebookCorrupt(f"{work} is a link; remove it")
     work.mkdir(exist_ok=True)
     try:
-        descriptor = files.claim(work / "lock")
+        claim = files.Claim(work / "lock")
     except BlockingIOError:
         raise BlockingIOError(
             f"another process builds in {work}; wait for it, or choose another directory"
@@ -441,7 +444,7 @@ def _locked(work: Path) -> Iterator[Path]:
     try:
         yield work
     finally:
-        os.close(descriptor)
+        claim.close()
 
 
 class _NoBar:
