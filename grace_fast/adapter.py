@@ -24,7 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import adapter_op, forks, generation, lookup, positions, recall, selection, tensor_parallel
+from grace_fast import (
+    adapter_op,
+    forks,
+    generation,
+    lookup,
+    positions,
+    recall,
+    selection,
+    tensor_parallel,
+)
 from grace_fast.answers import Answer
 from grace_fast.backends import graphs
 from grace_fast.codebook import Codebook, Snapshot

@@ -296,7 +296,7 @@ def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
         certificate._state, certificate._pages = None, ()
     if was_making or not whole:
         certificate._seen.clear()
-        view = certificate._handed and certificate._handed()
+        view = None if certificate._handed is None else certificate._handed()
         if view is not None:
             view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
 

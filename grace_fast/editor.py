@@ -100,7 +100,7 @@ class Grace:
         lock: Lock | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else files.absolute(path)
         self._hmac_key = hmac_key
         self._store: Store | None = None  # where every edit goes before anybody sees it
         self._reads: Journal | None = None  # what `refresh` takes up, of a reader
@@ -263,6 +263,10 @@ class Grace:
 
     def _take_up(self) -> bool:
         assert self.path is not None, "checked by refresh"
+        return files.steadily(self.path, self._taken_up)
+
+    def _taken_up(self) -> bool:
+        assert self.path is not None, "checked by refresh"
         assert self._reads is not None, "checked by refresh"
         book, config = self.codebook, files.read_config(self.path, self._hmac_key)
         told = config.get("journal")
@@ -281,7 +285,12 @@ class Grace:
     def _at(self, version: int) -> tuple[Codebook, History]:
         self._journal()
         assert self.path is not None, "a journal lies in a directory"
-        return read_saved(self.path, self._hmac_key).codebook(version=version)
+        path = self.path
+
+        def read() -> tuple[Codebook, History]:
+            return read_saved(path, self._hmac_key).codebook(version=version)
+
+        return files.steadily(path, read)
 
     def _journal(self) -> Journal:
         journal = self._reads if self._store is None else self._store.journal
@@ -383,13 +392,14 @@ class Grace:
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
         key = self._hmac_key if hmac_key is None else hmac_key
-        if self._store is not None and self.path is not None and _is_same(self.path, Path(path)):
+        path = files.absolute(path)
+        if self._store is not None and self.path is not None and _is_same(self.path, path):
             self.compact()
             return
-        lock = Lock(Path(path))
+        lock = Lock(path)
         try:
             with self.codebook.held() as now:
-                self._save(Path(path), now, key, {})
+                self._save(path, now, key, {})
         finally:
             lock.close()
 

@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -230,6 +230,52 @@ def require_claim(folder: Path) -> None:
                 f"{claim.path} was removed or replaced, so another process may have {folder} by "
                 "now; nothing further is written: unload() or close this one, and open it again"
             )
+
+
+def absolute(path: str | os.PathLike[str] | bytes) -> Path:
+    """Return where a path leads now, for later: the working directory may be another one then.
+
+    A `~` is the home directory; links on the way stay what they are, so that `..` behind one leads
+    where the system says.
+    """
+    return Path(os.path.expanduser(os.fsdecode(path))).absolute()
+
+
+class ChangedMeanwhile(OSError):
+    """What was read of a directory is of two of its states; it has to be read again."""
+
+
+def steadily(path: str | Path, read: Callable[[], T]) -> T:
+    """Return what `read` reads of a directory, again where another process replaced it meanwhile.
+
+    A manifest names files that go when the next one takes its place. What does not fit under the
+    same manifest is damaged; under another one it was only read too slowly.
+
+    Raises: what `read` raises, where the manifest is the same as before.
+    """
+    for _ in range(_READINGS):
+        before = _stamp(path)
+        try:
+            return read()
+        except ChangedMeanwhile:
+            continue
+        except (CodebookCorrupt, OSError):
+            if _stamp(path) == before:
+                raise
+    return read()
+
+
+_READINGS = 20
+T = TypeVar("T")
+
+
+def _stamp(path: str | Path) -> tuple[int, ...] | None:
+    """Return what tells one manifest of a directory from the next; None where there is none."""
+    try:
+        found = os.stat(Path(path) / CONFIG, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def synchronise(path: Path) -> None:

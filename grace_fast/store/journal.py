@@ -24,7 +24,7 @@ from urllib.parse import quote
 
 from grace_fast import forks
 from grace_fast.mapped import CodebookCorrupt, refuse_special
-from grace_fast.store.files import synchronise
+from grace_fast.store.files import ChangedMeanwhile, synchronise
 
 _APPLICATION = 0x47524143  # "GRAC", in the file's header
 _FORMAT = 1
@@ -235,16 +235,22 @@ class Journal:
     def entries(self, after: int | None = None) -> Iterator[Entry]:
         """Yield the rows after a version, by default all, each one checked where all are read.
 
-        Raises: CodebookCorrupt where a row is not what was written, or is missing.
+        Raises: CodebookCorrupt where a row is not what was written, or is missing;
+        ChangedMeanwhile where the last one was taken off while they were read.
         """
         first = self.base if after is None else max(after, self.base)
         version, checksum = first, self._start if first == self.base else self._checksum_of(first)
         last, head = self._head()
-        for entry in self._chain(first, checksum, last):
-            version, checksum = entry.version, entry.checksum
-            yield entry
-        if version != last or checksum != head:
-            raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
+        try:
+            for entry in self._chain(first, checksum, last):
+                version, checksum = entry.version, entry.checksum
+                yield entry
+            if version != last or checksum != head:
+                raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
+        except CodebookCorrupt as error:
+            if self._head() != (last, head):
+                raise ChangedMeanwhile(f"{self.path} changed while it was read") from error
+            raise
 
     def sound_entries(self) -> Iterator[Entry]:
         """Yield the rows from the first on, as long as each is what was written.

@@ -78,7 +78,7 @@ def repair(
     where it is edited, ValueError for a signed one without its key, OSError where it cannot be
     written. It is as before then.
     """
-    folder = Path(path)
+    folder = files.absolute(path)
     files.read_config(folder)  # nothing is made where nothing is
     with closing(Lock(folder)):
         config = files.read_config(folder, hmac_key)
