@@ -115,7 +115,6 @@ class Grace:
         self._layer = layer
         self._history = History()
         self._making = threading.Lock()
-        forks.guard(self, "_making", forks.Order.MAKING, Grace._take_back_in_child)
         self._scale_is_checked = False
         self._adapter = Adapter(
             model=base,
@@ -135,6 +134,7 @@ class Grace:
         self._adapter.install()
         _attached.setdefault(layer, set()).add(name)
         self._is_attached = True
+        forks.guard(self, "_making", forks.Order.MAKING, Grace._take_back_in_child)
 
     def __repr__(self) -> str:
         book = self._adapter.book

@@ -13,6 +13,7 @@ wanted again come back by themselves (EPYC: 1 ms for a fork, .1 ms for the next 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import threading
@@ -51,8 +52,18 @@ class _Guarded:
 
 _guarded: dict[int, _Guarded] = {}
 _numbers = count()
+_is_child = False
 _forking = threading.Lock()  # two threads may fork at once
-_held: list[Any] = []  # by the thread that forks
+
+
+class _Held(threading.local):
+    """What a thread took before it forks, in the order of that."""
+
+    def __init__(self) -> None:
+        self.locks: list[Any] = []
+
+
+_held = _Held()
 
 
 def guard(
@@ -89,15 +100,17 @@ def _before() -> None:
 
 def _take(lock: Any, until: float) -> None:
     if lock.acquire(timeout=max(0.0, until - time.monotonic())):
-        _held.append(lock)
+        _held.locks.append(lock)
 
 
 def _let_go() -> None:
-    while _held:
-        _held.pop().release()
+    while _held.locks:
+        _held.locks.pop().release()
 
 
 def _in_child() -> None:
+    global _is_child
+    _is_child = True
     _let_go()
     _is_free(_forking)
     for owner, each in reversed(_listed()):
@@ -125,6 +138,17 @@ def rest_openmp() -> None:
         with suppress(OSError, AttributeError):  # replaced on the disk; older than OpenMP 5
             library = ctypes.CDLL(path, mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
             library.omp_pause_resource_all(_PAUSE_HARD)
+
+
+@atexit.register
+def _rest_in_child() -> None:
+    """Let a forked child end: torch waits for threads of another pool, which it takes these for.
+
+    That pool (caffe2's, made by `set_num_threads`) is joined when the process exits. Its threads
+    were the parent's, and a child gives their identity to the next that it starts.
+    """
+    if _is_child:
+        rest_openmp()
 
 
 if hasattr(os, "register_at_fork"):

@@ -13,9 +13,12 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -230,6 +233,16 @@ def require_claim(folder: Path) -> None:
                 f"{claim.path} was removed or replaced, so another process may have {folder} by "
                 "now; nothing further is written: unload() or close this one, and open it again"
             )
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Have a new folder within a `with` block; unlike tempfile's, no fork that ends removes it."""
+    folder = Path(tempfile.mkdtemp(dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def absolute(path: str | os.PathLike[str] | bytes) -> Path:

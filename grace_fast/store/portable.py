@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -33,10 +32,10 @@ def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> i
     described = {**saved.described, "version": book.version}
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
-            write(Path(folder), described, book.snapshot(), history, hmac_key)
+        with files.temporary_folder(target.parent) as folder:
+            write(folder, described, book.snapshot(), history, hmac_key)
             with zipfile.ZipFile(partial, "x", zipfile.ZIP_STORED) as packed:
-                for each in sorted(Path(folder).iterdir()):
+                for each in sorted(folder.iterdir()):
                     packed.write(each, each.name)
         files.synchronise(partial)
         partial.rename(target)
