@@ -77,15 +77,16 @@ def short_wait(monkeypatch):
 def stuck_build(monkeypatch):
     """Have this process's next build never come to its end; those of its children do."""
     here, begun, may_end = os.getpid(), threading.Event(), threading.Event()
-    real = certificate.Build.run
+    real = certificate.in_a_thread
 
-    def run(build):
+    def stuck(steps):
+        yield next(steps)
         if os.getpid() == here:
             begun.set()
             may_end.wait(PATIENCE)
-        return real(build)
+        yield from steps
 
-    monkeypatch.setattr(certificate.Build, "run", run)
+    monkeypatch.setattr(certificate, "background", lambda steps: real(stuck(steps)))
     yield begun
     may_end.set()
 
