@@ -24,7 +24,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import adapter_op, generation, lookup, positions, recall, selection, tensor_parallel
+from grace_fast import (
+    adapter_op,
+    forks,
+    generation,
+    lookup,
+    positions,
+    recall,
+    selection,
+    tensor_parallel,
+)
 from grace_fast.answers import Answer
 from grace_fast.backends import graphs
 from grace_fast.codebook import Codebook, Snapshot
@@ -88,7 +97,8 @@ class Adapter:
     def install(self) -> None:
         """Put the hooks in."""
         self._run = _Run()
-        self._disabled: set[object] = set()  # who want no answer
+        self._disabled: set[tuple[int, object]] = set()  # who want no answer, each with its thread
+        forks.guard(self, None, mend=Adapter._enable_in_child)
         self._order: Tensor | None = None  # of the ops in a compiled graph
         self._memory = recall.Memory()
         self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
@@ -360,12 +370,17 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Answer nothing, in any thread's calls; those who want it so may come and go at will."""
-        mine = object()
+        mine = (threading.get_ident(), object())
         self._disabled.add(mine)
         try:
             yield
         finally:
-            self._disabled.remove(mine)
+            self._disabled.discard(mine)
+
+    def _enable_in_child(self, _: bool) -> None:
+        """Answer in a forked child where only threads that it has not want no answer."""
+        me = threading.get_ident()
+        self._disabled = {each for each in self._disabled if each[0] == me}
 
     @contextmanager
     def asking_at(self, where: Tensor | None) -> Iterator[None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
 from grace_fast.store import files, manifest
 from grace_fast.store.durable import Lock
+from grace_fast.store.journal import Journal
 from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
 from grace_fast.tensor_parallel import declared_widths
@@ -92,6 +93,8 @@ def attach(
     Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor, or a
     setting that does not exist; CodebookMismatch for a codebook of another model.
     """
+    if path is not None:
+        path = files.absolute(path)
     found, module = find_layer(model, layer)
     _refuse_second(found, module, name)
     if codebook is not None:
@@ -130,7 +133,7 @@ def attach(
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
     if auto and calibration_inputs is None:
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
-    lock = None if path is None else Lock(Path(path))
+    lock = None if path is None else Lock(path)
     try:
         grace = Grace(model, module, settings, tokenizer, path, name, hmac_key, lock)
         if codebook is not None:
@@ -216,26 +219,37 @@ def from_pretrained(
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
-    lock = Lock(Path(path)) if durable else None
+    path = files.absolute(path)
+    lock = Lock(path) if durable else None
     try:
-        return _attach_saved(
-            model, read_saved(path, hmac_key, max_radius), tokenizer, name, lock, follow
-        )
+        opened = files.steadily(path, lambda: _open(model, path, name, max_radius, hmac_key, lock))
+        return _attach_saved(model, opened, tokenizer, name, lock, follow)
     except BaseException:
         if lock is not None:
             lock.close()
         raise
 
 
-def _attach_saved(
+@dataclass(frozen=True)
+class _Opened:
+    """A saved codebook that fits a layer of a model."""
+
+    saved: Saved
+    module: nn.Module  # the layer
+    book: Codebook
+    history: History
+    journal: Journal | None
+
+
+def _open(
     model: nn.Module,
-    saved: Saved,
-    tokenizer: Any,
+    path: Path,
     name: str | None,
+    max_radius: float | None,
+    hmac_key: bytes | None,
     lock: Lock | None,
-    follow: bool,
-) -> Grace:
-    path, durable = saved.path, lock is not None
+) -> _Opened:
+    saved, durable = read_saved(path, hmac_key, max_radius), lock is not None
     if durable and saved.hmac_key is None and "hmac" in saved.config:
         raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
     layer, module = find_layer(model, saved.settings.layer)
@@ -248,15 +262,27 @@ def _attach_saved(
         "cpu" if placed is None else placed[0], read_only=not durable
     )
     _refuse_other_widths(str(path), layer, module, book)
-    kept = path if durable or follow else None
-    grace = Grace(model, module, saved.settings, tokenizer, kept, name, saved.hmac_key, lock)
+    return _Opened(saved, module, book, history, journal)
+
+
+def _attach_saved(
+    model: nn.Module,
+    opened: _Opened,
+    tokenizer: Any,
+    name: str | None,
+    lock: Lock | None,
+    follow: bool,
+) -> Grace:
+    saved = opened.saved
+    kept = saved.path if lock is not None or follow else None
+    grace = Grace(model, opened.module, saved.settings, tokenizer, kept, name, saved.hmac_key, lock)
     grace.hits.update(saved.hits)
     if follow:
-        grace.read(book, history, journal)
+        grace.read(opened.book, opened.history, opened.journal)
         return grace
-    grace.take(book, history)
+    grace.take(opened.book, opened.history)
     try:
-        grace.begin(journal)
+        grace.begin(opened.journal)
     except BaseException:
         grace.unload()
         raise

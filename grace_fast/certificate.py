@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_fast import codes, native, order
+from grace_fast import codes, forks, native, order
 from grace_fast.building import Build
 from grace_fast.codebook import PAGE_ROWS, Page, Snapshot
 from grace_fast.order import Array, Part
@@ -107,7 +107,10 @@ class Certificate:
         self._wait: Callable[[], None] | None = None  # for what is being built
         self._cancelled = False
         self._hopeless_rows = 0  # no map could be fitted at this size
+        self._was_forked = False  # while something was made, by a thread that is not here
+        self._handed: weakref.ref[View] | None = None  # the view that was made last
         _builders.add(self)
+        forks.guard(self, "_lock", forks.Order.CODES, _go_on_in_child)
 
     def view(self, snapshot: Snapshot, other: View | None = None) -> View:
         """Return a version as the extension reads it; `other` is any earlier view."""
@@ -120,6 +123,7 @@ class Certificate:
                 view.plan = plan_of(self._cpu, state, snapshot.rows, view.widest)
                 view.holds = (state, state.tail)
                 view.predicted_bytes = state.predicted_bytes
+            self._handed = weakref.ref(view)
             return view
 
     @contextmanager
@@ -163,6 +167,9 @@ class Certificate:
 
     def _take_in(self, snapshot: Snapshot) -> None:
         """Let the state, where there is one, be true of a version; begin what has to be made."""
+        if self._was_forked:
+            self._was_forked = False
+            self._build_if_needed()
         newest = self._newest
         if snapshot is newest or snapshot in self._older:
             return
@@ -344,3 +351,22 @@ def _stop_building() -> None:
     for certificate in list(_builders):
         certificate._cancelled = True
         certificate.settle()
+
+
+def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
+    """Let a forked child make for itself what a thread was making that it has not.
+
+    It begins when it first asks, not before. whole: else what is known may be half taken in, and is
+    given up; views that were handed out before stay true.
+    """
+    was_making, certificate._wait = certificate._wait is not None, None
+    if not whole:
+        certificate._state, certificate._older = None, weakref.WeakSet()
+    if was_making or not whole:
+        certificate._was_forked = True
+        view = None if certificate._handed is None else certificate._handed()
+        if view is not None:
+            view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
+
+
+_FORKED: Any = object()

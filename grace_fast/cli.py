@@ -26,9 +26,8 @@ from grace_fast.edits import Edit, History
 from grace_fast.store import portable
 from grace_fast.store import repair as repairing
 from grace_fast.store.durable import difference, journal_of
-from grace_fast.store.files import read_config
-from grace_fast.store.journal import Journal
-from grace_fast.store.saved import Offline
+from grace_fast.store.files import read_config, steadily
+from grace_fast.store.saved import Offline, read_newest
 
 app = typer.Typer(
     help="GRACE: lifelong edits of a language model, found again exactly.",
@@ -284,11 +283,9 @@ def log(
     as_json: Json = False,
 ) -> None:
     """List the versions of a codebook since it was compacted last."""
-    saved, journal = _journal(directory)
     try:
-        with closing(journal):
-            entries = [(each.version, each.time, each.kind) for each in journal.entries()]
-    except ValueError as error:
+        saved, entries = steadily(directory, lambda: _versions(directory))
+    except (OSError, ValueError) as error:
         _fail(str(error))
     if as_json:
         named = [dict(zip(("version", "time", "kind"), each, strict=True)) for each in entries]
@@ -311,8 +308,7 @@ def diff(
 ) -> None:
     """Say what a version has otherwise than an earlier one."""
     try:
-        saved = read_saved(directory)
-        one, other = saved.codebook(version=old), saved.codebook(version=new)
+        one, other = steadily(directory, lambda: _two_versions(read_saved(directory), old, new))
     except (OSError, ValueError) as error:
         _fail(str(error))
     found = difference((one[0].snapshot(), one[1]), (other[0].snapshot(), other[1]))
@@ -388,15 +384,19 @@ def _carry(way: Callable[[Path, Path], int], source: Path, target: Path, as_json
     typer.echo(json.dumps(figures) if as_json else f"{edits} edits in {target}")
 
 
-def _journal(directory: Path) -> tuple[Saved, Journal]:
-    try:
-        saved = read_saved(directory)
-        journal = journal_of(directory, saved.config)
-    except (OSError, ValueError) as error:
-        _fail(str(error))
+def _versions(directory: Path) -> tuple[Saved, list[tuple[int, float, str]]]:
+    saved = read_saved(directory)
+    journal = journal_of(saved.path, saved.config)
     if journal is None:
-        _fail(f"{directory} has no versions: it was saved, and not attached with path= since")
-    return saved, journal
+        raise ValueError(
+            f"{directory} has no versions: it was saved, and not attached with path= since"
+        )
+    with closing(journal):
+        return saved, [(each.version, each.time, each.kind) for each in journal.entries()]
+
+
+def _two_versions(saved: Saved, old: int, new: int | None) -> list[tuple[gf.Codebook, History]]:
+    return [saved.codebook(version=old), saved.codebook(version=new)]
 
 
 @app.command()
@@ -579,8 +579,7 @@ def _count(rows: str) -> int:
 
 def _open(directory: Path, key: bytes | None = None) -> tuple[Saved, gf.Codebook, History]:
     try:
-        saved = read_saved(directory, key)
-        return saved, *saved.codebook()
+        return read_newest(directory, key)
     except (OSError, ValueError) as error:
         _fail(str(error))
 

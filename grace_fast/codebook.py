@@ -23,6 +23,7 @@ from typing import Any, NoReturn, Protocol, SupportsIndex
 import torch
 from torch import Tensor
 
+from grace_fast import forks
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
@@ -599,6 +600,8 @@ class Codebook:
         self._next_id = 0
         self._label_slots = Labels()
         self._writer = threading.RLock()
+        self.was_forked_in_writing = False  # while another thread wrote
+        forks.guard(self, "_writer", forks.Order.WRITING, Codebook._drop_draft_in_child)
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
         self._followers: dict[str, Callable[[Snapshot], None]] = {}
@@ -709,12 +712,25 @@ class Codebook:
 
     def _refuse(self, published: Snapshot) -> None:
         """Go back to the version before one that followers have seen."""
+        self._go_back_in_followers()
+        if self._ledger is not None:
+            self._ledger.revoke(published)
+
+    def _go_back_in_followers(self) -> None:
         self._current = replace(self._current, era=self._current.era + 1)
         for follow in self._followers.values():
             with suppress(Exception):  # it holds an earlier version then, as it would have anyway
                 follow(self._current)
-        if self._ledger is not None:
-            self._ledger.revoke(published)
+
+    def _drop_draft_in_child(self, whole: bool) -> None:
+        """Be in a forked child as the published version, without the draft of another thread."""
+        self.was_forked_in_writing = not whole
+        if whole:
+            return
+        self._draft = None
+        self._next_id = int(self._current.ids[-1]) + 1 if self._current.rows else 0
+        self._label_slots.cut(self._current.counts.labels)
+        self._go_back_in_followers()  # they may have seen what is not published here
 
     def keep(self, ledger: Ledger | None) -> None:
         """Let every version be recorded before it is published; None to end that."""

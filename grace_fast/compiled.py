@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+from grace_fast import forks
+
 _standing_aside = threading.Lock()
-_depth = 0
+_wanted: list[int] = []  # by which threads
 _stance: Any = None
 
 
@@ -31,20 +33,36 @@ def stood_aside() -> Iterator[None]:
 
     A value in training needs its gradient, which an op that finds the value does not give.
     """
-    global _depth, _stance
+    global _stance
     if "torch._dynamo" not in sys.modules:
         yield
         return
     # The stance is of the process: the first who needs it takes it, the last gives it back.
     with _standing_aside:
-        if _depth == 0:
+        if not _wanted:
             _stance = torch.compiler.set_stance("force_eager")
             _stance.__enter__()
-        _depth += 1
+        me = threading.get_ident()
+        _wanted.append(me)
     try:
         yield
     finally:
         with _standing_aside:
-            _depth -= 1
-            if _depth == 0:
-                _stance.__exit__(None, None, None)
+            _wanted.remove(me)
+            _go_on_if_unwanted()
+
+
+def _go_on_if_unwanted() -> None:
+    if not _wanted:
+        _stance.__exit__(None, None, None)
+
+
+def _go_on_in_child(*_: object) -> None:
+    """Let a forked child compile again where only threads that it has not stood aside."""
+    if _wanted:
+        me = threading.get_ident()
+        _wanted[:] = [thread for thread in _wanted if thread == me]
+        _go_on_if_unwanted()
+
+
+forks.guard(sys.modules[__name__], "_standing_aside", mend=_go_on_in_child)

@@ -13,6 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
+from grace_fast import forks
 from grace_fast.lookup import Match
 
 # Upper bounds of the buckets in seconds, each inclusive; what takes longer is in one more. A proved
@@ -124,6 +125,7 @@ class Tally:
         self._free: list[_Cell] = []  # appends and pops are atomic: no lock, nothing to fork with
         self._failing = threading.Lock()
         self._failures: Counter[str] = Counter()
+        forks.guard(self, "_failing")
 
     def add(self, match: Match, queries: int, hits: int | None, seconds: float) -> None:
         """Count one call that was answered.

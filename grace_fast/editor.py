@@ -22,7 +22,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
+from grace_fast import advice, batches, calibrate, compiled, forks, lookup, plans, positions
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -100,7 +100,7 @@ class Grace:
         lock: Lock | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else files.absolute(path)
         self._hmac_key = hmac_key
         self._store: Store | None = None  # where every edit goes before anybody sees it
         self._reads: Journal | None = None  # what `refresh` takes up, of a reader
@@ -134,6 +134,7 @@ class Grace:
         self._adapter.install()
         _attached.setdefault(layer, set()).add(name)
         self._is_attached = True
+        forks.guard(self, "_making", forks.Order.MAKING, Grace._take_back_in_child)
 
     def __repr__(self) -> str:
         book = self._adapter.book
@@ -262,6 +263,10 @@ class Grace:
 
     def _take_up(self) -> bool:
         assert self.path is not None, "checked by refresh"
+        return files.steadily(self.path, self._taken_up)
+
+    def _taken_up(self) -> bool:
+        assert self.path is not None, "checked by refresh"
         assert self._reads is not None, "checked by refresh"
         book, config = self.codebook, files.read_config(self.path, self._hmac_key)
         told = config.get("journal")
@@ -280,7 +285,12 @@ class Grace:
     def _at(self, version: int) -> tuple[Codebook, History]:
         self._journal()
         assert self.path is not None, "a journal lies in a directory"
-        return read_saved(self.path, self._hmac_key).codebook(version=version)
+        path = self.path
+
+        def read() -> tuple[Codebook, History]:
+            return read_saved(path, self._hmac_key).codebook(version=version)
+
+        return files.steadily(path, read)
 
     def _journal(self) -> Journal:
         journal = self._reads if self._store is None else self._store.journal
@@ -382,13 +392,14 @@ class Grace:
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
         key = self._hmac_key if hmac_key is None else hmac_key
-        if self._store is not None and self.path is not None and _is_same(self.path, Path(path)):
+        path = files.absolute(path)
+        if self._store is not None and self.path is not None and _is_same(self.path, path):
             self.compact()
             return
-        lock = Lock(Path(path))
+        lock = Lock(path)
         try:
             with self.codebook.held() as now:
-                self._save(Path(path), now, key, {})
+                self._save(path, now, key, {})
         finally:
             lock.close()
 
@@ -658,11 +669,19 @@ class Grace:
         with self._adapter.book.held():
             yield
 
+    def _take_back_in_child(self, _: bool) -> None:
+        """Forget in a forked child the edit that another thread was in the middle of."""
+        book = self._adapter.book
+        if book is not None and book.was_forked_in_writing:
+            self._history.take_back_attempts()
+
     def _require_editable(self) -> None:
         if self._is_reader:
             raise CodebookReadOnly(
                 f"{self.path} was attached with read_only=True; attach it without to edit"
             )
+        if self._store is not None:
+            self._store.require_writable()
 
     def _require_attached(self) -> None:
         if not self._is_attached:

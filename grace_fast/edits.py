@@ -188,6 +188,7 @@ class History:
         self.next_id = next_id
         self.keeps_steps = False  # somebody asks for them
         self._steps: list[Step] = []
+        self._attempts: list[tuple[tuple[Kept[Any], ...], list[int], int, int]] = []
 
     def take_steps(self) -> list[Step]:
         """Return the steps since this was last asked for."""
@@ -227,20 +228,29 @@ class History:
         """
         parts: tuple[Kept[Any], ...] = (self.edits, self.rows, self.label_slots)
         marks = [part.mark() for part in parts]
-        next_id, noted = self.next_id, len(self._steps)
+        self._attempts.append((parts, marks, self.next_id, len(self._steps)))
         kept = False
         try:
             yield
             kept = keep
         finally:
-            if not kept:
-                self.edits, self.rows, self.label_slots = parts
-                for part, mark in zip(parts, marks, strict=True):
-                    part.take_back(mark)
-                self.next_id = next_id
-                del self._steps[noted:]
-            for part in parts:
-                part.let_go()
+            self._end_attempt(kept)
+
+    def _end_attempt(self, kept: bool) -> None:
+        parts, marks, next_id, noted = self._attempts.pop()
+        if not kept:
+            self.edits, self.rows, self.label_slots = parts
+            for part, mark in zip(parts, marks, strict=True):
+                part.take_back(mark)
+            self.next_id = next_id
+            del self._steps[noted:]
+        for part in parts:
+            part.let_go()
+
+    def take_back_attempts(self) -> None:
+        """Take back what is done within every `attempting`: for a child that lacks its thread."""
+        while self._attempts:
+            self._end_attempt(kept=False)
 
     def copy(self) -> History:
         """Return a history that further edits and undos of this one do not change."""

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grace_fast import native
+from grace_fast import forks, native
 
 BLOCK_BYTES = 1 << 22
 HEADER_BYTES = 4096  # a page: mappings begin at a multiple of it
@@ -138,6 +138,7 @@ class MappedFile:
         # One more: an empty file has a table too.
         self.tested: npt.NDArray[np.uint8] = np.zeros(shape.blocks + 1, np.uint8)
         self._testing = threading.Lock()
+        forks.guard(self, "_testing")  # a block is marked last: half tested is not tested
         self._for_extension: Any = None
         self._guarded = -1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+
+from grace_fast import forks
 
 # The loss and whether the model's own prediction is right, with this value [V] in place.
 Attempt = Callable[[Tensor], tuple[Tensor, bool]]
@@ -71,7 +74,7 @@ class _Frozen:
     """What was taken out of a model, and how many want it so."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.wanted = 0
+        self.wanted: list[int] = []  # by which threads
         self.learning = [one for one in model.parameters() if one.requires_grad]
         self.training = [module for module in model.modules() if module.training]
 
@@ -97,12 +100,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
         if state is None:
             state = _frozen[model] = _Frozen(model)
             state.set(False)
-        state.wanted += 1
+        me = threading.get_ident()
+        state.wanted.append(me)
     try:
         yield
     finally:
         with _freezing:
-            state.wanted -= 1
-            if not state.wanted:
-                del _frozen[model]
-                state.set(True)
+            state.wanted.remove(me)
+            _thaw_if_unwanted(model, state)
+
+
+def _thaw_if_unwanted(model: nn.Module, state: _Frozen) -> None:
+    if not state.wanted:
+        del _frozen[model]
+        state.set(True)
+
+
+def _thaw_in_child(*_: object) -> None:
+    """Put back in a forked child what threads froze that it has not."""
+    me = threading.get_ident()
+    for model, state in list(_frozen.items()):
+        state.wanted[:] = [thread for thread in state.wanted if thread == me]
+        _thaw_if_unwanted(model, state)
+
+
+forks.guard(sys.modules[__name__], "_freezing", mend=_thaw_in_child)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from grace_fast import forks
 from grace_fast.backends.faiss_bounds import Array, Bounds, norms
 from grace_fast.codebook import Snapshot
 
@@ -83,6 +84,7 @@ class Filled:
     def __init__(self, asked: FaissIndex) -> None:
         self.asked = asked
         self.lock = threading.RLock()
+        forks.guard(self, "lock", forks.Order.INDEX, Filled._begin_anew_in_child)
         self._index: Any = None
         self._resources: Any = None  # of a GPU, where the index is there
         self._set_to: FaissIndex | None = None  # whose parameters it has
@@ -94,6 +96,11 @@ class Filled:
         self.count = 0
         self.centre: Array
         self.bounds: Bounds
+
+    def _begin_anew_in_child(self, whole: bool) -> None:
+        """Give up in a forked child what a thread was changing that it has not."""
+        if not whole:
+            self._index = self._resources = self._set_to = self._selected = None
 
     # What the rows of a version become.
 

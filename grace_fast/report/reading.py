@@ -15,10 +15,8 @@ from torch import Tensor
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Edit, History
 from grace_fast.semantics import Rules
-from grace_fast.store.files import CodebookCorrupt, read_config
-from grace_fast.store.saved import Saved, read_saved
+from grace_fast.store.saved import Saved, read_newest
 
-ATTEMPTS = 5  # a writer that compacts as often while one directory is read is not waited for
 MOST_HITS = 1 << 40  # believed of one row: their sum is an int64
 LABEL_IDS = 6  # of a label, that are shown
 
@@ -121,15 +119,7 @@ def read(directory: Path, hmac_key: bytes | None = None) -> Reading:
 
     Raises: FileNotFoundError, CodebookCorrupt, OSError as `read_saved`.
     """
-    for attempt in range(1, ATTEMPTS + 1):
-        saved = read_saved(directory, hmac_key)
-        try:
-            return Reading(saved, *saved.codebook())
-        except (CodebookCorrupt, OSError):
-            # The files of the manifest that was read go when another takes its place.
-            if attempt == ATTEMPTS or read_config(directory, hmac_key) == saved.config:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    return Reading(*read_newest(directory, hmac_key))
 
 
 def spread(count: int, most: int) -> NDArray[np.int64]:

@@ -18,6 +18,7 @@ import os
 import secrets
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Emptied, Forgotten, History, Recorded, Step
 from grace_fast.mapped import CodebookCorrupt
 from grace_fast.store import files
+from grace_fast.store.files import CodebookLocked as CodebookLocked
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import Version, redo
 
@@ -34,10 +36,6 @@ _log = logging.getLogger(__name__)
 
 LOCK = "lock"
 _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
-
-
-class CodebookLocked(OSError):
-    """Another process, or another editor of this one, edits the codebook of a directory."""
 
 
 class CodebookReadOnly(OSError):
@@ -56,21 +54,23 @@ class Lock:
         for made in missing:
             files.synchronise(made.parent)
         try:
-            descriptor = files.claim(folder / LOCK)
+            claim = files.Claim(folder / LOCK)
         except BlockingIOError as error:
-            with (folder / LOCK).open("rb") as file:
-                holder = file.read(20).decode("ascii", "replace").strip() or "unknown"
+            holder = ""
+            with suppress(OSError), (folder / LOCK).open("rb") as file:
+                holder = file.read(20).decode("ascii", "replace").strip()
             raise CodebookLocked(
-                f"{folder} is being edited by process {holder}; "
+                f"{folder} is being edited by process {holder or 'unknown'}; "
                 "attach with read_only=True, or unload() the editor there first"
             ) from error
         try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.ftruncate(claim.descriptor, 0)
+            os.pwrite(claim.descriptor, f"{os.getpid()}\n".encode(), 0)
         except BaseException:
-            os.close(descriptor)
+            claim.close()
             raise
-        self.close = weakref.finalize(self, os.close, descriptor)
+        self.is_in_place = claim.is_in_place
+        self.close = weakref.finalize(self, claim.close)
 
 
 class Store:
@@ -92,6 +92,7 @@ class Store:
         self._process = os.getpid()
         self._failure: str | None = None
         self._is_closed = False
+        self._is_lost = False  # the lock
 
     def resume(self, journal: Journal, book: Codebook) -> None:
         """Go on with the journal of a codebook that was read from it.
@@ -115,7 +116,7 @@ class Store:
         Raises: OSError where it cannot be written; what was there before stays valid then.
         """
         with book.held() as now:
-            self._require_writable()
+            self.require_writable()
             name = secrets.token_hex(8)
             path = self.folder / f"{files.JOURNALS}-{name}.sqlite"
             journal = Journal.create(path, name, now.version, self._key)
@@ -136,12 +137,12 @@ class Store:
     def record(self, before: Snapshot, after: Snapshot) -> None:
         """Put a version on the disk.
 
-        Raises: CodebookReadOnly where the disk is in doubt, OSError where it is full; the version
-        is refused.
+        Raises: CodebookReadOnly where the disk is in doubt, CodebookLocked where another process
+        may edit, OSError where it is full; the version is refused.
         """
         assert self.journal is not None, "a ledger has a journal before it is kept"
         steps = self._history().take_steps()
-        self._require_writable()
+        self.require_writable()
         content = Version(Change.between(before, after), steps).encode()
         try:
             self.journal.append(after.version, _kind(steps), content)
@@ -153,6 +154,7 @@ class Store:
             if not (may_go_on and self.journal.is_as_before()):
                 self._fail(error)
             raise
+        self._require_lock()  # else another process may not have seen it
 
     def revoke(self, after: Snapshot) -> None:
         """Take a version off the disk again that was refused by somebody else."""
@@ -165,7 +167,8 @@ class Store:
     def _fail(self, error: BaseException) -> None:
         self._failure = str(error)
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
+        """Raise CodebookReadOnly or CodebookLocked where nothing may be written any more."""
         if self._is_closed:
             raise CodebookReadOnly(f"{self.folder} was given back by unload(); attach() again")
         if self._process != os.getpid():
@@ -177,6 +180,15 @@ class Store:
             raise CodebookReadOnly(
                 f"{self.folder} is read-only since an edit could not be kept: {self._failure}; "
                 "mend the disk and attach() again"
+            )
+        self._require_lock()
+
+    def _require_lock(self) -> None:
+        if self._is_lost or not self._lock.is_in_place():
+            self._is_lost = True  # though it be put back: others may have written since
+            raise CodebookLocked(
+                f"{self.folder / LOCK} was removed or replaced, so another process may edit there "
+                "by now; nothing further is kept: unload() and attach() again"
             )
 
     def close(self, hits: Mapping[int, int] | None = None) -> None:

@@ -8,13 +8,19 @@ what is no regular file is not read at all. `manifest` has the formats.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from grace_fast import forks
 from grace_fast.mapped import CodebookCorrupt as CodebookCorrupt
 from grace_fast.mapped import MappedFile, Shape, open_regular
 from grace_fast.store import headers, manifest
@@ -63,7 +70,7 @@ def write(
     name = f"codebook-{hashlib.sha256(content).hexdigest()[:16]}.safetensors"
     whole = manifest.seal({**config, "tensors": {"file": name, "sha256": sums}}, hmac_key)
     replace(folder / name, content)
-    replace(folder / CONFIG, whole)
+    _replace_manifest(folder, whole)
     kept = config.get("journal")
     _drop_others(folder, {name} if kept is None else {name, kept["file"]})
 
@@ -85,7 +92,7 @@ def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
     folder = Path(path)
-    replace(folder / CONFIG, manifest.seal(config, hmac_key))
+    _replace_manifest(folder, manifest.seal(config, hmac_key))
     described = [*config["mapped"].values(), config["tensors"], config["codes"]]
     _drop_others(folder, {each["file"] for each in described if each is not None})
 
@@ -97,7 +104,11 @@ def update(path: Path, fields: Mapping[str, Any], hmac_key: bytes | None = None)
     """
     config = manifest.read(path, hmac_key)
     if any(config.get(name) != value for name, value in fields.items()):
-        replace(path / CONFIG, manifest.seal({**config, **fields}, hmac_key))
+        _replace_manifest(path, manifest.seal({**config, **fields}, hmac_key))
+
+
+def _replace_manifest(folder: Path, content: bytes) -> None:
+    replace(folder / CONFIG, content, ready=lambda: require_claim(folder))
 
 
 def change_journal(path: Path, journal: Mapping[str, Any], hmac_key: bytes | None = None) -> None:
@@ -145,18 +156,139 @@ def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, A
     return {"file": file.name, "sha256": sums}
 
 
-def claim(path: Path) -> int:
-    """Return a descriptor of a file that is this process's alone until it is closed.
+class CodebookLocked(OSError):
+    """Another process, or another editor of this one, edits the codebook of a directory."""
 
-    Raises: BlockingIOError where somebody has it, OSError where it cannot be opened.
+
+class Claim:
+    """A file that is this process's alone until it is closed; forked children have no part in it.
+
+    Raises: BlockingIOError where somebody has it, OSError where it cannot be opened or the file
+    system keeps no locks.
     """
-    descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
+
+    def __init__(self, path: Path) -> None:
+        # From here on: another working directory does not make it another file.
+        self.path = path.absolute()
+        for _ in range(_REMOVALS):
+            with _claiming:  # no fork comes between the two lines
+                self.descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
+                _claims.add(self)
+            try:
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if self.is_in_place():
+                    return
+            except BaseException as error:
+                self.close()
+                if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+                    raise OSError(
+                        error.errno,
+                        f"{path} cannot be locked, as its file system keeps no locks "
+                        f"({error.strerror}); keep the codebook on a local disk, or open it to be "
+                        "read",
+                    ) from error
+                raise
+            self.close()  # it was removed before it was locked: somebody may have the next one
+        raise OSError(f"{path} is removed again and again; leave a lock where it is")
+
+    def is_in_place(self) -> bool:
+        """Tell whether the file still has its name: else somebody may have another of that name."""
+        try:
+            found = os.stat(self.path, follow_symlinks=False)
+        except OSError:
+            return False
+        return self.descriptor >= 0 and os.path.samestat(found, os.fstat(self.descriptor))
+
+    def close(self) -> None:
+        """Give the file back."""
+        _claims.discard(self)
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+_REMOVALS = 10
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+_claims: set[Claim] = set()
+_claiming = threading.Lock()
+
+
+def _leave_claims(*_: object) -> None:
+    """Close what a forked child has inherited: a lock lasts as long as one copy of it is open."""
+    for claim in list(_claims):
+        claim.close()
+
+
+forks.guard(sys.modules[__name__], "_claiming", mend=_leave_claims)
+
+
+def require_claim(folder: Path) -> None:
+    """Raise CodebookLocked where a lock that this process has in a directory is not there any more.
+
+    Somebody may have removed it, and another process has its own since.
+    """
+    for claim in list(_claims):
+        if claim.path.parent == folder.absolute() and not claim.is_in_place():
+            raise CodebookLocked(
+                f"{claim.path} was removed or replaced, so another process may have {folder} by "
+                "now; nothing further is written: unload() or close this one, and open it again"
+            )
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Have a new folder within a `with` block; unlike tempfile's, no fork that ends removes it."""
+    folder = Path(tempfile.mkdtemp(dir=parent))
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def absolute(path: str | os.PathLike[str] | bytes) -> Path:
+    """Return where a path leads now, for later: the working directory may be another one then.
+
+    A `~` is the home directory; links on the way stay what they are, so that `..` behind one leads
+    where the system says.
+    """
+    return Path(os.path.expanduser(os.fsdecode(path))).absolute()
+
+
+class ChangedMeanwhile(OSError):
+    """What was read of a directory is of two of its states; it has to be read again."""
+
+
+def steadily(path: str | Path, read: Callable[[], T]) -> T:
+    """Return what `read` reads of a directory, again where another process replaced it meanwhile.
+
+    A manifest names files that go when the next one takes its place. What does not fit under the
+    same manifest is damaged; under another one it was only read too slowly.
+
+    Raises: what `read` raises, where the manifest is the same as before.
+    """
+    for _ in range(_READINGS):
+        before = _stamp(path)
+        try:
+            return read()
+        except ChangedMeanwhile:
+            continue
+        except (CodebookCorrupt, OSError):
+            if _stamp(path) == before:
+                raise
+    return read()
+
+
+_READINGS = 20
+T = TypeVar("T")
+
+
+def _stamp(path: str | Path) -> tuple[int, ...] | None:
+    """Return what tells one manifest of a directory from the next; None where there is none."""
+    try:
+        found = os.stat(Path(path) / CONFIG, follow_symlinks=False)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def synchronise(path: Path) -> None:
@@ -168,8 +300,11 @@ def synchronise(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace(path: Path, content: bytes) -> None:
-    """Put a file in place in one step, and on the disk before anything refers to it."""
+def replace(path: Path, content: bytes, ready: Callable[[], None] = lambda: None) -> None:
+    """Put a file in place in one step, and on the disk before anything refers to it.
+
+    ready: called right before that step; what it raises prevents it.
+    """
     partial = path.with_name(path.name + ".partial")
     try:
         partial.unlink(missing_ok=True)
@@ -177,6 +312,7 @@ def replace(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        ready()
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

@@ -9,10 +9,12 @@ that a foreign one brings along (views, triggers) is ever run.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import hmac
 import sqlite3
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from grace_fast import forks
 from grace_fast.mapped import CodebookCorrupt, refuse_special
-from grace_fast.store.files import synchronise
+from grace_fast.store.files import ChangedMeanwhile, synchronise
 
 _APPLICATION = 0x47524143  # "GRAC", in the file's header
 _FORMAT = 1
@@ -67,13 +70,20 @@ class Journal:
     ) -> None:
         self.path, self.base, self._key = path, base, hmac_key or b""
         self._start = _started(name, base, self._key)
+        self._using = threading.RLock()  # no process is forked within a statement
+        self._connection: sqlite3.Connection | None = self._connect(read_only)
+        forks.guard(self, "_using", mend=Journal._leave_in_child)
+        self.version, self.checksum = (base, self._start) if salvage else self._head()
+
+    def _connect(self, read_only: bool) -> sqlite3.Connection:
+        path = self.path
         for each in (path, path.with_name(path.name + "-journal")):
             refuse_special(each)
         if not path.is_file():
             raise CodebookCorrupt(f"{path} is missing: the codebook is not complete")
         place = quote(str(path.absolute()))
         with self._reading():
-            self._file = sqlite3.connect(
+            connection = sqlite3.connect(
                 f"file:{place}?mode={'ro' if read_only else 'rw'}",
                 uri=True,
                 timeout=_WAIT_S,
@@ -81,12 +91,25 @@ class Journal:
                 check_same_thread=False,
             )
             for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
-                self._file.execute(f"PRAGMA {setting}")
+                connection.execute(f"PRAGMA {setting}")
             if not read_only:
-                self._file.execute("PRAGMA journal_mode=TRUNCATE")
-                self._file.execute("PRAGMA synchronous=FULL")
-            self._check_schema()
-        self.version, self.checksum = (base, self._start) if salvage else self._head()
+                connection.execute("PRAGMA journal_mode=TRUNCATE")
+                connection.execute("PRAGMA synchronous=FULL")
+            self._check_schema(connection)
+        return connection
+
+    @property
+    def _file(self) -> sqlite3.Connection:
+        """The connection of this process; a forked child makes one of its own, to read."""
+        if self._connection is None:
+            self._connection = self._connect(read_only=True)
+        return self._connection
+
+    def _leave_in_child(self, _: bool) -> None:
+        """Touch the parent's connection never again: not even to close it, which may roll back."""
+        if self._connection is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._connection))
+            self._connection = None
 
     @staticmethod
     def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> Journal:
@@ -132,9 +155,9 @@ class Journal:
                 ) from error
             raise OSError(f"{self.path} cannot be read: {error}") from error
 
-    def _check_schema(self) -> None:
+    def _check_schema(self, connection: sqlite3.Connection) -> None:
         told = {
-            name: self._file.execute(f"PRAGMA {name}").fetchone()[0]
+            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version")
         }
         if told["application_id"] != _APPLICATION:
@@ -144,12 +167,12 @@ class Journal:
                 f"{self.path} has format {told['user_version']}, "
                 f"this version of grace_fast reads up to {_FORMAT}"
             )
-        found = self._file.execute("SELECT sql FROM sqlite_master ORDER BY rowid").fetchall()
+        found = connection.execute("SELECT sql FROM sqlite_master ORDER BY rowid").fetchall()
         if tuple(sql for (sql,) in found) != _SCHEMA or told["user_version"] != _FORMAT:
             raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
 
     def _head(self) -> tuple[int, bytes]:
-        with self._reading():
+        with self._using, self._reading():
             # One statement, so that a version that is just appended is in neither or in both.
             rows = self._file.execute(
                 "SELECT version, checksum, (SELECT max(version) FROM versions) FROM head"
@@ -212,16 +235,22 @@ class Journal:
     def entries(self, after: int | None = None) -> Iterator[Entry]:
         """Yield the rows after a version, by default all, each one checked where all are read.
 
-        Raises: CodebookCorrupt where a row is not what was written, or is missing.
+        Raises: CodebookCorrupt where a row is not what was written, or is missing;
+        ChangedMeanwhile where the last one was taken off while they were read.
         """
         first = self.base if after is None else max(after, self.base)
         version, checksum = first, self._start if first == self.base else self._checksum_of(first)
         last, head = self._head()
-        for entry in self._chain(first, checksum, last):
-            version, checksum = entry.version, entry.checksum
-            yield entry
-        if version != last or checksum != head:
-            raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
+        try:
+            for entry in self._chain(first, checksum, last):
+                version, checksum = entry.version, entry.checksum
+                yield entry
+            if version != last or checksum != head:
+                raise CodebookCorrupt(f"{self.path}: version {last} is the last, found {version}")
+        except CodebookCorrupt as error:
+            if self._head() != (last, head):
+                raise ChangedMeanwhile(f"{self.path} changed while it was read") from error
+            raise
 
     def sound_entries(self) -> Iterator[Entry]:
         """Yield the rows from the first on, as long as each is what was written.
@@ -255,7 +284,7 @@ class Journal:
                 yield Entry(*row)
 
     def _checksum_of(self, version: int) -> bytes:
-        with self._reading():
+        with self._using, self._reading():
             found = self._file.execute(
                 "SELECT checksum FROM versions WHERE version = ?", (version,)
             ).fetchone()
@@ -276,7 +305,8 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file."""
-        self._file.close()
+        if self._connection is not None:
+            self._connection.close()
 
 
 def _is_entry(row: tuple[object, ...]) -> bool:

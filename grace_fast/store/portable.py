@@ -9,13 +9,12 @@ from __future__ import annotations
 import errno
 import secrets
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 
 from grace_fast.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import files
-from grace_fast.store.saved import read_saved, write
+from grace_fast.store.saved import read_newest, read_saved, write
 
 
 def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> int:
@@ -26,18 +25,17 @@ def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> i
     Raises: CodebookCorrupt, OSError where the file cannot be written; FileExistsError where it is
     there.
     """
-    target = Path(file)
+    target = files.absolute(file)
     if target.exists():
         raise FileExistsError(f"{target} is there already; choose another name")
-    saved = read_saved(path, hmac_key)
-    book, history = saved.codebook()
+    saved, book, history = read_newest(path, hmac_key)
     described = {**saved.described, "version": book.version}
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with tempfile.TemporaryDirectory(dir=target.absolute().parent) as folder:
-            write(Path(folder), described, book.snapshot(), history, hmac_key)
+        with files.temporary_folder(target.parent) as folder:
+            write(folder, described, book.snapshot(), history, hmac_key)
             with zipfile.ZipFile(partial, "x", zipfile.ZIP_STORED) as packed:
-                for each in sorted(Path(folder).iterdir()):
+                for each in sorted(folder.iterdir()):
                     packed.write(each, each.name)
         files.synchronise(partial)
         partial.rename(target)
@@ -55,7 +53,7 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
     Raises: CodebookCorrupt where it is not what was packed, FileExistsError where the directory is
     not empty, OSError where it cannot be written. There is no directory then.
     """
-    source, target = Path(file), Path(path)
+    source, target = files.absolute(file), files.absolute(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty; choose a directory that is, or another name")
     refuse_special(source)

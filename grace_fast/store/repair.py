@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -78,7 +77,7 @@ def repair(
     where it is edited, ValueError for a signed one without its key, OSError where it cannot be
     written. It is as before then.
     """
-    folder = Path(path)
+    folder = files.absolute(path)
     files.read_config(folder)  # nothing is made where nothing is
     with closing(Lock(folder)):
         config = files.read_config(folder, hmac_key)
@@ -432,12 +431,12 @@ def _salvaged(
     try:
         path, name, base = journal_place(folder, config)
         beside = path.with_name(path.name + "-journal")
-        with tempfile.TemporaryDirectory(dir=folder.absolute().parent) as room:
+        with files.temporary_folder(folder.absolute().parent) as room:
             for each in (path, beside):
                 refuse_special(each)
                 if each.exists():
-                    shutil.copyfile(each, Path(room) / each.name)
-            with closing(Journal(Path(room) / path.name, name, base, key, salvage=True)) as journal:
+                    shutil.copyfile(each, room / each.name)
+            with closing(Journal(room / path.name, name, base, key, salvage=True)) as journal:
                 with suppress(CodebookCorrupt):
                     newest = journal.newest()
                 entries.extend(journal.sound_entries())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.mapped import MappedFile
 from grace_fast.store import files, layout
 from grace_fast.store.coded import pack_state, unpack_state
+from grace_fast.store.durable import Lock
 from grace_fast.store.rows import RowWriter, Written
 from grace_fast.store.saved import read_saved
 
@@ -33,18 +35,24 @@ def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> 
     hmac_key: at least 16 random bytes that the manifest is signed with; see `open`.
 
     Raises: OSError where it cannot be written, and what was there before stays valid then;
-    FileExistsError where the directory holds a model's edits or an unfinished build.
+    FileExistsError where the directory holds a model's edits or an unfinished build;
+    CodebookLocked where another process saves or edits there.
     """
     if not isinstance(book, Codebook):
         raise TypeError(f"book must be a Codebook, got {type(book).__name__}")
-    folder = Path(path)
+    folder = files.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
-    refuse_taken(folder)
-    if (folder / BUILDING).exists():
-        raise FileExistsError(
-            f"{folder} holds an unfinished build; finish it with build(), "
-            f"or remove {folder / BUILDING}"
-        )
+    with closing(Lock(folder)):
+        refuse_taken(folder)
+        if (folder / BUILDING).exists():
+            raise FileExistsError(
+                f"{folder} holds an unfinished build; finish it with build(), "
+                f"or remove {folder / BUILDING}"
+            )
+        _save(book, folder, hmac_key)
+
+
+def _save(book: Codebook, folder: Path, hmac_key: bytes | None) -> None:
     snapshot, coded = with_codes(book)
     token = secrets.token_hex(8)
     places = {name: folder / f"{name}-{token}.safetensors" for name in files.MAPPED}
@@ -158,6 +166,11 @@ def open(
 
     Raises: FileNotFoundError, CodebookCorrupt naming the file or tensor that is not what was saved.
     """
+    folder = files.absolute(path)
+    return files.steadily(folder, lambda: _open(folder, verify, hmac_key, max_radius))
+
+
+def _open(path: Path, verify: bool, hmac_key: bytes | None, max_radius: float | None) -> Codebook:
     config = files.read_config(path, hmac_key)
     host = torch.device("cpu")
     if not files.is_mapped(config):

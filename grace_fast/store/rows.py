@@ -43,7 +43,8 @@ class RowWriter:
         self.path, self.name = path, name
         self._shape = Shape(known["rows"] if known else 0, width, dtype)
         self._checks: list[str] = list(known["checks"]) if known else []
-        self._file = os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b")
+        # Nothing is buffered, and places are told: a fork that ends writes nothing here.
+        self._file = os.fdopen(open_regular(path, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
         size = os.fstat(self._file.fileno()).st_size
         if self.rows and size < HEADER_BYTES + self._shape.nbytes:
             self._file.close()
@@ -54,7 +55,6 @@ class RowWriter:
         if known and self._last_check.hexdigest() != known["last_check"]:
             self._file.close()
             raise CodebookCorrupt(f"{path} is not what was written; remove {path.parent}")
-        self._file.seek(0, os.SEEK_END)
 
     @property
     def rows(self) -> int:
@@ -67,7 +67,7 @@ class RowWriter:
         Raises: OSError where they cannot be written; what was checkpointed stays valid.
         """
         content = rows.contiguous().view(torch.uint8).numpy().reshape(-1).data
-        self._file.write(content)
+        self._pwrite(content, HEADER_BYTES + self._shape.nbytes)
         at = self._shape.nbytes % BLOCK_BYTES
         while len(content):
             part = content[: BLOCK_BYTES - at]
@@ -82,15 +82,13 @@ class RowWriter:
 
     def checkpoint(self) -> dict[str, Any]:
         """Put everything on the disk and return what is needed to go on from here."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         last_check = self._last_check.hexdigest()
         return {"rows": self.rows, "checks": self._checks.copy(), "last_check": last_check}
 
     def finish(self) -> Written:
         """Write the header and put everything on the disk."""
-        self._file.seek(0)
-        self._file.write(self._shape.header(self.name))
+        self._pwrite(memoryview(self._shape.header(self.name)), 0)
         self.checkpoint()
         self.close()
         short = self._shape.nbytes % BLOCK_BYTES > 0
@@ -101,14 +99,18 @@ class RowWriter:
 
     def read(self, first: int, last: int) -> bytes:
         """Return the bytes of rows [first, last) that were written."""
-        self._file.flush()
         size = self._shape.row_bytes
         return self._pread(first * size, last * size)
+
+    def _pwrite(self, content: memoryview, at: int) -> None:
+        while len(content):
+            written = os.pwrite(self._file.fileno(), content, at)
+            content, at = content[written:], at + written
 
     def _pread(self, first: int, last: int) -> bytes:
         return os.pread(self._file.fileno(), last - first, HEADER_BYTES + first)
 
     def close(self) -> None:
         """Leave the file as it is; what was checkpointed is on the disk."""
-        with suppress(OSError):  # a full disk refuses what is still in the buffer, too
+        with suppress(OSError):  # of a disk that says only now that it failed
             self._file.close()

@@ -112,7 +112,7 @@ class Offline:
     """
 
     def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
-        self.path = Path(path)
+        self.path = path = files.absolute(path)
         files.read_config(path)  # nothing is made where nothing is
         lock = Lock(self.path)
         try:
@@ -156,6 +156,7 @@ def read_saved(
 
     Raises: FileNotFoundError, CodebookCorrupt.
     """
+    path = files.absolute(path)
     config = files.read_config(path, hmac_key)
     if "settings" not in config:
         raise files.CodebookCorrupt(
@@ -171,8 +172,21 @@ def read_saved(
         if not isinstance(config["texts"], dict):
             raise TypeError("texts must be an object")
         int(config["next_id"])
-        return Saved(Path(path), config, settings, config["fingerprint"], hits, hmac_key)
+        return Saved(path, config, settings, config["fingerprint"], hits, hmac_key)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise files.CodebookCorrupt(
-            f"{Path(path) / files.CONFIG} is not complete: {error!r}"
-        ) from error
+        raise files.CodebookCorrupt(f"{path / files.CONFIG} is not complete: {error!r}") from error
+
+
+def read_newest(path: str | Path, hmac_key: bytes | None = None) -> tuple[Saved, Codebook, History]:
+    """Return what a directory says of its codebook, the codebook and its edits, all of one moment.
+
+    Others may edit and compact it meanwhile.
+
+    Raises: as `read_saved` and `Saved.codebook`.
+    """
+
+    def read() -> tuple[Saved, Codebook, History]:
+        saved = read_saved(path, hmac_key)
+        return saved, *saved.codebook()
+
+    return files.steadily(files.absolute(path), read)

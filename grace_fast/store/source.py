@@ -23,7 +23,8 @@ class FilesOfRows:
     """
 
     def __init__(self, paths: Sequence[Path], radius: float | None = None) -> None:
-        self._paths, self._radius = list(paths), radius
+        # Read when they are asked for, wherever the process is by then.
+        self._paths, self._radius = [path.absolute() for path in paths], radius
         self._counts = [self._rows_of(path) for path in self._paths]
 
     @property

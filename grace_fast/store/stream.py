@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -44,6 +44,7 @@ from grace_fast.order import Encoded
 from grace_fast.store import files, headers, layout, manifest, resident
 from grace_fast.store.background import behind
 from grace_fast.store.coded import pack_map, pack_state, unpack_map
+from grace_fast.store.durable import Lock
 from grace_fast.store.rows import RowWriter, Written
 from grace_fast.views import State
 
@@ -82,7 +83,7 @@ def build(
     stream is not the one that was begun with; OSError where it cannot be written, FileExistsError
     where the directory holds a model's edits. What the directory held before stays valid.
     """
-    folder = Path(path)
+    folder = files.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     resident.refuse_taken(folder)
     with _locked(folder / resident.BUILDING) as work:
@@ -139,6 +140,7 @@ class _Unfinished:
                 raise CodebookCorrupt(f"{file} does not tell what was written; remove {work}")
 
     def _save_state(self, **changes: Any) -> None:
+        files.require_claim(self._work)
         self._state |= {"format": FORMAT, **changes}
         files.replace(self._work / STATE, json.dumps(self._state).encode())
 
@@ -233,8 +235,9 @@ class _Unfinished:
                     if again < len(checked[0]):
                         put(tuple(part[again:] for part in checked))
             except BaseException:
-                put.finish()
-                self._checkpoint(writers)
+                if put.is_here:  # else a worker of the stream ends, in a fork
+                    put.finish()
+                    self._checkpoint(writers)
                 raise
         if row < known:
             raise ValueError(
@@ -316,12 +319,14 @@ class _Unfinished:
         self, written: Mapping[str, Written], snapshot: Snapshot, coded: dict[str, Tensor] | None
     ) -> None:
         """Put the files where the directory's codebook is, and make them that."""
+        files.require_claim(self._work)
         placed = {}
-        for name in files.MAPPED:
-            place = self._folder / written[name].path.name
-            written[name].path.replace(place)
-            placed[name] = replace(written[name], path=place)
-        resident.publish(self._folder, self._state["token"], placed, snapshot, coded)
+        with closing(Lock(self._folder)):
+            for name in files.MAPPED:
+                place = self._folder / written[name].path.name
+                written[name].path.replace(place)
+                placed[name] = replace(written[name], path=place)
+            resident.publish(self._folder, self._state["token"], placed, snapshot, coded)
 
 
 class _EncodedOnDisk(Encoded):
@@ -433,7 +438,7 @@ def _locked(work: Path) -> Iterator[Path]:
         raise CodebookCorrupt(f"{work} is a link; remove it")
     work.mkdir(exist_ok=True)
     try:
-        descriptor = files.claim(work / "lock")
+        claim = files.Claim(work / "lock")
     except BlockingIOError:
         raise BlockingIOError(
             f"another process builds in {work}; wait for it, or choose another directory"
@@ -441,7 +446,7 @@ def _locked(work: Path) -> Iterator[Path]:
     try:
         yield work
     finally:
-        os.close(descriptor)
+        claim.close()
 
 
 class _NoBar:
