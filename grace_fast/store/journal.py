@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from grace_fast.codebook import MAX_NUMBER
 from grace_fast.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import beside
 from grace_fast.store.files import synchronise
@@ -282,6 +283,8 @@ class Journal:
                 (version, last),
             )
             while (row := rows.fetchone()) is not None:
+                if row[0] >= MAX_NUMBER:
+                    raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_NUMBER}")
                 if row[0] != version + 1 or not _is_entry(row):
                     raise CodebookCorrupt(f"{self.path}: version {version + 1} is missing")
                 checksum = _chained(self._key, checksum, *row[:4])

@@ -20,13 +20,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grace_fast.codebook import MAX_NUMBER as MAX_NUMBER
 from grace_fast.mapped import CodebookCorrupt, open_regular
 from grace_fast.store import headers
 
 FORMAT = 3
 CONFIG = "grace_config.json"
 MAX_BYTES = 1 << 28  # texts and hits of a million edits fit
-MAX_NUMBER = 1 << 62  # of ids and counts: what follows them still fits an int64
 _DEPTH = 8
 _LEAST_KEY_BYTES = 16
 
@@ -37,6 +37,12 @@ def seal(config: Mapping[str, Any], hmac_key: bytes | None = None) -> bytes:
     Raises: ValueError where it would be longer than any that is read.
     """
     whole = {"format": FORMAT, **_without(config, "checksum", "hmac")}
+    if "hits" in whole:  # who counts on from the last number there is
+        most = MAX_NUMBER - 1
+        whole["hits"] = {row: min(count, most) for row, count in whole["hits"].items()}
+    for name in ("next_id", "version"):
+        if not _is_count(whole.get(name, 0)):
+            raise ValueError(f"{name} must be {_FIELDS[name][1]}, got {whole[name]}")
     if hmac_key is not None:
         whole["hmac"] = sign(_canonical(whole), hmac_key, CONFIG)
     whole["checksum"] = hashlib.sha256(_canonical(whole)).hexdigest()
@@ -166,8 +172,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an object of plain values",
     ),
     "fingerprint": (_is_object, "an object"),
-    "next_id": (_is_count, "a whole number >= 0"),
-    "version": (_is_count, "a whole number >= 0"),
+    "next_id": (_is_count, f"a whole number >= 0, below {MAX_NUMBER}"),
+    "version": (_is_count, f"a whole number >= 0, below {MAX_NUMBER}"),
     "hits": (_by_number(_is_count), "an object of counts by row"),
     "texts": (
         are_texts,

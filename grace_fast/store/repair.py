@@ -333,7 +333,8 @@ class _Edited:
         self._report.dropped += _list_rows(unsound, self._keep_rows, live) if drops else []
         self._report.dropped += [Dropped("edit", edit, why) for edit, why in edits]
         silent = {row: why for row, why in gone.items() if drops or row in unsound.untold}
-        next_id = 1 + max(mended["edits.id"].tolist(), default=-1)
+        numbers = mended["edits.id"].tolist() + mended["events.edit"].tolist()
+        next_id = 1 + max(numbers, default=-1)
         self._config["next_id"] = max(int(self._config["next_id"]), next_id)
         return mended | {"rows.live": _without(live, silent)}
 
