@@ -37,12 +37,6 @@ def seal(config: Mapping[str, Any], hmac_key: bytes | None = None) -> bytes:
     Raises: ValueError where it would be longer than any that is read.
     """
     whole = {"format": FORMAT, **_without(config, "checksum", "hmac")}
-    if "hits" in whole:  # who counts on from the last number there is
-        most = MAX_NUMBER - 1
-        whole["hits"] = {row: min(count, most) for row, count in whole["hits"].items()}
-    for name in ("next_id", "version"):
-        if not _is_count(whole.get(name, 0)):
-            raise ValueError(f"{name} must be {_FIELDS[name][1]}, got {whole[name]}")
     if hmac_key is not None:
         whole["hmac"] = sign(_canonical(whole), hmac_key, CONFIG)
     whole["checksum"] = hashlib.sha256(_canonical(whole)).hexdigest()
@@ -52,6 +46,12 @@ def seal(config: Mapping[str, Any], hmac_key: bytes | None = None) -> bytes:
             f"{CONFIG} would have {len(content)} bytes, at most {MAX_BYTES} are read again; "
             "attach without store_text"
         )
+    try:
+        headers.outline(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{CONFIG} would not be read again: {error}; attach without store_text"
+        ) from error
     return content
 
 
@@ -93,6 +93,11 @@ def read(path: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
         if name in config and not is_right(config[name]):
             raise CodebookCorrupt(f"{file}: {name} must be {wanted}", field=name)
     return config
+
+
+def counted(hits: Mapping[int, int]) -> dict[str, int]:
+    """Return hits by row as a manifest holds them: who counts on stops at the last number."""
+    return {str(row): min(count, MAX_NUMBER - 1) for row, count in hits.items()}
 
 
 def sign(content: bytes, hmac_key: bytes, purpose: str) -> str:
