@@ -153,7 +153,7 @@ class Journal:
         process takes the locks of all its connections along.
         """
         try:
-            with closing(_connect(self.path, "mode=ro&immutable=1")) as file:
+            with closing(_connect(self.path, "mode=ro&nolock=1")) as file:
                 file.execute("PRAGMA schema_version").fetchone()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
