@@ -1,12 +1,12 @@
 """One run of codes in the making: fit, encode, sort, look around, calibrate.
 
-It works from a snapshot, in a thread of its own, and shares nothing with look-ups until
-`certificate` publishes what it made.
+It works from a snapshot, in the background, and shares nothing with look-ups until `certificate`
+publishes what it made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -26,13 +26,13 @@ _CHUNK = 512
 
 
 class Build:
-    """One run in the making: from a snapshot, in a thread."""
+    """One run in the making: of the rows of a version from `start` on.
 
-    def __init__(
-        self, cpu: Any, snapshot: Snapshot, state: State | None, start: int, cancelled: Any
-    ) -> None:
-        self._cpu, self._snapshot, self._cancelled = cpu, snapshot, cancelled
-        self._state, self._start = state, start
+    state: what the run is to be a part of; None where the map is to be fitted anew.
+    """
+
+    def __init__(self, cpu: Any, snapshot: Snapshot, state: State | None, start: int) -> None:
+        self._cpu, self.snapshot, self.state, self._start = cpu, snapshot, state, start
         self.tail_count = state.tail.count if state else 0
         self.predicted_bytes = state.predicted_bytes if state else float("inf")
         self.rows = min(snapshot.rows, order.MOST_ROWS)
@@ -40,16 +40,29 @@ class Build:
         self.floor = 0.0
         self.phi: codes.Map
 
-    def run(self) -> Part | None:
-        """Return the run of the rows from the start on; None where it cannot be made."""
+    def steps(self) -> Generator[str, None, Part | None]:
+        """Give the name of each step before it is done; return the run, None if there can be none.
+
+        Between two steps nothing is held, and it may be left for good.
+        """
+        yield "fit"
         if not self.fit():
             return None
         encoded = order.Encoded.room(self.rows - self._start)
-        return self.sort(encoded) if self.encode(encoded) else None
+        for first in self._chunks(encoded):
+            yield "encode"
+            encoded.put(self._encoded(first))
+        yield "sort"
+        part = self._sorted(encoded)
+        yield "look around"
+        self._look_around(part)
+        yield "predict"
+        self._predict(part)
+        return part
 
     def fit(self) -> bool:
         """Have the map and the floor, from the keys or as they are; False where no map will do."""
-        snapshot, state = self._snapshot, self._state
+        snapshot, state = self.snapshot, self.state
         if state is not None:
             self.phi, self.floor = state.phi, state.floor
             return True
@@ -64,42 +77,37 @@ class Build:
         self.phi = phi
         return True
 
-    def encode(self, encoded: order.Encoded, threads: int = 0) -> bool:
-        """Encode what is not yet; False where that was cancelled.
-
-        threads: of our own, each with one of torch's; without any, torch's share each product.
-        """
-        chunks = range(self._start + encoded.rows, self.rows, _CHUNK)
-        made = _in_order(self._encoded, chunks, threads) if threads else map(self._encoded, chunks)
-        for some in made:
-            if self._cancelled():
-                return False
+    def encode(self, encoded: order.Encoded, threads: int) -> None:
+        """Encode what is not yet, in threads of our own, each with one of torch's."""
+        for some in _in_order(self._encoded, self._chunks(encoded), threads):
             encoded.put(some)
-        return True
-
-    def _encoded(self, first: int) -> codes.Codes:
-        keys = self._snapshot.keys_between(first, min(first + _CHUNK, self.rows))
-        return codes.encode_keys(self.phi, keys)
 
     def sort(self, encoded: order.Encoded, threads: int = 1) -> Part:
         """Return the run of what was encoded, with all that is known of it."""
-        snapshot, radii = self._snapshot, self._snapshot.radii.cpu()
-        kd_order = partial(self._cpu.kd_order, threads=threads)
-        ours = radii[self._start : self.rows].numpy()
-        part = order.run(encoded, self._start, ours, self.floor, kd_order)
-        if snapshot.device.type == "cpu":
-            self._look_around(part, radii)
-        if self._state is None:
-            self._predict(part)
+        part = self._sorted(encoded, threads)
+        self._look_around(part)
+        self._predict(part)
         return part
 
+    def _chunks(self, encoded: order.Encoded) -> range:
+        return range(self._start + encoded.rows, self.rows, _CHUNK)
+
+    def _encoded(self, first: int) -> codes.Codes:
+        keys = self.snapshot.keys_between(first, min(first + _CHUNK, self.rows))
+        return codes.encode_keys(self.phi, keys)
+
+    def _sorted(self, encoded: order.Encoded, threads: int = 1) -> Part:
+        radii = self.snapshot.radii.cpu()[self._start : self.rows].numpy()
+        kd_order = partial(self._cpu.kd_order, threads=threads)
+        return order.run(encoded, self._start, radii, self.floor, kd_order)
+
     def _sample(self) -> torch.Tensor:
-        rows = torch.arange(0, self._snapshot.rows, max(1, self._snapshot.rows // 4096))
-        return self._snapshot.keys_at(rows).cpu()
+        rows = torch.arange(0, self.snapshot.rows, max(1, self.snapshot.rows // 4096))
+        return self.snapshot.keys_at(rows).cpu()
 
     def _alone(self, part: Part) -> View:
         """Return the version under a certificate of this part only, to ask it about itself."""
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         state = State(self.phi, self.fitted_rows, self.floor)
         state.runs, state.covered = (part,), self.rows
         view = View(self._cpu, snapshot, None)
@@ -107,9 +115,12 @@ class Build:
         view.holds = (state, state.tail)
         return view
 
-    def _look_around(self, part: Part, radii: torch.Tensor) -> None:
+    def _look_around(self, part: Part) -> None:
         """Set the isolated bits of a few keys whose radius is above the floor."""
+        if self.snapshot.device.type != "cpu":
+            return
         assert part.isolated is not None
+        radii = self.snapshot.radii
         large = np.flatnonzero(radii.numpy()[part.first : part.last] > self.floor)
         if not 0 < len(large) <= OUTLIERS:
             return
@@ -128,7 +139,9 @@ class Build:
 
     def _predict(self, part: Part) -> None:
         """Calibrate: the bytes a look-up reads, asked of keys themselves."""
-        snapshot = self._snapshot
+        if self.state is not None:
+            return
+        snapshot = self.snapshot
         if snapshot.device.type != "cpu":
             self.predicted_bytes = self._predicted_on_a_device(part)
             return
@@ -145,7 +158,7 @@ class Build:
 
     def _predicted_on_a_device(self, part: Part) -> float:
         """Return what a look-up reads if it scans all near codes: of a sample, as codes say."""
-        snapshot = self._snapshot
+        snapshot = self.snapshot
         keys = self._sample()
         made = codes.encode_keys(self.phi, keys)
         asked = codes.encode_queries(self.phi, keys[:: max(1, len(keys) // 64)].float())

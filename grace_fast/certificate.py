@@ -2,12 +2,23 @@
 
 A look-up never waits. `view` takes small edits in at once (a few appended keys, changed radii,
 moved keys); what takes longer (the first fit, a refit when the codebook has doubled, sorting the
-tail into a run, merging runs) happens in a thread and is published by one store. Rows that have no
-code yet are read as they are, so every version is answered exactly at every moment.
+tail into a run, merging runs) happens in the background and is published by one store. Rows that
+have no code yet are read as they are, so every version is answered exactly at every moment.
 
-Everything kept is a bound that stays true when it is too wide: a reach only grows, an isolated bit
-is only cleared, a moved key keeps its old code beside the new one, and later rows are skipped by
-their number. So one certificate serves all the versions it has seen.
+What is remembered, and why it stays true (docs/lookups.md):
+
+    widest radius   not here: it is a count of the version itself
+    reach, codes    of a version and every row that is covered, a position holds the row's key and
+                    reaches at least its radius. A reach only grows, a moved key keeps its old code
+                    beside the new one, later rows are skipped by their number: what was true of a
+                    version stays true of it, so one state serves all the versions it was told of.
+    isolated bits   only ever cleared
+    told of         the newest version that was asked, and older ones; what another version has
+                    otherwise is found by comparing it with the newest, and only in rows that both
+                    have: behind the rows of a version its pages hold anything
+
+A version that was shown and then refused (`Snapshot.era`) leaves keys behind that were never in the
+codebook; the certificate starts anew then.
 
 A merge keeps the map but encodes the keys again. The order and its boxes are made of points of 16
 bits a slot, of which a code has the low byte; what a leaf's box tells of the rest is too little
@@ -21,7 +32,7 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,23 +63,48 @@ def of(snapshot: Snapshot) -> Certificate | None:
 
 
 def restore(snapshot: Snapshot, state: State) -> None:
-    """Let a codebook that nobody has asked yet begin with codes that are known."""
+    """Let a codebook that nobody has asked yet begin with codes that are known of a version."""
     if native.cpu is not None:
-        snapshot.derived("certificate", lambda *_: Certificate(native.cpu, state))
+        snapshot.derived("certificate", lambda *_: Certificate(native.cpu, snapshot, state))
+
+
+def in_a_thread(steps: Iterator[str]) -> Callable[[], None]:
+    """Go through the steps of a build in a thread; return what waits for their end.
+
+    Raises: RuntimeError where there is no memory for a thread.
+    """
+
+    def go_through() -> None:
+        for _ in steps:
+            pass
+
+    # Joined at exit, where the interpreter still stands.
+    builder = threading.Thread(target=go_through, name="grace_fast-certificate", daemon=True)
+    builder.start()
+    return builder.join
+
+
+# What goes through the steps of a build, and returns before it has done any. Each is named before it
+# is done: "fit", "encode" (some keys), "sort", "look around", "predict", "publish". A test puts
+# another in its place, to do one step at a time between edits and look-ups.
+background: Callable[[Iterator[str]], Callable[[], None]] = in_a_thread
 
 
 class Certificate:
-    """The codes of one codebook's keys, on the host; look-ups call only `view` and `held`."""
+    """The codes of one codebook's keys, on the host; look-ups call only `view` and `held`.
 
-    def __init__(self, cpu: Any, state: State | None = None) -> None:
+    snapshot, state: a version, and codes that are known of it.
+    """
+
+    def __init__(
+        self, cpu: Any, snapshot: Snapshot | None = None, state: State | None = None
+    ) -> None:
         self._cpu = cpu
         self._lock = threading.RLock()
         self._state = state
-        self._seen: set[int] = set()
-        self._pages: tuple[Page, ...] = ()  # of the version seen last
-        self._newest: Snapshot | None = None
-        self._widest = -1.0
-        self._builder: threading.Thread | None = None
+        self._newest = snapshot  # that was asked; the state was told of it
+        self._older: weakref.WeakSet[Snapshot] = weakref.WeakSet()  # that it was told of, too
+        self._wait: Callable[[], None] | None = None  # for what is being built
         self._cancelled = False
         self._hopeless_rows = 0  # no map could be fitted at this size
         _builders.add(self)
@@ -78,10 +114,10 @@ class Certificate:
         with self._lock:
             self._take_in(snapshot)
             view = View(self._cpu, snapshot, other)
-            view.widest = self._widest
+            view.widest = snapshot.counts.widest
             state = view.made_from = self._state
-            if state is not None and snapshot.version >= state.oldest:
-                view.plan = plan_of(self._cpu, state, snapshot.rows, self._widest)
+            if state is not None and self._is_told_of(snapshot):
+                view.plan = plan_of(self._cpu, state, snapshot.rows, view.widest)
                 view.holds = (state, state.tail)
                 view.predicted_bytes = state.predicted_bytes
             return view
@@ -91,8 +127,7 @@ class Certificate:
         """Give what is known of a version's keys by now, unchanged meanwhile; None if nothing."""
         with self._lock:
             self._take_in(snapshot)
-            state = self._state
-            yield state if state is not None and snapshot.version >= state.oldest else None
+            yield self._state if self._is_told_of(snapshot) else None
 
     @property
     def current(self) -> State | None:
@@ -113,10 +148,10 @@ class Certificate:
         """Wait until nothing is being built."""
         while True:
             with self._lock:
-                builder = self._builder
-            if builder is None:
+                wait = self._wait
+            if wait is None:
                 return
-            builder.join()
+            wait()
 
     @property
     def nbytes(self) -> int:
@@ -127,35 +162,57 @@ class Certificate:
     # What a look-up takes in itself.
 
     def _take_in(self, snapshot: Snapshot) -> None:
-        if snapshot.version in self._seen:
+        """Let the state, where there is one, be true of a version; begin what has to be made."""
+        newest = self._newest
+        if snapshot is newest or snapshot in self._older:
             return
-        self._seen.add(snapshot.version)
-        if self._newest is None or snapshot.version > self._newest.version:
+        if newest is None or _order(snapshot) > _order(newest):
+            if newest is not None and snapshot.era != newest.era:
+                self._state = None
+            self._take_changes_in(snapshot)
+            if newest is not None:
+                self._older.add(newest)
             self._newest = snapshot
-        known = self._pages
-        for number, page in enumerate(snapshot.pages):
-            same = number < len(known) and known[number] is page
-            if not same:
-                old = known[number] if number < len(known) else None
-                self._take_in_page(snapshot, number, page, old)
-        self._take_in_rows(snapshot)
-        self._pages = snapshot.pages
+        elif self._can_be_told_of(snapshot):
+            self._take_changes_in(snapshot)
+            self._older.add(snapshot)
         self._build_if_needed()
 
-    def _take_in_page(self, snapshot: Snapshot, number: int, page: Page, old: Page | None) -> None:
-        first = number * PAGE_ROWS
-        state = self._state
-        here = min(PAGE_ROWS, snapshot.rows - first)
-        radii = page.radius.cpu().numpy()[:here]
-        self._widest = max(self._widest, float(radii.max()))
-        if state is None or old is None:
+    def _can_be_told_of(self, snapshot: Snapshot) -> bool:
+        """Tell whether a version is not from before the state."""
+        state, newest = self._state, self._newest
+        assert newest is not None
+        return state is None or (snapshot.version >= state.oldest and snapshot.era == newest.era)
+
+    def _is_told_of(self, snapshot: Snapshot) -> bool:
+        return snapshot is self._newest or (
+            snapshot in self._older and self._can_be_told_of(snapshot)
+        )
+
+    def _take_changes_in(self, snapshot: Snapshot) -> None:
+        """Tell the state what a version has otherwise than the newest that it was told of."""
+        state, newest = self._state, self._newest
+        if state is None:
             return
-        here = min(here, state.covered - first)
-        if here <= 0:
-            return
-        for offset in np.flatnonzero(radii[:here] > old.radius.cpu().numpy()[:here]):
+        assert newest is not None, "a state is of some version"
+        both = min(snapshot.rows, newest.rows, state.covered)
+        for number in range(-(-both // PAGE_ROWS)):
+            page, known = snapshot.pages[number], newest.pages[number]
+            if page is not known:  # rows that a version has are not changed in a page
+                first = number * PAGE_ROWS
+                self._take_page_in(
+                    state, snapshot, first, page, known, min(PAGE_ROWS, both - first)
+                )
+        self._take_rows_in(state, snapshot)
+
+    def _take_page_in(
+        self, state: State, snapshot: Snapshot, first: int, page: Page, known: Page, rows: int
+    ) -> None:
+        radii, known_radii = (each.radius[:rows].cpu().numpy() for each in (page, known))
+        for offset in np.flatnonzero(radii > known_radii):
             self._raise_reach(state, first + int(offset), float(radii[offset]))
-        moved = np.flatnonzero(page.key_slot.numpy()[:here] != old.key_slot.numpy()[:here])
+        slots, known_slots = (each.key_slot[:rows].numpy() for each in (page, known))
+        moved = np.flatnonzero(slots != known_slots)
         if len(moved):
             self._encode_rows(state, snapshot, first + moved.astype(np.int64))
 
@@ -182,35 +239,25 @@ class Certificate:
                 assert part.places is not None
                 part.clear_isolated(int(part.places[row - part.first]))
 
-    def _take_in_rows(self, snapshot: Snapshot) -> None:
+    def _take_rows_in(self, state: State, snapshot: Snapshot) -> None:
         """Encode the rows that are new, if they are few."""
-        state = self._state
-        if state is None:
-            return
         last = min(snapshot.rows, order.MOST_ROWS)
-        new = last - state.covered
-        first = state.covered
-        page = first // PAGE_ROWS  # rows added in place: their page may be the known one
-        if new > 0:
-            radii = np.concatenate([p.radius.cpu().numpy() for p in snapshot.pages[page:]])
-            radii = radii[first - page * PAGE_ROWS :][:new]
-            self._widest = max(self._widest, float(radii.max()))
-        if 0 < new <= INLINE_ROWS:
-            self._encode_rows(state, snapshot, np.arange(first, last))
+        if 0 < last - state.covered <= INLINE_ROWS:
+            self._encode_rows(state, snapshot, np.arange(state.covered, last))
             state.covered = last
 
-    # What happens in a thread.
+    # What happens in the background.
 
     def _build_if_needed(self) -> None:
         newest, state = self._newest, self._state
-        if newest is None or self._builder is not None or self._cancelled:
+        if newest is None or self._wait is not None or self._cancelled:
             return
         rows = min(newest.rows, order.MOST_ROWS)
         if state is None:
             if len(newest) < SMALLEST or newest.rows < 2 * self._hopeless_rows:
                 return
             start = 0
-        elif rows >= 2 * state.fitted_rows or newest.version < state.oldest:
+        elif rows >= 2 * state.fitted_rows:
             start, state = 0, None
         elif state.tail.count > TAIL_ROWS or rows - state.covered > INLINE_ROWS:
             start = state.runs[-1].last if state.runs else 0
@@ -220,59 +267,64 @@ class Certificate:
                 start = part.first
         else:
             return
-        builder = threading.Thread(
-            target=self._build, args=(newest, state, start), name="grace_fast-certificate"
-        )
-        builder.daemon = True  # joined at exit, where the interpreter still stands
+        # Made here, under the lock: it notes how long the tail is at this version.
+        build = Build(self._cpu, newest, state, start)
         try:
-            builder.start()
+            self._wait = background(self._steps(build))
         except RuntimeError as error:  # no memory for a thread: the look-up goes on without it
             if self._hopeless_rows != newest.rows:
                 _log.warning("the certificate was not built: %s; look-ups read all keys", error)
             self._hopeless_rows = newest.rows
-            return
-        self._builder = builder  # the thread takes the lock before it says that it is done
 
-    def _build(self, snapshot: Snapshot, state: State | None, start: int) -> None:
+    def _steps(self, build: Build) -> Iterator[str]:
+        """Make a run and publish it; give the name of each step before it is done."""
+        made = None
         try:
-            built = Build(self._cpu, snapshot, state, start, lambda: self._cancelled)
-            made = built.run()
+            steps = build.steps()
+            while not self._cancelled:
+                yield next(steps)
+        except StopIteration as done:
+            made = done.value
         except Exception:
             _log.exception("the certificate was not built; look-ups read all keys")
-            made = None
-        with self._lock:
-            self._builder = None
+        yield "publish"
+        with self._lock:  # whoever began this holds it until there is something to wait for
+            self._wait = None
             if made is None:
-                self._hopeless_rows = snapshot.rows
-                return
-            self._publish(snapshot, state, built, made)
+                self._hopeless_rows = build.snapshot.rows
+            else:
+                self._publish(build, made)
 
-    def _publish(self, snapshot: Snapshot, state: State | None, built: Build, made: Part) -> None:
+    def _publish(self, build: Build, made: Part) -> None:
         """Put a run in the place of what it was made from; edits meanwhile are kept."""
-        if state is not None and state is not self._state:
-            return self._build_if_needed()  # the codes were given up meanwhile
-        now = State(built.phi, built.fitted_rows, built.floor)
+        state, snapshot, newest = build.state, build.snapshot, self._newest
+        assert newest is not None
+        given_up = state is not None and state is not self._state
+        if given_up or snapshot.era != newest.era:
+            return self._build_if_needed()
+        now = State(build.phi, build.fitted_rows, build.floor)
         now.runs = (*(p for p in state.runs if p.last <= made.first), made) if state else (made,)
-        now.covered, now.oldest = built.rows, snapshot.version
-        now.predicted_bytes = built.predicted_bytes
+        now.covered, now.oldest = build.rows, snapshot.version
+        now.predicted_bytes = build.predicted_bytes
         if state is not None:
             old = state.tail
             keep = np.arange(old.count)
-            keep = keep[(keep >= built.tail_count) | (old.rows[: old.count] < made.first)]
+            keep = keep[(keep >= build.tail_count) | (old.rows[: old.count] < made.first)]
             rows = old.rows[keep]
             near, far = order.unpacked(old, keep)
             radii = old.reach[keep // order.LEAF]
             now.tail = order.append_codes(now.tail, near, far, rows, radii, now.floor)
-            now.covered = max(state.covered, built.rows)
-        self._state = now
-        newest = self._newest
-        assert newest is not None
-        # Bring the new run to the versions that were published while it was made.
-        self._pages, self._seen = snapshot.pages, {snapshot.version}
-        if newest.version > snapshot.version:
-            self._take_in(newest)
+            now.covered = max(state.covered, build.rows)
+        # It knows the version it was made from; the newest is taken in, others when they are asked.
+        self._state, self._newest = now, snapshot
+        self._older = weakref.WeakSet()
+        self._take_in(newest)
         self._build_if_needed()
         return None
+
+
+def _order(snapshot: Snapshot) -> tuple[int, int]:
+    return snapshot.era, snapshot.version
 
 
 @atexit.register

@@ -11,9 +11,10 @@ A row's number is its order of creation. It decides ties, and is never given to 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,6 +96,9 @@ class Snapshot:
     # The files that the first slots lie in, of a codebook that was opened where it lies.
     key_file: MappedFile | None = None
     value_file: MappedFile | None = None
+    # How often a version was refused that followers had seen: what they know of its rows and slots,
+    # which are given to others, is of another era.
+    era: int = 0
 
     # The fields reach beyond the rows there are, into memory that may not be read.
     def __repr__(self) -> str:
@@ -489,7 +493,8 @@ class Draft:
         """Give one row another radius."""
         page, offset = self._writable(row)
         page.radius[offset] = radius
-        self._set(widest=max(self.counts.widest, radius))
+        # As it is stored: float32 may be more, of a denormal number much more.
+        self._set(widest=max(self.counts.widest, ctypes.c_float(radius).value))
 
     def set_key(self, row: int, key: Tensor) -> None:
         """Move the key of one row, into a new slot."""
@@ -557,6 +562,7 @@ class Draft:
             base=self._base,
             key_file=self._base.key_file,
             value_file=self._base.value_file,
+            era=self._base.era,
         )
 
 
@@ -697,9 +703,18 @@ class Codebook:
                 follow(published)
             self._current = published
         except BaseException:
-            if ledger is not None and self._current is not published:
-                ledger.revoke(published)
+            if self._current is not published:
+                self._refuse(published)
             raise
+
+    def _refuse(self, published: Snapshot) -> None:
+        """Go back to the version before one that followers have seen."""
+        self._current = replace(self._current, era=self._current.era + 1)
+        for follow in self._followers.values():
+            with suppress(Exception):  # it holds an earlier version then, as it would have anyway
+                follow(self._current)
+        if self._ledger is not None:
+            self._ledger.revoke(published)
 
     def keep(self, ledger: Ledger | None) -> None:
         """Let every version be recorded before it is published; None to end that."""

@@ -13,6 +13,7 @@ their order: one thread of a rank makes the calls.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -450,7 +451,8 @@ class ShardDraft:
     def set_radius(self, row: int, radius: float) -> None:
         """Give one row another radius."""
         self._shards._digest("radius", row, radius)
-        self._shards._widest = max(self._shards._widest, radius)
+        stored = ctypes.c_float(radius).value  # float32 may be more, of a denormal number much more
+        self._shards._widest = max(self._shards._widest, stored)
         if (local := self._shards._local(row)) is not None:
             self._local.set_radius(local, radius)
 

@@ -149,7 +149,7 @@ def test_rows_past_what_an_int32_counts_are_read_as_they_are(parts, monkeypatch)
     asked = questions(book.keys, 200)
     coded = gf.find(asked, book)
     assert certificate.of(book.snapshot()).current.covered == 5000
-    assert certificate.of(book.snapshot())._builder is None
+    assert certificate.of(book.snapshot())._wait is None
     expected = gf.find(asked, book, backend="reference")
     assert torch.equal(coded.row, expected.row)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from grace_fast import certificate, semantics
 from grace_fast.backends import graphs
 from grace_fast.backends.workload import Workload
-from grace_fast.codebook import PAGE_ROWS, Codebook, Snapshot
+from grace_fast.codebook import PAGE_ROWS, Codebook, Page, Snapshot
 from grace_fast.memory import FixedArrays
 from grace_fast.order import Part
 from grace_fast.views import State
@@ -268,7 +268,9 @@ class Captured:
             self._arrays.make_room(name, scalar)
         self._follow_codes(snapshot)  # the last thing that there may be no room for
         before = self._snapshot
-        known = () if before is None else before.pages[: before.rows // PAGE_ROWS]
+        known: tuple[Page, ...] = ()
+        if before is not None and before.era == snapshot.era:
+            known = before.pages[: before.rows // PAGE_ROWS]
         for number, page in enumerate(snapshot.pages):
             if number < len(known) and known[number] is page:
                 continue  # a page that is not full is filled in place

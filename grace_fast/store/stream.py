@@ -282,7 +282,7 @@ class _Unfinished:
         snapshot = layout.unpack_rows(tensors, keys, values, torch.device("cpu")).snapshot()
         if native.cpu is None or snapshot.rows < SMALLEST_CODED:
             return snapshot, None
-        made = Build(native.cpu, snapshot, None, 0, lambda: False)
+        made = Build(native.cpu, snapshot, None, 0)
         if not self._fit(made):
             return snapshot, None
         encoded = _EncodedOnDisk(self._work, made.rows, self._state.get("encoded"), self._note, bar)
