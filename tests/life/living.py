@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +17,19 @@ import torch
 
 import grace_fast as gf
 from grace_fast import building, certificate, native, order
-from life import asking, drawing
+from life import asking, drawing, tables
 from life.background import MODES, Background
 from life.law import Answers, Array, Model
-from life.operations import OPERATIONS, Change, places_of, to_book, to_draft, to_model
+from life.operations import (
+    OPERATIONS,
+    Change,
+    appended,
+    places_of,
+    to_book,
+    to_draft,
+    to_model,
+)
+from life.ranks import Ranks
 
 WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 48, 64, 65, 100, 128, 129, 257, 384)
 SETS = ("portable", "avx2", "avx512vnni")
@@ -64,13 +73,14 @@ class Life:
         mode = str(rng.choice(MODES, p=[0.2, 0.4, 0.1, 0.1, 0.2]))
         self.background = Background(self.plan.mode or mode, rng)
         self.codes_pay = [None, True, True, False][int(rng.integers(4))]
-        self.thresholds = _thresholds(rng)
+        self.thresholds = thresholds(rng)
         self.instructions = str(rng.choice(SETS))
         self.value_width = int(rng.choice([1, 3]))
         self.step, self.operation = 0, "begin"
         self.kept: list[tuple[gf.Codebook, Any, Model]] = []
         self.places: deque[Array] = deque(maxlen=24)
-        self.followers: list[Callable[[list[Change] | None], None]] = []
+        self.ranks: Ranks | None = None  # that follow the codebook
+        self.captured: Any = None  # what a graph of the codebook holds
         self.book: gf.Codebook
         self.model: Model
         self.prepared: Any = None
@@ -91,6 +101,7 @@ class Life:
             stack.callback(native.cpu.use_instruction_set, usual)
             if not native.cpu.use_instruction_set(self.instructions):
                 self.instructions = usual
+            stack.enter_context(tables.installed())
             stack.enter_context(self.background.installed(self.codes_pay, self.thresholds))
             stack.callback(self.leave)
             self.begin()
@@ -112,14 +123,13 @@ class Life:
         self.prepared = None
         first = min(self.most_rows, int(self.rng.choice([0, 1, 12, 60, 200])))
         if first:
-            OPERATIONS["append"](self)
-            from life.operations import appended
-
-            self.write([appended(self, min(first, self.most_rows - self.model.rows))])
+            self.write([appended(self, first)])
 
     def leave(self) -> None:
         """Give back what only this codebook needs."""
-        self.followers.clear()
+        if self.ranks is not None:
+            self.ranks.close()
+        self.ranks = self.captured = None
 
     def go_on_with(self, book: gf.Codebook) -> None:
         """Go on with a codebook that holds what this one does."""
@@ -147,13 +157,13 @@ class Life:
                 for change in changes:
                     to_draft(draft, change, self.dtype)
                     to_model(self.model, change)
-        for follow in self.followers:
-            follow(changes)
+        if self.ranks is not None:
+            self.ranks.write(changes, self.dtype)
 
     def shards_begin_anew(self) -> None:
-        """Let followers take the codebook as it is."""
-        for follow in self.followers:
-            follow(None)
+        """Let ranks take the codebook as it is."""
+        if self.ranks is not None:
+            self.ranks.begin_anew(self.book)
 
     def note(self, places: list[Array]) -> None:
         """Remember where to ask."""
@@ -175,13 +185,7 @@ class Life:
 
     def stage(self) -> None:
         """Let background work go on, as far as this life has it."""
-        if self.background.mode == "at once":
-            known = certificate.of(self.book.snapshot())
-            if self.rng.random() < 0.7:
-                known.build(self.book.snapshot())
-            known.settle()
-        else:
-            self.background.advance(int(self.rng.choice([0, 0, 1, 1, 2, 5])))
+        self.background.advance(int(self.rng.choice([0, 0, 1, 1, 2, 5, 20])))
 
     # Asking
 
@@ -229,7 +233,7 @@ class Life:
             )
 
 
-def _thresholds(rng: np.random.Generator) -> dict[Any, int]:
+def thresholds(rng: np.random.Generator) -> dict[Any, int]:
     """Return the usual thresholds, or such that small codebooks reach every stage."""
     if rng.random() < 0.25:
         return {}
