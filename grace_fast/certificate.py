@@ -84,8 +84,8 @@ def in_a_thread(steps: Iterator[str]) -> Callable[[], None]:
     return builder.join
 
 
-# What goes through the steps of a build, and returns before it has done any. Each is named before it
-# is done: "fit", "encode" (some keys), "sort", "look around", "predict", "publish". A test puts
+# What goes through the steps of a build, and returns before it has done any. Each is named before
+# it is done: "fit", "encode" (some keys), "sort", "look around", "predict", "publish". A test puts
 # another in its place, to do one step at a time between edits and look-ups.
 background: Callable[[Iterator[str]], Callable[[], None]] = in_a_thread
 
