@@ -33,6 +33,7 @@ from benchmarks import machine
 
 STEPS = 60  # of a life
 MOST_EXAMPLES = 10
+APART = 1_000_000  # numbers of the first lives of two processes
 TRITON_SHARE = 0.04  # of the seconds
 
 
@@ -114,15 +115,21 @@ def run(gate: Gate, first: int, lives: float, decisions: float, seconds: float) 
             bar.update(gate.decisions - bar.n)
 
 
-def interpreted(first: int, seconds: float) -> dict[str, Any]:
-    """Return what a process finds that has Triton's kernels interpreted."""
-    command = [sys.executable, "-m", "benchmarks.gate_life", "--only", "triton", "--json"]
-    command += ["--first", str(first), "--seconds", str(seconds)]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if not done.stdout:
-        raise RuntimeError("the lives under Triton's interpreter ended without an answer")
-    return json.loads(done.stdout)  # type: ignore[no-any-return]
+def begun(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    """Begin the gate in a process of its own; it writes what it found as JSON."""
+    command = [sys.executable, "-P", "-m", "benchmarks.gate_life", "--json", *words]
+    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
+    """Return what a process found.
+
+    Raises: RuntimeError where it ended without saying that.
+    """
+    told, _ = process.communicate()
+    if not told:
+        raise RuntimeError(f"lives in another process ended with {process.returncode}, untold")
+    return json.loads(told)  # type: ignore[no-any-return]
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -131,8 +138,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Lifecycle gate",
         "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['threads']} of "
-        f"{where['cores']} cores, commit {where['commit']}, Python {where['python']}, "
+        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, commit {where['commit']}, Python {where['python']}, "
         f"torch {where['packages']['torch']}, {found['seconds']:,} s.",
         "",
         f"**{found['wrong']} wrong lives; {found['decisions']:,} decisions in {found['lives']:,} "
@@ -161,6 +167,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--lives", type=float, default=float("inf"))
     parser.add_argument("--first", type=int, default=0, help="the number of the first life")
     parser.add_argument("--only", default="", help="ways to ask whose name holds these words")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--alone", action="store_true", help="without Triton's lives")
     parser.add_argument("--json", dest="as_json", action="store_true")
     parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
     given = parser.parse_args(arguments)
@@ -171,13 +179,22 @@ def main(arguments: list[str] | None = None) -> int:
     described = machine.describe(1)  # the commit that is about to run
     gate = Gate([name for name in asking.WAYS if given.only in name])
     start = time.perf_counter()
+    others = []
+    for number in range(1, given.processes):
+        given.decisions -= (part := given.decisions / (given.processes - number + 1))
+        limits = ("--decisions", str(part), "--seconds", str(given.seconds), "--alone")
+        first = str(given.first + number * APART)
+        others.append(begun([*limits, "--first", first, "--only", given.only]))
     with tempfile.TemporaryDirectory() as folder:
-        if not given.only or "cuda" in given.only:
+        if "cuda" in gate.ways:
             tables.use(host_module(Path(folder)))
         run(gate, given.first, given.lives, given.decisions, given.seconds)
+    for process in others:
+        gate.take(ended(process))
     seconds = time.perf_counter() - start
-    if not given.only and given.lives == float("inf"):
-        gate.take(interpreted(given.first, max(10.0, TRITON_SHARE * seconds)))
+    if not (given.only or given.alone) and given.lives == float("inf"):
+        limit = str(max(10.0, TRITON_SHARE * seconds))
+        gate.take(ended(begun(["--only", "triton", "--seconds", limit], TRITON_INTERPRET="1")))
     words = sys.argv[1:] if arguments is None else arguments
     found = machine.heading(described, "benchmarks.gate_life", words) | {
         "seconds": round(time.perf_counter() - start),

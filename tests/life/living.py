@@ -197,7 +197,7 @@ class Life:
 
     def ask(self) -> None:
         """Ask in some of the ways, and let background work go on between them."""
-        queries = self.questions(int(self.rng.choice([1, 2, 7, 24, 90, 200])), self.model)
+        queries = self.questions(int(self.rng.choice([1, 2, 8, 40, 160, 400])), self.model)
         told = self.model.ask(queries.double().numpy())
         for name in self.plan.ways:
             if self.rng.random() < asking.OFTEN[name]:

@@ -111,7 +111,7 @@ class Ranks:
         return SimpleNamespace(wait=lambda timeout: None)
 
 
-@asking.way("shards", 0.08)
+@asking.way("shards", 0.05)
 def _shards(life: Life, queries: torch.Tensor, told: Answers) -> None:
     """Row shards that follow the codebook's changes from the first time that they are asked."""
     queries, told = queries[:40], told.some(slice(0, 40))

@@ -51,7 +51,7 @@ def _announced(table: Any) -> Any:
     return table
 
 
-@asking.way("cuda", 0.1)
+@asking.way("cuda", 0.03)
 def _cuda(life: Life, queries: torch.Tensor, told: Answers) -> None:
     """The table that follows the versions, by keys or by codes, and an old version's."""
     if _on_host is None or life.model.rows * life.model.width > MOST_ELEMENTS:
