@@ -118,7 +118,9 @@ def run(gate: Gate, first: int, lives: float, decisions: float, seconds: float) 
 def begun(words: list[str], **environment: str) -> subprocess.Popen[str]:
     """Begin the gate in a process of its own; it writes what it found as JSON."""
     command = [sys.executable, "-P", "-m", "benchmarks.gate_life", "--json", *words]
-    return subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True
+    )
 
 
 def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
@@ -138,7 +140,8 @@ def markdown(found: dict[str, Any]) -> str:
     lines = [
         "# Lifecycle gate",
         "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, commit {where['commit']}, Python {where['python']}, "
+        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, "
+        f"commit {where['commit']}, Python {where['python']}, "
         f"torch {where['packages']['torch']}, {found['seconds']:,} s.",
         "",
         f"**{found['wrong']} wrong lives; {found['decisions']:,} decisions in {found['lives']:,} "

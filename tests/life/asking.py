@@ -45,7 +45,9 @@ def wrong_nearest(told: Answers, within: float, near: Any) -> Array:
     """Tell which rows and S [B] of `nearest` are not the law's."""
     row, squared = told.within(within)
     other = near.row.numpy() != row
-    return np.asarray(other | (near.squared_distance.numpy().view(np.int64) != squared.view(np.int64)))
+    return np.asarray(
+        other | (near.squared_distance.numpy().view(np.int64) != squared.view(np.int64))
+    )
 
 
 @way("find", 0.9)
@@ -185,7 +187,9 @@ def _faiss(life: Life, queries: torch.Tensor, told: Answers) -> None:
     life.check("faiss", queries[torch.from_numpy(sure)], told.some(sure), found[sure])
 
 
-def ask_snapshot(life: Life, name: str, snapshot: Any, queries: torch.Tensor, told: Answers) -> None:
+def ask_snapshot(
+    life: Life, name: str, snapshot: Any, queries: torch.Tensor, told: Answers
+) -> None:
     """Ask a version that need not be the newest, or published."""
     life.check(name, queries, told, wrong_finds(told, *fields(gf.find(queries, snapshot))))
     if life.rng.random() < 0.5:

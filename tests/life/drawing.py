@@ -1,4 +1,4 @@
-"""Keys, radii and questions where shortcuts go wrong: ties, roundings, ends of the element types."""
+"""Keys, radii and questions where shortcuts go wrong: ties, roundings, ends of the types."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ WIDEST = {torch.float32: 3.4e38, torch.bfloat16: 3.38e38, torch.float16: 65504.0
 class Drawing:
     """What the keys of one codebook look like."""
 
-    def __init__(
-        self, kind: str, width: int, dtype: torch.dtype, rng: np.random.Generator
-    ) -> None:
+    def __init__(self, kind: str, width: int, dtype: torch.dtype, rng: np.random.Generator) -> None:
         self.kind, self.width, self.dtype, self._rng = kind, width, dtype, rng
         self._base = rng.standard_normal(width)
         self._centres = rng.standard_normal((16, width))

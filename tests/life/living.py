@@ -152,6 +152,8 @@ class Life:
             for change in changes:
                 to_book(self.book, change)
                 to_model(self.model, change)
+                if self.rng.random() < 0.1:  # a version that nobody has asked yet
+                    self.keep()
         else:
             with self.book.writing() as draft:
                 for change in changes:
@@ -205,9 +207,13 @@ class Life:
                 if self.rng.random() < 0.15:
                     self.stage()
         if self.rng.random() < 0.25:
-            self.kept.append((self.book, self.book.snapshot(), self.model.copy()))
-            if len(self.kept) > KEPT:
-                del self.kept[int(self.rng.integers(KEPT))]
+            self.keep()
+
+    def keep(self) -> None:
+        """Keep this version, to be asked later."""
+        self.kept.append((self.book, self.book.snapshot(), self.model.copy()))
+        if len(self.kept) > KEPT:
+            del self.kept[int(self.rng.integers(KEPT))]
 
     def ask_version(
         self, name: str, snapshot: Any, model: Model, queries: torch.Tensor | None = None

@@ -27,11 +27,17 @@ from grace_fast import building, certificate, codebook, order, prepared, shards,
 from grace_fast.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
 from grace_fast.compat import live
 from grace_fast.store import coded
-from life import asking, ranks, tables
+from life import ranks, tables
 from life.dropin import DropIn
 from life.living import Life, Plan
 
-SECONDS = 60.0  # of this process's own time, for one mutant
+SECONDS = 20.0  # of this process's own time, for one mutant
+
+
+QUICK = (
+    *("find", "find one", "prepared before", "prepared now"),
+    *("nearest", "nearest within", "replace", "old version"),
+)
 
 
 @dataclass(frozen=True)
@@ -98,9 +104,20 @@ MUTANTS = (
     ),
     Mutant(
         "new rows count as covered without codes",
-        *(C, "_take_rows_in", "np.arange(state.covered, last)", "np.arange(state.covered, last)[:-1]"),
+        *(
+            C,
+            "_take_rows_in",
+            "np.arange(state.covered, last)",
+            "np.arange(state.covered, last)[:-1]",
+        ),
     ),
-    Mutant("the tail is dropped at publication", C, "_publish", "keep = np.arange(old.count)", "keep = np.arange(0)"),
+    Mutant(
+        "the tail is dropped at publication",
+        C,
+        "_publish",
+        "keep = np.arange(old.count)",
+        "keep = np.arange(0)",
+    ),
     Mutant(
         "what was put into the tail during a build is dropped",
         *(C, "_publish", "keep >= build.tail_count", "keep >= old.count"),
@@ -111,49 +128,239 @@ MUTANTS = (
         *(C, "_publish", "self._state, self._newest = now, snapshot", "self._state = now"),
         quick=True,
     ),
-    Mutant("the oldest version is ignored", C, "_can_be_told_of", "snapshot.version >= state.oldest", "True"),
-    Mutant("old versions are not taken in", C, "_take_in", "elif self._can_be_told_of(snapshot):\n                self._take_changes_in(snapshot)", "elif True:"),
+    Mutant(
+        "the oldest version is ignored",
+        C,
+        "_can_be_told_of",
+        "snapshot.version >= state.oldest",
+        "True",
+    ),
+    Mutant(
+        "old versions are not taken in",
+        C,
+        "_take_in",
+        "elif self._can_be_told_of(snapshot):\n                self._take_changes_in(snapshot)",
+        "elif True:",
+    ),
     Mutant("a key that codes cannot hold is kept", order, "append", "return None", "pass"),
-    Mutant("a new row's reach is not set", order, "append_codes", "np.maximum.at", "(lambda *_: 0)", quick=True),
+    Mutant(
+        "a new row's reach is not set",
+        order,
+        "append_codes",
+        "np.maximum.at",
+        "(lambda *_: 0)",
+        quick=True,
+    ),
     Mutant(
         "a tail that grows loses its reaches",
         *(order, "append_codes", "np.maximum(part.reach, floor)", "floor"),
     ),
-    Mutant("a run's reaches are the floor", order, "run", "reach_of(radii[order], floor)", "reach_of(0 * radii, floor)"),
+    Mutant(
+        "a run's reaches are the floor",
+        order,
+        "run",
+        "reach_of(radii[order], floor)",
+        "reach_of(0 * radii, floor)",
+    ),
     Mutant(
         "all wide balls of a run are isolated",
         *(building.Build, "_look_around", "part.isolated = bits", "part.isolated = bits | 255"),
     ),
-    Mutant("codes opened from a disk have no reaches", coded, "unpack_state", "snapshot.radii.numpy()", "0 * snapshot.radii.numpy()"),
+    Mutant(
+        "codes opened from a disk have no reaches",
+        coded,
+        "unpack_state",
+        "snapshot.radii.numpy()",
+        "0 * snapshot.radii.numpy()",
+    ),
     # What a version is read by.
-    Mutant("the page table is not refreshed", S.PageTable, "__init__", "number < shared and page is known[number]", "number < shared", quick=True),
-    Mutant("moved slots are not read", S.PageTable, "book", "if snapshot.counts.key_moves", "if False", quick=True),
-    Mutant("half of the widest radius", S, "plan_of", "widest=widest", "widest=widest / 2", quick=True),
-    Mutant("a draft trusts its version's radii", S.View, "use_keys_of", "base.predicted_bytes, False", "base.predicted_bytes, True"),
-    Mutant("a draft trusts its version's codes of keys that moved", cpu, "_view_of_draft", "base.counts.key_moves == snapshot.counts.key_moves", "True"),
-    Mutant("one version's view serves another", codebook.Snapshot, "derived", "known[0] is self", "True", quick=True),
+    Mutant(
+        "the page table is not refreshed",
+        S.PageTable,
+        "__init__",
+        "number < shared and page is known[number]",
+        "number < shared",
+        quick=True,
+    ),
+    Mutant(
+        "moved slots are not read",
+        S.PageTable,
+        "book",
+        "if snapshot.counts.key_moves",
+        "if False",
+        quick=True,
+    ),
+    Mutant(
+        "half of the widest radius", S, "plan_of", "widest=widest", "widest=widest / 2", quick=True
+    ),
+    Mutant(
+        "a draft trusts its version's radii",
+        S.View,
+        "use_keys_of",
+        "base.predicted_bytes, False",
+        "base.predicted_bytes, True",
+    ),
+    Mutant(
+        "a draft trusts its version's codes of keys that moved",
+        cpu,
+        "_view_of_draft",
+        "base.counts.key_moves == snapshot.counts.key_moves",
+        "True",
+    ),
+    Mutant(
+        "one version's view serves another",
+        codebook.Snapshot,
+        "derived",
+        "known[0] is self",
+        "True",
+        quick=True,
+    ),
     # What a codebook itself keeps.
-    Mutant("an append does not widen", D, "append", "widest=max(self.counts.widest, float(radii.max()) if added else -1.0)", "widest=self.counts.widest"),
-    Mutant("a radius does not widen", D, "set_radius", "max(self.counts.widest, radius)", "self.counts.widest"),
-    Mutant("going back does not widen", D, "set_columns", 'max(self.counts.widest, float(columns["radius"].max()))', "self.counts.widest"),
-    Mutant("a move is not counted", D, "point_key", "self.counts.key_moves + 1", "self.counts.key_moves"),
+    Mutant(
+        "an append does not widen",
+        D,
+        "append",
+        "widest=max(self.counts.widest, float(radii.max()) if added else -1.0)",
+        "widest=self.counts.widest",
+    ),
+    Mutant(
+        "a radius does not widen",
+        D,
+        "set_radius",
+        "max(self.counts.widest, radius)",
+        "self.counts.widest",
+    ),
+    Mutant(
+        "going back does not widen",
+        D,
+        "set_columns",
+        'max(self.counts.widest, float(columns["radius"].max()))',
+        "self.counts.widest",
+    ),
+    Mutant(
+        "a move is not counted",
+        D,
+        "point_key",
+        "self.counts.key_moves + 1",
+        "self.counts.key_moves",
+    ),
     Mutant("pages are written in place", D, "_writable", ".copy()", "", quick=True),
     # What is asked again and again.
-    Mutant("a prepared call keeps its version", prepared.Prepared, "__call__", "self._book._current is not self._snapshot", "False", quick=True),
-    Mutant("a prepared call keeps its view", prepared.Prepared, "_renew", "cpu.view_of(snapshot)", "self._view or cpu.view_of(snapshot)", quick=True),
+    Mutant(
+        "a prepared call keeps its version",
+        prepared.Prepared,
+        "__call__",
+        "self._book._current is not self._snapshot",
+        "False",
+        quick=True,
+    ),
+    Mutant(
+        "a prepared call keeps its view",
+        prepared.Prepared,
+        "_renew",
+        "cpu.view_of(snapshot)",
+        "self._view or cpu.view_of(snapshot)",
+        quick=True,
+    ),
     # Followers.
-    Mutant("FAISS misses what is new", faiss_index.Filled, "follow", "used & ~self.holds(len(used))", "used & ~used", "faiss"),
-    Mutant("FAISS keeps the selection of another version", faiss_index.Filled, "_selection", "known[0] is snapshot", "True", "faiss"),
-    Mutant("FAISS keeps moved keys where they were", faiss_index, "used_slots", "if not snapshot.counts.key_moves", "if True", "faiss"),
-    Mutant("FAISS does not see how far new keys are", faiss_index.Filled, "_add", "self.bounds.longest = longest", "pass", "faiss"),
-    Mutant("FAISS takes a draft's widest radius from before", faiss, "find", "snapshot.widest * (1 + 1e-6)", "0.5 * snapshot.widest", "faiss"),
-    Mutant("CUDA's table is that of the version before", cuda, "_keep", "[_newest(snapshot, previous[0] if previous else None)]", "previous or [_newest(snapshot, None)]", "cuda"),
-    Mutant("CUDA's table keeps old reaches", cuda.Table, "_part", "_CHANGING if id(part) in known", "() if id(part) in known", "cuda"),
-    Mutant("CUDA's graphs keep the first version", cuda.Graphs, "book_of", "return self._book.copy_(book)", "self._book.copy_(book) if version < 2 else None; return book.clone()", "cuda"),
-    Mutant("shards do not widen by an append", shards.ShardDraft, "append", "shards._widest = max(", "_ = max(", "shards"),
-    Mutant("shards do not widen by a radius", shards.ShardDraft, "set_radius", "self._shards._widest = max(", "_ = max(", "shards"),
-    Mutant("the drop-in does not see what is written in place", live.LiveCodebook, "_settle", "tensor._version != version", "False", "drop-in", True),
-    Mutant("the drop-in asks the codebook from before", live.LiveCodebook, "_take", "prepare(book, wait=False)", "self._find or prepare(book, wait=False)", "drop-in", True),
+    Mutant(
+        "FAISS misses what is new",
+        faiss_index.Filled,
+        "follow",
+        "used & ~self.holds(len(used))",
+        "used & ~used",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS keeps the selection of another version",
+        faiss_index.Filled,
+        "_selection",
+        "known[0] is snapshot",
+        "True",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS keeps moved keys where they were",
+        faiss_index,
+        "used_slots",
+        "if not snapshot.counts.key_moves",
+        "if True",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS does not see how far new keys are",
+        faiss_index.Filled,
+        "_add",
+        "self.bounds.longest = longest",
+        "pass",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS takes a draft's widest radius from before",
+        faiss,
+        "find",
+        "snapshot.widest * (1 + 1e-6)",
+        "0.5 * snapshot.widest",
+        "faiss",
+    ),
+    Mutant(
+        "CUDA's table is that of the version before",
+        cuda,
+        "_keep",
+        "[_newest(snapshot, previous[0] if previous else None)]",
+        "previous or [_newest(snapshot, None)]",
+        "cuda",
+    ),
+    Mutant(
+        "CUDA's table keeps old reaches",
+        cuda.Table,
+        "_part",
+        "_CHANGING if id(part) in known",
+        "() if id(part) in known",
+        "cuda",
+    ),
+    Mutant(
+        "CUDA's graphs keep the first version",
+        cuda.Graphs,
+        "book_of",
+        "return self._book.copy_(book)",
+        "self._book.copy_(book) if version < 2 else None; return book.clone()",
+        "cuda",
+    ),
+    Mutant(
+        "shards do not widen by an append",
+        shards.ShardDraft,
+        "append",
+        "shards._widest = max(",
+        "_ = max(",
+        "shards",
+    ),
+    Mutant(
+        "shards do not widen by a radius",
+        shards.ShardDraft,
+        "set_radius",
+        "self._shards._widest = max(",
+        "_ = max(",
+        "shards",
+    ),
+    Mutant(
+        "the drop-in does not see what is written in place",
+        live.LiveCodebook,
+        "_settle",
+        "tensor._version != version",
+        "False",
+        "drop-in",
+        True,
+    ),
+    Mutant(
+        "the drop-in asks the codebook from before",
+        live.LiveCodebook,
+        "_take",
+        "prepare(book, wait=False)",
+        "self._find or prepare(book, wait=False)",
+        "drop-in",
+        True,
+    ),
 )
 
 
@@ -194,19 +401,20 @@ def put_in(mutant: Mutant) -> Iterator[None]:
 
 
 def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, str] | None:
-    """Return how many decisions it takes until a mutant is found, and by which; None if it is not."""
-    ways: Sequence[str] = [name for name in asking.WAYS if name not in ("cuda", "triton", "shards")]
+    """Return after how many decisions a mutant is found, and by which way; None if it is not."""
+    ways: Sequence[str] = QUICK
     if mutant.by in ("faiss", "cuda", "shards"):
         ways = [mutant.by] * 8  # each with its own chance
-    most_rows = 60 if mutant.by == "cuda" else None
+    most_rows = 60 if mutant.by == "cuda" else 300
     end, decisions, seed = time.process_time() + seconds, 0, first
     with put_in(mutant):
         while time.process_time() < end:
             one: Any
+            mode = ("stepped", "at once")[seed % 2]
             if mutant.by == "drop-in":
                 one = DropIn(seed)
             else:
-                plan = Plan(ways=ways, most_rows=most_rows, seconds=60)
+                plan = Plan(ways=ways, most_rows=most_rows, steps=40, mode=mode)
                 one = Life(seed, plan)
             try:
                 one.live(40) if mutant.by == "drop-in" else one.live()

@@ -1,4 +1,4 @@
-"""Everything that changes what a look-up may remember, done to a codebook and to its model alike."""
+"""Everything that changes what a look-up may remember, done to a codebook and to its model."""
 
 from __future__ import annotations
 
@@ -364,7 +364,8 @@ def _drafted(life: Life, draft: Any) -> None:
         changes: list[Change] = []
         if life.rng.random() < 0.6:
             changes += append_some(life, int(life.rng.choice([1, 2, 70])))
-        changes += [_scaled(life, row, 3.0) for row in some_rows(life, 2)]
+        factor = float(life.rng.choice([3.0, 0.1]))
+        changes += [_scaled(life, row, factor) for row in some_rows(life, 2)]
         if life.rng.random() < 0.4:
             rows = some_rows(life, 2)
             keys = life.drawing.keys(len(rows))

@@ -1,4 +1,4 @@
-"""The tables of the GPU back ends, followed on a host: CUDA's kernels by fibers, Triton interpreted.
+"""The GPU back ends' tables, followed on a host: CUDA's kernels by fibers, Triton interpreted.
 
 CUDA's are asked where the module was built (`use`), Triton's where TRITON_INTERPRET was set before
 triton was imported: in a process of its own, for nothing can be compiled afterwards.
@@ -96,7 +96,9 @@ def _captured(life: Life, queries: torch.Tensor, told: Answers) -> None:
     batch = len(queries)
     hit, row = torch.zeros(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.int64)
     squared = torch.zeros(batch, dtype=torch.float64)
-    life.captured[0].find(*cuda._asked(queries), hit.data_ptr(), row.data_ptr(), squared.data_ptr(), 0)
+    life.captured[0].find(
+        *cuda._asked(queries), hit.data_ptr(), row.data_ptr(), squared.data_ptr(), 0
+    )
     wrong = asking.wrong_finds(told, row.numpy(), squared.numpy(), hit.numpy())
     life.check("cuda, captured", queries, told, wrong)
 
