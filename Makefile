@@ -103,6 +103,12 @@ bench-adaptor: .venv/.bench  ## what an adaptor adds to a forward call of MiniLM
 gate: .venv/.bench  ## a million decisions over a grid compared with the law, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gate
 
+# FAISS, Triton and the kernels for a host are the tests.
+MINUTES ?= 60
+gate-life: .venv/.test  ## codebooks that live, asked in every way beside edits; an hour, or MINUTES=5
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gate_life \
+		--seconds $$((60 * $(MINUTES))) --out benchmarks/results
+
 gate-full: .venv/.bench  ## ten million, and a million with each narrower instruction set; an hour
 	PYTHONPATH=. $(BIN)/python -m benchmarks.gate --decisions 10000000 --out benchmarks/results
 	for set in portable avx2; do PYTHONPATH=. $(BIN)/python -m benchmarks.gate \
@@ -155,5 +161,5 @@ clean:  ## drop what was built
 
 .PHONY: $(EVALUATIONS)
 .PHONY: help demo evaluate test slow fuzz sanitize tsan bench bench-million bench-ten-million bench-beside-appends \
-	bench-readers bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate \
+	bench-readers bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-life \
 	gate-full gpu check fix clean

@@ -20,8 +20,13 @@ ON_HOST = Path(__file__).parent / "cuda_on_host"
 NAME = "_cuda_on_host"
 
 
+_loaded: list[ModuleType] = []  # once a process: its types are registered by their names
+
+
 def host_module(folder: Path) -> ModuleType:
     """Return the extension with kernels that run on this host (cuda_on_host/on_host.h)."""
+    if _loaded:
+        return _loaded[0]
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("g++ is not there to build the kernels for a host")
@@ -41,6 +46,7 @@ def host_module(folder: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    _loaded.append(module)
     return module
 
 

@@ -19,6 +19,7 @@ LARGEST_TABLE = 4096  # cells whose distances from each other are kept: 64 MiB
 EXHAUSTIVE = ("IndexFlat", "IndexFlatL2", "IndexFlatL2Panorama")
 CELLS = ("IndexIVFFlat", "IndexIVFFlatPanorama")
 FAITHFUL = (*EXHAUSTIVE, *CELLS, "IndexHNSWFlat", "IndexHNSWFlatPanorama")
+LARGEST_SQUARES = 1e37  # sums of squares that FAISS's float32 still holds, with room
 _UNIT = 2.0**-24
 _TF32 = 2.0**-11  # what a GPU may round the factors of a product to
 _TINY = 2.0**-120  # what underflow may take, with room
@@ -111,7 +112,7 @@ class Bounds:
     def is_safe(self, lengths: Array) -> Array:
         """Tell of which queries FAISS's float32 overflows nowhere."""
         images, longest = self._image_lengths(lengths), self._image_lengths(self.longest)
-        return np.asarray((images + longest) ** 2 * self._width < 1e37)
+        return np.asarray((images + longest) ** 2 * self._width < LARGEST_SQUARES)
 
 
 class Cells:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from grace_fast import forks
-from grace_fast.backends.faiss_bounds import Array, Bounds, norms
+from grace_fast.backends.faiss_bounds import LARGEST_SQUARES, Array, Bounds, norms
 from grace_fast.codebook import Snapshot
 
 INT32 = 2**31 - 1
@@ -170,8 +170,15 @@ class Filled:
                 f"least as many keys, and the codebook has {len(sample)}"
             )
         if self._needs_training:
+            moved = _less(sample, centre)
+            # FAISS ends the process where a squared distance overflows in its training.
+            if not float(norms(moved).max()) ** 2 * 4 * snapshot.key_dim < LARGEST_SQUARES:
+                raise ValueError(
+                    f"the index {asked.description!r} is not trained: squared distances of the "
+                    "codebook's keys overflow float32; use the index 'Flat', or none"
+                )
             try:
-                index.train(sample - centre)
+                index.train(moved)
             except RuntimeError as error:
                 raise ValueError(
                     f"the index {asked.description!r} is not trained: FAISS cannot train it on "
@@ -221,7 +228,7 @@ class Filled:
                     ) from None
 
     def _add(self, snapshot: Snapshot, slots: Array) -> None:
-        moved = _keys(snapshot, slots) - self.centre
+        moved = _less(_keys(snapshot, slots), self.centre)
         longest = max(self.bounds.longest, float(norms(moved).max()))
         try:
             self._index.add(moved)
@@ -347,6 +354,12 @@ def _keys(snapshot: Snapshot, slots: Array) -> Array:
         snapshot.key_file.test_slots(torch.from_numpy(slots))
     picked = torch.from_numpy(slots).to(snapshot.device)
     return np.asarray(snapshot.key_slots[picked].float().cpu())
+
+
+def _less(keys: Array, centre: Array) -> Array:
+    """Return keys less a centre; infinite where float32 cannot hold that, which `is_safe` sees."""
+    with np.errstate(over="ignore"):
+        return np.asarray(keys - centre)
 
 
 def said(error: BaseException) -> str:

@@ -1,0 +1,453 @@
+"""Faults of memory, put into the package one at a time, and how soon a life finds each.
+
+    python -m life.mutants [WORDS OF A NAME]     with tests on the path; prints a table
+
+A mutant is a few words of a function's source put otherwise. It is found when a life ends with an
+answer that is not the law's, or without an answer. What is not found within the time has to be
+understood: either lives miss something, or nobody could tell.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tempfile
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grace_fast import building, certificate, codebook, order, prepared, shards, views
+from grace_fast.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
+from grace_fast.compat import live
+from grace_fast.store import coded
+from life import ranks, tables
+from life.dropin import DropIn
+from life.living import Life, Plan
+
+SECONDS = 20.0  # of this process's own time, for one mutant
+
+
+QUICK = (
+    *("find", "find one", "prepared before", "prepared now"),
+    *("nearest", "nearest within", "replace", "old version"),
+)
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: in a function, what is put in the place of what."""
+
+    name: str
+    owner: Any  # a class or a module
+    function: str
+    old: str
+    new: str
+    by: str = ""  # the ways that can find it; all by default
+    quick: bool = False  # found within a few seconds, for the tests
+
+
+C, S, D = certificate.Certificate, views, codebook.Draft
+_STALE_WIDEST = """_stale_widest(self, snapshot)"""
+_LAST = (
+    'newest = self.__dict__.get("_last", (None, None)); '
+    "newest = newest[1] if newest[0] is state else self._newest; self._last = (state, snapshot)"
+)
+
+MUTANTS = (
+    # The two faults that were there, put back.
+    Mutant(
+        "known fault: a page that an append fills in place brings no wider radius",
+        *(C, "view", "view.widest = snapshot.counts.widest", f"view.widest = {_STALE_WIDEST}"),
+        quick=True,
+    ),
+    Mutant(
+        "known fault: an old version that is asked becomes what later ones are compared with",
+        *(C, "_take_changes_in", "both = min(snapshot.rows, newest.rows, state.covered)"),
+        f"{_LAST}; both = min(snapshot.rows, 4096 * len(newest.pages), state.covered)",
+    ),
+    # What a certificate says.
+    Mutant("a reach is not raised", C, "_raise_reach", "tail = state.tail", "return", quick=True),
+    Mutant("the reach of the tail is not raised", C, "_raise_reach", "== row", "< 0"),
+    Mutant(
+        "the reach of runs is not raised",
+        *(C, "_raise_reach", "part.first <= row < part.last", "False"),
+        quick=True,
+    ),
+    Mutant(
+        "the reach of a super leaf is not raised",
+        *(order.Part, "raise_reach", "self.super_reach is not None and", "False and"),
+    ),
+    Mutant(
+        "a radius that grew leaves its isolated bit",
+        *(order.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
+    ),
+    Mutant(
+        "a key that moved leaves its isolated bit",
+        *(C, "_encode_rows", "part.clear_isolated(", "("),
+    ),
+    Mutant("a move is missed", C, "_take_page_in", "if len(moved)", "if False", quick=True),
+    Mutant(
+        "of several moves one is missed",
+        *(C, "_take_page_in", "first + moved.astype", "first + moved[-1:].astype"),
+    ),
+    Mutant("all rows count as covered", S, "plan_of", "min(state.covered, rows)", "rows"),
+    Mutant(
+        "one row too many counts as covered",
+        *(C, "_take_rows_in", "state.covered = last", "state.covered = last + 1"),
+    ),
+    Mutant(
+        "new rows count as covered without codes",
+        *(
+            C,
+            "_take_rows_in",
+            "np.arange(state.covered, last)",
+            "np.arange(state.covered, last)[:-1]",
+        ),
+    ),
+    Mutant(
+        "the tail is dropped at publication",
+        C,
+        "_publish",
+        "keep = np.arange(old.count)",
+        "keep = np.arange(0)",
+    ),
+    Mutant(
+        "what was put into the tail during a build is dropped",
+        *(C, "_publish", "keep >= build.tail_count", "keep >= old.count"),
+        quick=True,
+    ),
+    Mutant(
+        "edits during a build are not taken in",
+        *(C, "_publish", "self._state, self._newest = now, snapshot", "self._state = now"),
+        quick=True,
+    ),
+    Mutant(
+        "the oldest version is ignored",
+        C,
+        "_can_be_told_of",
+        "snapshot.version >= state.oldest",
+        "True",
+    ),
+    Mutant(
+        "old versions are not taken in",
+        C,
+        "_take_in",
+        "elif self._can_be_told_of(snapshot):\n                self._take_changes_in(snapshot)",
+        "elif True:",
+    ),
+    Mutant("a key that codes cannot hold is kept", order, "append", "return None", "pass"),
+    Mutant(
+        "a new row's reach is not set",
+        order,
+        "append_codes",
+        "np.maximum.at",
+        "(lambda *_: 0)",
+        quick=True,
+    ),
+    Mutant(
+        "a tail that grows loses its reaches",
+        *(order, "append_codes", "np.maximum(part.reach, floor)", "floor"),
+    ),
+    Mutant(
+        "a run's reaches are the floor",
+        order,
+        "run",
+        "reach_of(radii[order], floor)",
+        "reach_of(0 * radii, floor)",
+    ),
+    Mutant(
+        "all wide balls of a run are isolated",
+        *(building.Build, "_look_around", "part.isolated = bits", "part.isolated = bits | 255"),
+    ),
+    Mutant(
+        "codes opened from a disk have no reaches",
+        coded,
+        "unpack_state",
+        "snapshot.radii.numpy()",
+        "0 * snapshot.radii.numpy()",
+    ),
+    # What a version is read by.
+    Mutant(
+        "the page table is not refreshed",
+        S.PageTable,
+        "__init__",
+        "number < shared and page is known[number]",
+        "number < shared",
+        quick=True,
+    ),
+    Mutant(
+        "moved slots are not read",
+        S.PageTable,
+        "book",
+        "if snapshot.counts.key_moves",
+        "if False",
+        quick=True,
+    ),
+    Mutant(
+        "half of the widest radius", S, "plan_of", "widest=widest", "widest=widest / 2", quick=True
+    ),
+    Mutant(
+        "a draft trusts its version's radii",
+        S.View,
+        "use_keys_of",
+        "base.predicted_bytes, False",
+        "base.predicted_bytes, True",
+    ),
+    Mutant(
+        "a draft trusts its version's codes of keys that moved",
+        cpu,
+        "_view_of_draft",
+        "base.counts.key_moves == snapshot.counts.key_moves",
+        "True",
+    ),
+    Mutant(
+        "one version's view serves another",
+        codebook.Snapshot,
+        "derived",
+        "known[0] is self",
+        "True",
+        quick=True,
+    ),
+    # What a codebook itself keeps.
+    Mutant(
+        "an append does not widen",
+        D,
+        "append",
+        "widest=max(self.counts.widest, float(radii.max()) if added else -1.0)",
+        "widest=self.counts.widest",
+    ),
+    Mutant(
+        "a radius does not widen",
+        D,
+        "set_radius",
+        "max(self.counts.widest, radius)",
+        "self.counts.widest",
+    ),
+    Mutant(
+        "going back does not widen",
+        D,
+        "set_columns",
+        'max(self.counts.widest, float(columns["radius"].max()))',
+        "self.counts.widest",
+    ),
+    Mutant(
+        "a move is not counted",
+        D,
+        "point_key",
+        "self.counts.key_moves + 1",
+        "self.counts.key_moves",
+    ),
+    Mutant("pages are written in place", D, "_writable", ".copy()", "", quick=True),
+    # What is asked again and again.
+    Mutant(
+        "a prepared call keeps its version",
+        prepared.Prepared,
+        "__call__",
+        "self._book._current is not self._snapshot",
+        "False",
+        quick=True,
+    ),
+    Mutant(
+        "a prepared call keeps its view",
+        prepared.Prepared,
+        "_renew",
+        "cpu.view_of(snapshot)",
+        "self._view or cpu.view_of(snapshot)",
+        quick=True,
+    ),
+    # Followers.
+    Mutant(
+        "FAISS misses what is new",
+        faiss_index.Filled,
+        "follow",
+        "used & ~self.holds(len(used))",
+        "used & ~used",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS keeps the selection of another version",
+        faiss_index.Filled,
+        "_selection",
+        "known[0] is snapshot",
+        "True",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS keeps moved keys where they were",
+        faiss_index,
+        "used_slots",
+        "if not snapshot.counts.key_moves",
+        "if True",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS does not see how far new keys are",
+        faiss_index.Filled,
+        "_add",
+        "self.bounds.longest = longest",
+        "pass",
+        "faiss",
+    ),
+    Mutant(
+        "FAISS takes a draft's widest radius from before",
+        faiss,
+        "find",
+        "snapshot.widest * (1 + 1e-6)",
+        "0.5 * snapshot.widest",
+        "faiss",
+    ),
+    Mutant(
+        "CUDA's table is that of the version before",
+        cuda,
+        "_keep",
+        "[_newest(snapshot, previous[0] if previous else None)]",
+        "previous or [_newest(snapshot, None)]",
+        "cuda",
+    ),
+    Mutant(
+        "CUDA's table keeps old reaches",
+        cuda.Table,
+        "_part",
+        "_CHANGING if id(part) in known",
+        "() if id(part) in known",
+        "cuda",
+    ),
+    Mutant(
+        "CUDA's graphs keep the first version",
+        cuda.Graphs,
+        "book_of",
+        "return self._book.copy_(book)",
+        "self._book.copy_(book) if version < 2 else None; return book.clone()",
+        "cuda",
+    ),
+    Mutant(
+        "shards do not widen by an append",
+        shards.ShardDraft,
+        "append",
+        "shards._widest = max(",
+        "_ = max(",
+        "shards",
+    ),
+    Mutant(
+        "shards do not widen by a radius",
+        shards.ShardDraft,
+        "set_radius",
+        "self._shards._widest = max(",
+        "_ = max(",
+        "shards",
+    ),
+    Mutant(
+        "the drop-in does not see what is written in place",
+        live.LiveCodebook,
+        "_settle",
+        "tensor._version != version",
+        "False",
+        "drop-in",
+        True,
+    ),
+    Mutant(
+        "the drop-in asks the codebook from before",
+        live.LiveCodebook,
+        "_take",
+        "prepare(book, wait=False)",
+        "self._find or prepare(book, wait=False)",
+        "drop-in",
+        True,
+    ),
+)
+
+
+def _stale_widest(known: Any, snapshot: Any) -> float:
+    """Return the widest radius of pages that were other objects when they were looked at."""
+    pages, widest = known.__dict__.get("_looked_at", ((), -1.0))
+    for number, page in enumerate(snapshot.pages):
+        if number >= len(pages) or pages[number] is not page:
+            here = page.radius[: max(0, snapshot.rows - 4096 * number)]
+            widest = max(widest, float(here.max()))
+    known.__dict__["_looked_at"] = (snapshot.pages, widest)
+    return widest
+
+
+@contextmanager
+def put_in(mutant: Mutant) -> Iterator[None]:
+    """Let the package have a fault.
+
+    Raises: ValueError where the package no longer has what the mutant changes.
+    """
+    usual = inspect.getattr_static(mutant.owner, mutant.function)
+    function = usual.__func__ if isinstance(usual, staticmethod) else usual
+    source = textwrap.dedent(inspect.getsource(function))
+    old = textwrap.dedent(mutant.old) if "\n" not in mutant.old else mutant.old
+    if old not in source:
+        old = mutant.old.replace("\n" + " " * 16, "\n" + " " * 8)
+    if source.count(old) < 1:
+        raise ValueError(f"{mutant.function} is without {mutant.old!r}")
+    names = dict(vars(sys.modules[function.__module__]), _stale_widest=_stale_widest)
+    scope: dict[str, Any] = {}
+    exec(compile(source.replace(old, mutant.new), f"<{mutant.name}>", "exec"), names, scope)
+    made = scope[mutant.function]
+    setattr(mutant.owner, mutant.function, made)
+    try:
+        yield
+    finally:
+        setattr(mutant.owner, mutant.function, usual)
+
+
+def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, str] | None:
+    """Return after how many decisions a mutant is found, and by which way; None if it is not."""
+    ways: Sequence[str] = QUICK
+    if mutant.by in ("faiss", "cuda", "shards"):
+        ways = [mutant.by] * 8  # each with its own chance
+    most_rows = 60 if mutant.by == "cuda" else 300
+    end, decisions, seed = time.process_time() + seconds, 0, first
+    with put_in(mutant):
+        while time.process_time() < end:
+            one: Any
+            mode = ("stepped", "at once")[seed % 2]
+            if mutant.by == "drop-in":
+                one = DropIn(seed)
+            else:
+                plan = Plan(ways=ways, most_rows=most_rows, steps=40, mode=mode)
+                one = Life(seed, plan)
+            try:
+                one.live(40) if mutant.by == "drop-in" else one.live()
+            except Exception as error:
+                told = str(error).split(":")[0] if isinstance(error, AssertionError) else ""
+                return decisions + sum(one.counts.values()), told or type(error).__name__
+            decisions += sum(one.counts.values())
+            seed += 1
+    return None
+
+
+def main(words: str = "") -> int:
+    """Print what becomes of each mutant; return how many were not found."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    chosen = [mutant for mutant in MUTANTS if words in mutant.name or words == mutant.by]
+    if any(mutant.by == "cuda" for mutant in chosen):
+        from cuda_build import host_module
+
+        tables.use(host_module(Path(tempfile.mkdtemp())))
+    missed = 0
+    print("| mutant | found after decisions | by | seconds |\n| --- | ---: | --- | ---: |")
+    for mutant in chosen:
+        start = time.process_time()
+        found = found_after(mutant, SECONDS)
+        spent = time.process_time() - start
+        missed += found is None
+        after, by = ("not found", "") if found is None else (f"{found[0]:,}", found[1])
+        print(f"| {mutant.name} | {after} | {by} | {spent:.1f} |", flush=True)
+    return missed
+
+
+__all__ = ["MUTANTS", "faiss_bounds", "found_after", "ranks"]
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,413 @@
+"""Everything that changes what a look-up may remember, done to a codebook and to its model."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import grace_fast as gf
+from grace_fast.changes import back
+from life.law import Array, Model
+
+if TYPE_CHECKING:
+    from life.living import Life
+
+Change = tuple[Any, ...]
+Operation = Callable[["Life"], None]
+OPERATIONS: dict[str, Operation] = {}
+# What a look-up may remember changes by these alone; a test takes one with appends beside it.
+FAMILIES = {
+    "append": ("append", "append wider", "append far", "append many", "append twins", "double"),
+    "remove": ("remove", "remove nearest", "empty", "begin again"),
+    "radius": ("widen", "narrow", "radius on a question", "kill"),
+    "key": ("move", "move back", "swap"),
+    "value": ("value",),
+    "draft": ("one draft", "dropped", "sketch"),
+    "back": ("take back", "go back"),
+    "disk": ("save and open", "save"),
+}
+
+
+class _Dropped(Exception):
+    """A draft is left without being published."""
+
+
+def operation(name: str) -> Callable[[Operation], Operation]:
+    """Let a function be an operation of this name."""
+
+    def keep(function: Operation) -> Operation:
+        OPERATIONS[name] = function
+        return function
+
+    return keep
+
+
+# How changes are made
+
+
+def to_model(model: Model, change: Change) -> None:
+    """Make one change of a model."""
+    kind, *given = change
+    if kind == "append":
+        model.append(*given)
+        return
+    row = given[0]
+    if kind == "remove":
+        model.live[row] = 0
+    elif kind == "radius":
+        model.radius[row] = given[1]
+    elif kind == "key":
+        model.columns[:, row] = given[1]
+    elif kind == "value":
+        model.values[row] = given[1]
+
+
+def to_draft(draft: Any, change: Change, dtype: torch.dtype) -> None:
+    """Make one change of a draft, of a codebook or of shards."""
+    kind, *given = change
+    if kind == "append":
+        keys, values, radii = (torch.from_numpy(np.asarray(each)) for each in given)
+        draft.append(keys.to(dtype), values.to(dtype), radii, None)
+        return
+    row = int(given[0])
+    if kind == "remove":
+        draft.remove(row)
+    elif kind == "radius":
+        draft.set_radius(row, float(given[1]))
+    elif kind == "key":
+        draft.set_key(row, torch.from_numpy(given[1]).to(dtype))
+    elif kind == "value":
+        draft.set_value(row, torch.from_numpy(given[1]).to(dtype))
+
+
+def to_book(book: gf.Codebook, change: Change) -> None:
+    """Make one change by the codebook's own methods, where it has one for it."""
+    kind, *given = change
+    if kind == "append":
+        keys, values, radii = (torch.from_numpy(np.asarray(each)) for each in given)
+        book.append(keys.to(book.dtype), values.to(book.dtype), radii)
+    elif kind == "remove":
+        book.remove(int(book.ids[int(given[0])]))
+    else:
+        with book.writing() as draft:
+            to_draft(draft, change, book.dtype)
+
+
+def places_of(life: Life, changes: list[Change]) -> list[Array]:
+    """Return points where changes are about to be seen: what is there now, and what will be."""
+    model, places = life.model, []
+    for kind, *given in changes:
+        if kind == "append":
+            keys, _, radii = given
+            picked = life.rng.permutation(len(keys))[:6]
+            places += [keys[picked], life.drawing.on_spheres(keys[picked], radii[picked])]
+            continue
+        key = model.key(given[0])[None] if given[0] < model.rows else None
+        if key is None:
+            continue
+        radius = model.radius[given[0]][None]
+        places += [key, life.drawing.on_spheres(key, radius)]
+        if kind == "radius":
+            places.append(life.drawing.on_spheres(key, np.asarray([given[1]], np.float32)))
+        elif kind == "key":
+            moved = given[1][None]
+            places += [moved, life.drawing.on_spheres(moved, radius)]
+    return places
+
+
+# Drawn changes
+
+
+def some_rows(life: Life, most: int) -> Array:
+    """Return up to so many live rows, without one of them twice."""
+    living = life.model.living()
+    count = min(len(living), int(life.rng.integers(1, most + 1)))
+    return life.rng.choice(living, count, replace=False) if count else living[:0]
+
+
+def appended(life: Life, count: int, keys: Array | None = None) -> Change:
+    """Return an append of drawn rows."""
+    keys = life.drawing.keys(count) if keys is None else keys
+    values = life.rng.integers(-99, 99, (count, life.model.values.shape[1])).astype(np.float32)
+    return ("append", keys, values, life.drawing.radii(count))
+
+
+def room(life: Life, count: int) -> int:
+    """Return how many of so many rows there is still room for."""
+    return max(0, min(count, life.most_rows - life.model.rows))
+
+
+def append_some(life: Life, count: int) -> list[Change]:
+    """Return an append of up to so many rows, as there is room."""
+    count = room(life, count)
+    return [appended(life, count)] if count else []
+
+
+@operation("append")
+def _append(life: Life) -> None:
+    life.write(append_some(life, int(life.rng.choice([1, 1, 1, 2, 3, 17]))))
+
+
+@operation("append many")
+def _append_many(life: Life) -> None:
+    life.write(append_some(life, int(life.rng.choice([47, 64, 65, 130, 300, 1025]))))
+
+
+@operation("double")
+def _double(life: Life) -> None:
+    life.write(append_some(life, life.model.rows + 1))
+
+
+@operation("append wider")
+def _append_wider(life: Life) -> None:
+    """A ball wider than every one before it."""
+    for change in append_some(life, 1):
+        widest = max(life.drawing.spacing, float(life.model.radius.max(initial=0)))
+        change[3][:] = min(3e38, widest * float(life.rng.choice([1.001, 1.5, 8])))
+        life.write([change])
+
+
+@operation("append far")
+def _append_far(life: Life) -> None:
+    """A key far from all others, which codes may not be able to hold."""
+    for change in append_some(life, 1):
+        far = change[1].astype(np.float64) * life.rng.choice([1e3, 1e8, 1e-8])
+        life.write([appended(life, 1, life.exact(far))])
+
+
+@operation("append twins")
+def _append_twins(life: Life) -> None:
+    """Keys that are there already, those of removed rows too, with other radii."""
+    count = room(life, int(life.rng.integers(1, 6)))
+    if count and life.model.rows:
+        rows = life.rng.integers(life.model.rows, size=count)
+        life.write([appended(life, count, life.model.columns[:, rows].T.copy())])
+
+
+@operation("remove")
+def _remove(life: Life) -> None:
+    life.write([("remove", row) for row in some_rows(life, 5)])
+
+
+@operation("remove nearest")
+def _remove_nearest(life: Life) -> None:
+    """What a question found is gone when it is asked again."""
+    if life.places and life.model.rows:
+        found = np.unique(life.model.ask(life.places[-1]).nearest)
+        life.write([("remove", row) for row in found[found >= 0][:3]])
+
+
+@operation("empty")
+def _empty(life: Life) -> None:
+    if life.rng.random() < 0.15:
+        life.write([("remove", row) for row in life.model.living()], alone=False)
+
+
+@operation("begin again")
+def _begin_again(life: Life) -> None:
+    """Another codebook, where this one was."""
+    if life.rng.random() < 0.1:
+        life.begin()
+
+
+@operation("widen")
+def _widen(life: Life) -> None:
+    life.write([_scaled(life, row, 10.0 ** life.rng.uniform(0, 2)) for row in some_rows(life, 6)])
+
+
+@operation("narrow")
+def _narrow(life: Life) -> None:
+    life.write([_scaled(life, row, 10.0 ** life.rng.uniform(-2, 0)) for row in some_rows(life, 6)])
+
+
+def _scaled(life: Life, row: int, factor: float) -> Change:
+    radius = abs(float(life.model.radius[row])) or life.drawing.spacing
+    return ("radius", row, np.float32(min(3e38, radius * factor)))
+
+
+@operation("kill")
+def _kill(life: Life) -> None:
+    radius = np.float32(life.rng.choice([-1.0, -1e-5, 0.0, -0.0]))
+    life.write([("radius", row, radius) for row in some_rows(life, 4)])
+
+
+@operation("radius on a question")
+def _radius_on_a_question(life: Life) -> None:
+    """A radius that is the distance of a question, or next to it on either side."""
+    asked = life.drawing.questions(6, life.model, life.places)
+    asked = life.drawing.cast(asked, life.dtype).double().numpy()
+    told = life.model.ask(asked)
+    changes: list[Change] = []
+    with np.errstate(over="ignore"):
+        for row, apart in zip(told.nearest, np.sqrt(told.apart).astype(np.float32), strict=True):
+            towards = np.float32(life.rng.choice([-np.inf, np.inf]))
+            radius = apart if life.rng.random() < 0.4 else np.nextafter(apart, towards)
+            if row >= 0 and np.isfinite(radius):
+                changes.append(("radius", int(row), radius))
+    life.write(changes)
+    life.places.append(asked[np.isfinite(asked).all(axis=1)])
+
+
+@operation("move")
+def _move(life: Life) -> None:
+    rows = some_rows(life, 4)
+    keys = life.drawing.keys(len(rows))
+    half_way = life.exact((keys.astype(np.float64) + life.model.columns[:, rows].T) / 2)
+    keys = keys if life.rng.random() < 0.5 else half_way
+    life.write([("key", row, key) for row, key in zip(rows, keys, strict=True)])
+
+
+@operation("swap")
+def _swap(life: Life) -> None:
+    """Two rows take each other's keys."""
+    rows = some_rows(life, 2)
+    if len(rows) == 2:
+        keys = [life.model.key(row) for row in rows]
+        life.write([("key", rows[0], keys[1]), ("key", rows[1], keys[0])], alone=False)
+
+
+@operation("value")
+def _value(life: Life) -> None:
+    rows = some_rows(life, 3)
+    values = life.rng.integers(-99, 99, (len(rows), life.model.values.shape[1]))
+    life.write([("value", row, v.astype(np.float32)) for row, v in zip(rows, values, strict=True)])
+
+
+# What was before
+
+
+@operation("take back")
+def _take_back(life: Life) -> None:
+    """Rows get radii, keys and values that they had, by their slots, as an undo does it."""
+    entry = life.earlier()
+    if entry is None:
+        return
+    then, model = entry
+    rows = some_rows(life, 4)
+    rows = rows[(rows < model.rows)]
+    rows = rows[model.live[rows] != 0]
+    places = [life.model.columns[:, rows].T.copy(), model.columns[:, rows].T.copy()]
+    with life.book.writing() as draft:
+        for row in rows.tolist():
+            if then.key_slot_of(row) != draft.snapshot().key_slot_of(row):
+                draft.point_key(row, then.key_slot_of(row))
+            draft.set_radius(row, then.radius_of(row))
+            draft.point_value(row, then.value_slot_of(row))
+    life.model.columns[:, rows] = model.columns[:, rows]
+    life.model.radius[rows] = model.radius[rows]
+    life.model.values[rows] = model.values[rows]
+    life.shards_begin_anew()
+    life.note([place for place in places if len(place)])
+
+
+@operation("move back")
+def _move_back(life: Life) -> None:
+    _take_back(life)
+
+
+@operation("go back")
+def _go_back(life: Life) -> None:
+    """Every row holds what it held in an earlier version; what came since is gone."""
+    entry = life.earlier()
+    if entry is None or life.rng.random() < 0.3:
+        return
+    then, model = entry
+    changed = life.rng.integers(max(1, life.model.rows), size=8)
+    places = [life.model.columns[:, changed].T.copy()]
+    with life.book.writing() as draft:
+        back(life.book.snapshot(), then).apply(draft)
+    life.model.go_back(model)
+    life.shards_begin_anew()
+    life.note([*places, life.model.columns[:, changed].T.copy()])
+
+
+# Drafts
+
+
+@operation("one draft")
+def _one_draft(life: Life) -> None:
+    """Several kinds of change in one version, looked at before it is published."""
+    with life.book.writing() as draft:
+        _drafted(life, draft)
+    life.shards_begin_anew()
+
+
+@operation("dropped")
+def _dropped(life: Life) -> None:
+    """A draft that is looked at and leaves no trace."""
+    with life.unchanged():
+        try:
+            with life.book.writing() as draft:
+                _drafted(life, draft)
+                raise _Dropped
+        except _Dropped:
+            pass
+
+
+@operation("sketch")
+def _sketch(life: Life) -> None:
+    with life.unchanged(), life.book.sketching() as draft:
+        _drafted(life, draft)
+
+
+def _drafted(life: Life, draft: Any) -> None:
+    """Change a draft, and ask it, and maybe the published version beside it."""
+    before = life.model.copy()
+    for _ in range(int(life.rng.integers(1, 4))):
+        changes: list[Change] = []
+        if life.rng.random() < 0.6:
+            changes += append_some(life, int(life.rng.choice([1, 2, 70])))
+        factor = float(life.rng.choice([3.0, 0.1]))
+        changes += [_scaled(life, row, factor) for row in some_rows(life, 2)]
+        if life.rng.random() < 0.4:
+            rows = some_rows(life, 2)
+            keys = life.drawing.keys(len(rows))
+            changes += [("key", row, key) for row, key in zip(rows, keys, strict=True)]
+        if life.rng.random() < 0.3:
+            changes += [("remove", row) for row in some_rows(life, 1)]
+        life.note(places_of(life, changes))
+        for change in changes:
+            to_draft(draft, change, life.dtype)
+            to_model(life.model, change)
+        life.stage()
+        life.ask_version("draft", draft.snapshot(), life.model)
+        if life.rng.random() < 0.3:
+            life.ask_version("beside a draft", life.book.snapshot(), before)
+
+
+# The disk
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """Give a folder that is in memory where there is one."""
+    memory = Path("/dev/shm")
+    made = Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else None))
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made)
+
+
+@operation("save")
+def _save(life: Life) -> None:
+    """Saving waits for the codes, and changes nothing."""
+    if life.rng.random() < 0.5:
+        with folder() as made:
+            gf.save(life.book, made)
+
+
+@operation("save and open")
+def _save_and_open(life: Life) -> None:
+    """Go on with what was saved: the rows stay in their files, the codes come with them."""
+    if life.rng.random() < 0.5:
+        with folder() as made:
+            gf.save(life.book, made)
+            life.go_on_with(gf.open(made))
