@@ -7,18 +7,23 @@ the prompt's own tokens, predicted one token ahead), `seq2seq` (labels of a seco
 
 from __future__ import annotations
 
+import math
+import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grace_fast import positions
+from grace_fast import joining, positions
 from grace_fast.semantics import IGNORED_LABEL, label_ids
 
 Kind = Literal["decoder", "seq2seq", "classifier"]
 Batch = dict[str, Any]
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def kind_of(model: nn.Module) -> Kind:
@@ -114,6 +119,22 @@ def classes_of(model: nn.Module, kind: Kind) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def out_of_range(batch: Mapping[str, Any], model: nn.Module, error: IndexError) -> str:
+    """Say what of a batch a model's embeddings have no row for, where an IndexError came of it."""
+    tokens, config = batch.get("input_ids"), getattr(model, "config", None)
+    if isinstance(tokens, Tensor) and tokens.numel():
+        most, vocabulary = (
+            getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size")
+        )
+        if isinstance(most, int) and tokens.shape[1] > most:
+            return f"the model takes at most {most} tokens, got {tokens.shape[1]} with the target"
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if isinstance(vocabulary, int) and not 0 <= lowest <= highest < vocabulary:
+            odd = lowest if lowest < 0 else highest
+            return f"input_ids must be in [0, {vocabulary}), got {odd}"
+    return f"the model has no embedding for part of the batch: {error}"
+
+
 def labels_of(batch: Mapping[str, Any], row: int, padding: int | None, whole: bool) -> Tensor:
     """Return the label of one row as it is stored: [L] int64.
 
@@ -155,19 +176,28 @@ Prompt = str | Sequence[Mapping[str, str]]
 
 
 def from_text(
-    prompt: Prompt, target: str | int | None, tokenizer: Any, model: nn.Module, kind: Kind
+    prompt: Prompt,
+    target: str | float | None,
+    tokenizer: Any,
+    model: nn.Module,
+    kind: Kind,
+    joint: str | None = None,
 ) -> Batch:
     """Return the batch of one prompt and its target.
 
     prompt: text, or chat messages that go through the tokenizer's template; target: the text that
-    the model should answer, or for a classifier a class index or name; None for a prompt alone.
+    the model should answer, or for a classifier a class index or name; None for a prompt alone;
+    joint: what stands between the two, by default as `joining` says, or a chat's template.
 
-    Raises: ValueError for an empty prompt, a target without tokens or an unknown class.
+    Raises: ValueError for an empty prompt, several prompts, a target without tokens or an unknown
+    class; TypeError for what is neither text nor messages.
     """
+    prompt, target = one_prompt(prompt), one_target(target)
     if tokenizer is None:
         raise ValueError("editing by text needs a tokenizer: attach(..., tokenizer=...)")
     device = next(model.parameters()).device
-    ids, text = _prompt_ids(prompt, tokenizer)
+    with _written(prompt):
+        ids, text = _prompt_ids(prompt, tokenizer)
     if not ids or not text.strip():
         raise ValueError(f"the prompt must have at least one token, got {prompt!r}")
     batch: Batch = {"input_ids": torch.tensor([ids], device=device)}
@@ -175,7 +205,8 @@ def from_text(
         if target is not None:
             batch["labels"] = torch.tensor([_class_index(target, model)], device=device)
     elif target is not None:
-        wanted = _target_ids(str(target), text, ids, tokenizer, kind, isinstance(prompt, str))
+        with _written(target):
+            wanted = _target_ids(str(target), text, ids, tokenizer, kind, prompt, joint)
         if not wanted:
             raise ValueError(f"the target must have at least one token, got {target!r}")
         if kind == "decoder":
@@ -186,30 +217,122 @@ def from_text(
     return batch
 
 
+def one_prompt(prompt: Any) -> Prompt:
+    """Return the one text, or the messages of one chat, that a prompt is.
+
+    Raises: ValueError for several texts or none; TypeError for anything else.
+    """
+    if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
+        prompt = prompt.item()
+    if isinstance(prompt, str):
+        return str(prompt)
+    kind = type(prompt).__name__
+    if isinstance(prompt, bytes | bytearray):
+        raise TypeError(f"the prompt must be a text, got {kind}: decode it first")
+    parts = _parts(prompt)
+    if parts is None:
+        raise TypeError(f"the prompt must be one text, or chat messages, got {kind}")
+    if parts and all(isinstance(part, Mapping) for part in parts):
+        for at, part in enumerate(parts):
+            if not {"role", "content"} <= part.keys():
+                raise ValueError(
+                    f"chat message {at} must have a role and a content, got {sorted(part)}"
+                )
+        return parts
+    are_texts = all(isinstance(part, str) for part in parts)
+    named = ("text" if are_texts else "thing") + ("" if len(parts) == 1 else "s")
+    raise ValueError(
+        f"the prompt must be one text, or chat messages, got a {kind} of {len(parts)} {named}; "
+        "make one call for each, or give edit_batch their tokens and labels as a batch of tensors"
+    )
+
+
+def _parts(prompt: Any) -> list[Any] | None:
+    """Return what a list, a tuple, an array or a column of a table holds; None of anything else."""
+    if isinstance(prompt, Sequence | np.ndarray | Set):
+        return list(prompt)
+    if hasattr(prompt, "tolist") and hasattr(prompt, "__len__"):  # a series of pandas
+        return list(prompt.tolist())
+    return None
+
+
+def one_target(target: Any) -> str | float | None:
+    """Return the one text or number that a target is, of numpy and torch as Python's.
+
+    Raises: ValueError for a number that is not finite; TypeError for anything else.
+    """
+    if isinstance(target, np.generic | np.ndarray | Tensor) and target.ndim == 0:
+        target = target.item()
+    if target is None:
+        return None
+    if isinstance(target, str):
+        return str(target)
+    if isinstance(target, bool) or not isinstance(target, int | float):
+        raise TypeError(f"the target must be one text or number, got {_named(target)}")
+    if not math.isfinite(target):
+        raise ValueError(f"the target must be a text or a number, got {target!r}")
+    return target
+
+
+def _named(value: Any) -> str:
+    written = repr(value)
+    return written if len(written) <= 60 else f"a {type(value).__name__}"
+
+
+@contextmanager
+def _written(*texts: Any) -> Iterator[None]:
+    """Say what is wrong with a text that no tokenizer takes: half of a pair of surrogates."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        for text in texts:
+            found = _SURROGATE.search(str(text))
+            if found is not None:
+                raise ValueError(
+                    "prompt and target must be Unicode, got half of a pair of surrogates, "
+                    f"{found[0]!a}, in {str(text)!a}"
+                ) from error
+        raise
+
+
 def _prompt_ids(prompt: Prompt, tokenizer: Any) -> tuple[list[int], str]:
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"]), prompt
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    template = getattr(tokenizer, "apply_chat_template", None)
+    if template is None or getattr(tokenizer, "chat_template", "") is None:
+        raise ValueError(
+            "chat messages need a tokenizer with a chat template, and this one has none; "
+            "set tokenizer.chat_template, or give the prompt as one text"
+        )
+    text = template(list(prompt), tokenize=False, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
 
 
 def _target_ids(
-    target: str, text: str, ids: list[int], tokenizer: Any, kind: Kind, spaced: bool
+    target: str,
+    text: str,
+    ids: list[int],
+    tokenizer: Any,
+    kind: Kind,
+    prompt: Prompt,
+    joint: str | None,
 ) -> list[int]:
     """Return the target's tokens; for a decoder those that follow the prompt's in one text."""
     if not target.strip():
         return []
     if kind == "seq2seq":
         return list(tokenizer(text_target=target)["input_ids"])
-    # A word of its own, unless the prompt or the target says otherwise.
-    joint = " " if spaced and not (text[-1].isspace() or target[0].isspace()) else ""
-    together = list(tokenizer(text + joint + target, add_special_tokens=spaced)["input_ids"])
-    if together[: len(ids)] == ids and len(together) > len(ids):
-        return together[len(ids) :]
-    return list(tokenizer(joint + target, add_special_tokens=False)["input_ids"])
+    is_text = isinstance(prompt, str)
+    if joint is None:
+        joint = (
+            joining.joint_of(text, target)
+            if is_text
+            else joining.chat_joint(list(prompt), text, target, tokenizer)
+        )
+    return joining.target_ids(text, ids, joint, target, tokenizer, special=is_text)
 
 
-def _class_index(target: str | int, model: nn.Module) -> int:
+def _class_index(target: str | float, model: nn.Module) -> int:
     if isinstance(target, int):
         return target
     names: dict[str, int] = getattr(getattr(model, "config", None), "label2id", None) or {}
