@@ -7,23 +7,18 @@ the prompt's own tokens, predicted one token ahead), `seq2seq` (labels of a seco
 
 from __future__ import annotations
 
-import math
-import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from grace_fast import joining, positions
+from grace_fast import positions, prompts
 from grace_fast.semantics import IGNORED_LABEL, label_ids
 
 Kind = Literal["decoder", "seq2seq", "classifier"]
 Batch = dict[str, Any]
-_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def kind_of(model: nn.Module) -> Kind:
@@ -172,7 +167,7 @@ def is_correct(logits: Tensor, labels: Tensor, kind: Kind) -> bool:
     return bool((predicted.reshape(labels.shape) == labels)[asked].all())
 
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = prompts.Prompt
 
 
 def from_text(
@@ -192,12 +187,11 @@ def from_text(
     Raises: ValueError for an empty prompt, several prompts, a target without tokens or an unknown
     class; TypeError for what is neither text nor messages.
     """
-    prompt, target = one_prompt(prompt), one_target(target)
+    prompt, target = prompts.one_prompt(prompt), prompts.one_target(target)
     if tokenizer is None:
         raise ValueError("editing by text needs a tokenizer: attach(..., tokenizer=...)")
     device = next(model.parameters()).device
-    with _written(prompt):
-        ids, text = _prompt_ids(prompt, tokenizer)
+    ids, text = prompts.prompt_ids(prompt, tokenizer)
     if not ids or not text.strip():
         raise ValueError(f"the prompt must have at least one token, got {prompt!r}")
     batch: Batch = {"input_ids": torch.tensor([ids], device=device)}
@@ -205,8 +199,11 @@ def from_text(
         if target is not None:
             batch["labels"] = torch.tensor([_class_index(target, model)], device=device)
     elif target is not None:
-        with _written(target):
-            wanted = _target_ids(str(target), text, ids, tokenizer, kind, prompt, joint)
+        asked = None if isinstance(prompt, str) else prompt
+        if kind == "seq2seq":
+            wanted = prompts.answer_ids(str(target), tokenizer)
+        else:
+            wanted = prompts.target_ids(str(target), text, ids, tokenizer, asked, joint)
         if not wanted:
             raise ValueError(f"the target must have at least one token, got {target!r}")
         if kind == "decoder":
@@ -215,121 +212,6 @@ def from_text(
         batch["labels"] = torch.tensor([wanted], device=device)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch
-
-
-def one_prompt(prompt: Any) -> Prompt:
-    """Return the one text, or the messages of one chat, that a prompt is.
-
-    Raises: ValueError for several texts or none; TypeError for anything else.
-    """
-    if isinstance(prompt, np.ndarray) and prompt.ndim == 0:
-        prompt = prompt.item()
-    if isinstance(prompt, str):
-        return str(prompt)
-    kind = type(prompt).__name__
-    if isinstance(prompt, bytes | bytearray):
-        raise TypeError(f"the prompt must be a text, got {kind}: decode it first")
-    parts = _parts(prompt)
-    if parts is None:
-        raise TypeError(f"the prompt must be one text, or chat messages, got {kind}")
-    if parts and all(isinstance(part, Mapping) for part in parts):
-        for at, part in enumerate(parts):
-            if not {"role", "content"} <= part.keys():
-                raise ValueError(
-                    f"chat message {at} must have a role and a content, got {sorted(part)}"
-                )
-        return parts
-    are_texts = all(isinstance(part, str) for part in parts)
-    named = ("text" if are_texts else "thing") + ("" if len(parts) == 1 else "s")
-    raise ValueError(
-        f"the prompt must be one text, or chat messages, got a {kind} of {len(parts)} {named}; "
-        "make one call for each, or give edit_batch their tokens and labels as a batch of tensors"
-    )
-
-
-def _parts(prompt: Any) -> list[Any] | None:
-    """Return what a list, a tuple, an array or a column of a table holds; None of anything else."""
-    if isinstance(prompt, Sequence | np.ndarray | Set):
-        return list(prompt)
-    if hasattr(prompt, "tolist") and hasattr(prompt, "__len__"):  # a series of pandas
-        return list(prompt.tolist())
-    return None
-
-
-def one_target(target: Any) -> str | float | None:
-    """Return the one text or number that a target is, of numpy and torch as Python's.
-
-    Raises: ValueError for a number that is not finite; TypeError for anything else.
-    """
-    if isinstance(target, np.generic | np.ndarray | Tensor) and target.ndim == 0:
-        target = target.item()
-    if target is None:
-        return None
-    if isinstance(target, str):
-        return str(target)
-    if isinstance(target, bool) or not isinstance(target, int | float):
-        raise TypeError(f"the target must be one text or number, got {_named(target)}")
-    if not math.isfinite(target):
-        raise ValueError(f"the target must be a text or a number, got {target!r}")
-    return target
-
-
-def _named(value: Any) -> str:
-    written = repr(value)
-    return written if len(written) <= 60 else f"a {type(value).__name__}"
-
-
-@contextmanager
-def _written(*texts: Any) -> Iterator[None]:
-    """Say what is wrong with a text that no tokenizer takes: half of a pair of surrogates."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        for text in texts:
-            found = _SURROGATE.search(str(text))
-            if found is not None:
-                raise ValueError(
-                    "prompt and target must be Unicode, got half of a pair of surrogates, "
-                    f"{found[0]!a}, in {str(text)!a}"
-                ) from error
-        raise
-
-
-def _prompt_ids(prompt: Prompt, tokenizer: Any) -> tuple[list[int], str]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"]), prompt
-    template = getattr(tokenizer, "apply_chat_template", None)
-    if template is None or getattr(tokenizer, "chat_template", "") is None:
-        raise ValueError(
-            "chat messages need a tokenizer with a chat template, and this one has none; "
-            "set tokenizer.chat_template, or give the prompt as one text"
-        )
-    text = template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
-
-
-def _target_ids(
-    target: str,
-    text: str,
-    ids: list[int],
-    tokenizer: Any,
-    kind: Kind,
-    prompt: Prompt,
-    joint: str | None,
-) -> list[int]:
-    """Return the target's tokens; for a decoder those that follow the prompt's in one text."""
-    if not target.strip():
-        return []
-    if kind == "seq2seq":
-        return list(tokenizer(text_target=target)["input_ids"])
-    is_text = isinstance(prompt, str)
-    if joint is None:
-        joint = (
-            joining.joint_of(text, target)
-            if is_text
-            else joining.chat_joint(list(prompt), text, target, tokenizer)
-        )
-    return joining.target_ids(text, ids, joint, target, tokenizer, special=is_text)
 
 
 def _class_index(target: str | float, model: nn.Module) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import grace_fast as gf
-from grace_fast import batches, extras, textfiles
+from grace_fast import extras, prompts, textfiles
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
 from grace_fast.shown import listed
@@ -733,8 +733,8 @@ def _odd_edit(record: Record) -> str:
     if not isinstance(record.get("joint", ""), str):
         return f"must have a text as its joint, got {textfiles.brief(record['joint'])}"
     try:
-        batches.one_prompt(record["messages"] if "messages" in record else record["prompt"])
-        target = batches.one_target(record["target"])
+        prompts.one_prompt(record["messages"] if "messages" in record else record["prompt"])
+        target = prompts.one_target(record["target"])
     except (ValueError, TypeError) as error:
         return f"has no edit: {error}"
     if target is None or not str(target).strip():

@@ -22,7 +22,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
+from grace_fast import (
+    advice,
+    batches,
+    calibrate,
+    compiled,
+    lookup,
+    plans,
+    positions,
+    prompts,
+    scalars,
+)
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -219,7 +229,7 @@ class Grace:
         """
         self._require_editable()
         with self._noting(self.codebook) as draft:
-            return self._history.undo(draft, int(edit_id))
+            return self._history.undo(draft, scalars.whole("edit_id", edit_id))
 
     # Versions, where there is a directory
 
@@ -291,6 +301,7 @@ class Grace:
     def _at(self, version: int) -> tuple[Codebook, History]:
         self._journal()
         assert self.path is not None, "a journal lies in a directory"
+        version = scalars.whole("version", version)
         return read_saved(self.path, self._hmac_key).codebook(version=version)
 
     def _journal(self) -> Journal:
@@ -588,9 +599,9 @@ class Grace:
     ) -> tuple[str, str] | None:
         if isinstance(batch, Mapping) or not self.settings.store_text:
             return None
-        asked = batches.one_prompt(batch)
-        said = asked if isinstance(asked, str) else str(asked[-1]["content"])
-        return said, str(batches.one_target(target))
+        asked = prompts.one_prompt(batch)
+        said = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
+        return said, str(prompts.one_target(target))
 
     def _check_query(self, queries: Tensor, seen: Observation) -> None:
         if not queries.isfinite().all():

