@@ -115,7 +115,8 @@ def _ties(prompt: str, target: str) -> bool:
     if unicodedata.category(last) == "Sc":  # $100, but not 100€50
         return begins_number and not before.isdecimal()
     if last == "#":
-        return run == 1 and (begins_number or before != "\n")  # a heading has a space
+        # A heading and C# have a space after it.
+        return run == 1 and not before.isalnum() and (begins_number or before != "\n")
     if before.isspace():
         if last in _NUMBER_SIGNS:
             return begins_number and before != "\n"  # an item of a list has a space

@@ -18,6 +18,8 @@ from typing import Any
 _DELIMITERS = (",", ";", "\t")
 _SHOWN = 80  # characters of a value that is told of
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what a byte that is none is decoded to
+_BLANK_LINES = re.compile(r"(?:[ \t]*(?:\r\n|\r|\n))*")
+_EXCEL = re.compile(r"sep=(.)[ \t]*(?:\r\n|\r|\n)", re.IGNORECASE)
 _SPACE = re.compile(r"[ \t\n]*")
 
 
@@ -53,7 +55,8 @@ def read(path: Path) -> list[Record]:
     if path.suffix.lower() in (".csv", ".tsv"):
         return list(_csv(path, text))
     text = io.StringIO(text, newline=None).read()  # every line ends alike
-    return _values(text) or list(_lines(text))
+    found = _values(text)
+    return list(_lines(text)) if found is None else found
 
 
 def brief(value: Any) -> str:
@@ -85,15 +88,15 @@ def _lines(text: str) -> Iterator[Record]:
             yield Record(place, wrong=f"is not JSON: {error}")
 
 
-def _values(text: str) -> list[Record]:
-    """Return the objects of one array, or objects over several lines; none of JSON lines."""
+def _values(text: str) -> list[Record] | None:
+    """Return the objects of one array, or objects over several lines; None of JSON lines."""
     begin = _past_space(text, 0)
     if text.startswith("[", begin):
         return _objects(text, begin + 1, is_array=True)
     first = text[begin:].partition("\n")[0]
     if first.startswith("{") and not _is_whole(first):
         return _objects(text, begin, is_array=False)
-    return []
+    return None
 
 
 def _is_whole(line: str) -> bool:
@@ -104,8 +107,8 @@ def _is_whole(line: str) -> bool:
     return True
 
 
-def _objects(text: str, at: int, is_array: bool) -> list[Record]:
-    """Return the values from a place on; none where this is no such file after all."""
+def _objects(text: str, at: int, is_array: bool) -> list[Record] | None:
+    """Return the values from a place on; None where this is no such file after all."""
     decoder, found = json.JSONDecoder(), list[Record]()
     line, counted = 1, 0
     while True:
@@ -113,7 +116,7 @@ def _objects(text: str, at: int, is_array: bool) -> list[Record]:
         line, counted = line + text.count("\n", counted, at), at
         place = f"record {len(found) + 1} (line {line})"
         if is_array and text.startswith("]", at):
-            return found if not text[at + 1 :].strip() else []
+            return found if not text[at + 1 :].strip() else None
         if not is_array and at == len(text):
             return found
         try:
@@ -122,7 +125,7 @@ def _objects(text: str, at: int, is_array: bool) -> list[Record]:
             if found:
                 wrong = f"is not JSON: {error}; nothing after it was read"
                 found.append(Record(place, wrong=wrong))
-            return found
+            return found or None
         is_utf8 = not _NOT_UTF8.search(text, counted, at)
         found.append(Record(place, value, "" if is_utf8 else "is not UTF-8"))
         at = _past_space(text, at)
@@ -140,18 +143,24 @@ def _past_space(text: str, at: int) -> int:
 
 
 def _csv(path: Path, text: str) -> Iterator[Record]:
-    head = text.partition("\n")[0].strip("\r")
-    skipped = int(head.lower().startswith("sep=") and len(head) == 5)  # as Excel says it
-    if skipped:
-        delimiter, text = head[4], text.partition("\n")[2]
+    blank = _BLANK_LINES.match(text)
+    assert blank is not None, "it matches the empty text"
+    told = _EXCEL.match(text, blank.end())
+    body = blank.end() if told is None else told.end()
+    skipped, head = len(text[:body].splitlines()), text[body:].splitlines()[:1]
+    text = text[body:]
+    if told is not None:
+        delimiter = told[1]
     else:
-        delimiter = next((one for one in _DELIMITERS if one in head), ",")
+        delimiter = next((one for one in _DELIMITERS if head and one in head[0]), ",")
         delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
         for record in reader:
             # A short line has None for what it lacks, a long one its rest under None.
             fields = {name: value for name, value in record.items() if name and value is not None}
+            if not any(value.strip() for value in fields.values()):
+                continue  # a blank line, as a table of numbers ends
             odd = any(_NOT_UTF8.search(value) for value in fields.values())
             place = f"line {reader.line_num + skipped}"
             yield Record(place, fields, "is not UTF-8" if odd else "")

@@ -102,7 +102,7 @@ def test_an_import_that_fails_is_told_by_the_module_that_is_absent():
 
 
 def by_argparse():
-    """A program of one command with every kind of parameter there is, and what it was called with."""
+    """A program of one command with every kind of parameter, and what that was called with."""
     app, seen = arguments.Typer(help="100 % plain."), {}
 
     @app.callback()
