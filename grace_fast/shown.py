@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import unicodedata
 from collections.abc import Callable, Iterable
-from typing import Any, TextIO
+from typing import IO, Any
 
 # Controls, formats (what changes direction is among them), surrogates, line and paragraph ends.
 _HIDDEN_KINDS = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
@@ -50,7 +50,7 @@ def spelt(text: Any, keep: str = "", spell: Spell = escape) -> str:
     return "".join(shown)
 
 
-def fit(text: Any, stream: TextIO | None, keep: str = "") -> str:
+def fit(text: Any, stream: IO[str] | None, keep: str = "") -> str:
     """Return `spelt` text that a stream can write: what its encoding lacks is spelt out as well."""
     line = spelt(text, keep)
     encoding = getattr(stream, "encoding", None) or "utf-8"

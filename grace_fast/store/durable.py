@@ -40,6 +40,9 @@ _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and
 class CodebookLocked(OSError):
     """Another process, or another editor of this one, edits the codebook of a directory."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(shown.spelt(message))  # it quotes what the lock's file says of its holder
+
 
 class CodebookReadOnly(OSError):
     """A codebook that was opened to be read, or whose disk failed, was asked to be edited."""
