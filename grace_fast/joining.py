@@ -89,10 +89,10 @@ def _is_spaceless(prompt: str, first: str) -> bool:
     if not prompt[-1].isalnum():
         letters = [one for one in prompt[-_TAIL:] if one.isalnum()]
         return bool(letters) and writes_no_spaces(letters[-1])
-    words = _WORDS.findall(prompt)
+    words = [word for word in _WORDS.findall(prompt[-_TAIL:]) if not word.isdecimal()]
     spaceless = sum(writes_no_spaces(one) for word in words for one in word)
     others = sum(not any(map(writes_no_spaces, word)) for word in words)
-    return spaceless > others
+    return others == 0 or spaceless > others
 
 
 def _opens(prompt: str, before: str) -> bool:

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from grace_fast import joining
@@ -22,6 +30,8 @@ ends in a line\n||Paris
 เมืองหลวงของฝรั่งเศสคือ| |Paris
 프랑스의 수도는| |파리
 他最喜欢的语言是Python||和Java
+100||万
+価格は100||円
 The Chinese name of Paris is| |巴黎
 法国的首都是:||巴黎
 العاصمة هي| |باريس
@@ -129,8 +139,24 @@ def with_first_space(ends=False):
     )
 
 
+def with_prepended_space():
+    """As older exports of SentencePiece's models write it: a normaliser puts the space there."""
+    raw = Tokenizer(models.BPE(unk_token="<unk>"))
+    raw.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<unk>"], show_progress=False)
+    raw.train_from_iterator([*TEXTS, "x=y", "a.b"] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>")
+
+
 @pytest.mark.parametrize(
-    "make", [byte_level, with_first_space, lambda: with_first_space(ends=True)], ids=range(3)
+    "make",
+    [byte_level, with_first_space, lambda: with_first_space(ends=True), with_prepended_space],
+    ids=range(4),
 )
 @pytest.mark.parametrize(
     ("prompt", "joint", "target"),
