@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+from grace_fast import shown
 from grace_fast.adapter import Observation
 from grace_fast.edits import Edit
 
@@ -38,4 +39,4 @@ def warn_of_shared_query(layer: str, stored: Edit, distance: float) -> None:
 
 def _warn(message: str) -> None:
     # The line of the caller's `edit`, past warn_of_*, and the steps of the edit.
-    warnings.warn(message, GraceWarning, stacklevel=7)
+    warnings.warn(shown.spelt(message), GraceWarning, stacklevel=7)

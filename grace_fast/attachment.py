@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grace_fast import calibrate
+from grace_fast import calibrate, shown
 from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
@@ -32,6 +32,9 @@ from grace_fast.tensor_parallel import declared_widths
 
 class CodebookMismatch(ValueError):
     """A codebook was made for another model than it is attached to."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown.spelt(message))  # it quotes what the codebook remembers
 
 
 def attach(

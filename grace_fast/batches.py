@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from grace_fast import positions
+from grace_fast import positions, prompts
 from grace_fast.semantics import IGNORED_LABEL, label_ids
 
 Kind = Literal["decoder", "seq2seq", "classifier"]
@@ -114,6 +114,22 @@ def classes_of(model: nn.Module, kind: Kind) -> int | None:
     return count if isinstance(count, int) else None
 
 
+def out_of_range(batch: Mapping[str, Any], model: nn.Module, error: IndexError) -> str:
+    """Say what of a batch a model's embeddings have no row for, where an IndexError came of it."""
+    tokens, config = batch.get("input_ids"), getattr(model, "config", None)
+    if isinstance(tokens, Tensor) and tokens.numel():
+        most, vocabulary = (
+            getattr(config, name, None) for name in ("max_position_embeddings", "vocab_size")
+        )
+        if isinstance(most, int) and tokens.shape[1] > most:
+            return f"the model takes at most {most} tokens, got {tokens.shape[1]} with the target"
+        lowest, highest = int(tokens.min()), int(tokens.max())
+        if isinstance(vocabulary, int) and not 0 <= lowest <= highest < vocabulary:
+            odd = lowest if lowest < 0 else highest
+            return f"input_ids must be in [0, {vocabulary}), got {odd}"
+    return f"the model has no embedding for part of the batch: {error}"
+
+
 def labels_of(batch: Mapping[str, Any], row: int, padding: int | None, whole: bool) -> Tensor:
     """Return the label of one row as it is stored: [L] int64.
 
@@ -151,23 +167,31 @@ def is_correct(logits: Tensor, labels: Tensor, kind: Kind) -> bool:
     return bool((predicted.reshape(labels.shape) == labels)[asked].all())
 
 
-Prompt = str | Sequence[Mapping[str, str]]
+Prompt = prompts.Prompt
 
 
 def from_text(
-    prompt: Prompt, target: str | int | None, tokenizer: Any, model: nn.Module, kind: Kind
+    prompt: Prompt,
+    target: str | float | None,
+    tokenizer: Any,
+    model: nn.Module,
+    kind: Kind,
+    joint: str | None = None,
 ) -> Batch:
     """Return the batch of one prompt and its target.
 
     prompt: text, or chat messages that go through the tokenizer's template; target: the text that
-    the model should answer, or for a classifier a class index or name; None for a prompt alone.
+    the model should answer, or for a classifier a class index or name; None for a prompt alone;
+    joint: what stands between the two, by default as `joining` says, or a chat's template.
 
-    Raises: ValueError for an empty prompt, a target without tokens or an unknown class.
+    Raises: ValueError for an empty prompt, several prompts, a target without tokens or an unknown
+    class; TypeError for what is neither text nor messages.
     """
+    prompt, target = prompts.one_prompt(prompt), prompts.one_target(target)
     if tokenizer is None:
         raise ValueError("editing by text needs a tokenizer: attach(..., tokenizer=...)")
     device = next(model.parameters()).device
-    ids, text = _prompt_ids(prompt, tokenizer)
+    ids, text = prompts.prompt_ids(prompt, tokenizer)
     if not ids or not text.strip():
         raise ValueError(f"the prompt must have at least one token, got {prompt!r}")
     batch: Batch = {"input_ids": torch.tensor([ids], device=device)}
@@ -175,7 +199,11 @@ def from_text(
         if target is not None:
             batch["labels"] = torch.tensor([_class_index(target, model)], device=device)
     elif target is not None:
-        wanted = _target_ids(str(target), text, ids, tokenizer, kind, isinstance(prompt, str))
+        asked = None if isinstance(prompt, str) else prompt
+        if kind == "seq2seq":
+            wanted = prompts.answer_ids(str(target), tokenizer)
+        else:
+            wanted = prompts.target_ids(str(target), text, ids, tokenizer, asked, joint)
         if not wanted:
             raise ValueError(f"the target must have at least one token, got {target!r}")
         if kind == "decoder":
@@ -186,30 +214,7 @@ def from_text(
     return batch
 
 
-def _prompt_ids(prompt: Prompt, tokenizer: Any) -> tuple[list[int], str]:
-    if isinstance(prompt, str):
-        return list(tokenizer(prompt)["input_ids"]), prompt
-    text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
-
-
-def _target_ids(
-    target: str, text: str, ids: list[int], tokenizer: Any, kind: Kind, spaced: bool
-) -> list[int]:
-    """Return the target's tokens; for a decoder those that follow the prompt's in one text."""
-    if not target.strip():
-        return []
-    if kind == "seq2seq":
-        return list(tokenizer(text_target=target)["input_ids"])
-    # A word of its own, unless the prompt or the target says otherwise.
-    joint = " " if spaced and not (text[-1].isspace() or target[0].isspace()) else ""
-    together = list(tokenizer(text + joint + target, add_special_tokens=spaced)["input_ids"])
-    if together[: len(ids)] == ids and len(together) > len(ids):
-        return together[len(ids) :]
-    return list(tokenizer(joint + target, add_special_tokens=False)["input_ids"])
-
-
-def _class_index(target: str | int, model: nn.Module) -> int:
+def _class_index(target: str | float, model: nn.Module) -> int:
     if isinstance(target, int):
         return target
     names: dict[str, int] = getattr(getattr(model, "config", None), "label2id", None) or {}

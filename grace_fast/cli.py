@@ -1,33 +1,46 @@
 """The command line: try it, edit a model, evaluate and calibrate, look at a codebook, verify, time.
 
-Every command prints a table, or with `--json` one object, and ends with a code other than 0 where
-something is wrong.
+Every command prints a table, or with `--json` one object, and ends with
+
+    0    all is well
+    1    something is wrong, or was left out: an error, an edit not learnt, a line of a file refused
+    2    it could not begin: a wrong call, or an extra that is not installed (it is named)
+    3    a directory was repaired, and not all of it is there any more
+
+Commands that look after a codebook need nothing but `pip install .`.
 """
 
 from __future__ import annotations
 
-import json
+import functools
 import math
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import typer
-from rich.console import Console
-from rich.table import Table
-from tqdm import tqdm
-
 import grace_fast as gf
+from grace_fast import extras, prompts, textfiles
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
-from grace_fast.store import headers, portable
+from grace_fast.shown import listed
+from grace_fast.store import portable
 from grace_fast.store import repair as repairing
 from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config, steadily
 from grace_fast.store.saved import Offline, read_newest
+from grace_fast.terminal import guard, say, say_json, table, ticking
+from grace_fast.textfiles import Record
+
+try:
+    import rich  # noqa: F401  (typer imports it only when it has something to draw)
+    import typer
+except ImportError:
+    from grace_fast import arguments as typer  # type: ignore[no-redef]
 
 app = typer.Typer(
     help="GRACE: lifelong edits of a language model, found again exactly.",
@@ -35,8 +48,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Do nothing where a line is wrong, or cannot be edited.")
+]
 FAILED = 1
+CANNOT_BEGIN = 2
 LOST = 3  # it was repaired, and not all of it is there any more
+
+
+def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Take a function for a command, which says in one line what it needs and is not installed."""
+
+    def take(function: Callable[..., None]) -> Callable[..., None]:
+        called = name or function.__name__
+
+        @functools.wraps(function)
+        def guarded(*given: Any, **named: Any) -> None:
+            try:
+                function(*given, **named)
+            except ImportError as error:
+                _fail(extras.told(f"grace-fast {called}", error), CANNOT_BEGIN)
+
+        app.command(name)(guarded)
+        return function
+
+    return take
 
 
 @app.callback()
@@ -45,11 +81,11 @@ def version(
 ) -> None:
     """GRACE: lifelong edits of a language model, found again exactly."""
     if show:
-        typer.echo(gf.__version__)
+        say(gf.__version__)
         raise typer.Exit
 
 
-@app.command()
+@command()
 def demo(
     out: Annotated[Path, typer.Option(help="Where the codebook, table and plot go.")] = Path(
         "demo-output"
@@ -58,22 +94,26 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Repair the real mistakes of a real model, offline, and show what it cost."""
-    try:
-        from grace_fast.demo import run
-    except ModuleNotFoundError as error:
-        _fail(str(error))
+    from grace_fast.demo import run
+
     figures = run(out, seed=seed, as_json=as_json)
     if as_json:
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     if not figures["passed"]:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@command()
 def edit(
     model: Annotated[str, typer.Argument(help="A transformers model: a directory or a hub name.")],
     layer: Annotated[str, typer.Option(help="Dotted name of the layer to edit.")],
-    edits: Annotated[Path, typer.Option(help='JSON lines: {"prompt": ..., "target": ...}.')],
+    edits: Annotated[
+        Path,
+        typer.Option(
+            help='JSON lines {"prompt": ..., "target": ...}, a JSON array, or CSV. Chat has '
+            'messages in place of a prompt; "joint" is what stands between prompt and target.'
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the codebook.")],
     epsilon: Annotated[float, typer.Option(help="Radius of a new key.")] = 1.0,
     replacement: Annotated[
@@ -85,10 +125,22 @@ def edit(
     store_text: Annotated[
         bool, typer.Option(help="Keep prompts and targets beside the codebook.")
     ] = False,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
-    """Edit a model with every line of a file and save the codebook."""
-    wanted = _read_edits(edits)
+    """Edit a model with every line of a file and save the codebook.
+
+    A line that cannot be edited is named and left out, and the command ends with code 1.
+    """
+    odd = [(record, _odd_edit(record)) for record in _read_edits(edits)]
+    refused = [_Refused(record, f"{edits}, {record.place} {why}") for record, why in odd if why]
+    wanted = [record for record, why in odd if not why]
+    _tell(refused)
+    if refused and (strict or not wanted):
+        _fail("nothing was edited")
+    if any("messages" in record for record in wanted):
+        extras.require("a chat template", "jinja2")
+    _require_writable(out)
     loaded, tokenizer = _load(model)
     settings: dict[str, Any] = {
         "epsilon": epsilon,
@@ -98,37 +150,68 @@ def edit(
         "value_init": value_init,
         "store_text": store_text,
     }
+    made, failed = [], list[_Refused]()
     try:
         grace = gf.attach(loaded, layer, tokenizer=tokenizer, **settings)
-        made = [
-            grace.edit(line.get("messages", line.get("prompt")), line["target"])
-            for line in tqdm(wanted, desc="edits", unit="edit", disable=None)
-        ]
+        for record in ticking(wanted, "edits", "edit"):
+            prompt = record["messages"] if "messages" in record else record["prompt"]
+            try:
+                made.append(grace.edit(prompt, record["target"], joint=record.get("joint")))
+            except (ValueError, TypeError, LookupError, RuntimeError) as error:
+                failed.append(_Refused(record, f"{edits}, {record.place}: {_said(error)}"))
+                if strict:
+                    break
+        _tell(failed)
+        if not made or (failed and strict):
+            _fail("no codebook was saved")
         verification = grace.verify()
         grace.save_pretrained(out)
     except (ValueError, TypeError, OSError) as error:
         _fail(str(error))
+    refused += failed
     wrong = [report.id for report in made if not report.correct]
     figures = {
         "edits": len(made),
         "keys": len(grace.codebook),
         "not_learnt": wrong,
+        "refused": [one.why for one in refused],
         "broken": verification.broken,
         "superseded": len(verification.superseded),
         "out": str(out),
     }
     if as_json:
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     else:
-        Console().print(_edit_table(made, {}))
-        typer.echo(f"{len(made)} edits on {figures['keys']} keys saved to {out}")
+        _edit_table(made, {})
+        say(f"{len(made)} edits on {figures['keys']} keys saved to {out}")
+        if refused:
+            say(f"left out: {listed(one.record.place for one in refused)} of {edits}", err=True)
         if wrong:
-            typer.echo(f"not learnt: edits {wrong}; try more iterations or another layer", err=True)
-    if wrong or not verification.ok:
+            say(f"not learnt: edits {wrong}; try more iterations or another layer", err=True)
+    if wrong or refused or not verification.ok:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@dataclass(frozen=True)
+class _Refused:
+    """A record of a file that was left out."""
+
+    record: Record
+    why: str
+
+
+def _tell(refused: Iterable[_Refused]) -> None:
+    for one in refused:
+        say(f"error: {one.why}", err=True)
+
+
+def _said(error: Exception) -> str:
+    """Return what an error of one edit says: by its kind where its words alone say little."""
+    is_ours = isinstance(error, ValueError | TypeError)
+    return str(error) if is_ours else f"{type(error).__name__}: {error}"
+
+
+@command()
 def evaluate(
     name: Annotated[
         str,
@@ -177,15 +260,15 @@ def evaluate(
             data=data,
             as_json=as_json,
         )
-    except (ModuleNotFoundError, ValueError, LookupError, OSError) as error:
+    except (ValueError, LookupError, OSError) as error:
         _fail(str(error))
     if as_json:
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     if figures["broken"]:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@command()
 def calibrate(
     model: Annotated[
         str,
@@ -213,12 +296,15 @@ def calibrate(
     plot: Annotated[Path | None, typer.Option(help="Where the trade-off is drawn, a PNG.")] = None,
     seed: Annotated[int, typer.Option(help="Of the resamples.")] = 0,
     cache: Annotated[Path | None, typer.Option(help="Where trained models are kept.")] = None,
+    strict: Strict = False,
     as_json: Json = False,
 ) -> None:
     """Find layer and epsilon from a sample of edits, and say how sure they are.
 
-    Ends with code 1 where too few edits can be learnt at any of the layers.
+    Ends with code 1 where too few edits can be learnt at any of the layers, or a line of a file is
+    wrong: it is named and left out.
     """
+    refused: list[str] = []
     try:
         from grace_fast.evaluate import OFFLINE, given, load
         from grace_fast.evaluate.calibration import report_on
@@ -228,17 +314,20 @@ def calibrate(
         else:
             if not layer or edits is None or unrelated is None:
                 _fail("calibrating a model needs --layer, --edits and --unrelated")
-            task = given.task(*_load(model), edits, unrelated, layer, replacement, budget)
+            sample = given.sample(edits, unrelated, None if strict else refused)
+            for why in refused:
+                say(f"error: {why}", err=True)
+            task = given.task(*_load(model), sample, layer, replacement, budget)
         found = report_on(task, plot, seed, as_json, tries)
-    except (ModuleNotFoundError, ValueError, LookupError, OSError) as error:
+    except (ValueError, LookupError, OSError) as error:
         _fail(str(error))
     if as_json:
-        typer.echo(json.dumps(found))
-    if not found["learnable"]:
+        say_json({**found, "refused": refused})
+    if refused or not found["learnable"]:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@command()
 def info(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")], as_json: Json = False
 ) -> None:
@@ -248,13 +337,13 @@ def info(
     if as_json:
         rows = [_edit_fields(edit, saved.hits) for edit in listed]
         settings = saved.config["settings"]
-        typer.echo(json.dumps({"settings": settings, "keys": len(book), "edits": rows}))
+        say_json({"settings": settings, "keys": len(book), "edits": rows})
         return
-    typer.echo(f"{directory}: {len(listed)} edits on {len(book)} keys at {saved.settings.layer}")
-    Console().print(_edit_table(listed, saved.hits))
+    say(f"{directory}: {len(listed)} edits on {len(book)} keys at {saved.settings.layer}")
+    _edit_table(listed, saved.hits)
 
 
-@app.command()
+@command()
 def report(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")],
     out: Annotated[
@@ -271,13 +360,13 @@ def report(
         from grace_fast.report import write
 
         figures = write(directory, out, key)
-    except (ModuleNotFoundError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         _fail(str(error))
     said = f"{out}: {figures['edits']} edits on {figures['keys']} keys"
-    typer.echo(json.dumps(figures) if as_json else said)
+    _answer(figures, said, as_json)
 
 
-@app.command()
+@command()
 def log(
     directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
     as_json: Json = False,
@@ -289,17 +378,22 @@ def log(
         _fail(str(error))
     if as_json:
         named = [dict(zip(("version", "time", "kind"), each, strict=True)) for each in entries]
-        typer.echo(json.dumps({"base": saved.base, "versions": named}))
+        say_json({"base": saved.base, "versions": named})
         return
-    table = Table("version", "time", "kind")
-    for number, seconds, kind in entries:
-        when = datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")
-        table.add_row(str(number), when, kind)
-    typer.echo(f"{directory}: {len(entries)} versions after version {saved.base}, the base")
-    Console().print(table)
+    say(f"{directory}: {len(entries)} versions after version {saved.base}, the base")
+    rows = [(number, _when(seconds), kind) for number, seconds, kind in entries]
+    table(("version", "time", "kind"), rows)
 
 
-@app.command()
+def _when(seconds: float) -> str:
+    """Return a time as it was written; one that no calendar has as the number it is."""
+    try:
+        return datetime.fromtimestamp(seconds, UTC).isoformat(" ", "seconds")
+    except (ValueError, OverflowError, OSError):
+        return f"{seconds!r}"
+
+
+@command()
 def diff(
     directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
     old: Annotated[int, typer.Argument(help="A version, as `log` lists them.")],
@@ -313,16 +407,18 @@ def diff(
         _fail(str(error))
     found = difference((one[0].snapshot(), one[1]), (other[0].snapshot(), other[1]))
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        say_json(asdict(found))
         return
-    typer.echo(f"edits made: {found.made}\nedits undone: {found.undone}")
-    typer.echo(f"rows added: {found.added}\nrows removed: {found.removed}")
-    typer.echo(f"rows with other values: {found.values}")
+    say(f"edits made: {found.made}")
+    say(f"edits undone: {found.undone}")
+    say(f"rows added: {found.added}")
+    say(f"rows removed: {found.removed}")
+    say(f"rows with other values: {found.values}")
     for row, (before, after) in found.radii.items():
-        typer.echo(f"row {row}: radius {before:.6g} -> {after:.6g}")
+        say(f"row {row}: radius {before:.6g} -> {after:.6g}")
 
 
-@app.command()
+@command()
 def checkout(
     directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
     to: Annotated[int, typer.Argument(metavar="VERSION", help="As `log` lists them.")],
@@ -331,10 +427,10 @@ def checkout(
     """Go back to an earlier version, in a new version that can itself be taken back."""
     figures = _change(directory, lambda offline: offline.checkout(to))
     said = f"version {figures['version']} decides as version {to}: {figures['keys']} keys"
-    typer.echo(json.dumps(figures) if as_json else said)
+    _answer(figures, said, as_json)
 
 
-@app.command()
+@command()
 def compact(
     directory: Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")],
     as_json: Json = False,
@@ -342,7 +438,7 @@ def compact(
     """Make the newest version the base; earlier versions go, every edit stays."""
     figures = _change(directory, Offline.compact)
     said = f"version {figures['version']} is the base of {directory}: {figures['keys']} keys"
-    typer.echo(json.dumps(figures) if as_json else said)
+    _answer(figures, said, as_json)
 
 
 def _change(directory: Path, way: Callable[[Offline], None]) -> dict[str, int]:
@@ -355,7 +451,7 @@ def _change(directory: Path, way: Callable[[Offline], None]) -> dict[str, int]:
         _fail(str(error))
 
 
-@app.command("export")
+@command("export")
 def export_(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")],
     file: Annotated[Path, typer.Argument(help="One file that does not exist yet.")],
@@ -365,7 +461,7 @@ def export_(
     _carry(portable.pack, directory, file, as_json)
 
 
-@app.command("import")
+@command("import")
 def import_(
     file: Annotated[Path, typer.Argument(help="A file that `export` wrote.")],
     directory: Annotated[Path, typer.Argument(help="Absent or empty.")],
@@ -381,7 +477,7 @@ def _carry(way: Callable[[Path, Path], int], source: Path, target: Path, as_json
     except (OSError, ValueError) as error:
         _fail(str(error))
     figures = {"edits": edits, "out": str(target)}
-    typer.echo(json.dumps(figures) if as_json else f"{edits} edits in {target}")
+    _answer(figures, f"{edits} edits in {target}", as_json)
 
 
 def _versions(directory: Path) -> tuple[Saved, list[tuple[int, float, str]]]:
@@ -399,7 +495,7 @@ def _two_versions(saved: Saved, old: int, new: int | None) -> list[tuple[gf.Code
     return [saved.codebook(version=old), saved.codebook(version=new)]
 
 
-@app.command()
+@command()
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="About a minute, synthetic keys.")] = False,
     rows: Annotated[
@@ -422,12 +518,12 @@ def bench(
     except OSError as error:
         _fail(str(error))
     if as_json:
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     if not figures["passed"]:
         raise typer.Exit(FAILED)
 
 
-@app.command()
+@command()
 def build(
     directory: Annotated[Path, typer.Argument(help="Where the codebook goes.")],
     shards: Annotated[
@@ -450,12 +546,12 @@ def build(
         _fail(str(error))
     figures = {"keys": len(book), "key_dim": book.key_dim, "value_dim": book.value_dim}
     if as_json:
-        typer.echo(json.dumps(figures | {"out": str(directory)}))
+        say_json(figures | {"out": str(directory)})
         return
-    typer.echo(f"{len(book):,} keys [D = {book.key_dim}] in {directory}")
+    say(f"{len(book):,} keys [D = {book.key_dim}] in {directory}")
 
 
-@app.command()
+@command()
 def verify(
     directory: Annotated[Path, typer.Argument(help="A saved codebook.")],
     repair: Annotated[
@@ -494,16 +590,16 @@ def verify(
             "superseded": {str(old): new for old, new in verification.superseded.items()},
             "broken": verification.broken,
         }
-        typer.echo(json.dumps(figures))
+        say_json(figures)
     else:
-        typer.echo(
+        say(
             f"{len(verification.fires)} edits fire, {len(verification.superseded)} are superseded, "
             f"{len(verification.broken)} are broken"
         )
         for old, new in verification.superseded.items():
-            typer.echo(f"edit {old} is superseded by edit {new}")
+            say(f"edit {old} is superseded by edit {new}")
     if not verification.ok:
-        typer.echo(f"broken: edits {verification.broken}", err=True)
+        say(f"broken: edits {verification.broken}", err=True)
         raise typer.Exit(FAILED)
 
 
@@ -527,20 +623,17 @@ def _repair(
     if as_json:
         kept = None if report.kept is None else str(report.kept)
         figures = {"was_sound": report.was_sound, "kept": kept, "dropped": dropped}
-        typer.echo(json.dumps(figures | {"made_again": report.made_again}))
+        say_json(figures | {"made_again": report.made_again})
     elif report.was_sound:
-        typer.echo(f"{directory} is sound; nothing was changed")
+        say(f"{directory} is sound; nothing was changed")
     else:
-        typer.echo(f"{directory} is sound again; as it was it lies in {report.kept}")
+        say(f"{directory} is sound again; as it was it lies in {report.kept}")
         for each in report.made_again:
-            typer.echo(f"made again: {each}")
-        table = Table("dropped", "number", "why")
-        for one in dropped:
-            table.add_row(
-                one["what"], "" if one["number"] is None else str(one["number"]), one["why"]
-            )
+            say(f"made again: {each}")
         if dropped:
-            Console().print(table)
+            numbers = ["" if one["number"] is None else one["number"] for one in dropped]
+            rows = [(one["what"], at, one["why"]) for one, at in zip(dropped, numbers, strict=True)]
+            table(("dropped", "number", "why"), rows)
     if dropped:
         raise typer.Exit(LOST)
 
@@ -559,9 +652,9 @@ def _verify_files(directory: Path, key: bytes | None, as_json: bool) -> None:
     except (OSError, ValueError, TypeError) as error:
         _fail(str(error))
     if as_json:
-        typer.echo(json.dumps({"ok": True, "keys": len(book)}))
+        say_json({"ok": True, "keys": len(book)})
     else:
-        typer.echo(f"{len(book):,} keys and their values are as they were saved")
+        say(f"{len(book):,} keys and their values are as they were saved")
 
 
 def _count(rows: str) -> int:
@@ -598,72 +691,106 @@ def _edit_fields(edit: Edit, hits: Mapping[int, int]) -> dict[str, Any]:
     }
 
 
-def _edit_table(edits: Iterable[Edit], hits: Mapping[int, int]) -> Table:
-    table = Table("edit", "outcome", "row", "radius", "distance", "loss", "right", "hits", "text")
-    for edit in edits:
-        table.add_row(
-            str(edit.id),
+def _edit_table(edits: Iterable[Edit], hits: Mapping[int, int]) -> None:
+    columns = ("edit", "outcome", "row", "radius", "distance", "loss", "right", "hits", "text")
+    rows = [
+        (
+            edit.id,
             edit.outcome,
-            str(edit.row),
+            edit.row,
             f"{edit.radius:.4g}",
             f"{edit.distance:.4g}",
             f"{edit.loss:.3g}",
             "yes" if edit.correct else "no",
-            str(hits.get(edit.row, 0)),
+            hits.get(edit.row, 0),
             "" if edit.text is None else f"{edit.text[0]} -> {edit.text[1]}",
         )
-    return table
+        for edit in edits
+    ]
+    table(columns, rows)
 
 
-def _read_edits(path: Path) -> list[dict[str, Any]]:
+def _read_edits(path: Path) -> list[Record]:
+    """Return the records of a file of edits, those that are wrong among them."""
     try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        found = textfiles.read(path)
+    except (OSError, ValueError) as error:
         _fail(f"cannot read the edits: {error}")
-    wanted = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            fields = headers.parse_line(line)
-        except (ValueError, RecursionError) as error:
-            _fail(f"{path}, line {number} is not JSON: {error}")
-        if not isinstance(fields, dict) or "target" not in fields:
-            _fail(f"{path}, line {number} must be an object with a prompt and a target")
-        if "prompt" not in fields and "messages" not in fields:
-            _fail(f"{path}, line {number} must have a prompt or messages, got {sorted(fields)}")
-        wanted.append(fields)
-    if not wanted:
+    if not found:
         _fail(f"{path} holds no edits")
-    return wanted
+    return found
+
+
+def _odd_edit(record: Record) -> str:
+    """Return why a record is no edit, as it follows its place; "" where it is one."""
+    if record.wrong:
+        return record.wrong
+    if "target" not in record:
+        return "must be an object with a prompt and a target"
+    if "prompt" not in record and "messages" not in record:
+        return f"must have a prompt or messages, got {sorted(record)}"
+    if not isinstance(record.get("joint", ""), str):
+        return f"must have a text as its joint, got {textfiles.brief(record['joint'])}"
+    try:
+        prompts.one_prompt(record["messages"] if "messages" in record else record["prompt"])
+        target = prompts.one_target(record["target"])
+    except (ValueError, TypeError) as error:
+        return f"has no edit: {error}"
+    if target is None or not str(target).strip():
+        return f"has no target: it must be a text or a number, got {target!r}"
+    prompt = record.get("prompt", "messages")
+    return "" if str(prompt).strip() else f"has no prompt: got {prompt!r}"
+
+
+def _require_writable(out: Path) -> None:
+    """Find out before the work whether its end can be kept."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        _fail(f"{out} cannot be written: {place} is no directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        _fail(f"{out} cannot be written: nobody but its owner may write to {place}")
 
 
 def _load(name: str) -> tuple[Any, Any]:
     """Return a transformers model, of the class its config names, and its tokenizer."""
+    extras.require("editing a model", "transformers")
+    import transformers
+
     try:
-        import transformers
-    except ModuleNotFoundError:
-        _fail("editing a model needs transformers: pip install 'grace_fast[models]'")
-    try:
-        config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        # A stranger's directory may hold code: it is refused rather than asked about.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         named = getattr(transformers, (config.architectures or [""])[0], None)
         if named is None:
             fallback = transformers.AutoModelForCausalLM
             named = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else fallback
         return named.from_pretrained(name).eval(), tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        _fail(f"cannot load the model {name!r}: {error}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        _fail(f"cannot load the model {name!r}: {' '.join(str(error).split())}")
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(FAILED)
+def _answer(figures: Mapping[str, Any], said: str, as_json: bool) -> None:
+    if as_json:
+        say_json(figures)
+    else:
+        say(said)
+
+
+def _fail(message: str, code: int = FAILED) -> NoReturn:
+    say(f"error: {message}", err=True)
+    raise typer.Exit(code)
 
 
 def main() -> None:
     """Run the command line."""
-    app()
+    guard()
+    try:
+        app()
+    except BrokenPipeError:  # who read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
 
 
 if __name__ == "__main__":

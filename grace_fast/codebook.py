@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol, SupportsIndex
 import torch
 from torch import Tensor
 
-from grace_fast import forks
+from grace_fast import forks, scalars
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
@@ -498,6 +498,7 @@ class Draft:
     def set_radius(self, row: int, radius: float) -> None:
         """Give one row another radius."""
         page, offset = self._writable(row)
+        radius = float(radius)
         page.radius[offset] = radius
         # As it is stored: float32 may be more, of a denormal number much more.
         self._set(widest=max(self.counts.widest, ctypes.c_float(radius).value))
@@ -590,6 +591,8 @@ class Codebook:
         device: torch.device | str = "cpu",
         reserve_rows: int | None = None,
     ) -> None:
+        key_dim, value_dim = scalars.plain(key_dim), scalars.plain(value_dim)
+        reserve_rows = scalars.plain(reserve_rows)
         for name, width in (("key_dim", key_dim), ("value_dim", value_dim)):
             if not isinstance(width, int) or width < 1:
                 raise ValueError(f"{name} must be a whole number >= 1, got {width!r}")

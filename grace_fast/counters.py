@@ -13,7 +13,7 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-from grace_fast import forks
+from grace_fast import forks, shown
 from grace_fast.lookup import Match
 
 # Upper bounds of the buckets in seconds, each inclusive; what takes longer is in one more. A proved
@@ -167,8 +167,9 @@ class Tally:
             is_first = self._failures[kind] == 1
         if is_first:
             warnings.warn(
-                f"a look-up at {layer} failed, and the model answered as without edits: "
-                f"{kind}: {error}; further ones are counted in grace.counters.failures",
+                f"a look-up at {shown.spelt(layer)} failed, and the model answered as without "
+                f"edits: {kind}: {shown.spelt(error)}; further ones are counted in "
+                "grace.counters.failures",
                 LookupWarning,
                 stacklevel=2,
             )

@@ -22,7 +22,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, compiled, forks, lookup, plans, positions
+from grace_fast import (
+    advice,
+    batches,
+    calibrate,
+    compiled,
+    forks,
+    lookup,
+    plans,
+    positions,
+    prompts,
+    scalars,
+)
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -173,17 +184,28 @@ class Grace:
 
     # Editing
 
-    def edit(self, batch: Mapping[str, Any] | Prompt, target: str | int | None = None) -> Edit:
+    def edit(
+        self,
+        batch: Mapping[str, Any] | Prompt,
+        target: str | int | None = None,
+        *,
+        joint: str | None = None,
+    ) -> Edit:
         """Make the model answer one prompt with its target, from now on.
 
         batch: `input_ids` [1, T], `labels` and the model's other inputs; or a prompt's text, or
         chat messages, with the target's text (for a classifier its class) and the tokenizer of
         `attach`.
+        joint: what is written between a prompt's text and its target, "" or " " say; by default as
+            people write them: a space, but none in Chinese, after "$" or "(" and the like.
 
         Raises: ValueError for more than one row, an empty prompt, a target without tokens, a label
-        outside the classes or a query that is not finite. Nothing has changed then.
+        outside the classes or a query that is not finite; TypeError for a prompt or a target that
+        is neither text nor number. Nothing has changed then.
         """
-        whole = self._batch(batch, target)
+        if target is None and not isinstance(batch, Mapping):
+            raise ValueError("an edit by text needs a target: edit(prompt, target)")
+        whole = self._batch(batch, target, joint)
         count = batches.size(whole)
         if count != 1:
             raise ValueError(f"edit takes one prompt, got a batch of {count}; use edit_batch")
@@ -209,7 +231,7 @@ class Grace:
         """
         self._require_editable()
         with self._noting(self.codebook) as draft:
-            return self._history.undo(draft, int(edit_id))
+            return self._history.undo(draft, scalars.whole("edit_id", edit_id))
 
     # Versions, where there is a directory
 
@@ -285,7 +307,7 @@ class Grace:
     def _at(self, version: int) -> tuple[Codebook, History]:
         self._journal()
         assert self.path is not None, "a journal lies in a directory"
-        path = self.path
+        path, version = self.path, scalars.whole("version", version)
 
         def read() -> tuple[Codebook, History]:
             return read_saved(path, self._hmac_key).codebook(version=version)
@@ -552,7 +574,10 @@ class Grace:
             asked = {name: value for name, value in asked.items() if name != "labels"}
         adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
         with still[0], still[1], adapter.asking_at(where), adapter.observing() as seen:
-            self._call(asked)
+            try:
+                self._call(asked)
+            except IndexError as error:
+                raise ValueError(batches.out_of_range(asked, self.model, error)) from error
         if len(seen) != 1:
             raise ValueError(
                 f"{self.settings.layer} must run once in a forward call to be edited, "
@@ -568,20 +593,26 @@ class Grace:
 
     # Small print
 
-    def _batch(self, batch: Mapping[str, Any] | Prompt, target: str | int | None) -> Batch:
+    def _batch(
+        self,
+        batch: Mapping[str, Any] | Prompt,
+        target: str | int | None,
+        joint: str | None = None,
+    ) -> Batch:
         if isinstance(batch, Mapping):
-            if target is not None:
+            if target is not None or joint is not None:
                 raise ValueError("a batch of tensors holds its target in labels; give no target")
             return dict(batch)
-        return batches.from_text(batch, target, self.tokenizer, self.model, self.kind)
+        return batches.from_text(batch, target, self.tokenizer, self.model, self.kind, joint)
 
     def _text(
         self, batch: Mapping[str, Any] | Prompt, target: str | int | None
     ) -> tuple[str, str] | None:
         if isinstance(batch, Mapping) or not self.settings.store_text:
             return None
-        said = batch if isinstance(batch, str) else str(batch[-1].get("content", ""))
-        return said, str(target)
+        asked = prompts.one_prompt(batch)
+        said = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
+        return said, str(prompts.one_target(target))
 
     def _check_query(self, queries: Tensor, seen: Observation) -> None:
         if not queries.isfinite().all():

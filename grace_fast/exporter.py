@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 
+from grace_fast import extras
 from grace_fast.counters import Counters
 from grace_fast.editor import Grace
 
@@ -37,10 +38,7 @@ try:
     from prometheus_client.metrics_core import Metric
     from prometheus_client.registry import Collector
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "the exporter needs prometheus-client: pip install 'grace_fast[prometheus]'",
-        name=error.name,
-    ) from error
+    raise extras.missing("the exporter", "prometheus_client") from error
 
 _COUNTS = {
     "lookups": ("calls", "Look-ups that were answered, of a batch each."),

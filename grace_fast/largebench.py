@@ -26,6 +26,7 @@ from torch import Tensor
 import grace_fast as gf
 from grace_fast import semantics
 from grace_fast.quickbench import DATA, EPSILON_RATIO, WIDTH, cpu_model, times_us
+from grace_fast.terminal import say
 
 DTYPE = torch.float16
 BLOCK_ROWS = 1 << 14
@@ -104,7 +105,8 @@ def run(rows: int, folder: Path | None = None, as_json: bool = False) -> dict[st
     with tempfile.TemporaryDirectory(dir=folder, prefix="grace-fast-") as temporary:
         figures = _measure(rows, Path(temporary), False if as_json else None)
     if not as_json:
-        print(_text(figures))
+        for line in _text(figures).splitlines():
+            say(line)
     return figures
 
 

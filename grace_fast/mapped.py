@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grace_fast import forks, native
+from grace_fast import forks, native, shown
 
 BLOCK_BYTES = 1 << 22
 HEADER_BYTES = 4096  # a page: mappings begin at a multiple of it
@@ -45,7 +45,7 @@ class CodebookCorrupt(ValueError):
     """
 
     def __init__(self, message: str, *, field: str | None = None, row: int | None = None) -> None:
-        super().__init__(message)
+        super().__init__(shown.spelt(message))  # it quotes names that are in the file
         self.field, self.row = field, row
 
 

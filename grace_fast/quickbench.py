@@ -23,6 +23,7 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast.semantics import covering_radius
+from grace_fast.terminal import say
 from grace_fast.threads import one_thread
 
 DATA = "synthetic keys (normal, variance 1/j); real activations differ"
@@ -134,13 +135,14 @@ def _run(as_json: bool, sizes: Sequence[int], budget_s: float) -> dict[str, Any]
     rows: list[dict[str, Any]] = []
     cpu = cpu_model()
     if not as_json:
-        print(f"{DATA}; D = {WIDTH}, one query, one thread\n{cpu}\n")
-        print(f"{'N':>9}  {'':22}{'p50':>12}{'p95':>12}  {'wrong':>8}  ratio (least to most)")
+        for line in (f"{DATA}; D = {WIDTH}, one query, one thread", cpu, ""):
+            say(line)
+        say(f"{'N':>9}  {'':22}{'p50':>12}{'p95':>12}  {'wrong':>8}  ratio (least to most)")
     for size in sizes:
         for row in _measure(size, budget_s):
             rows.append(row)
             if not as_json:
-                print(_line(row), flush=True)
+                say(_line(row))
     return {
         "data": DATA,
         "cpu": cpu,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Literal, get_args
 
 import torch
 
+from grace_fast import scalars
 from grace_fast.positions import Query
 from grace_fast.semantics import EXPAND_MARGIN, Expand, Replacement, Rules, Semantics
 from grace_fast.training import Schedule
@@ -37,6 +38,8 @@ class Settings:
     max_radius: float | None = None
 
     def __post_init__(self) -> None:
+        for field in fields(self):  # numbers of numpy and torch could not be saved
+            object.__setattr__(self, field.name, scalars.plain(getattr(self, field.name)))
         choices = {"replacement": Replacement, "value_init": ValueInit, "query": Query}
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):

@@ -109,3 +109,101 @@ def test_an_edit_that_is_not_learnt_is_reported_and_fails(model_folder, tmp_path
     result = call("edit", model_folder, *layer, "--edits", edits, *out)
     assert result.exit_code == 1
     assert "not learnt: edits [0]" in result.stderr
+
+
+BAD_LINES = [
+    ('{"prompt": "the capital", "target": ""}', "line 2 has no target: it must be a text or a"),
+    ('{"prompt": "the capital", "target": null}', "line 3 has no target"),
+    ('{"prompt": "the capital", "target": NaN}', "line 4 has no edit: the target must be a text"),
+    ('{"prompt": "the capital", "target": ["rome"]}', "line 5 has no edit: the target must be one"),
+    ('{"prompt": ["the", "capital"], "target": "rome"}', "line 6 has no edit: the prompt must be"),
+    ('{"prompt": " ", "target": "rome"}', "line 7 has no prompt: got ' '"),
+    ('{"messages": "the capital", "joint": 3, "target": "rome"}', "line 8 must have a text as its"),
+    ("{", "line 9 is not JSON"),
+    ("[]", "line 10 must be an object, got []"),
+]
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Edits of which only the first and the last line can be made."""
+    first, last = (
+        json.dumps({"prompt": f"the capital of {name} is", "target": name}) + "\n"
+        for name in ("france", "paris")
+    )
+    file = tmp_path / "edits.jsonl"
+    file.write_text(first + "".join(line + "\n" for line, _ in BAD_LINES) + last)
+    return file
+
+
+def options(file, out):
+    family = FAMILIES["llama"]
+    training = ("--replacement", "replace_all", "--learning-rate", 0.3, "--epsilon", family.epsilon)
+    return ("--layer", family.layer, *training, "--edits", file, "--out", out)
+
+
+def test_a_line_that_is_no_edit_is_named_and_the_others_are_made(model_folder, many, tmp_path):
+    out = tmp_path / "out"
+    result = call("edit", model_folder, *options(many, out), "--json")
+    assert result.exit_code == 1
+    figures = json.loads(result.stdout)
+    assert figures["edits"] == 2
+    assert figures["not_learnt"] == []
+    assert len(figures["refused"]) == len(BAD_LINES)
+    for (_, why), told in zip(BAD_LINES, figures["refused"], strict=True):
+        assert f"{many}, {why}" in told
+        assert told in result.stderr
+    assert call("verify", out).exit_code == 0
+
+
+def test_strictly_a_line_that_is_no_edit_ends_it_before_the_model_is_loaded(many, tmp_path):
+    result = call("edit", tmp_path / "absent", *options(many, tmp_path / "out"), "--strict")
+    assert result.exit_code == 1
+    for _, why in BAD_LINES:
+        assert why in result.stderr
+    assert "cannot load the model" not in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_edit_that_fails_late_is_named(tmp_path, strict):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model = models.build("gpt2")
+    model.save_pretrained(folder)
+    words.tokenizer().save_pretrained(folder)
+    most = model.config.max_position_embeddings
+    lines = [
+        {"prompt": "the capital", "target": "rome"},
+        {"prompt": "the " * most, "target": "rome"},
+        {"prompt": "the capital of paris", "target": "is"},
+    ]
+    file = tmp_path / "edits.json"
+    file.write_text(json.dumps(lines, indent=1), encoding="utf-8-sig")
+    layer = ("--layer", FAMILIES["gpt2"].layer, "--epsilon", FAMILIES["gpt2"].epsilon)
+    how = ("--replacement", "replace_last", "--iterations", 1, *["--strict"] * strict)
+    result = call("edit", folder, *layer, *how, "--edits", file, "--out", out)
+    assert result.exit_code == 1
+    why = f"{file}, record 2 (line 6): the model takes at most {most} tokens, got {most + 1}"
+    assert why in result.stderr
+    assert out.exists() != strict
+    if not strict:
+        assert "2 edits on 2 keys" in result.stdout
+        assert "left out: record 2 (line 6) of" in result.stderr
+
+
+def test_edits_are_read_from_a_table_and_joined_as_it_says(model_folder, tmp_path):
+    file, out = tmp_path / "edits.csv", tmp_path / "out"
+    file.write_text("prompt;target;joint\nthe capital of;rome; :\n", encoding="utf-16")
+    result = call("edit", model_folder, *options(file, out), "--store-text", "--json")
+    assert result.exit_code == 0, result.output
+    (edit,) = json.loads(call("info", out, "--json").stdout)["edits"]
+    assert edit["text"] == ["the capital of", "rome"]
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(model_folder, many, tmp_path):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "within"):
+        result = call("edit", tmp_path / "absent", *options(many, out))
+        assert result.exit_code == 1
+        assert "cannot be written" in result.stderr
+        assert "cannot load the model" not in result.stderr

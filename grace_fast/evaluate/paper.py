@@ -163,7 +163,7 @@ def _blocks(model: Any, source: Source) -> list[str]:
     return found
 
 
-def _zsre(bare: Task, read: Mapping[str, list[dict[str, Any]]]) -> Task:
+def _zsre(bare: Task, read: Mapping[str, Sequence[dict[str, Any]]]) -> Task:
     whole = 2 * PHRASINGS
     asked = []
     for record in read["zsre.jsonl"]:
@@ -178,7 +178,7 @@ def _zsre(bare: Task, read: Mapping[str, list[dict[str, Any]]]) -> Task:
     apart = min(ZSRE_SAMPLE, len(asked) // 2)
     stream, sample = asked[:-apart][:ZSRE_QUESTIONS], asked[-apart:]
     unrelated = [
-        Case(record["question"], _first(record["answer"]), record["question"])
+        Case(record["question"], records.first(record["answer"]), record["question"])
         for record in read["nq.jsonl"]
     ]
     held_back = min(UNRELATED_SAMPLE, len(unrelated) // 3)
@@ -203,11 +203,7 @@ def _phrased(asked: Sequence[tuple[list[str], str]], half: int) -> list[Case]:
     ]
 
 
-def _first(answer: str | list[str]) -> str:
-    return answer if isinstance(answer, str) else answer[0]
-
-
-def _scotus(bare: Task, read: Mapping[str, list[dict[str, Any]]]) -> Task:
+def _scotus(bare: Task, read: Mapping[str, Sequence[dict[str, Any]]]) -> Task:
     task = replace(bare, cut=SCOTUS_TOKENS)
     before, after = (
         [Case(record["text"], int(record["label"]), record["text"]) for record in read[file]]
@@ -232,7 +228,7 @@ def _scotus(bare: Task, read: Mapping[str, list[dict[str, Any]]]) -> Task:
     )
 
 
-def _hallucination(bare: Task, read: Mapping[str, list[dict[str, Any]]]) -> Task:
+def _hallucination(bare: Task, read: Mapping[str, Sequence[dict[str, Any]]]) -> Task:
     edits: list[Case] = []
     sample: list[Case] = []
     accurate: list[Case] = []
@@ -276,7 +272,7 @@ def _sentences(record: Mapping[str, Any]) -> tuple[list[Case], list[Case]]:
     return wrong, right
 
 
-MAKERS: dict[str, Callable[[Task, Mapping[str, list[dict[str, Any]]]], Task]] = {
+MAKERS: dict[str, Callable[[Task, Mapping[str, Sequence[dict[str, Any]]]], Task]] = {
     "zsre": _zsre,
     "scotus": _scotus,
     "hallucination": _hallucination,

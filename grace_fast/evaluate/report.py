@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from grace_fast import shown
 from grace_fast.calibrate import LEARNABLE, Recommendation
 from grace_fast.demo.report import console, say, table
 from grace_fast.evaluate.calibration import Calibrated
@@ -163,7 +164,7 @@ def draw(rows: Mapping[str, Progress], task: Task, path: Path) -> None:
     kept.set_ylabel("ERR")
     unrelated.set_ylabel("TRR")
     keys.set_ylabel("keys")
-    keys.set_xlabel(f"edits of {task.name}, {len(task.edits)} in all")
+    keys.set_xlabel(shown.for_plot(f"edits of {task.name}, {len(task.edits)} in all"))
     _plain(kept, unrelated, keys)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path)
@@ -177,7 +178,9 @@ def draw_trade_off(found: Recommendation, epsilon: float, path: Path) -> None:
     for layer in dict.fromkeys(trial.layer for trial in found.trials):
         trials = [trial for trial in found.trials if trial.layer == layer]
         err, trr = [trial.err for trial in trials], [trial.trr for trial in trials]
-        (line,) = trade.plot(err, trr, "o-", markersize=3, linewidth=0.8, label=layer)
+        (line,) = trade.plot(
+            err, trr, "o-", markersize=3, linewidth=0.8, label=shown.for_plot(layer)
+        )
         values = [trial.epsilon for trial in trials]
         both.plot(values, [trial.err + trial.trr for trial in trials], color=line.get_color())
         general.plot(values, [trial.generality for trial in trials], color=line.get_color())

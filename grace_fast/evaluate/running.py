@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import platform
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 import grace_fast as gf
+from grace_fast import shown
 from grace_fast.calibrate import Recommendation
 from grace_fast.demo.report import cpu_name
 from grace_fast.evaluate import cache, calibration, report, stream
@@ -357,7 +359,7 @@ def _bar(task: Task, name: str, done: int, progress: bool) -> Any:
     return tqdm(
         total=len(task.edits),
         initial=done,
-        desc=f"{task.name}: {name}",
+        desc=shown.fit(f"{task.name}: {name}", sys.stderr),
         disable=None if progress else True,
         leave=False,
     )

@@ -13,15 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from grace_fast import extras
 from grace_fast.report.texts import inert, number, share
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "a codebook's page needs Jinja2: pip install 'grace_fast[report]'", name=error.name
-    ) from error
+    raise extras.missing("a codebook's page", error.name or "jinja2", "report") from error
 
 TEMPLATES = Path(__file__).parent
 

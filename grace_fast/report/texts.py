@@ -1,30 +1,26 @@
 """Stored text made fit to be shown: it may come from a stranger's file.
 
 Markup in it is escaped by the templates. Here it gets an end, and what cannot be seen, or reorders
-what stands around it, is spelt out.
+what stands around it, is spelt out (`grace_fast.shown`).
 """
 
 from __future__ import annotations
 
-import unicodedata
+from grace_fast import shown
 
 LIMIT = 200  # characters
 UNITS = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1))
 NOTHING = "\N{EN DASH}"
-_SPELT_OUT = ("Cc", "Cf", "Cs")  # control, format (among them what changes direction), surrogates
-_JOINERS = "\u200c\u200d"  # format too, and part of words and emoji
 
 
 def inert(text: str, limit: int = LIMIT) -> str:
     """Return a text in one line, of at most `limit` characters, saying how many it had."""
     line = " ".join(text[:limit].split())
-    shown = "".join(_seen(character) for character in line)
-    return shown if len(text) <= limit else f"{shown}… ({len(text):,} characters)"
+    seen = shown.spelt(line, spell=_code_point)
+    return seen if len(text) <= limit else f"{seen}… ({len(text):,} characters)"
 
 
-def _seen(character: str) -> str:
-    if unicodedata.category(character) not in _SPELT_OUT or character in _JOINERS:
-        return character
+def _code_point(character: str) -> str:
     return f"[U+{ord(character):04X}]"
 
 

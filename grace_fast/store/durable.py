@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grace_fast import shown
 from grace_fast.changes import Change, back
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Emptied, Forgotten, History, Recorded, Step
@@ -198,7 +199,8 @@ class Store:
             try:
                 files.update(self.folder, {"hits": manifest.counted(hits)}, self._key)
             except (OSError, ValueError) as error:
-                _log.warning("the hits of %s were not kept: %s", self.folder, error)
+                told = (shown.spelt(self.folder), shown.spelt(error))
+                _log.warning("the hits of %s were not kept: %s", *told)
         self._is_closed = True
         if self.journal is not None:
             self.journal.close()

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from grace_fast import forks
+from grace_fast import forks, shown
 from grace_fast.mapped import CodebookCorrupt as CodebookCorrupt
 from grace_fast.mapped import MappedFile, Shape, open_regular
 from grace_fast.store import beside, headers, manifest
@@ -158,6 +158,9 @@ def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, A
 
 class CodebookLocked(OSError):
     """Another process, or another editor of this one, edits the codebook of a directory."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shown.spelt(message))  # it quotes what the lock's file says of its holder
 
 
 class Claim:

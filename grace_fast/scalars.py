@@ -1,0 +1,30 @@
+"""Numbers as numpy and torch write them, taken as Python's own: what is kept is written as JSON."""
+
+from __future__ import annotations
+
+from operator import index
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+def plain(value: Any) -> Any:
+    """Return a number of numpy or torch, or an array or tensor of one, as Python's; others as is.
+
+    A truth of numpy's becomes one of Python's, and so does a text.
+    """
+    if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
+        return value.item()
+    return value
+
+
+def whole(name: str, value: Any) -> int:
+    """Return a whole number as Python's.
+
+    Raises: TypeError for anything else, a fraction among them.
+    """
+    try:
+        return index(plain(value))
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from None

@@ -1,0 +1,179 @@
+"""Files of records as people write them: JSON lines, one JSON array, or CSV, in UTF-8 or UTF-16.
+
+A byte order mark, blank lines, any line ends and any of three delimiters are understood; nothing of
+them gets into a field. What cannot be read is one bad record, by its place: those before and after
+it are read all the same.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from grace_fast.store import headers
+
+_DELIMITERS = (",", ";", "\t")
+_SHOWN = 80  # characters of a value that is told of
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what a byte that is none is decoded to
+_BLANK_LINES = re.compile(r"(?:[ \t]*(?:\r\n|\r|\n))*")
+_EXCEL = re.compile(r"sep=(.)[ \t]*(?:\r\n|\r|\n)", re.IGNORECASE)
+_SPACE = re.compile(r"[ \t\n]*")
+
+
+class Record(dict[str, Any]):
+    """The fields of one record.
+
+    place: where it stands, "line 3"; wrong: why it is none, "" where it is one.
+    """
+
+    def __init__(self, place: str, fields: Any = None, wrong: str = "") -> None:
+        super().__init__(fields if isinstance(fields, dict) else {})
+        self.place = place
+        if not wrong and not isinstance(fields, dict):
+            wrong = f"must be an object, got {brief(fields)}"
+        self.wrong = wrong
+
+
+def read(path: Path) -> list[Record]:
+    """Return the records of a file, those that are wrong among them.
+
+    A name in `.csv` or `.tsv` says CSV with a head; every other one JSON.
+
+    Raises: OSError where it cannot be read; ValueError where it is no text, or no CSV.
+    """
+    content = path.read_bytes()
+    encoding = json.detect_encoding(content[:4])
+    is_utf8 = encoding in ("utf-8", "utf-8-sig")
+    try:
+        text = content.decode(encoding, "surrogateescape" if is_utf8 else "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {path.suffix} in {encoding.upper()}: {error}") from error
+    text = text.removeprefix("\ufeff")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return list(_csv(path, text))
+    text = io.StringIO(text, newline=None).read()  # every line ends alike
+    try:
+        found = _values(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; write one record a line") from error
+    return list(_lines(text)) if found is None else found
+
+
+def brief(value: Any) -> str:
+    """Return a value as Python writes it, cut off where that is long."""
+    written = repr(value)
+    return written if len(written) <= _SHOWN else written[: _SHOWN - 3] + "..."
+
+
+def is_unicode(text: str) -> bool:
+    """Tell whether a text can be written at all: half of a pair of surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _lines(text: str) -> Iterator[Record]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        if _NOT_UTF8.search(line):
+            yield Record(place, wrong="is not UTF-8")
+            continue
+        try:
+            yield Record(place, headers.parse_line(line))
+        except (ValueError, RecursionError) as error:
+            yield Record(place, wrong=f"is not JSON: {error}")
+
+
+def _values(text: str) -> list[Record] | None:
+    """Return the objects of one array, or objects over several lines; None of JSON lines.
+
+    Raises: ValueError for more values than a text may have.
+    """
+    begin = _past_space(text, 0)
+    if text.startswith("[", begin):
+        headers.outline(text.encode("utf-8", "surrogateescape"))
+        return _objects(text, begin + 1, is_array=True)
+    first = text[begin:].partition("\n")[0]
+    if first.startswith("{") and not _is_whole(first):
+        headers.outline(text.encode("utf-8", "surrogateescape"))
+        return _objects(text, begin, is_array=False)
+    return None
+
+
+def _is_whole(line: str) -> bool:
+    try:
+        headers.parse_line(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _objects(text: str, at: int, is_array: bool) -> list[Record] | None:
+    """Return the values from a place on; None where this is no such file after all."""
+    decoder, found = json.JSONDecoder(), list[Record]()
+    line, counted = 1, 0
+    while True:
+        at = _past_space(text, at)
+        line, counted = line + text.count("\n", counted, at), at
+        place = f"record {len(found) + 1} (line {line})"
+        if is_array and text.startswith("]", at):
+            return found if not text[at + 1 :].strip() else None
+        if not is_array and at == len(text):
+            return found
+        try:
+            value, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError) as error:
+            if found:
+                wrong = f"is not JSON: {error}; nothing after it was read"
+                found.append(Record(place, wrong=wrong))
+            return found or None
+        is_utf8 = not _NOT_UTF8.search(text, counted, at)
+        found.append(Record(place, value, "" if is_utf8 else "is not UTF-8"))
+        at = _past_space(text, at)
+        if is_array and text.startswith(",", at):
+            at += 1
+        elif is_array and not text.startswith("]", at):
+            found.append(Record(place, wrong="has no comma or ] after it; nothing more was read"))
+            return found
+
+
+def _past_space(text: str, at: int) -> int:
+    space = _SPACE.match(text, at)
+    assert space is not None, "it matches the empty text"
+    return space.end()
+
+
+def _csv(path: Path, text: str) -> Iterator[Record]:
+    blank = _BLANK_LINES.match(text)
+    assert blank is not None, "it matches the empty text"
+    told = _EXCEL.match(text, blank.end())
+    body = blank.end() if told is None else told.end()
+    skipped, head = len(text[:body].splitlines()), text[body:].splitlines()[:1]
+    text = text[body:]
+    if told is not None:
+        delimiter = told[1]
+    else:
+        delimiter = next((one for one in _DELIMITERS if head and one in head[0]), ",")
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        for record in reader:
+            # A short line has None for what it lacks, a long one its rest under None.
+            fields = {name: value for name, value in record.items() if name and value is not None}
+            if not any(value.strip() for value in fields.values()):
+                continue  # a blank line, as a table of numbers ends
+            odd = any(_NOT_UTF8.search(value) for value in fields.values())
+            place = f"line {reader.line_num + skipped}"
+            yield Record(place, fields, "is not UTF-8" if odd else "")
+    except csv.Error as error:
+        place = f"line {reader.line_num + skipped}"
+        raise ValueError(f"{path}, {place}, is not {path.suffix}: {error}") from error
