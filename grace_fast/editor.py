@@ -30,7 +30,7 @@ from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
-from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
+from grace_fast.hosts import declared_codebook, host_of, stack_of, uncompiled
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
@@ -105,7 +105,8 @@ class Grace:
         self._store: Store | None = None  # where every edit goes before anybody sees it
         self._reads: Journal | None = None  # what `refresh` takes up, of a reader
         self._is_reader = False
-        base = unwrapped(model)
+        self._host = host_of(model, settings.layer)
+        base = self._host.model
         self.kind = batches.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
         before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
@@ -397,8 +398,9 @@ class Grace:
     def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
         self._require_attached()
         self._require_editable()
-        classes = batches.classes_of(self.model, self.kind)
+        classes = batches.classes_of(self._host.model, self.kind)
         batches.check(batch, self.kind, classes)
+        self._refuse_unknown_labels(batch)
         with frozen(self.model):
             seen = self._observe(batch)
             queries = seen.queries.to(self._book_for(seen).dtype)
@@ -413,7 +415,7 @@ class Grace:
                 return self._train_and_publish(book, batch, proposal, seen, text)
 
     def _proposal(self, batch: Batch, queries: Tensor, seen: Observation) -> Proposal:
-        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        padding = getattr(getattr(self._host.model, "config", None), "pad_token_id", None)
         padding = None if self.kind == "classifier" else padding
         whole, count = self.settings.semantics != "paper", len(queries)
         labels = [batches.labels_of(batch, at, padding, whole) for at in range(count)]
@@ -536,7 +538,7 @@ class Grace:
             call = positions.read(batch, self.kind == "decoder")
             self._adapter.refuse_hidden_padding(call)
             where = positions.prompt_end(call)
-        asked = batches.runnable(batch, self.kind, self.model)
+        asked = batches.runnable(batch, self.kind, self._host.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name != "labels"}
         adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
@@ -550,10 +552,11 @@ class Grace:
         return seen[0]
 
     def _call(self, batch: Batch) -> Any:
-        accepted = inspect.signature(self._adapter.model.forward).parameters
+        reads = self._host.model if self._host.makes_loss else self._host.called
+        accepted = inspect.signature(reads.forward).parameters
         cacheless = {} if "use_cache" not in accepted else {"use_cache": False}
         with compiled.stood_aside():
-            return self.model(**{**cacheless, **batch})
+            return self._host.called(**{**cacheless, **batch})
 
     # Small print
 
@@ -562,7 +565,7 @@ class Grace:
             if target is not None:
                 raise ValueError("a batch of tensors holds its target in labels; give no target")
             return dict(batch)
-        return batches.from_text(batch, target, self.tokenizer, self.model, self.kind)
+        return batches.from_text(batch, target, self.tokenizer, self._host.model, self.kind)
 
     def _text(
         self, batch: Mapping[str, Any] | Prompt, target: str | int | None
@@ -571,6 +574,20 @@ class Grace:
             return None
         said = batch if isinstance(batch, str) else str(batch[-1].get("content", ""))
         return said, str(target)
+
+    def _refuse_unknown_labels(self, batch: Batch) -> None:
+        """Refuse a label a token where a wrapper reads them, which may be one token ahead or not.
+
+        Raises: ValueError.
+        """
+        host, labels = self._host, batch["labels"]
+        if host.makes_loss or self.kind != "classifier" or labels.ndim < 2:
+            return
+        raise ValueError(
+            f"{type(host.called).__name__} makes its loss around a {type(host.model).__name__}, "
+            "and nothing says whether it predicts the label of each token in place or one token "
+            "ahead; attach to a model that makes its own loss"
+        )
 
     def _check_query(self, queries: Tensor, seen: Observation) -> None:
         if not queries.isfinite().all():
@@ -683,7 +700,7 @@ class Grace:
     ) -> None:
         described = {
             "settings": asdict(self.settings),
-            "fingerprint": fingerprint(uncompiled(self.model), self._layer),
+            "fingerprint": fingerprint(uncompiled(self._host.called), self._layer),
             "hits": {str(row): count for row, count in dict(self.hits).items()},
             **told,
         }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +27,54 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model
     find_base: Any = model.get_base_model
     return uncompiled(find_base())
+
+
+@dataclass(frozen=True)
+class Host:
+    """The model inside of what `attach` was given."""
+
+    called: nn.Module  # takes a batch with labels, and returns loss and logits
+    model: nn.Module  # whose call names the tokens, and whose config is read
+    makes_loss: bool  # false where a wrapper reads the labels that has none of its own config
+
+
+def host_of(given: nn.Module, layer: str) -> Host:
+    """Return the outermost model around a layer, by its dotted name.
+
+    DistributedDataParallel, a value head or a LightningModule say nothing of how labels are read,
+    and may return anything: it is the model in them that is edited, where it makes a loss itself.
+    What holds no such model is taken for one.
+    """
+    root = uncompiled(given)
+    found = next((module for module, _ in around(root, layer) if _is_model(module)), None)
+    if found is None or found is root:
+        return Host(given, unwrapped(given), True)
+    inner = unwrapped(found)
+    if found is not inner or _takes(inner, "labels") or not _takes(root, "labels"):
+        return Host(found, inner, True)
+    return Host(given, inner, False)
+
+
+def around(root: nn.Module, layer: str) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules around a layer, outermost first, each with the layer's name in it."""
+    module, parts = root, layer.split(".")
+    for at, part in enumerate(parts):
+        yield module, ".".join(parts[at:])
+        module = getattr(module, part)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers or peft: by what its class has."""
+    if hasattr(module, "config") and callable(getattr(type(module), "can_generate", None)):
+        return True
+    return hasattr(module, "peft_config") and hasattr(type(module), "get_base_model")
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    """Tell whether a model's call takes an argument by this name."""
+    parameters = inspect.signature(model.forward).parameters
+    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return name in parameters or (any_name and not _is_model(model))
 
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:
