@@ -552,7 +552,7 @@ class Grace:
         return seen[0]
 
     def _call(self, batch: Batch) -> Any:
-        reads = self._host.model if self._host.makes_loss else self._host.called
+        reads = self._host.called if self._host.is_wrapper else self._host.model
         accepted = inspect.signature(reads.forward).parameters
         cacheless = {} if "use_cache" not in accepted else {"use_cache": False}
         with compiled.stood_aside():
@@ -581,11 +581,11 @@ class Grace:
         Raises: ValueError.
         """
         host, labels = self._host, batch["labels"]
-        if host.makes_loss or self.kind != "classifier" or labels.ndim < 2:
+        if not host.is_wrapper or self.kind != "classifier" or labels.ndim < 2:
             return
         raise ValueError(
-            f"{type(host.called).__name__} makes its loss around a {type(host.model).__name__}, "
-            "and nothing says whether it predicts the label of each token in place or one token "
+            f"{type(host.called).__name__} makes a loss of its own around another model, and "
+            "nothing says whether it predicts the label of each token in place or one token "
             "ahead; attach to a model that makes its own loss"
         )
 

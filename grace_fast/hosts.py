@@ -35,7 +35,7 @@ class Host:
 
     called: nn.Module  # takes a batch with labels, and returns loss and logits
     model: nn.Module  # whose call names the tokens, and whose config is read
-    makes_loss: bool  # false where a wrapper reads the labels that has none of its own config
+    is_wrapper: bool  # whether `called` is a module around it that makes a loss of its own
 
 
 def host_of(given: nn.Module, layer: str) -> Host:
@@ -44,15 +44,26 @@ def host_of(given: nn.Module, layer: str) -> Host:
     DistributedDataParallel, a value head or a LightningModule say nothing of how labels are read,
     and may return anything: it is the model in them that is edited, where it makes a loss itself.
     What holds no such model is taken for one.
+
+    Raises: ValueError for a layer beside the model in a wrapper that makes no loss.
     """
     root = uncompiled(given)
     found = next((module for module, _ in around(root, layer) if _is_model(module)), None)
-    if found is None or found is root:
-        return Host(given, unwrapped(given), True)
+    if found is None:
+        beside = next((module for module in root.modules() if _is_model(module)), None)
+        if beside is not None and not _makes_loss(root):
+            raise ValueError(
+                f"{layer} is a layer of {type(root).__name__}, which takes no labels, and not of "
+                f"the {type(beside).__name__} in it; attach to a layer of that"
+            )
+        return Host(given, unwrapped(given), beside is not None)
+    if found is root:
+        return Host(given, unwrapped(given), False)
     inner = unwrapped(found)
-    if found is not inner or _takes(inner, "labels") or not _takes(root, "labels"):
-        return Host(found, inner, True)
-    return Host(given, inner, False)
+    reads_labels = "labels" in inspect.signature(inner.forward).parameters
+    if found is not inner or reads_labels or not _makes_loss(root):
+        return Host(found, inner, False)
+    return Host(given, inner, True)
 
 
 def around(root: nn.Module, layer: str) -> Iterator[tuple[nn.Module, str]]:
@@ -70,11 +81,13 @@ def _is_model(module: nn.Module) -> bool:
     return hasattr(module, "peft_config") and hasattr(type(module), "get_base_model")
 
 
-def _takes(model: nn.Module, name: str) -> bool:
-    """Tell whether a model's call takes an argument by this name."""
-    parameters = inspect.signature(model.forward).parameters
-    any_name = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    return name in parameters or (any_name and not _is_model(model))
+def _makes_loss(model: nn.Module) -> bool:
+    """Tell whether a module can be called with tokens and labels, by their names."""
+    try:
+        inspect.signature(model.forward).bind(input_ids=None, labels=None)
+    except TypeError:
+        return False
+    return True
 
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:

@@ -116,8 +116,13 @@ def test_labels_of_each_token_are_refused_where_nothing_says_how_they_are_read()
     model = OwnLoss(models.build("llama").model, per_token=True).eval()
     grace = gf.attach(model, FAMILY.layer.replace("model.", "backbone.", 1), **SETTINGS)
     batch = models.edit_batch(FAMILY, PROMPT, [[3]])
-    with pytest.raises(ValueError, match=r"OwnLoss makes its loss around a LlamaModel.*one token"):
+    with pytest.raises(ValueError, match=r"OwnLoss makes a loss of its own.*one token"):
         grace.edit(batch)
+
+
+def test_a_layer_beside_the_model_in_a_wrapper_is_refused():
+    with pytest.raises(ValueError, match=r"value is a layer of Around, which takes no labels"):
+        gf.attach(Around(models.build("llama")), "value")
 
 
 def test_what_is_no_module_is_refused_by_what_it_is():
