@@ -14,25 +14,45 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from grace_fast import adapter_op, generation, lookup, positions, recall, selection, tensor_parallel
+from grace_fast import (
+    adapter_op,
+    compiled,
+    generation,
+    lookup,
+    positions,
+    recall,
+    selection,
+    tensor_parallel,
+)
 from grace_fast.answers import Answer
 from grace_fast.backends import graphs
 from grace_fast.codebook import Codebook, Snapshot
-from grace_fast.counters import Tally
+from grace_fast.counters import LookupWarning, Tally
 from grace_fast.generation import Generation
 from grace_fast.positions import Call, Query
+from grace_fast.seat import Seat
 from grace_fast.semantics import Replacement
 from grace_fast.trial import Trial
+
+# A layer takes one adaptor of each name.
+_attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
+
+
+def has_adapter(layer: nn.Module, name: str | None = None) -> bool:
+    """Tell whether an adaptor of this name is on a layer, or another one is in its place."""
+    return name in _attached.get(layer, ()) or hasattr(layer, "init_epsilon")
 
 
 @dataclass
@@ -82,6 +102,7 @@ class Adapter:
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
     name: str | None = None
     layer_name: str = "the edited layer"
+    seat_name: str = ""  # the layer's in `model`
     hits: Counter[int] = field(default_factory=Counter)  # by row; with `tally`, all that is written
     tally: Tally = field(default_factory=Tally)
 
@@ -97,20 +118,79 @@ class Adapter:
         self._handles = [
             self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.stack.register_forward_hook(self._leave, always_call=True),
-            self.layer.register_forward_hook(self._at_layer, with_kwargs=True),
         ]
+        self._seat = Seat(self.model, self.seat_name)
+        self._settling = threading.Lock()
+        self.is_lost = False  # the layer left the model, and nothing like it is in its place
+        self._hang_on(self.layer)
         generation.listen(self.model, self)
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
         for handle in self._handles:
             handle.remove()
+        for module in (self.layer, *self.model.modules()):  # a quantiser copies hooks
+            self._take_off(module)
+        _attached[self.layer].discard(self.name)
+        self._handles = []
         generation.stop_listening(self.model, self)
         adapter_op.forget(self._number)
+
+    def _hang_on(self, layer: nn.Module) -> None:
+        self.layer = layer
+        layer.register_forward_hook(self._at_layer, with_kwargs=True)
+        _attached.setdefault(layer, set()).add(self.name)
+
+    def _take_off(self, module: nn.Module) -> None:
+        for key, hook in list(module._forward_hooks.items()):
+            if hook == self._at_layer:
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+    def look_after_layer(self) -> None:
+        """Follow the layer where other libraries moved it or put another module in its place."""
+        if self._handles and not self._seat.is_as_before():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Find the layer; where it left the model, go to the module that was put in its place.
+
+        A hit replaces the output at that place, whoever computes it.
+        """
+        with self._settling:
+            before, there = self.layer, self._seat.find(self.layer)
+            self.is_lost = there is not before and not self._can_go_to(there)
+            if there is before:
+                return
+            if there is not None and not self.is_lost:
+                for module in (before, there):  # a quantiser may have copied the hook
+                    self._take_off(module)
+                _attached[before].discard(self.name)
+                self._hang_on(there)
+                compiled.forget_compiled_code()
+        found = "nothing" if there is None else f"a {type(there).__name__}"
+        effect = (
+            "edits answer no more; unload() the editor and attach its codebook to another layer"
+            if self.is_lost
+            else f"edits go on there; they were made at a {type(before).__name__}"
+        )
+        warnings.warn(
+            f"{self.layer_name} left the model, with {found} in its place: its {effect}",
+            LookupWarning,
+            stacklevel=2,
+        )
+
+    def _can_go_to(self, module: nn.Module | None) -> bool:
+        if module is None or has_adapter(module, self.name):
+            return False
+        widths = tensor_parallel.declared_widths
+        return widths(module) == widths(self.layer)
 
     # In the forward call
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.look_after_layer()
         call = positions.read(
             {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
         )
@@ -127,11 +207,12 @@ class Adapter:
 
     def enter(self, call: Call | None) -> None:
         """Take a forward call as this thread's, until there is another or none."""
+        self.look_after_layer()
         self._run.call = call
 
-    def _at_layer(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    def _at_layer(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        # Who copies hooks to another module may forget that this one takes keyword arguments.
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"the edited layer must return one tensor, got {type(output).__name__}; "

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from grace_fast import calibrate
+from grace_fast.adapter import has_adapter
 from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
-from grace_fast.editor import Grace, has_adapter
+from grace_fast.editor import Grace
 from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
 from grace_fast.hosts import host_of, place, uncompiled

@@ -14,10 +14,9 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +50,6 @@ from grace_fast.training import Attempt, Trained, frozen, train
 from grace_fast.trial import Trial
 
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
-
-# A layer takes one adaptor of each name.
-_attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
-
-
-def has_adapter(layer: nn.Module, name: str | None = None) -> bool:
-    """Tell whether an editor of this name is attached to a layer, or an adaptor is in its place."""
-    return name in _attached.get(layer, ()) or hasattr(layer, "init_epsilon")
 
 
 class _Superseded(Exception):
@@ -113,7 +104,6 @@ class Grace:
         if before_it_is_nothing or settings.query == "every_token":
             settings = Settings(**{**asdict(settings), "replacement": "replace_last"})
         self.settings = settings
-        self._layer = layer
         self._history = History()
         self._making = threading.Lock()
         self._scale_is_checked = False
@@ -128,12 +118,12 @@ class Grace:
             first_token=in_decoder,
             name=name,
             layer_name=settings.layer,
+            seat_name=self._host.layer,
         )
         if self.path is not None and lock is not None:
             self._store = Store(self.path, lock, lambda: self._history, hmac_key)
         compiled.forget_compiled_code()
         self._adapter.install()
-        _attached.setdefault(layer, set()).add(name)
         self._is_attached = True
 
     def __repr__(self) -> str:
@@ -143,6 +133,10 @@ class Grace:
             f"Grace({type(self.model).__name__}, layer={self.settings.layer!r}, "
             f"epsilon={self.settings.epsilon:.4g}, {len(self._history.edits)} edits, {keys} keys)"
         )
+
+    @property
+    def _layer(self) -> nn.Module:
+        return self._adapter.layer
 
     @property
     def codebook(self) -> Codebook:
@@ -329,14 +323,16 @@ class Grace:
     def verify(self) -> Verification:
         """Look the stored query of every edit up again.
 
-        Each one fires, is superseded by a later edit (named), or is broken; only broken is a
-        failure.
+        Each one fires, is superseded by a later edit (named), or is broken; broken is a failure,
+        and so is a layer that left the model, for nobody asks then.
         """
+        self._adapter.look_after_layer()
         if self._adapter.book is None:
             return Verification(())
         with self.codebook.held() as snapshot:
             history = self._history.copy()
-        return history.verify(snapshot, self.settings.rules(snapshot.dtype))
+        found = history.verify(snapshot, self.settings.rules(snapshot.dtype))
+        return replace(found, is_asked=not self._adapter.is_lost)
 
     # For a while
 
@@ -371,7 +367,6 @@ class Grace:
             self._store.close(dict(self.hits))
         if self._is_attached:
             self._adapter.remove()
-            _attached[self._layer].discard(self.name)
             self._is_attached = False
         return self.model
 
@@ -684,6 +679,12 @@ class Grace:
     def _require_attached(self) -> None:
         if not self._is_attached:
             raise RuntimeError("this editor was unloaded; attach() again")
+        self._adapter.look_after_layer()
+        if self._adapter.is_lost:
+            raise RuntimeError(
+                f"{self.settings.layer} left the model: unload() this editor, and attach its "
+                "codebook to another layer"
+            )
 
     def _writer_of(self, book: Codebook) -> Callable[[Mapping[str, Any]], None]:
         """Return what writes a codebook as the base of a journal that the manifest is told of."""

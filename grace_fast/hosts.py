@@ -35,7 +35,8 @@ class Host:
 
     called: nn.Module  # takes a batch with labels, and returns loss and logits
     model: nn.Module  # whose call names the tokens, and whose config is read
-    is_wrapper: bool  # whether `called` is a module around it that makes a loss of its own
+    layer: str  # the dotted name of the layer in that
+    is_wrapper: bool = False  # whether `called` is a module around it that makes its own loss
 
 
 def host_of(given: nn.Module, layer: str) -> Host:
@@ -45,7 +46,7 @@ def host_of(given: nn.Module, layer: str) -> Host:
     and may return anything: it is the model in them that is edited, where it makes a loss itself.
     What holds no such model is taken for one.
 
-    Raises: ValueError for a layer beside the model in a wrapper that makes no loss.
+    Raises: ValueError for a layer beside the model, in a wrapper that makes no loss or in peft's.
     """
     root = uncompiled(given)
     found = next((module for module, _ in around(root, layer) if _is_model(module)), None)
@@ -56,14 +57,20 @@ def host_of(given: nn.Module, layer: str) -> Host:
                 f"{layer} is a layer of {type(root).__name__}, which takes no labels, and not of "
                 f"the {type(beside).__name__} in it; attach to a layer of that"
             )
-        return Host(given, unwrapped(given), beside is not None)
-    if found is root:
-        return Host(given, unwrapped(given), False)
+        return Host(given, root, layer, is_wrapper=beside is not None)
     inner = unwrapped(found)
+    within = {id(module): name for module, name in around(root, layer)}.get(id(inner))
+    if within is None:
+        raise ValueError(
+            f"{layer} is not a layer of the {type(inner).__name__} that reads the tokens, but of "
+            f"what {type(found).__name__} puts before it; attach to a layer of that"
+        )
     reads_labels = "labels" in inspect.signature(inner.forward).parameters
+    if found is root:
+        return Host(given, inner, within)
     if found is not inner or reads_labels or not _makes_loss(root):
-        return Host(found, inner, False)
-    return Host(given, inner, True)
+        return Host(found, inner, within)
+    return Host(given, inner, within, is_wrapper=True)
 
 
 def around(root: nn.Module, layer: str) -> Iterator[tuple[nn.Module, str]]:
