@@ -114,7 +114,9 @@ class Adapter:
         self._memory = recall.Memory()
         self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
         self._number = adapter_op.register(self)
-        self._padding = positions.Padding.of(getattr(self.model, "config", None))
+        config = getattr(self.model, "config", None)
+        self._padding = positions.Padding.of(config)
+        self._pads_inside = positions.pads_inside(config)
         self._handles = [
             self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.stack.register_forward_hook(self._leave, always_call=True),
@@ -214,6 +216,8 @@ class Adapter:
         # Who copies hooks to another module may forget that this one takes keyword arguments.
         kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not isinstance(output, Tensor):
+            if self._is_idle() and not torch.compiler.is_compiling():
+                return None
             raise TypeError(
                 f"the edited layer must return one tensor, got {type(output).__name__}; "
                 "attach to a linear layer"
@@ -233,14 +237,13 @@ class Adapter:
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        run, book = self._run, self.book
-        call = run.call
-        idle = book is None or not len(book) or selection.is_idle(self.name)
-        idle = idle or bool(self._disabled)
-        if idle and run.trial is None and run.observing is None:
+        if self._is_idle():
             return None
+        run, call = self._run, self._run.call
         # Nothing is learnt through a query: a decision has no gradient.
         hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
+        if run.observing is not None or self.query != "every_token":
+            self._refuse_other_tokens(hidden, call)
         if run.observing is not None:
             whole = tensor_parallel.whole(hidden, self.layer)
             ends = self._prompt_ends(hidden, call)
@@ -254,6 +257,13 @@ class Adapter:
         if answer is None:
             return None
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
+
+    def _is_idle(self) -> bool:
+        run, book = self._run, self.book
+        if run.trial is not None or run.observing is not None:
+            return False
+        nothing = book is None or not len(book) or selection.is_idle(self.name)
+        return nothing or bool(self._disabled)
 
     def _look_up(
         self, hidden: Tensor, output: Tensor, call: Call | None
@@ -411,6 +421,24 @@ class Adapter:
             known = call.tokens
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
+
+    def _refuse_other_tokens(self, hidden: Tensor, call: Call | None) -> None:
+        """Refuse a layer's input that is not one vector for each token of the call.
+
+        Raises: ValueError.
+        """
+        if call is None or call.tokens is None:
+            return
+        given, wanted = hidden.shape[:2], call.tokens.shape[:2]
+        # How many tokens a second decoder has is not among what the call says.
+        fits = given[0] == wanted[0] and (self.first_token or given[1] == wanted[1])
+        if fits or (self._pads_inside and given[0] == wanted[0] and given[1] > wanted[1]):
+            return
+        raise ValueError(
+            f"{self.layer_name} must see one vector for each of the call's {list(wanted)} tokens "
+            f"to be edited, it was given {list(given)}; attach to a linear layer in a block of the "
+            "language model, as the last of its MLP"
+        )
 
     def refuse_hidden_padding(self, call: Call) -> None:
         """Refuse prompts of a decoder that end in padding which no mask shows.

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions
+from grace_fast import advice, batches, calibrate, compiled, lookup, plans, positions, unfit
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
@@ -98,6 +98,7 @@ class Grace:
         self._is_reader = False
         self._host = host_of(model, settings.layer)
         base = self._host.model
+        unfit.refuse(self._host, layer, settings.query)
         self.kind = batches.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
         before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
@@ -106,7 +107,7 @@ class Grace:
         self.settings = settings
         self._history = History()
         self._making = threading.Lock()
-        self._scale_is_checked = False
+        self._scale_is_checked = self._tokens_are_checked = False
         self._adapter = Adapter(
             model=base,
             layer=layer,
@@ -398,6 +399,7 @@ class Grace:
         self._refuse_unknown_labels(batch)
         with frozen(self.model):
             seen = self._observe(batch)
+            self._check_tokens(batch)
             queries = seen.queries.to(self._book_for(seen).dtype)
             self._check_query(queries, seen)
             book, proposal = self._own_book(seen), self._proposal(batch, queries, seen)
@@ -583,6 +585,26 @@ class Grace:
             "nothing says whether it predicts the label of each token in place or one token "
             "ahead; attach to a model that makes its own loss"
         )
+
+    def _check_tokens(self, batch: Batch) -> None:
+        """Refuse a layer that sees as many vectors as there are tokens by chance, at a first edit.
+
+        Raises: ValueError.
+        """
+        if self._tokens_are_checked:
+            return
+        start = batches.start_of(self._host.model)
+        other = batches.of_other_length(batch, self.kind, start)
+        if other is not None:
+            seen = self._observe(other)
+            if self._adapter.first_token:
+                given, wanted = seen.hidden.shape[1], other["decoder_input_ids"].shape[1]
+                if given != wanted:
+                    raise ValueError(
+                        f"{self.settings.layer} must see one vector for each of the decoder's "
+                        f"{wanted} tokens, it was given {given}{unfit.ELSEWHERE}"
+                    )
+        self._tokens_are_checked = True
 
     def _check_query(self, queries: Tensor, seen: Observation) -> None:
         if not queries.isfinite().all():
