@@ -45,6 +45,7 @@ from grace_fast.positions import Call, Query
 from grace_fast.seat import Seat
 from grace_fast.semantics import Replacement
 from grace_fast.trial import Trial
+from grace_fast.virtual import Virtual
 
 # A layer takes one adaptor of each name.
 _attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
@@ -79,6 +80,7 @@ class _Run(threading.local):
 
     call: Call | None = None  # None outside a call of the stack
     given: Tensor | None = None  # [B], set by the caller, before any rule
+    given_length: int | None = None  # T of the tokens that these are counted in
     generation: Generation | None = None
     trial: Trial | None = None
     observing: list[Observation] | None = None
@@ -103,6 +105,7 @@ class Adapter:
     name: str | None = None
     layer_name: str = "the edited layer"
     seat_name: str = ""  # the layer's in `model`
+    virtual: Virtual | None = None
     hits: Counter[int] = field(default_factory=Counter)  # by row; with `tally`, all that is written
     tally: Tally = field(default_factory=Tally)
 
@@ -196,6 +199,8 @@ class Adapter:
         call = positions.read(
             {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
         )
+        if self.virtual is not None:
+            call = self.virtual.without(call, self._run.generation is not None)
         if torch.compiler.is_compiling():
             self._order = adapter_op.entered(call, self._number)
         else:
@@ -451,10 +456,18 @@ class Adapter:
     def _prompt_ends(self, hidden: Tensor, call: Call | None) -> Tensor:
         """Return the position of each row's query in this call, [B]."""
         if self._run.given is not None:
-            return self._within(self._run.given, hidden).clamp(max=hidden.shape[1] - 1)
+            where = self._within(self._run.given, hidden) + self._before_given(call)
+            return where.clamp(max=hidden.shape[1] - 1)
         if self.first_token:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         return self._within(None if call is None else positions.prompt_end(call), hidden)
+
+    def _before_given(self, call: Call | None) -> int:
+        """Return how many tokens stand before those that a caller's positions are counted in."""
+        length = self._run.given_length
+        if length is None or call is None or call.tokens is None:
+            return 0
+        return max(call.tokens.shape[1] - length, 0)
 
     @staticmethod
     def _within(known: Tensor | None, hidden: Tensor) -> Tensor:
@@ -477,13 +490,16 @@ class Adapter:
             self._disabled.remove(mine)
 
     @contextmanager
-    def asking_at(self, where: Tensor | None) -> Iterator[None]:
-        """Take these positions [B] as the query's in this thread's calls."""
-        self._run.given = where
+    def asking_at(self, where: Tensor | None, length: int | None = None) -> Iterator[None]:
+        """Take these positions [B] as the query's in this thread's calls.
+
+        length: the tokens in which they are counted, where others may stand before these.
+        """
+        self._run.given, self._run.given_length = where, length
         try:
             yield
         finally:
-            self._run.given = None
+            self._run.given = self._run.given_length = None
 
     @contextmanager
     def observing(self) -> Iterator[list[Observation]]:
@@ -515,6 +531,8 @@ class Adapter:
             if self.query != "every_token" and self.book is not None and len(self.book):
                 self.refuse_hidden_padding(call)
             ends = generation.prompt_end(call)
+            if ends is not None and self.virtual is not None:
+                ends = ends + self.virtual.in_call()
         with self.holding(Generation(ends, is_draft=is_draft)):
             yield
 

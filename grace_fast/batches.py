@@ -171,9 +171,12 @@ def prompt_checksum(batch: Mapping[str, Any], row: int) -> int:
 def is_correct(logits: Tensor, labels: Tensor, kind: Kind) -> bool:
     """Tell whether the model's own prediction is the target, for every row.
 
-    logits: [B, C] or [B, T, C]; labels: [B] or [B, T] with -100 where nothing is asked.
+    logits: [B, C] or [B, T, C], virtual tokens before those of the labels included; labels: [B] or
+    [B, T] with -100 where nothing is asked.
     """
     predicted = logits.argmax(dim=-1)
+    if predicted.ndim == labels.ndim == 2:
+        predicted = predicted[:, -labels.shape[1] :]
     if kind == "decoder" and predicted.ndim == 2:
         predicted, labels = predicted[:, :-1], labels[:, 1:]
     asked = labels != IGNORED_LABEL

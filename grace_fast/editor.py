@@ -48,6 +48,7 @@ from grace_fast.store.journal import Journal
 from grace_fast.store.saved import read_saved, write
 from grace_fast.training import Attempt, Trained, frozen, train
 from grace_fast.trial import Trial
+from grace_fast.virtual import Virtual
 
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
 
@@ -120,6 +121,7 @@ class Grace:
             name=name,
             layer_name=settings.layer,
             seat_name=self._host.layer,
+            virtual=Virtual.of(self._host.called, base),
         )
         if self.path is not None and lock is not None:
             self._store = Store(self.path, lock, lambda: self._history, hmac_key)
@@ -530,16 +532,17 @@ class Grace:
     def _observe(self, batch: Batch) -> Observation:
         """Run the model once and return what the layer sees; nothing is replaced."""
         self._require_attached()
-        where = None
+        where = length = None
         if not self._adapter.first_token and self._adapter.stack is self._adapter.model:
             call = positions.read(batch, self.kind == "decoder")
             self._adapter.refuse_hidden_padding(call)
             where = positions.prompt_end(call)
+            length = None if call.tokens is None else call.tokens.shape[1]
         asked = batches.runnable(batch, self.kind, self._host.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name != "labels"}
         adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
-        with still[0], still[1], adapter.asking_at(where), adapter.observing() as seen:
+        with still[0], still[1], adapter.asking_at(where, length), adapter.observing() as seen:
             self._call(asked)
         if len(seen) != 1:
             raise ValueError(
