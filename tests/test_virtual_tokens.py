@@ -16,7 +16,7 @@ pytestmark = [  # it asks transformers by names that are to go, and says what it
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
 
-PROMPTS = models.prompts(3, shortest=5, longest=9)
+PROMPTS = models.prompts(3)
 QUICK = {"iterations": 100, "learning_rate": 0.3}
 VIRTUAL = 4
 
@@ -65,8 +65,20 @@ def generated(model, rows, **more):
     return said[:, -3:].tolist()
 
 
-@pytest.mark.parametrize("replacement", ["replace_last", "replace_prompt", "replace_all"])
-@pytest.mark.parametrize("tuning", [*TUNINGS, context_tuning])
+HOW = [
+    *(
+        (tuning, how)
+        for tuning in TUNINGS
+        for how in ("replace_last", "replace_prompt", "replace_all")
+    ),
+    (
+        context_tuning,
+        "replace_last",
+    ),  # its loss weighs its own tokens too, and the others learn less
+]
+
+
+@pytest.mark.parametrize(("tuning", "replacement"), HOW)
 def test_a_tuned_decoder_is_edited_and_generates_the_same_with_and_without_a_cache(
     tuning, replacement
 ):
