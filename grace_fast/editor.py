@@ -335,7 +335,8 @@ class Grace:
         with self.codebook.held() as snapshot:
             history = self._history.copy()
         found = history.verify(snapshot, self.settings.rules(snapshot.dtype))
-        return replace(found, is_asked=not self._adapter.is_lost)
+        is_there = any(module is self._host.model for module in self.model.modules())
+        return replace(found, is_asked=is_there and not self._adapter.is_lost)
 
     # For a while
 

@@ -150,6 +150,27 @@ def test_verify_finds_out_by_itself():
         assert not grace.verify().ok
 
 
+def test_verify_fails_where_a_wrapper_has_another_model_now():
+    whole = nn.DataParallel(models.build("llama"))
+    grace = edited(whole, f"module.{FAMILY.layer}")
+    assert grace.verify().ok
+    whole.module = models.build("llama")
+    assert not grace.verify().ok
+
+
+def test_a_block_that_is_compiled_in_place_answers_on():
+    model = models.build("llama")
+    grace = edited(model)
+    before = asked(model)
+    model.model.layers[1] = torch.compile(model.model.layers[1], backend="eager")
+    grace.hits.clear()
+    assert torch.equal(asked(model), before)
+    assert dict(grace.hits) == {0: 1}
+    assert grace.verify().ok
+    grace.unload()
+    assert is_bare(model)
+
+
 def test_edits_answer_again_when_the_layer_comes_back():
     model = models.build("llama")
     grace = edited(model)
