@@ -173,11 +173,11 @@ class Adapter:
                 _attached[before].discard(self.name)
                 self._hang_on(there)
                 compiled.forget_compiled_code()
-        found = "nothing" if there is None else f"a {type(there).__name__}"
+        found = "nothing" if there is None else f"a {_type_name(there)}"
         effect = (
             "edits answer no more; unload() the editor and attach its codebook to another layer"
             if self.is_lost
-            else f"edits go on there; they were made at a {type(before).__name__}"
+            else f"edits go on there; they were made at a {_type_name(before)}"
         )
         warnings.warn(
             f"{self.layer_name} left the model, with {found} in its place: its {effect}",
@@ -186,7 +186,7 @@ class Adapter:
         )
 
     def _can_go_to(self, module: nn.Module | None) -> bool:
-        if module is None or has_adapter(module, self.name):
+        if module is None or has_adapter(module, self.name) or self._seat.was_elsewhere(module):
             return False
         widths = tensor_parallel.declared_widths
         return widths(module) == widths(self.layer)
@@ -551,6 +551,11 @@ class Adapter:
 def _at(tensor: Tensor, where: Tensor) -> Tensor:
     """Return the tokens of a tensor [B, T, width] at one position a row, [B, width]."""
     return tensor[torch.arange(len(tensor), device=tensor.device), where.to(tensor.device)]
+
+
+def _type_name(module: nn.Module) -> str:
+    """Return a class with its package: several have a Linear."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _is_draft(held: Generation | None) -> bool:

@@ -7,6 +7,8 @@ more, and neither does what hangs on it.
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 from torch import nn
 
 
@@ -15,7 +17,9 @@ class Seat:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model, self._first = model, name
-        self._sit(name)
+        layer = self._sit(name)
+        within = set() if layer is None else set(layer.modules())
+        self._others = WeakSet(set(model.modules()) - within)
 
     def _sit(self, name: str) -> nn.Module | None:
         """Take the place of this name, and return what is there; None where there is no such."""
@@ -43,3 +47,7 @@ class Seat:
             if module is layer:
                 return self._sit(name)
         return self._sit(self._name) or self._sit(self._first)
+
+    def was_elsewhere(self, module: nn.Module) -> bool:
+        """Tell whether a module had a place of its own: the blocks moved up after one was cut."""
+        return module in self._others
