@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from grace_fast import (
     adapter_op,
+    compiled,
     forks,
     generation,
     lookup,
@@ -37,11 +40,21 @@ from grace_fast import (
 from grace_fast.answers import Answer
 from grace_fast.backends import graphs
 from grace_fast.codebook import Codebook, Snapshot
-from grace_fast.counters import Tally
+from grace_fast.counters import LookupWarning, Tally
 from grace_fast.generation import Generation
 from grace_fast.positions import Call, Query
+from grace_fast.seat import Seat
 from grace_fast.semantics import Replacement
 from grace_fast.trial import Trial
+from grace_fast.virtual import Virtual
+
+# A layer takes one adaptor of each name.
+_attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
+
+
+def has_adapter(layer: nn.Module, name: str | None = None) -> bool:
+    """Tell whether an adaptor of this name is on a layer, or another one is in its place."""
+    return name in _attached.get(layer, ()) or hasattr(layer, "init_epsilon")
 
 
 @dataclass
@@ -68,6 +81,7 @@ class _Run(threading.local):
 
     call: Call | None = None  # None outside a call of the stack
     given: Tensor | None = None  # [B], set by the caller, before any rule
+    given_length: int | None = None  # T of the tokens that these are counted in
     generation: Generation | None = None
     trial: Trial | None = None
     observing: list[Observation] | None = None
@@ -91,6 +105,8 @@ class Adapter:
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
     name: str | None = None
     layer_name: str = "the edited layer"
+    seat_name: str = ""  # the layer's in `model`
+    virtual: Virtual | None = None
     hits: Counter[int] = field(default_factory=Counter)  # by row; with `tally`, all that is written
     tally: Tally = field(default_factory=Tally)
 
@@ -103,27 +119,90 @@ class Adapter:
         self._memory = recall.Memory()
         self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
         self._number = adapter_op.register(self)
-        self._padding = positions.Padding.of(getattr(self.model, "config", None))
+        config = getattr(self.model, "config", None)
+        self._padding = positions.Padding.of(config)
+        self._pads_inside = positions.pads_inside(config)
         self._handles = [
             self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
             self.stack.register_forward_hook(self._leave, always_call=True),
-            self.layer.register_forward_hook(self._at_layer, with_kwargs=True),
         ]
+        self._seat = Seat(self.model, self.seat_name)
+        self._settling = threading.Lock()
+        self.is_lost = False  # the layer left the model, and nothing like it is in its place
+        self._hang_on(self.layer)
         generation.listen(self.model, self)
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
         for handle in self._handles:
             handle.remove()
+        for module in (self.layer, *self.model.modules()):  # a quantiser copies hooks
+            self._take_off(module)
+        _attached[self.layer].discard(self.name)
+        self._handles = []
         generation.stop_listening(self.model, self)
         adapter_op.forget(self._number)
+
+    def _hang_on(self, layer: nn.Module) -> None:
+        self.layer = layer
+        layer.register_forward_hook(self._at_layer, with_kwargs=True)
+        _attached.setdefault(layer, set()).add(self.name)
+
+    def _take_off(self, module: nn.Module) -> None:
+        for key, hook in list(module._forward_hooks.items()):
+            if hook == self._at_layer:
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+    def look_after_layer(self) -> None:
+        """Follow the layer where other libraries moved it or put another module in its place."""
+        if self._handles and not self._seat.is_as_before():
+            self._settle()
+
+    def _settle(self) -> None:
+        """Find the layer; where it left the model, go to the module that was put in its place.
+
+        A hit replaces the output at that place, whoever computes it.
+        """
+        with self._settling:
+            before, there = self.layer, self._seat.find(self.layer)
+            self.is_lost = there is not before and not self._can_go_to(there)
+            if there is before:
+                return
+            if there is not None and not self.is_lost:
+                for module in (before, there):  # a quantiser may have copied the hook
+                    self._take_off(module)
+                _attached[before].discard(self.name)
+                self._hang_on(there)
+                compiled.forget_compiled_code()
+        found = "nothing" if there is None else f"a {_type_name(there)}"
+        effect = (
+            "edits answer no more; unload() the editor and attach its codebook to another layer"
+            if self.is_lost
+            else f"edits go on there; they were made at a {_type_name(before)}"
+        )
+        warnings.warn(
+            f"{self.layer_name} left the model, with {found} in its place: its {effect}",
+            LookupWarning,
+            stacklevel=2,
+        )
+
+    def _can_go_to(self, module: nn.Module | None) -> bool:
+        if module is None or has_adapter(module, self.name) or self._seat.was_elsewhere(module):
+            return False
+        widths = tensor_parallel.declared_widths
+        return widths(module) == widths(self.layer)
 
     # In the forward call
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            self.look_after_layer()
         call = positions.read(
             {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
         )
+        if self.virtual is not None:
+            call = self.virtual.without(call, self._run.generation is not None)
         if torch.compiler.is_compiling():
             self._order = adapter_op.entered(call, self._number)
         else:
@@ -137,12 +216,15 @@ class Adapter:
 
     def enter(self, call: Call | None) -> None:
         """Take a forward call as this thread's, until there is another or none."""
+        self.look_after_layer()
         self._run.call = call
 
-    def _at_layer(
-        self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Tensor | None:
+    def _at_layer(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        # Who copies hooks to another module may forget that this one takes keyword arguments.
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not isinstance(output, Tensor):
+            if self._is_idle() and not torch.compiler.is_compiling():
+                return None
             raise TypeError(
                 f"the edited layer must return one tensor, got {type(output).__name__}; "
                 "attach to a linear layer"
@@ -162,14 +244,13 @@ class Adapter:
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        run, book = self._run, self.book
-        call = run.call
-        idle = book is None or not len(book) or selection.is_idle(self.name)
-        idle = idle or bool(self._disabled)
-        if idle and run.trial is None and run.observing is None:
+        if self._is_idle():
             return None
+        run, call = self._run, self._run.call
         # Nothing is learnt through a query: a decision has no gradient.
         hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
+        if run.observing is not None or self.query != "every_token":
+            self._refuse_other_tokens(hidden, call)
         if run.observing is not None:
             whole = tensor_parallel.whole(hidden, self.layer)
             ends = self._prompt_ends(hidden, call)
@@ -183,6 +264,13 @@ class Adapter:
         if answer is None:
             return None
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
+
+    def _is_idle(self) -> bool:
+        run, book = self._run, self.book
+        if run.trial is not None or run.observing is not None:
+            return False
+        nothing = book is None or not len(book) or selection.is_idle(self.name)
+        return nothing or bool(self._disabled)
 
     def _look_up(
         self, hidden: Tensor, output: Tensor, call: Call | None
@@ -341,6 +429,24 @@ class Adapter:
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
 
+    def _refuse_other_tokens(self, hidden: Tensor, call: Call | None) -> None:
+        """Refuse a layer's input that is not one vector for each token of the call.
+
+        Raises: ValueError.
+        """
+        if call is None or call.tokens is None:
+            return
+        given, wanted = hidden.shape[:2], call.tokens.shape[:2]
+        # How many tokens a second decoder has is not among what the call says.
+        fits = given[0] == wanted[0] and (self.first_token or given[1] == wanted[1])
+        if fits or (self._pads_inside and given[0] == wanted[0] and given[1] > wanted[1]):
+            return
+        raise ValueError(
+            f"{self.layer_name} must see one vector for each of the call's {list(wanted)} tokens "
+            f"to be edited, it was given {list(given)}; attach to a linear layer in a block of the "
+            "language model, as the last of its MLP"
+        )
+
     def refuse_hidden_padding(self, call: Call) -> None:
         """Refuse prompts of a decoder that end in padding which no mask shows.
 
@@ -352,10 +458,18 @@ class Adapter:
     def _prompt_ends(self, hidden: Tensor, call: Call | None) -> Tensor:
         """Return the position of each row's query in this call, [B]."""
         if self._run.given is not None:
-            return self._within(self._run.given, hidden).clamp(max=hidden.shape[1] - 1)
+            where = self._within(self._run.given, hidden) + self._before_given(call)
+            return where.clamp(max=hidden.shape[1] - 1)
         if self.first_token:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         return self._within(None if call is None else positions.prompt_end(call), hidden)
+
+    def _before_given(self, call: Call | None) -> int:
+        """Return how many tokens stand before those that a caller's positions are counted in."""
+        length = self._run.given_length
+        if length is None or call is None or call.tokens is None:
+            return 0
+        return max(call.tokens.shape[1] - length, 0)
 
     @staticmethod
     def _within(known: Tensor | None, hidden: Tensor) -> Tensor:
@@ -383,13 +497,16 @@ class Adapter:
         self._disabled = {each for each in self._disabled if each[0] == me}
 
     @contextmanager
-    def asking_at(self, where: Tensor | None) -> Iterator[None]:
-        """Take these positions [B] as the query's in this thread's calls."""
-        self._run.given = where
+    def asking_at(self, where: Tensor | None, length: int | None = None) -> Iterator[None]:
+        """Take these positions [B] as the query's in this thread's calls.
+
+        length: the tokens in which they are counted, where others may stand before these.
+        """
+        self._run.given, self._run.given_length = where, length
         try:
             yield
         finally:
-            self._run.given = None
+            self._run.given = self._run.given_length = None
 
     @contextmanager
     def observing(self) -> Iterator[list[Observation]]:
@@ -421,6 +538,8 @@ class Adapter:
             if self.query != "every_token" and self.book is not None and len(self.book):
                 self.refuse_hidden_padding(call)
             ends = generation.prompt_end(call)
+            if ends is not None and self.virtual is not None:
+                ends = ends + self.virtual.in_call()
         with self.holding(Generation(ends, is_draft=is_draft)):
             yield
 
@@ -439,6 +558,11 @@ class Adapter:
 def _at(tensor: Tensor, where: Tensor) -> Tensor:
     """Return the tokens of a tensor [B, T, width] at one position a row, [B, width]."""
     return tensor[torch.arange(len(tensor), device=tensor.device), where.to(tensor.device)]
+
+
+def _type_name(module: nn.Module) -> str:
+    """Return a class with its package: several have a Linear."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _is_draft(held: Generation | None) -> bool:

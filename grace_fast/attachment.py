@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from grace_fast import calibrate, shown
+from grace_fast.adapter import has_adapter
 from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
-from grace_fast.editor import Grace, has_adapter
+from grace_fast.editor import Grace
 from grace_fast.edits import History
 from grace_fast.fingerprint import differences, fingerprint
-from grace_fast.hosts import place, uncompiled
+from grace_fast.hosts import host_of, place, uncompiled
 from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.settings import Settings, ValueInit
@@ -257,7 +258,9 @@ def _open(
         raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
     layer, module = find_layer(model, saved.settings.layer)
     _refuse_second(layer, module, name)
-    odd = differences(saved.fingerprint, fingerprint(uncompiled(model), module))
+    odd = differences(
+        saved.fingerprint, fingerprint(uncompiled(host_of(model, layer).called), module)
+    )
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
     placed = place(module)
@@ -324,10 +327,16 @@ def _refuse_unfit(book: Codebook, layer: str, module: nn.Module, path: str | Pat
 def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
     """Return a layer and its dotted name; `h[3]` and a trailing `.weight` are understood.
 
-    Raises: ValueError naming the layers that are spelt most alike.
+    Raises: TypeError for what is no module, as a pipeline around one; ValueError naming the
+    layers that are spelt most alike.
     """
     name = re.sub(r"\[(\d+)\]", r".\1", str(layer))
     name = re.sub(r"\.(weight|bias)$", "", name)
+    if not isinstance(model, nn.Module):
+        inner = ""
+        if isinstance(getattr(model, "model", None), nn.Module):
+            inner = "; give its .model"
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{inner}")
     modules = dict(uncompiled(model).named_modules())
     if name and name in modules:
         return name, modules[name]

@@ -59,9 +59,38 @@ def runnable(batch: Batch, kind: Kind, model: nn.Module) -> Batch:
         return batch
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     assert isinstance(tokens, Tensor)
-    start = getattr(model.config, "decoder_start_token_id", None) or 0
-    column = torch.full((len(tokens), 1), start, device=tokens.device)
+    column = torch.full((len(tokens), 1), start_of(model), device=tokens.device)
     return {**batch, "decoder_input_ids": column}
+
+
+def start_of(model: nn.Module) -> int:
+    """Return the token that a second decoder starts with."""
+    return getattr(getattr(model, "config", None), "decoder_start_token_id", None) or 0
+
+
+def of_other_length(batch: Batch, kind: Kind, start: int) -> Batch | None:
+    """Return a batch to run by which a layer that sees one vector for each token is told.
+
+    One for each prompt or each token of an encoder are as many where a prompt has one token, or
+    the decoder as many as the encoder: there is a second token then, or another length of the
+    decoder's, of start tokens. None where neither can be.
+    """
+    asked = {name: value for name, value in batch.items() if name != "labels"}
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    assert isinstance(tokens, Tensor)
+    count, length = tokens.shape[:2]
+    if kind == "seq2seq":
+        other = torch.full((count, 2 if length == 1 else 1), start, device=tokens.device)
+        plain = {name: one for name, one in asked.items() if not name.startswith("decoder_")}
+        return {**plain, "decoder_input_ids": other}
+    if length > 1:
+        return None
+    return {
+        name: torch.cat([value, value], dim=1)
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == (count, 1)
+        else value
+        for name, value in asked.items()
+    }
 
 
 def check(batch: Mapping[str, Any], kind: Kind, classes: int | None) -> None:
@@ -158,9 +187,12 @@ def prompt_checksum(batch: Mapping[str, Any], row: int) -> int:
 def is_correct(logits: Tensor, labels: Tensor, kind: Kind) -> bool:
     """Tell whether the model's own prediction is the target, for every row.
 
-    logits: [B, C] or [B, T, C]; labels: [B] or [B, T] with -100 where nothing is asked.
+    logits: [B, C] or [B, T, C], virtual tokens before those of the labels included; labels: [B] or
+    [B, T] with -100 where nothing is asked.
     """
     predicted = logits.argmax(dim=-1)
+    if predicted.ndim == labels.ndim == 2:
+        predicted = predicted[:, -labels.shape[1] :]
     if kind == "decoder" and predicted.ndim == 2:
         predicted, labels = predicted[:, :-1], labels[:, 1:]
     asked = labels != IGNORED_LABEL

@@ -39,7 +39,10 @@ BOUNDS = (
 
 
 class LookupWarning(RuntimeWarning):
-    """A look-up failed in a forward call, which went on with the base model's own output."""
+    """A look-up failed in a forward call, which went on with the base model's own output.
+
+    Or the layer left the model: look-ups go on at what took its place, or nobody makes them.
+    """
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from grace_fast import (
     positions,
     prompts,
     scalars,
+    unfit,
 )
 from grace_fast.adapter import Adapter, Observation
 from grace_fast.batches import Batch, Prompt
@@ -41,7 +41,7 @@ from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
-from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
+from grace_fast.hosts import declared_codebook, host_of, stack_of, uncompiled
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
@@ -60,16 +60,9 @@ from grace_fast.store.journal import Journal
 from grace_fast.store.saved import read_saved, write
 from grace_fast.training import Attempt, Trained, frozen, train
 from grace_fast.trial import Trial
+from grace_fast.virtual import Virtual
 
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
-
-# A layer takes one adaptor of each name.
-_attached: WeakKeyDictionary[nn.Module, set[str | None]] = WeakKeyDictionary()
-
-
-def has_adapter(layer: nn.Module, name: str | None = None) -> bool:
-    """Tell whether an editor of this name is attached to a layer, or an adaptor is in its place."""
-    return name in _attached.get(layer, ()) or hasattr(layer, "init_epsilon")
 
 
 class _Superseded(Exception):
@@ -116,17 +109,18 @@ class Grace:
         self._store: Store | None = None  # where every edit goes before anybody sees it
         self._reads: Journal | None = None  # what `refresh` takes up, of a reader
         self._is_reader = False
-        base = unwrapped(model)
+        self._host = host_of(model, settings.layer)
+        base = self._host.model
+        unfit.refuse(self._host, layer, settings.query)
         self.kind = batches.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
         before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
         if before_it_is_nothing or settings.query == "every_token":
             settings = Settings(**{**asdict(settings), "replacement": "replace_last"})
         self.settings = settings
-        self._layer = layer
         self._history = History()
         self._making = threading.Lock()
-        self._scale_is_checked = False
+        self._scale_is_checked = self._tokens_are_checked = False
         self._adapter = Adapter(
             model=base,
             layer=layer,
@@ -138,12 +132,13 @@ class Grace:
             first_token=in_decoder,
             name=name,
             layer_name=settings.layer,
+            seat_name=self._host.layer,
+            virtual=Virtual.of(self._host.called, base),
         )
         if self.path is not None and lock is not None:
             self._store = Store(self.path, lock, lambda: self._history, hmac_key)
         compiled.forget_compiled_code()
         self._adapter.install()
-        _attached.setdefault(layer, set()).add(name)
         self._is_attached = True
         forks.guard(self, "_making", forks.Order.MAKING, Grace._take_back_in_child)
 
@@ -154,6 +149,10 @@ class Grace:
             f"Grace({type(self.model).__name__}, layer={self.settings.layer!r}, "
             f"epsilon={self.settings.epsilon:.4g}, {len(self._history.edits)} edits, {keys} keys)"
         )
+
+    @property
+    def _layer(self) -> nn.Module:
+        return self._adapter.layer
 
     @property
     def codebook(self) -> Codebook:
@@ -360,14 +359,17 @@ class Grace:
     def verify(self) -> Verification:
         """Look the stored query of every edit up again.
 
-        Each one fires, is superseded by a later edit (named), or is broken; only broken is a
-        failure.
+        Each one fires, is superseded by a later edit (named), or is broken; broken is a failure,
+        and so is a layer that left the model, for nobody asks then.
         """
+        self._adapter.look_after_layer()
         if self._adapter.book is None:
             return Verification(())
         with self.codebook.held() as snapshot:
             history = self._history.copy()
-        return history.verify(snapshot, self.settings.rules(snapshot.dtype))
+        found = history.verify(snapshot, self.settings.rules(snapshot.dtype))
+        is_there = any(module is self._host.model for module in self.model.modules())
+        return replace(found, is_asked=is_there and not self._adapter.is_lost)
 
     # For a while
 
@@ -402,7 +404,6 @@ class Grace:
             self._store.close(dict(self.hits))
         if self._is_attached:
             self._adapter.remove()
-            _attached[self._layer].discard(self.name)
             self._is_attached = False
         return self.model
 
@@ -430,10 +431,12 @@ class Grace:
     def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
         self._require_attached()
         self._require_editable()
-        classes = batches.classes_of(self.model, self.kind)
+        classes = batches.classes_of(self._host.model, self.kind)
         batches.check(batch, self.kind, classes)
+        self._refuse_unknown_labels(batch)
         with frozen(self.model):
             seen = self._observe(batch)
+            self._check_tokens(batch)
             queries = seen.queries.to(self._book_for(seen).dtype)
             self._check_query(queries, seen)
             book, proposal = self._own_book(seen), self._proposal(batch, queries, seen)
@@ -446,7 +449,7 @@ class Grace:
                 return self._train_and_publish(book, batch, proposal, seen, text)
 
     def _proposal(self, batch: Batch, queries: Tensor, seen: Observation) -> Proposal:
-        padding = getattr(getattr(self.model, "config", None), "pad_token_id", None)
+        padding = getattr(getattr(self._host.model, "config", None), "pad_token_id", None)
         padding = None if self.kind == "classifier" else padding
         whole, count = self.settings.semantics != "paper", len(queries)
         labels = [batches.labels_of(batch, at, padding, whole) for at in range(count)]
@@ -564,20 +567,21 @@ class Grace:
     def _observe(self, batch: Batch) -> Observation:
         """Run the model once and return what the layer sees; nothing is replaced."""
         self._require_attached()
-        where = None
+        where = length = None
         if not self._adapter.first_token and self._adapter.stack is self._adapter.model:
             call = positions.read(batch, self.kind == "decoder")
             self._adapter.refuse_hidden_padding(call)
             where = positions.prompt_end(call)
-        asked = batches.runnable(batch, self.kind, self.model)
+            length = None if call.tokens is None else call.tokens.shape[1]
+        asked = batches.runnable(batch, self.kind, self._host.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name != "labels"}
         adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
-        with still[0], still[1], adapter.asking_at(where), adapter.observing() as seen:
+        with still[0], still[1], adapter.asking_at(where, length), adapter.observing() as seen:
             try:
                 self._call(asked)
             except IndexError as error:
-                raise ValueError(batches.out_of_range(asked, self.model, error)) from error
+                raise ValueError(batches.out_of_range(asked, self._host.model, error)) from error
         if len(seen) != 1:
             raise ValueError(
                 f"{self.settings.layer} must run once in a forward call to be edited, "
@@ -586,10 +590,11 @@ class Grace:
         return seen[0]
 
     def _call(self, batch: Batch) -> Any:
-        accepted = inspect.signature(self._adapter.model.forward).parameters
+        reads = self._host.called if self._host.is_wrapper else self._host.model
+        accepted = inspect.signature(reads.forward).parameters
         cacheless = {} if "use_cache" not in accepted else {"use_cache": False}
         with compiled.stood_aside():
-            return self.model(**{**cacheless, **batch})
+            return self._host.called(**{**cacheless, **batch})
 
     # Small print
 
@@ -603,7 +608,7 @@ class Grace:
             if target is not None or joint is not None:
                 raise ValueError("a batch of tensors holds its target in labels; give no target")
             return dict(batch)
-        return batches.from_text(batch, target, self.tokenizer, self.model, self.kind, joint)
+        return batches.from_text(batch, target, self.tokenizer, self._host.model, self.kind, joint)
 
     def _text(
         self, batch: Mapping[str, Any] | Prompt, target: str | int | None
@@ -613,6 +618,40 @@ class Grace:
         asked = prompts.one_prompt(batch)
         said = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
         return said, str(prompts.one_target(target))
+
+    def _refuse_unknown_labels(self, batch: Batch) -> None:
+        """Refuse a label a token where a wrapper reads them, which may be one token ahead or not.
+
+        Raises: ValueError.
+        """
+        host, labels = self._host, batch["labels"]
+        if not host.is_wrapper or self.kind != "classifier" or labels.ndim < 2:
+            return
+        raise ValueError(
+            f"{type(host.called).__name__} makes a loss of its own around another model, and "
+            "nothing says whether it predicts the label of each token in place or one token "
+            "ahead; attach to a model that makes its own loss"
+        )
+
+    def _check_tokens(self, batch: Batch) -> None:
+        """Refuse a layer that sees as many vectors as there are tokens by chance, at a first edit.
+
+        Raises: ValueError.
+        """
+        if self._tokens_are_checked:
+            return
+        start = batches.start_of(self._host.model)
+        other = batches.of_other_length(batch, self.kind, start)
+        if other is not None:
+            seen = self._observe(other)
+            if self._adapter.first_token:
+                given, wanted = seen.hidden.shape[1], other["decoder_input_ids"].shape[1]
+                if given != wanted:
+                    raise ValueError(
+                        f"{self.settings.layer} must see one vector for each of the decoder's "
+                        f"{wanted} tokens, it was given {given}{unfit.ELSEWHERE}"
+                    )
+        self._tokens_are_checked = True
 
     def _check_query(self, queries: Tensor, seen: Observation) -> None:
         if not queries.isfinite().all():
@@ -717,6 +756,12 @@ class Grace:
     def _require_attached(self) -> None:
         if not self._is_attached:
             raise RuntimeError("this editor was unloaded; attach() again")
+        self._adapter.look_after_layer()
+        if self._adapter.is_lost:
+            raise RuntimeError(
+                f"{self.settings.layer} left the model: unload() this editor, and attach its "
+                "codebook to another layer"
+            )
 
     def _writer_of(self, book: Codebook) -> Callable[[Mapping[str, Any]], None]:
         """Return what writes a codebook as the base of a journal that the manifest is told of."""
@@ -733,7 +778,7 @@ class Grace:
     ) -> None:
         described = {
             "settings": asdict(self.settings),
-            "fingerprint": fingerprint(uncompiled(self.model), self._layer),
+            "fingerprint": fingerprint(uncompiled(self._host.called), self._layer),
             "hits": manifest.counted(dict(self.hits)),
             **told,
         }

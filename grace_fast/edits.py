@@ -80,9 +80,10 @@ class Replay:
 
 @dataclass(frozen=True)
 class Verification:
-    """The replay of every stored query; only a broken edit is a failure."""
+    """The replay of every stored query; a broken edit is a failure, and a layer that is gone."""
 
     replays: tuple[Replay, ...]
+    is_asked: bool = True  # false where the layer left the model, so that nobody asks
 
     def _of(self, verdict: str) -> list[Replay]:
         return [replay for replay in self.replays if replay.verdict == verdict]
@@ -104,8 +105,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True where nothing is broken."""
-        return not self.broken
+        """True where nothing is broken, and the model asks."""
+        return self.is_asked and not self.broken
 
     def __bool__(self) -> bool:
         return self.ok
@@ -113,7 +114,8 @@ class Verification:
     def __repr__(self) -> str:
         return (
             f"Verification(ok={self.ok}, fires={len(self.fires)}, "
-            f"superseded={len(self.superseded)}, broken={self.broken})"
+            f"superseded={len(self.superseded)}, broken={self.broken}"
+            f"{'' if self.is_asked else ', the layer left the model'})"
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +27,74 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return model
     find_base: Any = model.get_base_model
     return uncompiled(find_base())
+
+
+@dataclass(frozen=True)
+class Host:
+    """The model inside of what `attach` was given."""
+
+    called: nn.Module  # takes a batch with labels, and returns loss and logits
+    model: nn.Module  # whose call names the tokens, and whose config is read
+    layer: str  # the dotted name of the layer in that
+    is_wrapper: bool = False  # whether `called` is a module around it that makes its own loss
+
+
+def host_of(given: nn.Module, layer: str) -> Host:
+    """Return the outermost model around a layer, by its dotted name.
+
+    DistributedDataParallel, a value head or a LightningModule say nothing of how labels are read,
+    and may return anything: it is the model in them that is edited, where it makes a loss itself.
+    What holds no such model is taken for one.
+
+    Raises: ValueError for a layer beside the model, in a wrapper that makes no loss or in peft's.
+    """
+    root = uncompiled(given)
+    found = next((module for module, _ in around(root, layer) if _is_model(module)), None)
+    if found is None:
+        beside = next((module for module in root.modules() if _is_model(module)), None)
+        if beside is not None and not _makes_loss(root):
+            raise ValueError(
+                f"{layer} is a layer of {type(root).__name__}, which takes no labels, and not of "
+                f"the {type(beside).__name__} in it; attach to a layer of that"
+            )
+        return Host(given, root, layer, is_wrapper=beside is not None)
+    inner = unwrapped(found)
+    within = {id(module): name for module, name in around(root, layer)}.get(id(inner))
+    if within is None:
+        raise ValueError(
+            f"{layer} is not a layer of the {type(inner).__name__} that reads the tokens, but of "
+            f"what {type(found).__name__} puts before it; attach to a layer of that"
+        )
+    reads_labels = "labels" in inspect.signature(inner.forward).parameters
+    if found is root:
+        return Host(given, inner, within)
+    if found is not inner or reads_labels or not _makes_loss(root):
+        return Host(found, inner, within)
+    return Host(given, inner, within, is_wrapper=True)
+
+
+def around(root: nn.Module, layer: str) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the modules around a layer, outermost first, each with the layer's name in it."""
+    module, parts = root, layer.split(".")
+    for at, part in enumerate(parts):
+        yield module, ".".join(parts[at:])
+        module = getattr(module, part)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Tell whether a module is a model of transformers or peft: by what its class has."""
+    if hasattr(module, "config") and callable(getattr(type(module), "can_generate", None)):
+        return True
+    return hasattr(module, "peft_config") and hasattr(type(module), "get_base_model")
+
+
+def _makes_loss(model: nn.Module) -> bool:
+    """Tell whether a module can be called with tokens and labels, by their names."""
+    try:
+        inspect.signature(model.forward).bind(input_ids=None, labels=None)
+    except TypeError:
+        return False
+    return True
 
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:

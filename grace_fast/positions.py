@@ -186,6 +186,12 @@ class Padding(NamedTuple):
         return cls(token if isinstance(token, int) else None, token in ends)
 
 
+def pads_inside(config: Any) -> bool:
+    """Tell whether a model adds padding to the end of its input: attention over whole windows."""
+    blocks = getattr(config, "attention_type", None) == "block_sparse"
+    return blocks or getattr(config, "attention_window", None) is not None
+
+
 def refuse_hidden_padding(call: Call, padding: Padding) -> None:
     """Refuse rows of a decoder that end in padding which no mask shows.
 

@@ -43,6 +43,8 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
 
     Every loss is that of the value as it will be stored, in the codebook's element type; a right
     prediction beats a low loss.
+
+    Raises: ValueError where no gradient of the loss reaches the value.
     """
     master = start.detach().float().clone().requires_grad_()
     adam = torch.optim.Adam([master], lr=schedule.learning_rate)
@@ -59,9 +61,22 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
         done = schedule.stop_loss is not None and correct and seen.loss < schedule.stop_loss
         if last or done:
             return Trained(kept.value, kept.loss, step, kept.correct)
-        (master.grad,) = torch.autograd.grad(loss, [master])
+        master.grad = _gradient(loss, master)
         adam.step()
     raise AssertionError("unreachable: the last step returns")
+
+
+def _gradient(loss: Tensor, value: Tensor) -> Tensor:
+    found = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss, [value], allow_unused=True)
+    if found is None:
+        raise ValueError(
+            "no gradient of the loss reaches the value, so it cannot be trained: the layers in "
+            "between are quantised in a way that has none, run under torch.no_grad, or do not lead "
+            "to the loss; edit the model before it is quantised, or attach to a later layer"
+        )
+    return found
 
 
 def _better(one: Trained, other: Trained) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from grace_fast import editor
+from grace_fast.adapter import has_adapter
 from grace_fast.attachment import find_layer
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import Read, Steps, Task, one_of, read_method, read_steps
@@ -53,7 +53,7 @@ class Editor(nn.Module):
         self, model: nn.Module, layer: str, stand_in: Callable[[nn.Module, bool], Adaptor]
     ) -> None:
         name, replaced = find_layer(model, layer)
-        if editor.has_adapter(replaced):
+        if has_adapter(replaced):
             raise ValueError(f"{name} has an adaptor already; a layer takes one")
         adaptor = stand_in(replaced, type(replaced).__name__ != "Conv1D")
         self._resume(model, name)
