@@ -132,12 +132,8 @@ def edit(
 
     A line that cannot be edited is named and left out, and the command ends with code 1.
     """
-    odd = [(record, _odd_edit(record)) for record in _read_edits(edits)]
-    refused = [_Refused(record, f"{edits}, {record.place} {why}") for record, why in odd if why]
-    wanted = [record for record, why in odd if not why]
-    _tell(refused)
-    if refused and (strict or not wanted):
-        _fail("nothing was edited")
+    refused: list[_Refused] = []
+    wanted = _read_edits(edits, refused, strict)
     if any("messages" in record for record in wanted):
         extras.require("a chat template", "jinja2")
     _require_writable(out)
@@ -710,15 +706,27 @@ def _edit_table(edits: Iterable[Edit], hits: Mapping[int, int]) -> None:
     table(columns, rows)
 
 
-def _read_edits(path: Path) -> list[Record]:
-    """Return the records of a file of edits, those that are wrong among them."""
+def _read_edits(
+    path: Path, refused: list[_Refused] | None = None, strict: bool = False
+) -> list[Record]:
+    """Return the edits of a file, and say what is wrong with its other records.
+
+    refused: takes up those; strict: end the command where there are any, not only where there is
+    nothing else.
+    """
     try:
-        found = textfiles.read(path)
+        found = [(record, _odd_edit(record)) for record in textfiles.read(path)]
     except (OSError, ValueError) as error:
         _fail(f"cannot read the edits: {error}")
+    odd = [_Refused(record, f"{path}, {record.place} {why}") for record, why in found if why]
+    _tell(odd)
     if not found:
         _fail(f"{path} holds no edits")
-    return found
+    if odd and (strict or len(odd) == len(found)):
+        _fail("nothing was edited")
+    if refused is not None:
+        refused.extend(odd)
+    return [record for record, why in found if not why]
 
 
 def _odd_edit(record: Record) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 from grace_fast.store import headers
 
 _DELIMITERS = (",", ";", "\t")
+NOT_UTF8 = "is not UTF-8"
 _SHOWN = 80  # characters of a value that is told of
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what a byte that is none is decoded to
 _BLANK_LINES = re.compile(r"(?:[ \t]*(?:\r\n|\r|\n))*")
@@ -53,7 +54,19 @@ def read(path: Path) -> list[Record]:
         text = content.decode(encoding, "surrogateescape" if is_utf8 else "strict")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not {path.suffix} in {encoding.upper()}: {error}") from error
-    text = text.removeprefix("\ufeff")
+    found = _records(path, text.removeprefix("\ufeff"))
+    if found and all(record.wrong == NOT_UTF8 for record in found):  # Latin-1, GBK, no text at all
+        raise ValueError(f"{path} is not {path.suffix} in UTF-8: {found[0].place} {NOT_UTF8}")
+    return found
+
+
+def brief(value: Any) -> str:
+    """Return a value as Python writes it, cut off where that is long."""
+    written = repr(value)
+    return written if len(written) <= _SHOWN else written[: _SHOWN - 3] + "..."
+
+
+def _records(path: Path, text: str) -> list[Record]:
     if path.suffix.lower() in (".csv", ".tsv"):
         return list(_csv(path, text))
     text = io.StringIO(text, newline=None).read()  # every line ends alike
@@ -62,12 +75,6 @@ def read(path: Path) -> list[Record]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}; write one record a line") from error
     return list(_lines(text)) if found is None else found
-
-
-def brief(value: Any) -> str:
-    """Return a value as Python writes it, cut off where that is long."""
-    written = repr(value)
-    return written if len(written) <= _SHOWN else written[: _SHOWN - 3] + "..."
 
 
 def is_unicode(text: str) -> bool:
@@ -85,7 +92,7 @@ def _lines(text: str) -> Iterator[Record]:
             continue
         place = f"line {number}"
         if _NOT_UTF8.search(line):
-            yield Record(place, wrong="is not UTF-8")
+            yield Record(place, wrong=NOT_UTF8)
             continue
         try:
             yield Record(place, headers.parse_line(line))
@@ -137,7 +144,7 @@ def _objects(text: str, at: int, is_array: bool) -> list[Record] | None:
                 found.append(Record(place, wrong=wrong))
             return found or None
         is_utf8 = not _NOT_UTF8.search(text, counted, at)
-        found.append(Record(place, value, "" if is_utf8 else "is not UTF-8"))
+        found.append(Record(place, value, "" if is_utf8 else NOT_UTF8))
         at = _past_space(text, at)
         if is_array and text.startswith(",", at):
             at += 1
@@ -171,9 +178,9 @@ def _csv(path: Path, text: str) -> Iterator[Record]:
             fields = {name: value for name, value in record.items() if name and value is not None}
             if not any(value.strip() for value in fields.values()):
                 continue  # a blank line, as a table of numbers ends
-            odd = any(_NOT_UTF8.search(value) for value in fields.values())
+            odd = any(map(_NOT_UTF8.search, fields.values()))
             place = f"line {reader.line_num + skipped}"
-            yield Record(place, fields, "is not UTF-8" if odd else "")
+            yield Record(place, fields, NOT_UTF8 if odd else "")
     except csv.Error as error:
-        place = f"line {reader.line_num + skipped}"
-        raise ValueError(f"{path}, {place}, is not {path.suffix}: {error}") from error
+        at = f"line {reader.line_num + skipped}"
+        raise ValueError(f"{path} is not {path.suffix} in UTF-8: {error} ({at})") from error

@@ -32,6 +32,7 @@ from grace_fast.evaluate import (
     calibration,
     fabrications,
     facts,
+    given,
     labels,
     metrics,
     paper,
@@ -588,6 +589,30 @@ def test_a_csv_is_read_and_its_lines_are_named(tmp_path):
         ValueError, match=r"line 3: 'text' must be a text that is not empty, got ''"
     ):
         records.read(path, {"text": records.text, "label": records.label})
+
+
+def test_every_wrong_line_is_told_of_or_left_out(tmp_path):
+    path, fields = tmp_path / "x.jsonl", {"prompt": records.text, "target": records.answers}
+    path.write_text('{"prompt": "a", "target": "b"}\n{\n{"prompt": "a", "target": ""}\n[]\n')
+    with pytest.raises(ValueError, match=r"line 2 is not JSON.*also wrong: line 3, line 4"):
+        records.read(path, fields)
+    refused: list[str] = []
+    assert records.read(path, fields, refused) == [{"prompt": "a", "target": "b"}]
+    assert [why.partition(", ")[2][:6] for why in refused] == ["line 2", "line 3", "line 4"]
+
+
+def test_a_sample_to_calibrate_on_takes_the_first_of_several_answers(tmp_path):
+    edits, others = tmp_path / "edits.csv", tmp_path / "others.json"
+    edits.write_text("prompt,target,paraphrases\na,b,c\nd,e,\n", encoding="utf-8-sig")
+    others.write_text('[{"prompt": "x"}, {"prompt": null}]')
+    refused: list[str] = []
+    sample = given.sample(edits, others, refused)
+    assert [(case.prompt, case.answer) for case in sample.edits] == [("a", "b"), ("d", "e")]
+    assert [case.prompt for case in sample.paraphrases] == ["c"]
+    assert [case.prompt for case in sample.unrelated] == ["x"]
+    assert "record 2 (line 1): 'prompt' must be a text that is not empty, got None" in refused[0]
+    write(tmp_path / "several.jsonl", [{"prompt": "a", "target": ["b", "c"]}])
+    assert given.sample(tmp_path / "several.jsonl", others, refused).edits[0].answer == "b"
 
 
 def zsre_files(folder: Path) -> None:
