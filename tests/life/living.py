@@ -214,7 +214,7 @@ class Life:
         """Keep this version, to be asked later."""
         self.kept.append((self.book, self.book.snapshot(), self.model.copy()))
         if len(self.kept) > KEPT:
-            del self.kept[int(self.rng.integers(KEPT))]
+            del self.kept[int(self.rng.integers(KEPT))]  # never the newest
 
     def ask_version(
         self, name: str, snapshot: Any, model: Model, queries: torch.Tensor | None = None

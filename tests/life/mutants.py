@@ -29,11 +29,13 @@ from grace_fast.compat import live
 from grace_fast.store import coded
 from life import ranks, tables
 from life.dropin import DropIn
+from life.edited import Edited
 from life.living import Life, Plan
 
 SECONDS = 20.0  # of this process's own time, for one mutant
 
 
+OTHERS = {"drop-in": DropIn, "edited": Edited}  # lives of their own kind
 QUICK = (
     *("find", "find one", "prepared before", "prepared now"),
     *("nearest", "nearest within", "replace", "old version"),
@@ -229,15 +231,16 @@ MUTANTS = (
         "a radius does not widen",
         D,
         "set_radius",
-        "max(self.counts.widest, radius)",
+        "max(self.counts.widest, ctypes.c_float(radius).value)",
         "self.counts.widest",
     ),
     Mutant(
-        "going back does not widen",
+        "versions that a reader takes up do not widen",
         D,
         "set_columns",
         'max(self.counts.widest, float(columns["radius"].max()))',
         "self.counts.widest",
+        "edited",
     ),
     Mutant(
         "a move is not counted",
@@ -416,13 +419,13 @@ def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, st
         while time.process_time() < end:
             one: Any
             mode = ("stepped", "at once")[seed % 2]
-            if mutant.by == "drop-in":
-                one = DropIn(seed)
+            if mutant.by in OTHERS:
+                one = OTHERS[mutant.by](seed)
             else:
                 plan = Plan(ways=ways, most_rows=most_rows, steps=40, mode=mode)
                 one = Life(seed, plan)
             try:
-                one.live(40) if mutant.by == "drop-in" else one.live()
+                one.live(40) if mutant.by in OTHERS else one.live()
             except Exception as error:
                 told = str(error).split(":")[0] if isinstance(error, AssertionError) else ""
                 return decisions + sum(one.counts.values()), told or type(error).__name__

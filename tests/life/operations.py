@@ -195,7 +195,8 @@ def _append_and_narrow(life: Life) -> None:
     first = life.model.rows
     changes = append_some(life, int(life.rng.choice([1, 2, 5])))
     for change in list(changes):
-        radii = np.abs(change[3]).clip(life.drawing.spacing / 4, 1e38).astype(np.float32)
+        widest = max(life.drawing.spacing / 4, float(life.model.radius.max(initial=0)))
+        radii = np.full(len(change[3]), min(1e38, 1.1 * widest), np.float32)
         change[3][:] = radii
         rows = range(first, first + len(radii))
         changes += [("radius", row, radius / 64) for row, radius in zip(rows, radii, strict=True)]
@@ -206,10 +207,23 @@ def _append_and_narrow(life: Life) -> None:
 @operation("widen again")
 def _widen_again(life: Life) -> None:
     """Balls that were narrowed get as wide as they were, or nearly."""
-    picked = [life.narrowed[at] for at in life.rng.permutation(len(life.narrowed))[:3]]
     living = set(life.model.living().tolist())
-    factor = np.float32(life.rng.choice([1.0, 0.5]))
+    factor = np.float32(life.rng.choice([1.0, 0.9]))
+    picked = life.narrowed[-3:]
     life.write([("radius", row, radius * factor) for row, radius in picked if row in living])
+
+
+@operation("look back")
+def _look_back(life: Life) -> None:
+    """An old version is asked between two that came after it."""
+    life.write(append_some(life, 1), alone=True)
+    life.keep()
+    _append_and_narrow(life)
+    life.stage()
+    life.ask_version("find", life.book.snapshot(), life.model)
+    _, snapshot, model = life.kept[-1]
+    life.ask_version("old version", snapshot, model)
+    _widen_again(life)
 
 
 @operation("append far")
