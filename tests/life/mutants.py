@@ -271,9 +271,9 @@ MUTANTS = (
     Mutant(
         "FAISS misses what is new",
         faiss_index.Filled,
-        "follow",
-        "used & ~self.holds(len(used))",
-        "used & ~used",
+        "_add",
+        "self._index.add(moved)",
+        "self.count or self._index.add(moved)",
         "faiss",
     ),
     Mutant(
