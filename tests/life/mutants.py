@@ -26,7 +26,7 @@ import torch
 from grace_fast import building, certificate, codebook, order, prepared, shards, views
 from grace_fast.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
 from grace_fast.compat import live
-from grace_fast.store import coded
+from grace_fast.store import resident
 from life import ranks, tables
 from life.dropin import DropIn
 from life.edited import Edited
@@ -101,7 +101,7 @@ MUTANTS = (
         "of several moves one is missed",
         *(C, "_take_page_in", "first + moved.astype", "first + moved[-1:].astype"),
     ),
-    Mutant("all rows count as covered", S, "plan_of", "min(state.covered, rows)", "rows"),
+    Mutant("all rows count as covered", certificate, "plan_of", "min(state.covered, rows)", "rows"),
     Mutant(
         "one row too many counts as covered",
         *(C, "_take_rows_in", "state.covered = last", "state.covered = last + 1"),
@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "codes opened from a disk have no reaches",
-        coded,
+        resident,
         "unpack_state",
         "snapshot.radii.numpy()",
         "0 * snapshot.radii.numpy()",
@@ -195,7 +195,12 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
-        "half of the widest radius", S, "plan_of", "widest=widest", "widest=widest / 2", quick=True
+        "half of the widest radius",
+        certificate,
+        "plan_of",
+        "widest=widest",
+        "widest=widest / 2",
+        quick=True,
     ),
     Mutant(
         "a draft trusts its version's radii",

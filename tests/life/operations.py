@@ -180,12 +180,21 @@ def _double(life: Life) -> None:
     life.write(append_some(life, life.model.rows + 1))
 
 
+def far_off(life: Life, keys: Array, radius: float) -> Array:
+    """Return keys that are moved so far that balls of a radius are the nearest to all they hold."""
+    away = life.rng.standard_normal(keys.shape)
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    return life.exact(keys + 5 * min(radius, 1e37) * away)
+
+
 @operation("append wider")
 def _append_wider(life: Life) -> None:
     """A ball wider than every one before it."""
     for change in append_some(life, 1):
         widest = max(life.drawing.spacing, float(life.model.radius.max(initial=0)))
         change[3][:] = min(3e38, widest * float(life.rng.choice([1.001, 1.2, 2.0])))
+        if life.rng.random() < 0.5:
+            change[1][:] = far_off(life, change[1], widest)
         life.write([change])
 
 
@@ -198,6 +207,7 @@ def _append_and_narrow(life: Life) -> None:
         widest = max(life.drawing.spacing / 4, float(life.model.radius.max(initial=0)))
         radii = np.full(len(change[3]), min(1e38, 1.1 * widest), np.float32)
         change[3][:] = radii
+        change[1][:] = far_off(life, change[1], float(radii[0]))
         rows = range(first, first + len(radii))
         changes += [("radius", row, radius / 64) for row, radius in zip(rows, radii, strict=True)]
         life.narrowed += zip(rows, radii, strict=True)
