@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from cuda_build import host_module
-from life import asking, drawing, operations, tables
+from life import asking, drawing, mutants, operations, tables
 from life.dropin import DropIn
 from life.edited import Edited
 from life.law import Model
@@ -45,12 +45,12 @@ def lived(seeds, decisions=LEAST, **plan):
 @pytest.mark.parametrize("family", operations.FAMILIES)
 def test_what_changes_a_codebook_leaves_nothing_stale(family):
     chosen = (*BESIDE, *operations.FAMILIES[family])
-    lived(range(100, 104), operations=chosen, ways=COMPILED, mode="stepped", steps=30)
+    lived(range(100, 103), operations=chosen, ways=COMPILED, mode="stepped", steps=30)
 
 
 @pytest.mark.parametrize("mode", ["threads", "parked", "none", "at once"])
 def test_builds_that_are_anywhere_leave_nothing_stale(mode):
-    lived(range(200, 204), ways=COMPILED, mode=mode, steps=30)
+    lived(range(200, 203), ways=COMPILED, mode=mode, steps=30)
 
 
 @pytest.mark.parametrize("kind", drawing.KINDS)
@@ -61,24 +61,24 @@ def test_keys_of_every_kind_are_found(kind):
 @pytest.mark.parametrize("way", [name for name in COMPILED if name != "reference"])
 def test_every_way_to_ask_alone_remembers_nothing_stale(way):
     """What one call takes in is not there when another never asks."""
-    lived(range(400, 403), ways=[way], steps=40, decisions=20)
+    lived(range(400, 402), ways=[way], steps=30, decisions=10)
 
 
 def test_row_shards_remember_nothing_stale():
-    lived(range(500, 504), ways=["find", "shards"], steps=40)
+    lived(range(500, 502), ways=["find", "shards"], steps=40)
 
 
 def test_faiss_proves_nothing_that_is_stale():
     if faiss_index.library() is None:
         pytest.skip("faiss is not installed")
-    lived(range(600, 603), ways=["faiss"] * 6, steps=40, decisions=500)
+    lived(range(600, 602), ways=["faiss"] * 6, steps=30, decisions=100)
 
 
 def test_cuda_tables_on_this_host_remember_nothing_stale(tmp_path):
     tables.use(host_module(tmp_path))
     try:
         ways = ["prepared before", *["cuda"] * 12]  # each with its own chance
-        lived(range(700, 703), ways=ways, steps=20, most_rows=60, decisions=100)
+        lived(range(700, 702), ways=ways, steps=12, most_rows=60, decisions=40)
     finally:
         tables.use(None)
 
@@ -144,6 +144,21 @@ def test_a_life_is_lived_again_from_its_seed():
     assert first.counts == again.counts
     assert first.background.done == again.background.done
     assert np.array_equal(first.model.columns, again.model.columns)
+
+
+QUICK_MUTANTS = [mutant for mutant in mutants.MUTANTS if mutant.quick]
+
+
+def test_every_mutant_is_one_of_the_code_as_it_is():
+    for mutant in mutants.MUTANTS:
+        with mutants.put_in(mutant):
+            pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", QUICK_MUTANTS, ids=[each.name for each in QUICK_MUTANTS])
+def test_a_fault_of_memory_is_found_soon(mutant):
+    assert mutants.found_after(mutant, 30.0) is not None
 
 
 # What lives have found

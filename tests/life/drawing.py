@@ -19,6 +19,7 @@ class Drawing:
 
     def __init__(self, kind: str, width: int, dtype: torch.dtype, rng: np.random.Generator) -> None:
         self.kind, self.width, self.dtype, self._rng = kind, width, dtype, rng
+        self.giants = bool(rng.random() < 0.4)  # else no ball is much wider than the others
         self._base = rng.standard_normal(width)
         self._centres = rng.standard_normal((16, width))
         self._slot = int(rng.integers(width))
@@ -59,8 +60,9 @@ class Drawing:
         radii = np.where(odd < 0.06, 0.0, radii)
         radii = np.where((odd >= 0.06) & (odd < 0.09), -0.0, radii)
         radii = np.where((odd >= 0.09) & (odd < 0.13), -radii, radii)
-        radii = np.where((odd >= 0.13) & (odd < 0.14), 30 * radii, radii)
-        radii = np.where((odd >= 0.14) & (odd < 0.143), 3e38, radii)
+        if self.giants:
+            radii = np.where((odd >= 0.13) & (odd < 0.14), 30 * radii, radii)
+            radii = np.where((odd >= 0.14) & (odd < 0.143), 3e38, radii)
         return radii.clip(-3e38, 3e38).astype(np.float32)
 
     def on_spheres(self, keys: Array, radii: Array) -> Array:

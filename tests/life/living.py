@@ -84,6 +84,7 @@ class Life:
         self.book: gf.Codebook
         self.model: Model
         self.prepared: Any = None
+        self.narrowed: list[tuple[int, Any]] = []  # rows and how wide their balls were
 
     def __repr__(self) -> str:
         book = f"{self.model.rows} rows of {self.model.width} {self.drawing.kind!r} {self.dtype}"
@@ -120,7 +121,7 @@ class Life:
         self.leave()
         self.book = gf.Codebook(self.drawing.width, self.value_width, self.dtype)
         self.model = Model(self.drawing.width, self.value_width)
-        self.prepared = None
+        self.prepared, self.narrowed = None, []
         first = min(self.most_rows, int(self.rng.choice([0, 1, 12, 60, 200])))
         if first:
             self.write([appended(self, first)])
@@ -213,7 +214,7 @@ class Life:
         """Keep this version, to be asked later."""
         self.kept.append((self.book, self.book.snapshot(), self.model.copy()))
         if len(self.kept) > KEPT:
-            del self.kept[int(self.rng.integers(KEPT))]
+            del self.kept[int(self.rng.integers(KEPT))]  # never the newest
 
     def ask_version(
         self, name: str, snapshot: Any, model: Model, queries: torch.Tensor | None = None

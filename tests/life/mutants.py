@@ -16,7 +16,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,16 @@ import torch
 from grace_fast import building, certificate, codebook, order, prepared, shards, views
 from grace_fast.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
 from grace_fast.compat import live
-from grace_fast.store import coded
+from grace_fast.store import resident
 from life import ranks, tables
 from life.dropin import DropIn
+from life.edited import Edited
 from life.living import Life, Plan
 
 SECONDS = 20.0  # of this process's own time, for one mutant
 
 
+OTHERS = {"drop-in": DropIn, "edited": Edited}  # lives of their own kind
 QUICK = (
     *("find", "find one", "prepared before", "prepared now"),
     *("nearest", "nearest within", "replace", "old version"),
@@ -51,6 +53,7 @@ class Mutant:
     new: str
     by: str = ""  # the ways that can find it; all by default
     quick: bool = False  # found within a few seconds, for the tests
+    more: tuple[Any, str, str, str] | None = None  # what goes with it: owner, function, old, new
 
 
 C, S, D = certificate.Certificate, views, codebook.Draft
@@ -71,6 +74,7 @@ MUTANTS = (
         "known fault: an old version that is asked becomes what later ones are compared with",
         *(C, "_take_changes_in", "both = min(snapshot.rows, newest.rows, state.covered)"),
         f"{_LAST}; both = min(snapshot.rows, 4096 * len(newest.pages), state.covered)",
+        more=(C, "_take_in", "elif self._can_be_told_of(snapshot)", "else"),
     ),
     # What a certificate says.
     Mutant("a reach is not raised", C, "_raise_reach", "tail = state.tail", "return", quick=True),
@@ -97,7 +101,7 @@ MUTANTS = (
         "of several moves one is missed",
         *(C, "_take_page_in", "first + moved.astype", "first + moved[-1:].astype"),
     ),
-    Mutant("all rows count as covered", S, "plan_of", "min(state.covered, rows)", "rows"),
+    Mutant("all rows count as covered", certificate, "plan_of", "min(state.covered, rows)", "rows"),
     Mutant(
         "one row too many counts as covered",
         *(C, "_take_rows_in", "state.covered = last", "state.covered = last + 1"),
@@ -139,8 +143,8 @@ MUTANTS = (
         "old versions are not taken in",
         C,
         "_take_in",
-        "elif self._can_be_told_of(snapshot):\n                self._take_changes_in(snapshot)",
-        "elif True:",
+        "    self._take_changes_in(snapshot)\n        self._older.add(snapshot)",
+        "    self._older.add(snapshot)",
     ),
     Mutant("a key that codes cannot hold is kept", order, "append", "return None", "pass"),
     Mutant(
@@ -168,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "codes opened from a disk have no reaches",
-        coded,
+        resident,
         "unpack_state",
         "snapshot.radii.numpy()",
         "0 * snapshot.radii.numpy()",
@@ -191,7 +195,12 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
-        "half of the widest radius", S, "plan_of", "widest=widest", "widest=widest / 2", quick=True
+        "half of the widest radius",
+        certificate,
+        "plan_of",
+        "widest=widest",
+        "widest=widest / 2",
+        quick=True,
     ),
     Mutant(
         "a draft trusts its version's radii",
@@ -227,15 +236,16 @@ MUTANTS = (
         "a radius does not widen",
         D,
         "set_radius",
-        "max(self.counts.widest, radius)",
+        "max(self.counts.widest, ctypes.c_float(radius).value)",
         "self.counts.widest",
     ),
     Mutant(
-        "going back does not widen",
+        "versions that a reader takes up do not widen",
         D,
         "set_columns",
         'max(self.counts.widest, float(columns["radius"].max()))',
         "self.counts.widest",
+        "edited",
     ),
     Mutant(
         "a move is not counted",
@@ -266,9 +276,9 @@ MUTANTS = (
     Mutant(
         "FAISS misses what is new",
         faiss_index.Filled,
-        "follow",
-        "used & ~self.holds(len(used))",
-        "used & ~used",
+        "_add",
+        "self._index.add(moved)",
+        "self.count or self._index.add(moved)",
         "faiss",
     ),
     Mutant(
@@ -381,23 +391,26 @@ def put_in(mutant: Mutant) -> Iterator[None]:
 
     Raises: ValueError where the package no longer has what the mutant changes.
     """
-    usual = inspect.getattr_static(mutant.owner, mutant.function)
+    changes = [(mutant.owner, mutant.function, mutant.old, mutant.new)]
+    changes += [mutant.more] if mutant.more is not None else []
+    with ExitStack() as stack:
+        for owner, name, old, new in changes:
+            usual = inspect.getattr_static(owner, name)
+            setattr(owner, name, _otherwise(usual, name, old, new))
+            stack.callback(setattr, owner, name, usual)
+        yield
+
+
+def _otherwise(usual: Any, name: str, old: str, new: str) -> Any:
+    """Return a function made of another's source with some words put otherwise."""
     function = usual.__func__ if isinstance(usual, staticmethod) else usual
     source = textwrap.dedent(inspect.getsource(function))
-    old = textwrap.dedent(mutant.old) if "\n" not in mutant.old else mutant.old
     if old not in source:
-        old = mutant.old.replace("\n" + " " * 16, "\n" + " " * 8)
-    if source.count(old) < 1:
-        raise ValueError(f"{mutant.function} is without {mutant.old!r}")
+        raise ValueError(f"{name} is without {old!r}")
     names = dict(vars(sys.modules[function.__module__]), _stale_widest=_stale_widest)
     scope: dict[str, Any] = {}
-    exec(compile(source.replace(old, mutant.new), f"<{mutant.name}>", "exec"), names, scope)
-    made = scope[mutant.function]
-    setattr(mutant.owner, mutant.function, made)
-    try:
-        yield
-    finally:
-        setattr(mutant.owner, mutant.function, usual)
+    exec(compile(source.replace(old, new), f"<{name}, otherwise>", "exec"), names, scope)
+    return scope[name]
 
 
 def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, str] | None:
@@ -411,13 +424,13 @@ def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, st
         while time.process_time() < end:
             one: Any
             mode = ("stepped", "at once")[seed % 2]
-            if mutant.by == "drop-in":
-                one = DropIn(seed)
+            if mutant.by in OTHERS:
+                one = OTHERS[mutant.by](seed)
             else:
                 plan = Plan(ways=ways, most_rows=most_rows, steps=40, mode=mode)
                 one = Life(seed, plan)
             try:
-                one.live(40) if mutant.by == "drop-in" else one.live()
+                one.live(40) if mutant.by in OTHERS else one.live()
             except Exception as error:
                 told = str(error).split(":")[0] if isinstance(error, AssertionError) else ""
                 return decisions + sum(one.counts.values()), told or type(error).__name__

@@ -24,9 +24,24 @@ Operation = Callable[["Life"], None]
 OPERATIONS: dict[str, Operation] = {}
 # What a look-up may remember changes by these alone; a test takes one with appends beside it.
 FAMILIES = {
-    "append": ("append", "append wider", "append far", "append many", "append twins", "double"),
+    "append": (
+        "append",
+        "append wider",
+        "append and narrow",
+        "append far",
+        "append many",
+        "append twins",
+        "double",
+    ),
     "remove": ("remove", "remove nearest", "empty", "begin again"),
-    "radius": ("widen", "narrow", "radius on a question", "kill"),
+    "radius": (
+        "append and narrow",
+        "widen again",
+        "widen",
+        "narrow",
+        "radius on a question",
+        "kill",
+    ),
     "key": ("move", "move back", "swap"),
     "value": ("value",),
     "draft": ("one draft", "dropped", "sketch"),
@@ -165,13 +180,60 @@ def _double(life: Life) -> None:
     life.write(append_some(life, life.model.rows + 1))
 
 
+def far_off(life: Life, keys: Array, radius: float) -> Array:
+    """Return keys that are moved so far that balls of a radius are the nearest to all they hold."""
+    away = life.rng.standard_normal(keys.shape)
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    return life.exact(keys + 5 * min(radius, 1e37) * away)
+
+
 @operation("append wider")
 def _append_wider(life: Life) -> None:
     """A ball wider than every one before it."""
     for change in append_some(life, 1):
         widest = max(life.drawing.spacing, float(life.model.radius.max(initial=0)))
-        change[3][:] = min(3e38, widest * float(life.rng.choice([1.001, 1.5, 8])))
+        change[3][:] = min(3e38, widest * float(life.rng.choice([1.001, 1.2, 2.0])))
+        if life.rng.random() < 0.5:
+            change[1][:] = far_off(life, change[1], widest)
         life.write([change])
+
+
+@operation("append and narrow")
+def _append_and_narrow(life: Life) -> None:
+    """Balls that are narrow before anybody sees them: pages of old versions hold them wide."""
+    first = life.model.rows
+    changes = append_some(life, int(life.rng.choice([1, 2, 5])))
+    for change in list(changes):
+        widest = max(life.drawing.spacing / 4, float(life.model.radius.max(initial=0)))
+        radii = np.full(len(change[3]), min(1e38, 1.1 * widest), np.float32)
+        change[3][:] = radii
+        change[1][:] = far_off(life, change[1], float(radii[0]))
+        rows = range(first, first + len(radii))
+        changes += [("radius", row, radius / 64) for row, radius in zip(rows, radii, strict=True)]
+        life.narrowed += zip(rows, radii, strict=True)
+    life.write(changes, alone=False)
+
+
+@operation("widen again")
+def _widen_again(life: Life) -> None:
+    """Balls that were narrowed get as wide as they were, or nearly."""
+    living = set(life.model.living().tolist())
+    factor = np.float32(life.rng.choice([1.0, 0.9]))
+    picked = life.narrowed[-3:]
+    life.write([("radius", row, radius * factor) for row, radius in picked if row in living])
+
+
+@operation("look back")
+def _look_back(life: Life) -> None:
+    """An old version is asked between two that came after it."""
+    life.write(append_some(life, 1), alone=True)
+    life.keep()
+    _append_and_narrow(life)
+    life.stage()
+    life.ask_version("find", life.book.snapshot(), life.model)
+    _, snapshot, model = life.kept[-1]
+    life.ask_version("old version", snapshot, model)
+    _widen_again(life)
 
 
 @operation("append far")
@@ -219,7 +281,10 @@ def _begin_again(life: Life) -> None:
 
 @operation("widen")
 def _widen(life: Life) -> None:
-    life.write([_scaled(life, row, 10.0 ** life.rng.uniform(0, 2)) for row in some_rows(life, 6)])
+    most = 2.0 if life.drawing.giants else 0.1
+    factors = 10.0 ** life.rng.uniform(0, most, 6)
+    rows = some_rows(life, 6)
+    life.write([_scaled(life, row, f) for row, f in zip(rows, factors, strict=False)])
 
 
 @operation("narrow")
@@ -364,7 +429,7 @@ def _drafted(life: Life, draft: Any) -> None:
         changes: list[Change] = []
         if life.rng.random() < 0.6:
             changes += append_some(life, int(life.rng.choice([1, 2, 70])))
-        factor = float(life.rng.choice([3.0, 0.1]))
+        factor = float(life.rng.choice([3.0, 30.0, 0.1]))
         changes += [_scaled(life, row, factor) for row in some_rows(life, 2)]
         if life.rng.random() < 0.4:
             rows = some_rows(life, 2)
