@@ -65,7 +65,10 @@ def attach(
 ) -> Grace:
     """Put a codebook on one layer of a model, which answers as before until it is edited.
 
-    layer: the dotted name of a linear layer, as in `model.named_modules()`.
+    model: a module, or wrappers around one (DistributedDataParallel, peft, a value head): the
+        model in them that makes a loss is edited.
+    layer: the dotted name of a linear layer, as in `model.named_modules()`; it has to see one
+        vector for each token.
     epsilon: the radius of a new key, in the units of the layer's input; "auto" measures it on
         `calibration_inputs`, at least 8 unrelated batches or texts, and where there are any on
         `calibration_edits`, a sample of what will be edited: see `calibrate`.
@@ -94,8 +97,9 @@ def attach(
     hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
         A directory that was not signed with it, or changed afterwards, is refused.
 
-    Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor, or a
-    setting that does not exist; CodebookMismatch for a codebook of another model.
+    Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor or
+    sees something else than tokens, or a setting that does not exist; TypeError for what is no
+    module; CodebookMismatch for a codebook of another model.
     """
     if path is not None:
         path = files.absolute(path)

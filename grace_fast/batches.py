@@ -68,29 +68,35 @@ def start_of(model: nn.Module) -> int:
     return getattr(getattr(model, "config", None), "decoder_start_token_id", None) or 0
 
 
-def of_other_length(batch: Batch, kind: Kind, start: int) -> Batch | None:
-    """Return a batch to run by which a layer that sees one vector for each token is told.
+def decoder_length(batch: Batch) -> int | None:
+    """Return how many tokens a second decoder is given; None where the batch does not say."""
+    for name in ("decoder_input_ids", "labels"):
+        given = batch.get(name)
+        if isinstance(given, Tensor) and given.ndim == 2:
+            return given.shape[1]
+    return None
 
-    One for each prompt or each token of an encoder are as many where a prompt has one token, or
-    the decoder as many as the encoder: there is a second token then, or another length of the
-    decoder's, of start tokens. None where neither can be.
-    """
-    asked = {name: value for name, value in batch.items() if name != "labels"}
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    assert isinstance(tokens, Tensor)
-    count, length = tokens.shape[:2]
-    if kind == "seq2seq":
-        other = torch.full((count, 2 if length == 1 else 1), start, device=tokens.device)
-        plain = {name: one for name, one in asked.items() if not name.startswith("decoder_")}
-        return {**plain, "decoder_input_ids": other}
-    if length > 1:
-        return None
+
+def with_more_tokens(batch: Batch) -> Batch:
+    """Return prompts of one token with that token twice, and no labels."""
+    count = size(batch)
     return {
         name: torch.cat([value, value], dim=1)
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == (count, 1)
         else value
-        for name, value in asked.items()
+        for name, value in batch.items()
+        if name != "labels"
     }
+
+
+def with_longer_decoder(batch: Batch, length: int, start: int) -> Batch:
+    """Return a batch with as many tokens for a second decoder, all of them its start."""
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    assert isinstance(tokens, Tensor)
+    ids = torch.full((len(tokens), length), start, device=tokens.device)
+    others = ("labels", *(name for name in batch if name.startswith("decoder_")))
+    kept = {name: value for name, value in batch.items() if name not in others}
+    return {**kept, "decoder_input_ids": ids}
 
 
 def check(batch: Mapping[str, Any], kind: Kind, classes: int | None) -> None:

@@ -436,7 +436,7 @@ class Grace:
         self._refuse_unknown_labels(batch)
         with frozen(self.model):
             seen = self._observe(batch)
-            self._check_tokens(batch)
+            self._check_tokens(batch, seen)
             queries = seen.queries.to(self._book_for(seen).dtype)
             self._check_query(queries, seen)
             book, proposal = self._own_book(seen), self._proposal(batch, queries, seen)
@@ -633,24 +633,34 @@ class Grace:
             "ahead; attach to a model that makes its own loss"
         )
 
-    def _check_tokens(self, batch: Batch) -> None:
-        """Refuse a layer that sees as many vectors as there are tokens by chance, at a first edit.
+    def _check_tokens(self, batch: Batch, seen: Observation) -> None:
+        """Refuse a layer that does not see the tokens, or as many vectors by chance alone.
+
+        One for each prompt are as many as there are tokens where a prompt has one; the encoder's
+        states may be as many as the decoder's tokens. A first edit looks again with other lengths.
 
         Raises: ValueError.
         """
         if self._tokens_are_checked:
             return
-        start = batches.start_of(self._host.model)
-        other = batches.of_other_length(batch, self.kind, start)
-        if other is not None:
-            seen = self._observe(other)
-            if self._adapter.first_token:
-                given, wanted = seen.hidden.shape[1], other["decoder_input_ids"].shape[1]
-                if given != wanted:
-                    raise ValueError(
-                        f"{self.settings.layer} must see one vector for each of the decoder's "
-                        f"{wanted} tokens, it was given {given}{unfit.ELSEWHERE}"
-                    )
+        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+        assert isinstance(tokens, Tensor), "a checked batch has tokens"
+        length, decoded = tokens.shape[1], batches.decoder_length(batch)
+        if not self._adapter.first_token:
+            if length == 1:
+                self._observe(batches.with_more_tokens(batch))
+        elif decoded is not None:
+            given = seen.hidden.shape[1]
+            if given == decoded == length:
+                decoded += 1
+                start = batches.start_of(self._host.model)
+                longer = batches.with_longer_decoder(batch, decoded, start)
+                given = self._observe(longer).hidden.shape[1]
+            if given != decoded:
+                raise ValueError(
+                    f"{self.settings.layer} must see one vector for each of the decoder's "
+                    f"{decoded} tokens, it was given {given}{unfit.ELSEWHERE}"
+                )
         self._tokens_are_checked = True
 
     def _check_query(self, queries: Tensor, seen: Observation) -> None:

@@ -62,7 +62,8 @@ def _by_place(host: Host, layer: nn.Module, query: Query) -> str | None:
 def _keeps_some(model: Any, layer: nn.Module) -> bool:
     """Tell whether a layer makes a model's logits, and callers choose at which positions."""
     names = inspect.signature(model.forward).parameters
-    return "logits_to_keep" in names and model.get_output_embeddings() is layer
+    head = model.get_output_embeddings() if "logits_to_keep" in names else None
+    return head is not None and any(module is layer for module in head.modules())
 
 
 def _given_instead_of_tokens(model: nn.Module) -> str | None:
