@@ -12,10 +12,9 @@ here when it runs.
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -24,12 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import adapter_op, generation, lookup, positions, recall, selection, tensor_parallel
+from grace_fast import (
+    adapter_op,
+    entrances,
+    generation,
+    hosts,
+    lookup,
+    positions,
+    recall,
+    selection,
+    tensor_parallel,
+)
 from grace_fast.answers import Answer
 from grace_fast.backends import graphs
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.counters import Tally
-from grace_fast.generation import Generation
+from grace_fast.generation import Generation, Source
 from grace_fast.positions import Call, Query
 from grace_fast.semantics import Replacement
 from grace_fast.trial import Trial
@@ -54,14 +63,63 @@ class Observation:
         return _at(self.output, self.positions)
 
 
+class _Frame:
+    """A call in progress, of a module that names the layer's tokens."""
+
+    __slots__ = ("before", "call", "depth", "sequences", "source")
+
+    def __init__(
+        self, call: Call, source: Source, depth: int = 0, before: _Frame | None = None
+    ) -> None:
+        self.call, self.source, self.before = call, source, before
+        self.depth = depth  # of the module that said so; the model itself is outermost, 0
+        self.sequences: Generation | None = None  # that it was found to be of
+
+
 class _Run(threading.local):
     """The state of this thread's forward call."""
 
-    call: Call | None = None  # None outside a call of the stack
+    frame: _Frame | None = None  # None outside a call
     given: Tensor | None = None  # [B], set by the caller, before any rule
-    generation: Generation | None = None
     trial: Trial | None = None
     observing: list[Observation] | None = None
+
+    def __init__(self) -> None:
+        self.held: list[Generation] = []  # sequences in progress, the newest last
+
+    @property
+    def call(self) -> Call | None:
+        """What the call in progress says of its tokens."""
+        return None if self.frame is None else self.frame.call
+
+    def sequences(self) -> Generation | None:
+        """Return what is held of the sequences that the call in progress is of."""
+        frame = self.frame
+        if frame is None:
+            return self.held[-1] if self.held else None
+        if frame.sequences is None and self.held:
+            frame.sequences = generation.of_call(self.held, frame.call, frame.source)
+        return frame.sequences
+
+
+class _Within:
+    """What a graph of a module within the model asks: its call is of a call around it."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def enter(self, call: Call | None) -> None:
+        """Take a forward call as this thread's, within the one there is."""
+        run = self._adapter._run
+        outer = run.frame
+        if call is None or outer is None:
+            self._adapter.enter(call)
+        else:
+            run.frame = _Frame(positions.within(outer.call, call), outer.source, 1, outer)
+
+    def respond(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's output with values and what was replaced, or None."""
+        return self._adapter.respond(hidden, output)
 
 
 @dataclass(eq=False)
@@ -80,6 +138,7 @@ class Adapter:
     query: Query
     decoder_only: bool
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
+    finds_padding: bool = False  # a classifier whose head finds the last token by the padding's id
     name: str | None = None
     layer_name: str = "the edited layer"
     hits: Counter[int] = field(default_factory=Counter)  # by row; with `tally`, all that is written
@@ -91,43 +150,108 @@ class Adapter:
         self._disabled: set[object] = set()  # who want no answer
         self._order: Tensor | None = None  # of the ops in a compiled graph
         self._memory = recall.Memory()
-        self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
-        self._number = adapter_op.register(self)
+        self._further = _Within(self)
+        self._number, self._number_within = map(adapter_op.register, (self, self._further))
         self._padding = positions.Padding.of(getattr(self.model, "config", None))
+        self._stacks = hosts.stacks_of(self.stack, self.layer)
+        self._parameters = hosts.parameters_of(self.stack)
+        self._knows_tokens = any(map(hosts.names_tokens, self._stacks))
+        self._continues = self.decoder_only or self.first_token or self.finds_padding
         self._handles = [
-            self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.stack.register_forward_hook(self._leave, always_call=True),
+            *(
+                stack.register_forward_pre_hook(self._called, with_kwargs=True)
+                for stack in self._stacks
+            ),
             self.layer.register_forward_hook(self._at_layer, with_kwargs=True),
         ]
-        generation.listen(self.model, self)
+        for depth, stack in enumerate(self._stacks):
+            entrances.listen(stack, self, depth)
+        for module in (self.model, *self._stacks[1:]):
+            generation.listen(module, self)
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
         for handle in self._handles:
             handle.remove()
-        generation.stop_listening(self.model, self)
+        for stack in self._stacks:
+            entrances.stop_listening(stack, self)
+        for module in (self.model, *self._stacks[1:]):
+            generation.stop_listening(module, self)
         adapter_op.forget(self._number)
+        adapter_op.forget(self._number_within)
 
     # In the forward call
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = positions.read(
-            {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
-        )
-        if torch.compiler.is_compiling():
-            self._order = adapter_op.entered(call, self._number)
-        else:
-            self._run.call = call
+    def read(self, arguments: Mapping[str, Any]) -> Call:
+        """Return what the arguments of a forward call say of its tokens."""
+        call = positions.read(arguments, self.decoder_only)
+        return self._padding.shown(call) if self.finds_padding else call
 
-    def _leave(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._order = None
-        else:
-            self._run.call = None
+    def _called(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entrances.note(stack)
+        if stack is self.stack and torch.compiler.is_compiling():
+            self.trace({**dict(zip(self._parameters, args, strict=False)), **kwargs}, 0)
+
+    def is_traced(self) -> bool:
+        """Tell whether the call that is being compiled has been told already."""
+        return self._order is not None
+
+    def trace(self, arguments: Mapping[str, Any], depth: int) -> None:
+        """Tell the ops of a compiled graph of a call."""
+        number = self._number_within if depth else self._number
+        self._order = adapter_op.entered(self.read(arguments), number)
+
+    def end_trace(self) -> None:
+        """Let what is compiled next be another call."""
+        self._order = None
 
     def enter(self, call: Call | None) -> None:
-        """Take a forward call as this thread's, until there is another or none."""
-        self._run.call = call
+        """Take a forward call, told by a graph, as this thread's, until there is another or none."""
+        run = self._run
+        if call is not None:
+            run.frame = _Frame(call, generation.UNTOLD)
+        elif run.frame is not None:
+            run.frame = run.frame.before
+
+    def begin_call(self, arguments: Mapping[str, Any], depth: int) -> _Frame | None:
+        """Take a forward call as this thread's; return the one that it is within."""
+        run = self._run
+        outer = run.frame
+        if outer is None or outer.depth >= depth:  # the model may run itself, in a hook
+            source = Source.of(arguments, self._continues)
+            run.frame = _Frame(self.read(arguments), source, depth)
+        else:
+            run.frame = self._further_in(outer, arguments, depth)
+        return outer
+
+    def end_call(self, before: _Frame | None, result: Any) -> None:
+        """Take the call around the one that is over as this thread's again."""
+        run = self._run
+        frame, run.frame = run.frame, before
+        if frame is not None and frame.sequences is not None:
+            frame.sequences.add(generation.cache_of(result))
+
+    def _further_in(self, outer: _Frame, arguments: Mapping[str, Any], depth: int) -> _Frame:
+        """Return what a call within another one says; mostly that one has said it all."""
+        said, source = outer.call, outer.source
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if (
+            said.tokens is not None
+            and isinstance(tokens, Tensor)
+            and tokens.shape[:2] == said.tokens.shape[:2]
+            and arguments.get("attention_mask") is said.mask
+            and arguments.get("past_key_values") is source.cache
+        ):
+            return outer
+        call = self.read(arguments)
+        if not self.first_token:
+            call = positions.within(said, call)
+        elif call.tokens is None:
+            call = said
+        if source.cache is None:
+            source = Source.of(arguments, self._continues)
+        return _Frame(call, source, depth, outer)
 
     def _at_layer(
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -138,8 +262,14 @@ class Adapter:
                 "attach to a linear layer"
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling():
+        if entrances.is_recorded():
             return adapter_op.adapted(hidden, output, self._order, self._number)
+        if torch._C._is_tracing() and not self._disabled:
+            raise RuntimeError(
+                f"torch.jit.trace records what was decided for one prompt as if it were so for all "
+                f"that come; use torch.compile or torch.export for a model that grace edits at "
+                f"{self.layer_name}, or trace it within disable_adapter(), without its edits"
+            )
         answer = self.respond(hidden, output)
         return None if answer is None else answer[0]
 
@@ -153,11 +283,13 @@ class Adapter:
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
         run, book = self._run, self.book
-        call = run.call
         idle = book is None or not len(book) or selection.is_idle(self.name)
         idle = idle or bool(self._disabled)
         if idle and run.trial is None and run.observing is None:
             return None
+        if not hidden.numel():
+            return None  # a batch without rows, or rows without tokens
+        call = run.call
         # Nothing is learnt through a query: a decision has no gradient.
         hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
         if run.observing is not None:
@@ -183,6 +315,13 @@ class Adapter:
             answer, cached = self._of_tokens(hidden), 0
         elif call is None and recall.is_in_backward():
             answer = self._memory.recall(hidden)
+        elif call is None and self._knows_tokens and not self._is_told(hidden):
+            raise ValueError(
+                f"{self.layer_name} ran outside a call that is given input_ids or inputs_embeds, so "
+                f"where the prompts end is unknown: call {type(self.model).__name__}, or the module "
+                "within it that takes them; or name the ends, within grace.prompt(positions); or "
+                "attach with query='every_token'"
+            )
         elif self.query == "every_step":
             answer, cached = self._of_newest(hidden, call), 0
         else:
@@ -196,6 +335,12 @@ class Adapter:
             return None
         # Not guarded: autograd's hooks may end a checkpoint's second run by an exception from here.
         return None if values is None else answer.write(output, values, self.replacement, cached)
+
+    def _is_told(self, hidden: Tensor) -> bool:
+        """Tell whether the caller has named where prompts end in a layer's input [B, T, D]."""
+        held = self._run.sequences()
+        known = self._run.given if held is None else held.positions_for(len(hidden))
+        return self.first_token or (known is not None and int(known.max()) < hidden.shape[1])
 
     def _of_tokens(self, hidden: Tensor) -> Answer:
         """Decide for each token [B*T] as a query of its own."""
@@ -212,9 +357,11 @@ class Adapter:
 
     def _of_prompts(self, hidden: Tensor, call: Call | None, cached: int | Tensor) -> Answer | None:
         """Decide for the prompts' ends, once a sequence; None where they are not in this call."""
-        run, held, batch = self._run, self._run.generation, len(hidden)
-        if held is not None and held.answer is not None and held.answer.fits(batch):
-            return held.answer
+        run, held, batch = self._run, self._run.sequences(), len(hidden)
+        if held is not None and held.answer is not None:
+            answer = held.answer.for_batch(batch)
+            if answer is not None:
+                return answer
         cached, length = int(cached), hidden.shape[1]
         known = None if held is None else held.positions_for(batch)
         if known is None and cached and (length == 1 or self.first_token or _is_draft(held)):
@@ -410,15 +557,18 @@ class Adapter:
             yield
 
     @contextmanager
-    def holding(self, held: Generation) -> Iterator[None]:
+    def holding(self, sequences: Generation) -> Iterator[None]:
         """Hold what the sequences of this thread's calls find."""
-        before = self._run.generation
+        held = self._run.held  # of this thread, wherever a generator that is given up ends
         # A draft by layers of the model itself is of the sequences that it is generating already.
-        self._run.generation = before if held.is_draft and before is not None else held
+        if sequences.is_draft and held:
+            yield
+            return
+        held.append(sequences)
         try:
             yield
         finally:
-            self._run.generation = before
+            held.remove(sequences)
 
 
 def _at(tensor: Tensor, where: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,6 +36,40 @@ def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:
     if isinstance(encoder, nn.Module) and any(module is layer for module in encoder.modules()):
         return encoder, False
     return model, True
+
+
+NAMES_OF_TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}
+
+
+def parameters_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of what a module's call takes, in order."""
+    return tuple(inspect.signature(module.forward).parameters)
+
+
+def names_tokens(module: nn.Module) -> bool:
+    """Tell whether a module's call says of tokens which there are."""
+    return not NAMES_OF_TOKENS.isdisjoint(parameters_of(module))
+
+
+def pools_last_token(model: nn.Module) -> bool:
+    """Tell whether a model's head reads the last token that is not padding, by the padding's id.
+
+    It does so where the model reads from left to right: there a call takes a cache.
+    """
+    config = getattr(model, "config", None)
+    caches = {"past_key_values", "cache_params"}
+    return config is not None and not caches.isdisjoint(parameters_of(model))
+
+
+def stacks_of(outermost: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """Return a module and those within it around a layer whose call names tokens, inwards."""
+    path = next((name for name, module in outermost.named_modules() if module is layer), "")
+    stacks, module = [outermost], outermost
+    for part in path.split(".")[:-1]:
+        module = getattr(module, part)
+        if names_tokens(module):
+            stacks.append(module)
+    return stacks
 
 
 def place(layer: nn.Module) -> tuple[torch.device, torch.dtype] | None:
