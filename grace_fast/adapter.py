@@ -149,6 +149,7 @@ class Adapter:
         self._run = _Run()
         self._disabled: set[object] = set()  # who want no answer
         self._order: Tensor | None = None  # of the ops in a compiled graph
+        self._rows_second = False  # the layer's tensors are [T, B, width]
         self._memory = recall.Memory()
         self._further = _Within(self)
         self._number, self._number_within = map(adapter_op.register, (self, self._further))
@@ -230,6 +231,8 @@ class Adapter:
         frame, run.frame = run.frame, before
         if frame is not None and frame.sequences is not None:
             frame.sequences.add(generation.cache_of(result))
+            if frame.before is None and frame is not before and frame.call.tokens is not None:
+                frame.sequences.seen += frame.call.tokens.shape[1]
 
     def _further_in(self, outer: _Frame, arguments: Mapping[str, Any], depth: int) -> _Frame:
         """Return what a call within another one says; mostly that one has said it all."""
@@ -292,6 +295,7 @@ class Adapter:
         call = run.call
         # Nothing is learnt through a query: a decision has no gradient.
         hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
+        rows_second = self._rows_second and output.ndim == 3
         if run.observing is not None:
             whole = tensor_parallel.whole(hidden, self.layer)
             ends = self._prompt_ends(hidden, call)
@@ -304,12 +308,14 @@ class Adapter:
         )
         if answer is None:
             return None
+        if rows_second:
+            return answer[0].transpose(0, 1), answer[1].transpose(0, 1)
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
 
     def _look_up(
         self, hidden: Tensor, output: Tensor, call: Call | None
     ) -> tuple[Tensor, Tensor] | None:
-        cached: int | Tensor = 0 if call is None else call.cached
+        cached = self._before(call)
         answer: Answer | None
         if self.query == "every_token":
             answer, cached = self._of_tokens(hidden), 0
@@ -335,6 +341,16 @@ class Adapter:
             return None
         # Not guarded: autograd's hooks may end a checkpoint's second run by an exception from here.
         return None if values is None else answer.write(output, values, self.replacement, cached)
+
+    def _before(self, call: Call | None) -> int | Tensor:
+        """Return how many tokens of the sequences come before those of a call."""
+        if call is None:
+            return 0
+        if isinstance(call.cached, Tensor) or call.cached != positions.UNCOUNTED:
+            return call.cached
+        held = self._run.sequences()
+        # Where nothing is held, any number tells a step from a prompt.
+        return 1 if held is None else held.before()
 
     def _is_told(self, hidden: Tensor) -> bool:
         """Tell whether the caller has named where prompts end in a layer's input [B, T, D]."""
@@ -469,14 +485,26 @@ class Adapter:
     # Where the queries are
 
     def _shaped(self, tensor: Tensor, call: Call | None) -> Tensor:
-        """Return a layer's tensor as [B, T, width], even from a model that flattens B and T."""
+        """Return a layer's tensor as [B, T, width], of a model that flattens or turns B and T, too."""
         if tensor.ndim == 3:
-            return tensor
+            self._look_at_rows(tensor, call)
+            return tensor.transpose(0, 1) if self._rows_second else tensor
         known = self._run.given
         if known is None and call is not None and call.tokens is not None:
             known = call.tokens
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
+
+    def _look_at_rows(self, tensor: Tensor, call: Call | None) -> None:
+        """Notice a model that computes [T, B, width], by a call with other than as many rows as tokens.
+
+        An edit is such a call: it has one row.
+        """
+        if call is None or call.tokens is None:
+            return
+        rows, (first, second) = len(call.tokens), tensor.shape[:2]
+        if first != second and rows in (first, second):
+            self._rows_second = rows == second
 
     def refuse_hidden_padding(self, call: Call) -> None:
         """Refuse prompts of a decoder that end in padding which no mask shows.

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.answers import Answer
-from grace_fast.positions import Call, last_unmasked
+from grace_fast.positions import CACHES, Call, last_unmasked
 
 
 OTHERS = 8  # sequences beside those of one `generate` that are held at once
-CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
 
 class Source(NamedTuple):
@@ -59,6 +58,7 @@ class Generation:
     is_draft: bool = False  # an assistant's, whose calls continue those of an earlier `generate`
     tokens: Tensor | None = None  # [B, T] or [B, T, E], of the first call
     has_begun: bool = False
+    seen: int = 0  # tokens of a row that calls before this one were given
     caches: list[weakref.ref[Any]] = field(default_factory=list)
     others: list[Generation] = field(default_factory=list)  # that calls in between are of
 
@@ -68,6 +68,12 @@ class Generation:
         if known is None or not len(known) or batch % len(known):
             return None
         return known.repeat_interleave(batch // len(known))
+
+    def before(self) -> int:
+        """Return how many tokens precede those of a call that is given a state without a count."""
+        # What was decided, was so in an earlier call.
+        decided = 0 if self.answer is None else int(self.answer.position.max()) + 1
+        return max(self.seen, decided, 1)
 
     def begin(self, call: Call | None, source: Source) -> Generation:
         """Take a call as the first of these sequences."""

@@ -27,6 +27,11 @@ from grace_fast.semantics import IGNORED_LABEL
 Query = Literal["prompt_end", "every_step", "every_token"]
 
 
+# The arguments that a cache is given by. Models without attention have a state, which keeps no count.
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+UNCOUNTED = -1
+
+
 class Call(NamedTuple):
     """What one forward call says of its tokens: only tensors, so that a graph can carry it."""
 
@@ -35,7 +40,7 @@ class Call(NamedTuple):
     labels: Tensor | None = None  # [B, T], of a decoder-only model
     position_ids: Tensor | None = None  # [1 or B, T]; None beside a 2-D mask, which says more
     bounds: Tensor | None = None  # [S + 1], where packed sequences begin, and the end of the last
-    cached: int | Tensor = 0  # tokens of the sequence that are in a cache already
+    cached: int | Tensor = 0  # tokens of the sequence that are in a cache already, or UNCOUNTED
     is_packable: bool = False  # no mask of any kind keeps the tokens of a row together
 
 
@@ -77,7 +82,7 @@ def within(outer: Call, inner: Call) -> Call:
         return inner
     labels, (batch, length) = outer.labels, inner.tokens.shape[:2]
     if (batch, length) == tuple(outer.tokens.shape[:2]):
-        is_cached = isinstance(outer.cached, Tensor) or outer.cached > 0
+        is_cached = isinstance(outer.cached, Tensor) or outer.cached != 0
         return Call(
             outer.tokens,  # ids, where the inner one is given embeddings
             outer.mask if inner.mask is None else inner.mask,
@@ -94,12 +99,29 @@ def within(outer: Call, inner: Call) -> Call:
 
 
 def _cached(arguments: Mapping[str, Any]) -> int | Tensor:
-    cache: Any = arguments.get("past_key_values")
+    for name in CACHES:
+        cache: Any = arguments.get(name)
+        if cache is not None:
+            return _length(cache)
+    return 0
+
+
+def _length(cache: Any) -> int | Tensor:
+    """Return how many tokens a cache holds, UNCOUNTED where it has some and does not say."""
     if not hasattr(cache, "get_seq_length"):
-        return 0
-    length: int | Tensor = cache.get_seq_length()
+        return 0 if _is_fresh(cache) else UNCOUNTED
+    try:
+        length: int | Tensor = cache.get_seq_length()
+    except ValueError:  # of a state alone
+        return UNCOUNTED if cache.has_previous_state() else 0
     # A static cache counts in place, while the layers before the edited one run.
     return length.clone() if isinstance(length, Tensor) else length
+
+
+def _is_fresh(cache: Any) -> bool:
+    """Tell whether a cache of a model's own kind is one that no token has gone into."""
+    offset = getattr(cache, "seqlen_offset", None)
+    return offset is not None and not int(offset)
 
 
 def prompt_end(call: Call) -> Tensor | None:

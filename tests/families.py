@@ -141,7 +141,38 @@ MORE: dict[str, dict[str, Any]] = {
     "MoonshineStreamingForConditionalGeneration": {},
     "Granite4VisionForConditionalGeneration": {},
 }
-INPUTS: dict[str, Any] = {}
+def _signal(*shape: int) -> Any:
+    """Return what makes a signal of its own for each prompt."""
+
+    def make(prompts: list[list[int]]) -> Tensor:
+        generator = torch.Generator()
+        return torch.stack(
+            [torch.randn(*shape, generator=generator.manual_seed(sum(row))) for row in prompts]
+        )
+
+    return make
+
+
+# What a model is given in place of tokens, or beside them.
+SIGNALS: dict[str, dict[str, Any]] = {
+    "WhisperForConditionalGeneration": {"input_features": _signal(16, 128)},
+    "Speech2TextForConditionalGeneration": {"input_features": _signal(32, 80)},
+    "MoonshineForConditionalGeneration": {"input_values": _signal(4000)},
+    "SpeechT5ForSpeechToText": {"input_values": _signal(4000)},
+    "SpeechEncoderDecoderModel": {"input_values": _signal(4000)},
+    "SeamlessM4TForSpeechToText": {"input_features": _signal(32, 160)},
+    "SeamlessM4Tv2ForSpeechToText": {"input_features": _signal(32, 160)},
+    "CanaryForConditionalGeneration": {"input_features": _signal(64, 16)},
+    "CohereAsrForConditionalGeneration": {"input_features": _signal(64, 16)},
+    "VisionEncoderDecoderModel": {"pixel_values": _signal(3, 16, 16)},
+    "PPFormulaNetForConditionalGeneration": {"pixel_values": _signal(3, 16, 16)},
+    "Pix2StructForConditionalGeneration": {"flattened_patches": _signal(8, 770)},
+}
+IMAGES = {
+    "BlipForConditionalGeneration", "Blip2ForConditionalGeneration",
+    "InstructBlipForConditionalGeneration", "Kosmos2ForConditionalGeneration",
+    "IdeficsForVisionText2Text", "Florence2ForConditionalGeneration",
+}
 
 
 @dataclass(frozen=True)
