@@ -485,18 +485,28 @@ class Adapter:
     # Where the queries are
 
     def _shaped(self, tensor: Tensor, call: Call | None) -> Tensor:
-        """Return a layer's tensor as [B, T, width], of a model that flattens or turns B and T, too."""
+        """Return a layer's tensor as [B, T, width], where a model has [B*T] or [T, B] in it, too.
+
+        Raises: ValueError where it holds other than a vector for each token.
+        """
         if tensor.ndim == 3:
             self._look_at_rows(tensor, call)
             return tensor.transpose(0, 1) if self._rows_second else tensor
         known = self._run.given
-        if known is None and call is not None and call.tokens is not None:
+        if call is not None and call.tokens is not None:
             known = call.tokens
+            rows, length = known.shape[:2]
+            if len(tensor) != rows * length:
+                raise ValueError(
+                    f"{self.layer_name} sees {len(tensor)} vectors in a call of {rows} x {length} "
+                    "tokens, and an edit needs a layer that sees one for each token; attach to the "
+                    "down projection of an MLP"
+                )
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
 
     def _look_at_rows(self, tensor: Tensor, call: Call | None) -> None:
-        """Notice a model that computes [T, B, width], by a call with other than as many rows as tokens.
+        """Notice a model that computes [T, B, width], by a call in which T is not B.
 
         An edit is such a call: it has one row.
         """

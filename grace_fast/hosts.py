@@ -47,8 +47,13 @@ def parameters_of(module: nn.Module) -> tuple[str, ...]:
 
 
 def names_tokens(module: nn.Module) -> bool:
-    """Tell whether a module's call says of tokens which there are."""
-    return not NAMES_OF_TOKENS.isdisjoint(parameters_of(module))
+    """Tell whether a module's call says of tokens which there are.
+
+    One that is given hidden states comes later: a block that looks at the ids beside them, when the
+    blocks before it have put these tokens into the cache.
+    """
+    taken = parameters_of(module)
+    return "hidden_states" not in taken and not NAMES_OF_TOKENS.isdisjoint(taken)
 
 
 def pools_last_token(model: nn.Module) -> bool:

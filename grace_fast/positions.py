@@ -27,7 +27,7 @@ from grace_fast.semantics import IGNORED_LABEL
 Query = Literal["prompt_end", "every_step", "every_token"]
 
 
-# The arguments that a cache is given by. Models without attention have a state, which keeps no count.
+# The arguments that a cache is given by. Models without attention have a state, without a count.
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 UNCOUNTED = -1
 
@@ -108,20 +108,22 @@ def _cached(arguments: Mapping[str, Any]) -> int | Tensor:
 
 def _length(cache: Any) -> int | Tensor:
     """Return how many tokens a cache holds, UNCOUNTED where it has some and does not say."""
-    if not hasattr(cache, "get_seq_length"):
-        return 0 if _is_fresh(cache) else UNCOUNTED
+    count = getattr(cache, "get_seq_length", None)
     try:
-        length: int | Tensor = cache.get_seq_length()
+        length: int | Tensor | None = None if count is None else count()
     except ValueError:  # of a state alone
         return UNCOUNTED if cache.has_previous_state() else 0
+    if length is None:  # of a model's own kind
+        return 0 if _is_fresh(cache) else UNCOUNTED
     # A static cache counts in place, while the layers before the edited one run.
     return length.clone() if isinstance(length, Tensor) else length
 
 
 def _is_fresh(cache: Any) -> bool:
-    """Tell whether a cache of a model's own kind is one that no token has gone into."""
-    offset = getattr(cache, "seqlen_offset", None)
-    return offset is not None and not int(offset)
+    """Tell whether no token has gone into a cache yet, as far as it says anything."""
+    if hasattr(cache, "seqlen_offset"):
+        return not int(cache.seqlen_offset)
+    return hasattr(cache, "__len__") and not len(cache)
 
 
 def prompt_end(call: Call) -> Tensor | None:

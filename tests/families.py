@@ -6,17 +6,16 @@ has is made small, in its parts too. What that leaves too large or at odds is in
 
 from __future__ import annotations
 
-import re
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import models
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
-
-from grace_fast.tensor_parallel import declared_widths
 
 VOCABULARY = 100
 LAYERS = 3
@@ -26,31 +25,40 @@ KINDS = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO
 _SIZES: dict[str, Any] = {
     name: size
     for size, names in {
-        VOCABULARY: "vocab_size vocab_size_per_layer_input text_vocab_size src_vocab_size tgt_vocab_size",
-        32: "hidden_size d_model n_embd n_embed dim emb_dim embedding_size word_embed_proj_dim "
+        VOCABULARY: "vocab_size vocab_size_per_layer_input text_vocab_size src_vocab_size "
+        "tgt_vocab_size",
+        32: "hidden_size out_hidden_size text_hidden_size d_model n_embd n_embed dim emb_dim "
+        "embedding_size word_embed_proj_dim "
         "embed_dim text_embed_dim vision_embed_dim hidden_dim projection_dim d_embed",
         64: "intermediate_size ffn_dim d_ff n_inner ffn_hidden_size d_inner decoder_ffn_dim "
         "encoder_ffn_dim dff max_position_embeddings n_positions max_source_positions "
         "max_target_positions n_ctx max_seq_len max_length shared_expert_intermediate_size "
-        "text_ffn_dim n_embd_ff",
-        16: "head_dim mamba_d_head mamba_head_dim d_kv moe_intermediate_size image_size num_mel_bins v_head_dim "
+        "text_ffn_dim n_embd_ff speech_encoder_intermediate_size",
+        16: "head_dim mamba_d_head mamba_head_dim d_kv moe_intermediate_size image_size "
+        "num_mel_bins v_head_dim "
         "qk_nope_head_dim q_lora_rank kv_lora_rank index_head_dim linear_key_head_dim "
         "linear_value_head_dim",
         8: "patch_size qk_rope_head_dim rotary_dim mamba_d_state state_size chunk_size "
         "mamba_chunk_size ssm_state_size hidden_size_per_layer_input",
         LAYERS: "num_hidden_layers num_layers n_layer n_layers decoder_layers encoder_layers "
         "num_decoder_layers num_encoder_layers encoder_num_hidden_layers "
+        "speech_encoder_layers "
         "decoder_num_hidden_layers",
-        2: "attn_layer_period num_attention_heads num_key_value_heads n_head n_heads num_heads depth num_kv_heads "
+        2: "attn_layer_period num_attention_heads num_key_value_heads n_head n_heads num_heads "
+        "depth num_kv_heads "
         "decoder_attention_heads encoder_attention_heads encoder_num_attention_heads "
         "decoder_num_attention_heads num_experts_per_tok num_experts_per_token eos_token_id "
         "linear_num_key_heads linear_num_value_heads index_n_heads",
-        4: "mamba_n_heads n_mamba_heads mamba_num_heads sliding_window attention_window window_size num_experts num_local_experts n_routed_experts moe_num_experts",
-        1: "n_group topk_group attn_layer_offset bos_token_id decoder_start_token_id n_shared_experts mamba_n_groups n_groups",
+        4: "num_filters mamba_n_heads n_mamba_heads mamba_num_heads sliding_window "
+        "attention_window window_size num_experts num_local_experts n_routed_experts "
+        "moe_num_experts",
+        1: "n_group topk_group attn_layer_offset bos_token_id decoder_start_token_id "
+        "n_shared_experts mamba_n_groups n_groups",
         0: "pad_token_id",
     }.items()
     for name in names.split()
 } | {"is_decoder": True}
+
 
 # What is set beside the sizes, by model class: `part.name` is of a part of the config.
 def _rope(*sections: int, **more: Any) -> dict[str, Any]:
@@ -72,7 +80,12 @@ MORE: dict[str, dict[str, Any]] = {
     "DbrxForCausalLM": {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+        "ffn_config": {
+            "ffn_hidden_size": 16,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
     },
     "FalconH1ForCausalLM": {"mamba_d_ssm": 64},
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local", "global"], 1]]},
@@ -107,6 +120,15 @@ MORE: dict[str, dict[str, Any]] = {
     "ZayaForCausalLM": {"num_experts_per_tok": 1},
     "T5ForConditionalGeneration": {"decoder_start_token_id": 1},
     "UdopForConditionalGeneration": {"decoder_start_token_id": 1},
+    "EncoderDecoderModel": {"decoder.add_cross_attention": True, "decoder_start_token_id": 1},
+    "SpeechEncoderDecoderModel": {"decoder.add_cross_attention": True, "decoder_start_token_id": 1},
+    "VisionEncoderDecoderModel": {"decoder.add_cross_attention": True, "decoder_start_token_id": 1},
+    "XLMWithLMHeadModel": {"mask_token_id": 98, "mask_index": 98, "pad_index": 0},
+    "Glm5NextForConditionalGeneration": {
+        "text_config.qk_rope_head_dim": 0,
+        "text_config.linear_head_dim": 16,
+        "text_config.linear_num_heads": 2,
+    },
     "Qwen2VLForConditionalGeneration": {"text_config.rope_parameters": _rope(4, 2, 2)},
     "Qwen2_5_VLForConditionalGeneration": {"text_config.rope_parameters": _rope(4, 2, 2)},
     "PaddleOCRVLForConditionalGeneration": {"text_config.rope_parameters": _rope(4, 2, 2)},
@@ -131,16 +153,16 @@ MORE: dict[str, dict[str, Any]] = {
             "full_attention": {"rope_type": "default", "rope_theta": 1e4}
         }
     },
-    "Gemma4AssistantForCausalLM": {},
-    "Glm5NextForConditionalGeneration": {"text_config.qk_rope_head_dim": 0},
     "Ernie4_5_VLMoeForConditionalGeneration": {"text_config.moe_intermediate_size": [16, 16]},
-    "KyutaiSpeechToTextForConditionalGeneration": {"audio_pad_token_id": 99, "codebook_vocab_size": 98},
+    "KyutaiSpeechToTextForConditionalGeneration": {
+        "audio_pad_token_id": 99,
+        "codebook_vocab_size": 98,
+    },
     "MuseSparkForConditionalGeneration": {"vision_config.num_hidden_layers": 4},
-    "Kimi_K25ForConditionalGeneration": {},
     "KimiLinearForCausalLM": {"linear_head_dim": 16, "linear_num_heads": 2},
-    "MoonshineStreamingForConditionalGeneration": {},
-    "Granite4VisionForConditionalGeneration": {},
 }
+
+
 def _signal(*shape: int) -> Any:
     """Return what makes a signal of its own for each prompt."""
 
@@ -167,11 +189,6 @@ SIGNALS: dict[str, dict[str, Any]] = {
     "VisionEncoderDecoderModel": {"pixel_values": _signal(3, 16, 16)},
     "PPFormulaNetForConditionalGeneration": {"pixel_values": _signal(3, 16, 16)},
     "Pix2StructForConditionalGeneration": {"flattened_patches": _signal(8, 770)},
-}
-IMAGES = {
-    "BlipForConditionalGeneration", "Blip2ForConditionalGeneration",
-    "InstructBlipForConditionalGeneration", "Kosmos2ForConditionalGeneration",
-    "IdeficsForVisionText2Text", "Florence2ForConditionalGeneration",
 }
 
 
@@ -200,8 +217,23 @@ class Family:
                 nn.init.zeros_(parameter)
         return model
 
+    def batch(self, prompts: list[list[int]], side: str) -> dict[str, Tensor]:
+        """Return prompts as the model takes them: tokens, padded on one side, or a signal."""
+        signals = SIGNALS.get(self.name)
+        if signals is not None:
+            return {name: make(prompts) for name, make in signals.items()}
+        main: Any = getattr(self.model_class, "main_input_name", "input_ids")
+        if main != "input_ids":
+            raise NotImplementedError(f"its input is {main}")
+        return models.prompt_batch(prompts, side)
 
-def all_families() -> Iterator[Family]:
+
+def parameters(model: nn.Module) -> set[str]:
+    """Return the names of what a model is called with."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def everyone() -> Iterator[Family]:
     """Return every model class of the mappings, once."""
     seen = set()
     for kind in KINDS:
@@ -217,11 +249,8 @@ def tiny(config_class: Any, more: Mapping[str, Any]) -> Any:
         usual: Any = config_class()
     except Exception:  # one that has no defaults
         usual = None
-    given: dict[str, Any] = {}
-    for name, size in _SIZES.items():
-        if usual is None or _is_settable(usual, name):
-            given[name] = size
-    given |= _of_layers(usual)
+    settable = [name for name in _SIZES if usual is None or _is_settable(usual, name)]
+    given = {name: _SIZES[name] for name in settable} | _of_layers(usual)
     for part in getattr(config_class, "sub_configs", {}):
         inner = {
             name.removeprefix(f"{part}."): value
