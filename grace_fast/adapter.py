@@ -155,16 +155,9 @@ class Adapter:
         self._number, self._number_within = map(adapter_op.register, (self, self._further))
         self._padding = positions.Padding.of(getattr(self.model, "config", None))
         self._stacks = hosts.stacks_of(self.stack, self.layer)
-        self._parameters = hosts.parameters_of(self.stack)
         self._knows_tokens = any(map(hosts.names_tokens, self._stacks))
         self._continues = self.decoder_only or self.first_token or self.finds_padding
-        self._handles = [
-            *(
-                stack.register_forward_pre_hook(self._called, with_kwargs=True)
-                for stack in self._stacks
-            ),
-            self.layer.register_forward_hook(self._at_layer, with_kwargs=True),
-        ]
+        self._handle = self.layer.register_forward_hook(self._at_layer, with_kwargs=True)
         for depth, stack in enumerate(self._stacks):
             entrances.listen(stack, self, depth)
         for module in (self.model, *self._stacks[1:]):
@@ -172,8 +165,7 @@ class Adapter:
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
-        for handle in self._handles:
-            handle.remove()
+        self._handle.remove()
         for stack in self._stacks:
             entrances.stop_listening(stack, self)
         for module in (self.model, *self._stacks[1:]):
@@ -187,11 +179,6 @@ class Adapter:
         """Return what the arguments of a forward call say of its tokens."""
         call = positions.read(arguments, self.decoder_only)
         return self._padding.shown(call) if self.finds_padding else call
-
-    def _called(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entrances.note(stack)
-        if stack is self.stack and torch.compiler.is_compiling():
-            self.trace({**dict(zip(self._parameters, args, strict=False)), **kwargs}, 0)
 
     def is_traced(self) -> bool:
         """Tell whether the call that is being compiled has been told already."""
@@ -322,12 +309,8 @@ class Adapter:
         elif call is None and recall.is_in_backward():
             answer = self._memory.recall(hidden)
         elif call is None and self._knows_tokens and not self._is_told(hidden):
-            raise ValueError(
-                f"{self.layer_name} ran outside a call that is given input_ids or inputs_embeds, so "
-                f"where the prompts end is unknown: call {type(self.model).__name__}, or the module "
-                "within it that takes them; or name the ends, within grace.prompt(positions); or "
-                "attach with query='every_token'"
-            )
+            self._refuse_untold(hidden)
+            return None
         elif self.query == "every_step":
             answer, cached = self._of_newest(hidden, call), 0
         else:
@@ -351,6 +334,16 @@ class Adapter:
         held = self._run.sequences()
         # Where nothing is held, any number tells a step from a prompt.
         return 1 if held is None else held.before()
+
+    def _refuse_untold(self, hidden: Tensor) -> None:
+        assert self.book is not None
+        tensor_parallel.whole(hidden, self.layer, self.book.key_dim)  # what is wrong first, if so
+        raise ValueError(
+            f"{self.layer_name} ran outside a call that is given input_ids or inputs_embeds, so "
+            f"where the prompts end is unknown: call {type(self.model).__name__}, or the module "
+            "within it that takes them; or name the ends, within grace.prompt(positions); or "
+            "attach with query='every_token'"
+        )
 
     def _is_told(self, hidden: Tensor) -> bool:
         """Tell whether the caller has named where prompts end in a layer's input [B, T, D]."""

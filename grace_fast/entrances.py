@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Forward = Callable[..., Any]
@@ -46,24 +47,44 @@ def is_recorded() -> bool:
 
 
 class _Called(threading.local):
-    module: nn.Module | None = None  # whose hooks before the call have run, its `forward` not yet
+    copy: nn.Module | None = None  # whose hooks before the call have run, its `forward` not yet
 
 
 _called = _Called()
 
 
-def note(module: nn.Module) -> None:
-    """Remember which module is called next: a replica has the attributes of its original."""
-    if not torch.compiler.is_compiling():
-        _called.module = module
-
-
 class _Listeners(list[tuple[Listener, int]]):
     """The adaptors that a module is wrapped for, and how deep in each one's model it lies."""
 
-    def __init__(self, had_its_own: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.had_its_own = had_its_own  # a `forward` on the instance, before it was wrapped
+        self._module = module
+        self.had_its_own = "forward" in vars(module)
+        self.names = tuple(inspect.signature(module.forward).parameters)
+        self._hook: RemovableHandle | None = None
+
+    def open(self) -> None:
+        """Look at the module's calls, too, before its `forward` runs."""
+        if self._hook is None:
+            self._hook = self._module.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._module:
+            _called.copy = module
+        elif torch.compiler.is_compiling():
+            for one, depth in self:
+                if depth == 0:
+                    one.trace(self.arguments(args, kwargs), depth)
+
+    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return what a call is given, by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
 
 
 def listen(module: nn.Module, listener: Listener, depth: int) -> None:
@@ -71,9 +92,10 @@ def listen(module: nn.Module, listener: Listener, depth: int) -> None:
     forward: Forward = module.forward
     listeners: _Listeners | None = getattr(forward, "grace_adaptors", None)
     if listeners is None:
-        listeners = _Listeners("forward" in vars(module))
-        module.__dict__["forward"] = _announcing(module, forward, listeners)
+        listeners = _Listeners(module)
+        module.__dict__["forward"] = _announcing(forward, listeners)
     listeners.append((listener, depth))
+    listeners.open()
 
 
 def stop_listening(module: nn.Module, listener: Listener) -> None:
@@ -83,7 +105,10 @@ def stop_listening(module: nn.Module, listener: Listener) -> None:
     if wrapper is None or listeners is None:
         return
     listeners[:] = [pair for pair in listeners if pair[0] is not listener]
-    if listeners or wrapper.grace_wrapper is not wrapper:
+    if listeners:
+        return
+    listeners.close()
+    if wrapper.grace_wrapper is not wrapper:
         return  # another library has wrapped it since: it passes calls on
     if listeners.had_its_own:
         module.__dict__["forward"] = wrapper.grace_original
@@ -91,16 +116,15 @@ def stop_listening(module: nn.Module, listener: Listener) -> None:
         del module.__dict__["forward"]
 
 
-def _announcing(module: nn.Module, forward: Forward, listeners: _Listeners) -> Forward:
-    names = tuple(inspect.signature(forward).parameters)
-
+def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
     @functools.wraps(forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+        arguments = listeners.arguments(args, kwargs) if args else kwargs
         if is_recorded():
             return _traced(forward, args, kwargs, arguments, listeners)
-        called, _called.module = _called.module, None
-        run = forward if called is None or called is module else _of(called, forward)
+        run = forward
+        if _called.copy is not None:  # a replica has the attributes of its original, this one too
+            run, _called.copy = _of(_called.copy, forward), None
         told = [(one, one.begin_call(arguments, depth)) for one, depth in listeners]
         result = None
         try:

@@ -29,13 +29,22 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:
     """Return the module whose call names the layer's tokens, and if that is a second decoder."""
-    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model, False
-    find_encoder: Any = getattr(model, "get_encoder", None)
-    encoder = None if find_encoder is None else find_encoder()
-    if isinstance(encoder, nn.Module) and any(module is layer for module in encoder.modules()):
-        return encoder, False
-    return model, True
+    for module in [model, *_around(model, layer)]:
+        if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+            continue
+        find_encoder: Any = getattr(module, "get_encoder", None)
+        encoder = None if find_encoder is None else find_encoder()
+        if isinstance(encoder, nn.Module) and any(one is layer for one in encoder.modules()):
+            return encoder, False
+        return model, True
+    return model, False
+
+
+def _around(outermost: nn.Module, layer: nn.Module) -> list[nn.Module]:
+    """Return the modules between a module and a layer in it, inwards."""
+    path = next((name for name, module in outermost.named_modules() if module is layer), "")
+    parts = path.split(".")[:-1]
+    return [outermost.get_submodule(".".join(parts[: at + 1])) for at in range(len(parts))]
 
 
 NAMES_OF_TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids"}
@@ -68,13 +77,7 @@ def pools_last_token(model: nn.Module) -> bool:
 
 def stacks_of(outermost: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """Return a module and those within it around a layer whose call names tokens, inwards."""
-    path = next((name for name, module in outermost.named_modules() if module is layer), "")
-    stacks, module = [outermost], outermost
-    for part in path.split(".")[:-1]:
-        module = getattr(module, part)
-        if names_tokens(module):
-            stacks.append(module)
-    return stacks
+    return [outermost, *filter(names_tokens, _around(outermost, layer))]
 
 
 def place(layer: nn.Module) -> tuple[torch.device, torch.dtype] | None:
