@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
 

@@ -235,7 +235,7 @@ def _asked(grace: Any, alone: _Alone) -> tuple[dict[str, Any], Tensor, str]:
 
 
 def _given_to(grace: Any, prompt: dict[str, Any]) -> Tensor:
-    """Return what the layer is given in the first call of `generate`, [T, D]."""
+    """Return all that the layer is given in `generate`, [T, D]."""
     given: list[Tensor] = []
 
     def note(_: nn.Module, args: Any, kwargs: Any, __: Any) -> None:
@@ -247,7 +247,7 @@ def _given_to(grace: Any, prompt: dict[str, Any]) -> Tensor:
     with grace.disable_adapter():
         generated(grace.model, prompt)
     handle.remove()
-    return given[0]
+    return torch.cat(given)
 
 
 def _padded(grace: Any, alone: _Alone, query: Tensor, cached: Said) -> list[str]:
