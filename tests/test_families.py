@@ -42,7 +42,14 @@ def the(name):
 @pytest.mark.skipif(not IS_OF_TABLE, reason="the table is of another version of transformers")
 @pytest.mark.parametrize("name", [the(name) for name in EVERYONE])
 def test_a_family_does_what_the_table_says(name):
-    assert family_outcomes.outcomes(EVERYONE[name]) == TABLE[name]
+    assert [compared(one) for one in family_outcomes.outcomes(EVERYONE[name])] == [
+        compared(one) for one in TABLE[name]
+    ]
+
+
+def compared(outcome):
+    """Why a family is not tried depends on what else is installed."""
+    return outcome._replace(why="") if outcome.result == "not tried" else outcome
 
 
 @pytest.mark.skipif(not IS_OF_TABLE, reason="the table is of another version of transformers")
