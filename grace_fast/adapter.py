@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from grace_fast import (
     adapter_op,
+    compiled,
     entrances,
     generation,
     hosts,
@@ -202,6 +203,7 @@ class Adapter:
 
     def begin_call(self, arguments: Mapping[str, Any], depth: int) -> _Frame | None:
         """Take a forward call as this thread's; return the one that it is within."""
+        compiled.see_hooks()
         run = self._run
         outer = run.frame
         if outer is None or outer.depth >= depth:  # the model may run itself, in a hook
@@ -253,9 +255,14 @@ class Adapter:
             return adapter_op.adapted(hidden, output, self._order, self._number)
         if torch._C._is_tracing() and not self._disabled:
             raise RuntimeError(
-                f"torch.jit.trace records what was decided for one prompt as if it were so for all "
-                f"that come; use torch.compile or torch.export for a model that grace edits at "
-                f"{self.layer_name}, or trace it within disable_adapter(), without its edits"
+                "torch.jit.trace records what is decided for one prompt as if it were so for all "
+                f"that come, and grace edits {self.layer_name}; use torch.compile or torch.export, "
+                "or trace within disable_adapter(), without edits"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None and not self._is_idle():
+            raise RuntimeError(
+                "torch.func's transforms (grad, vmap, ...) show no numbers to look up, and grace "
+                f"edits {self.layer_name}; use autograd, or transform within disable_adapter()"
             )
         answer = self.respond(hidden, output)
         return None if answer is None else answer[0]
@@ -269,10 +276,8 @@ class Adapter:
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        run, book = self._run, self.book
-        idle = book is None or not len(book) or selection.is_idle(self.name)
-        idle = idle or bool(self._disabled)
-        if idle and run.trial is None and run.observing is None:
+        run = self._run
+        if run.trial is None and run.observing is None and self._is_idle():
             return None
         if not hidden.numel():
             return None  # a batch without rows, or rows without tokens
@@ -292,6 +297,13 @@ class Adapter:
         if answer is None:
             return None
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
+
+    def _is_idle(self) -> bool:
+        """Tell whether no row of any call is answered."""
+        book = self.book
+        if book is None or not len(book) or self._disabled:
+            return True
+        return selection.is_idle(self.name)
 
     def _look_up(
         self, hidden: Tensor, output: Tensor, call: Call | None
