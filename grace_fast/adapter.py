@@ -152,7 +152,8 @@ class Adapter:
         self._order: Tensor | None = None  # of the ops in a compiled graph
         self._memory = recall.Memory()
         self._further = _Within(self)
-        self._number, self._number_within = map(adapter_op.register, (self, self._further))
+        self._number = adapter_op.register(self)
+        self._number_within = adapter_op.register(self._further)
         self._padding = positions.Padding.of(getattr(self.model, "config", None))
         self._stacks = hosts.stacks_of(self.stack, self.layer)
         self._knows_tokens = any(map(hosts.names_tokens, self._stacks))

@@ -160,8 +160,8 @@ def _traced(
 
 def _of(module: nn.Module, forward: Forward) -> Forward:
     """Return a module's own `forward`, where it is a copy of the one that was wrapped."""
-    function = getattr(forward, "__func__", None)
-    if function is None or function is not getattr(type(module), "forward", None):
+    function: Any = getattr(type(module), "forward", None)
+    if function is None or getattr(forward, "__func__", None) is not function:
         return forward
     bound: Forward = function.__get__(module)
     return bound

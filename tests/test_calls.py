@@ -213,7 +213,7 @@ def test_guidance_compares_the_prompt_with_its_own_negative_one(replacement):
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("replacement", MODES)
 def test_a_criterion_may_ask_the_model_something_else_between_steps(replacement, use_cache):
-    model, grace = attached(replacement=replacement)
+    model, _grace = attached(replacement=replacement)
     asked = [torch.tensor([row]) for row in (EDITED, OTHER, [7], [*OTHER, 5])]
     with torch.no_grad():
         expected = [model(ids).logits for ids in asked]
@@ -326,17 +326,17 @@ def test_forward_is_given_back_whoever_wraps_it_meanwhile():
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_trace_that_would_repeat_one_decision_is_refused():
-    model, grace = attached("bert")
-    batch = tuple(models.prompt_batch([EDITED]).values())
-    settings = {"strict": False, "check_trace": False}
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    grace = gf.attach(layers, "0", iterations=0)
+    hidden = torch.randn(1, 2, 4)
+    grace.codebook.append(hidden[:, -1], torch.ones(1, 3), torch.ones(1))
     for known in (True, False):
-        with pytest.raises(RuntimeError, match="torch.jit.trace records what is decided for one"):
-            torch.jit.trace(model, batch, **settings)
+        with pytest.raises(
+            RuntimeError, match=r"torch\.jit\.trace records what is decided for one"
+        ):
+            torch.jit.trace(layers, hidden, check_trace=False)
         if known:
             grace.codebook.remove(0)  # what is added later would be missed, too
-    layers = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    grace = gf.attach(layers, "0")
-    hidden = torch.randn(1, 2, 4)
     with grace.disable_adapter():
         assert torch.equal(torch.jit.trace(layers, hidden)(hidden), layers(hidden))
 
@@ -442,7 +442,7 @@ def test_packed_rows_are_told_by_their_bounds_whatever_mask_keeps_them_apart():
     new = tokens | bounds | {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
     assert positions.packed(positions.read(new, True)).position.tolist() == [2, 4]
     going_on = tokens | bounds | {"position_ids": torch.tensor([[0, 1, 2, 6, 7]])}
-    with pytest.raises(ValueError, match="continuous batching.*attach with query='every_token'"):
+    with pytest.raises(ValueError, match=r"continuous batching.*attach with query='every_token'"):
         positions.packed(positions.read(going_on, True))
 
 
