@@ -195,7 +195,7 @@ class Adapter:
         self._order = None
 
     def enter(self, call: Call | None) -> None:
-        """Take a forward call, told by a graph, as this thread's, until there is another or none."""
+        """Take a forward call that a graph tells of as this thread's, until it tells of none."""
         run = self._run
         if call is not None:
             run.frame = _Frame(call, generation.UNTOLD)

@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
 
@@ -160,8 +160,8 @@ def _traced(
 
 def _of(module: nn.Module, forward: Forward) -> Forward:
     """Return a module's own `forward`, where it is a copy of the one that was wrapped."""
-    function: Any = getattr(type(module), "forward", None)
-    if function is None or getattr(forward, "__func__", None) is not function:
+    own: Any = getattr(forward, "__func__", None)
+    if own is None or own is not type(module).forward:
         return forward
-    bound: Forward = function.__get__(module)
+    bound: Forward = own.__get__(module)
     return bound

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from grace_fast.answers import Answer
 from grace_fast.positions import Call, last_unmasked
 
-
 OTHERS = 8  # sequences beside those of one `generate` that are held at once
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 
