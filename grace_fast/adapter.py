@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from grace_fast import (
     adapter_op,
+    compiled,
     entrances,
     generation,
     hosts,
@@ -152,7 +153,8 @@ class Adapter:
         self._rows_second = False  # the layer's tensors are [T, B, width]
         self._memory = recall.Memory()
         self._further = _Within(self)
-        self._number, self._number_within = map(adapter_op.register, (self, self._further))
+        self._number = adapter_op.register(self)
+        self._number_within = adapter_op.register(self._further)
         self._padding = positions.Padding.of(getattr(self.model, "config", None))
         self._stacks = hosts.stacks_of(self.stack, self.layer)
         self._knows_tokens = any(map(hosts.names_tokens, self._stacks))
@@ -194,7 +196,7 @@ class Adapter:
         self._order = None
 
     def enter(self, call: Call | None) -> None:
-        """Take a forward call, told by a graph, as this thread's, until there is another or none."""
+        """Take a forward call that a graph tells of as this thread's, until it tells of none."""
         run = self._run
         if call is not None:
             run.frame = _Frame(call, generation.UNTOLD)
@@ -203,6 +205,7 @@ class Adapter:
 
     def begin_call(self, arguments: Mapping[str, Any], depth: int) -> _Frame | None:
         """Take a forward call as this thread's; return the one that it is within."""
+        compiled.see_hooks()
         run = self._run
         outer = run.frame
         if outer is None or outer.depth >= depth:  # the model may run itself, in a hook
@@ -256,9 +259,14 @@ class Adapter:
             return adapter_op.adapted(hidden, output, self._order, self._number)
         if torch._C._is_tracing() and not self._disabled:
             raise RuntimeError(
-                f"torch.jit.trace records what was decided for one prompt as if it were so for all "
-                f"that come; use torch.compile or torch.export for a model that grace edits at "
-                f"{self.layer_name}, or trace it within disable_adapter(), without its edits"
+                "torch.jit.trace records what is decided for one prompt as if it were so for all "
+                f"that come, and grace edits {self.layer_name}; use torch.compile or torch.export, "
+                "or trace within disable_adapter(), without edits"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None and not self._is_idle():
+            raise RuntimeError(
+                "torch.func's transforms (grad, vmap, ...) show no numbers to look up, and grace "
+                f"edits {self.layer_name}; use autograd, or transform within disable_adapter()"
             )
         answer = self.respond(hidden, output)
         return None if answer is None else answer[0]
@@ -272,10 +280,8 @@ class Adapter:
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        run, book = self._run, self.book
-        idle = book is None or not len(book) or selection.is_idle(self.name)
-        idle = idle or bool(self._disabled)
-        if idle and run.trial is None and run.observing is None:
+        run = self._run
+        if run.trial is None and run.observing is None and self._is_idle():
             return None
         if not hidden.numel():
             return None  # a batch without rows, or rows without tokens
@@ -298,6 +304,13 @@ class Adapter:
         if rows_second:
             return answer[0].transpose(0, 1), answer[1].transpose(0, 1)
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
+
+    def _is_idle(self) -> bool:
+        """Tell whether no row of any call is answered."""
+        book = self.book
+        if book is None or not len(book) or self._disabled:
+            return True
+        return selection.is_idle(self.name)
 
     def _look_up(
         self, hidden: Tensor, output: Tensor, call: Call | None

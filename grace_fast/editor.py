@@ -30,7 +30,7 @@ from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
-from grace_fast.hosts import declared_codebook, pools_last_token, stack_of, uncompiled, unwrapped
+from grace_fast.hosts import declared_codebook, finds_padding, stack_of, uncompiled, unwrapped
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
@@ -125,7 +125,7 @@ class Grace:
             query=settings.query,
             decoder_only=self.kind == "decoder",
             first_token=in_decoder,
-            finds_padding=self.kind == "classifier" and pools_last_token(base),
+            finds_padding=self.kind == "classifier" and finds_padding(base),
             name=name,
             layer_name=settings.layer,
         )

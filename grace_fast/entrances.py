@@ -160,8 +160,8 @@ def _traced(
 
 def _of(module: nn.Module, forward: Forward) -> Forward:
     """Return a module's own `forward`, where it is a copy of the one that was wrapped."""
-    function = getattr(forward, "__func__", None)
-    if function is None or function is not getattr(type(module), "forward", None):
+    own: Any = getattr(forward, "__func__", None)
+    if own is None or own is not type(module).forward:
         return forward
-    bound: Forward = function.__get__(module)
+    bound: Forward = own.__get__(module)
     return bound

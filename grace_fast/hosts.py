@@ -65,14 +65,18 @@ def names_tokens(module: nn.Module) -> bool:
     return "hidden_states" not in taken and not NAMES_OF_TOKENS.isdisjoint(taken)
 
 
-def pools_last_token(model: nn.Module) -> bool:
-    """Tell whether a model's head reads the last token that is not padding, by the padding's id.
+def finds_padding(model: nn.Module) -> bool:
+    """Tell whether a model that takes no labels of a text needs no mask to be right.
 
-    It does so where the model reads from left to right: there a call takes a cache.
+    It reads from left to right (its call takes a cache, its attention is causal), so that padding
+    on the right changes nothing before; a classifier's head finds the last token by the padding's
+    id.
     """
-    config = getattr(model, "config", None)
-    caches = {"past_key_values", "cache_params"}
-    return config is not None and not caches.isdisjoint(parameters_of(model))
+    if {"past_key_values", "cache_params"}.isdisjoint(parameters_of(model)):
+        return False
+    if type(model).__name__.endswith("Classification"):
+        return True
+    return any(getattr(module, "is_causal", False) is True for module in model.modules())
 
 
 def stacks_of(outermost: nn.Module, layer: nn.Module) -> list[nn.Module]:
