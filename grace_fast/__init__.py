@@ -23,7 +23,7 @@ from grace_fast.lookup import (
     replace,
 )
 from grace_fast.prepared import Prepared, prepare
-from grace_fast.selection import using
+from grace_fast.selection import SelectionWarning, using
 from grace_fast.shards import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
 from grace_fast.store.files import CodebookCorrupt
@@ -50,6 +50,7 @@ __all__ = [
     "Nearest",
     "Prepared",
     "RankLost",
+    "SelectionWarning",
     "ShardedCodebook",
     "ShardsDiffer",
     "Verification",

@@ -12,11 +12,10 @@ here when it runs.
 
 from __future__ import annotations
 
-import inspect
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -29,8 +28,10 @@ from torch import Tensor, nn
 from grace_fast import (
     adapter_op,
     compiled,
+    entrances,
     forks,
     generation,
+    hosts,
     lookup,
     positions,
     recall,
@@ -41,7 +42,7 @@ from grace_fast.answers import Answer
 from grace_fast.backends import graphs
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.counters import LookupWarning, Tally
-from grace_fast.generation import Generation
+from grace_fast.generation import Generation, Source
 from grace_fast.positions import Call, Query
 from grace_fast.seat import Seat
 from grace_fast.semantics import Replacement
@@ -76,15 +77,64 @@ class Observation:
         return _at(self.output, self.positions)
 
 
+class _Frame:
+    """A call in progress, of a module that names the layer's tokens."""
+
+    __slots__ = ("before", "call", "depth", "sequences", "source")
+
+    def __init__(
+        self, call: Call, source: Source, depth: int = 0, before: _Frame | None = None
+    ) -> None:
+        self.call, self.source, self.before = call, source, before
+        self.depth = depth  # of the module that said so; the model itself is outermost, 0
+        self.sequences: Generation | None = None  # that it was found to be of
+
+
 class _Run(threading.local):
     """The state of this thread's forward call."""
 
-    call: Call | None = None  # None outside a call of the stack
+    frame: _Frame | None = None  # None outside a call
     given: Tensor | None = None  # [B], set by the caller, before any rule
     given_length: int | None = None  # T of the tokens that these are counted in
-    generation: Generation | None = None
     trial: Trial | None = None
     observing: list[Observation] | None = None
+
+    def __init__(self) -> None:
+        self.held: list[Generation] = []  # sequences in progress, the newest last
+
+    @property
+    def call(self) -> Call | None:
+        """What the call in progress says of its tokens."""
+        return None if self.frame is None else self.frame.call
+
+    def sequences(self) -> Generation | None:
+        """Return what is held of the sequences that the call in progress is of."""
+        frame = self.frame
+        if frame is None:
+            return self.held[-1] if self.held else None
+        if frame.sequences is None and self.held:
+            frame.sequences = generation.of_call(self.held, frame.call, frame.source)
+        return frame.sequences
+
+
+class _Within:
+    """What a graph of a module within the model asks: its call is of a call around it."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def enter(self, call: Call | None) -> None:
+        """Take a forward call as this thread's, within the one there is."""
+        run = self._adapter._run
+        outer = run.frame
+        if call is None or outer is None:
+            self._adapter.enter(call)
+        else:
+            run.frame = _Frame(positions.within(outer.call, call), outer.source, 1, outer)
+
+    def respond(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return the layer's output with values and what was replaced, or None."""
+        return self._adapter.respond(hidden, output)
 
 
 @dataclass(eq=False)
@@ -103,6 +153,7 @@ class Adapter:
     query: Query
     decoder_only: bool
     first_token: bool = False  # a decoder beside an encoder: the query is its start token
+    finds_padding: bool = False  # a classifier whose head finds the last token by the padding's id
     name: str | None = None
     layer_name: str = "the edited layer"
     seat_name: str = ""  # the layer's in `model`
@@ -116,37 +167,54 @@ class Adapter:
         self._disabled: set[tuple[int, object]] = set()  # who want no answer, each with its thread
         forks.guard(self, None, mend=Adapter._enable_in_child)
         self._order: Tensor | None = None  # of the ops in a compiled graph
+        self._rows_second = False  # the layer's tensors are [T, B, width]
         self._memory = recall.Memory()
-        self._parameters = tuple(inspect.signature(self.stack.forward).parameters)
+        self._further = _Within(self)
         self._number = adapter_op.register(self)
         config = getattr(self.model, "config", None)
         self._padding = positions.Padding.of(config)
         self._pads_inside = positions.pads_inside(config)
-        self._handles = [
-            self.stack.register_forward_pre_hook(self._enter, with_kwargs=True),
-            self.stack.register_forward_hook(self._leave, always_call=True),
-        ]
+        self._number_within = adapter_op.register(self._further)
+        self._stacks: list[nn.Module] = []
+        self._continues = self.decoder_only or self.first_token or self.finds_padding
         self._seat = Seat(self.model, self.seat_name)
         self._settling = threading.Lock()
         self.is_lost = False  # the layer left the model, and nothing like it is in its place
-        self._hang_on(self.layer)
+        self._is_installed = True
         generation.listen(self.model, self)
+        self._hang_on(self.layer)
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
-        for handle in self._handles:
-            handle.remove()
+        self._is_installed = False
         for module in (self.layer, *self.model.modules()):  # a quantiser copies hooks
             self._take_off(module)
         _attached[self.layer].discard(self.name)
-        self._handles = []
+        self._listen_to([])
         generation.stop_listening(self.model, self)
         adapter_op.forget(self._number)
+        adapter_op.forget(self._number_within)
 
     def _hang_on(self, layer: nn.Module) -> None:
         self.layer = layer
         layer.register_forward_hook(self._at_layer, with_kwargs=True)
         _attached.setdefault(layer, set()).add(self.name)
+        self._listen_to(hosts.stacks_of(self.stack, layer))
+
+    def _listen_to(self, stacks: list[nn.Module]) -> None:
+        """Be told of the calls of these modules, outermost first, and of no others any more."""
+        before, self._stacks = self._stacks, stacks
+        self._knows_tokens = any(map(hosts.names_tokens, stacks))
+        for stack in before:
+            if all(stack is not other for other in stacks):
+                entrances.stop_listening(stack, self)
+                if stack is not self.model:
+                    generation.stop_listening(stack, self)
+        for depth, stack in enumerate(stacks):
+            if all(stack is not other for other in before):
+                entrances.listen(stack, self, depth)
+                if stack is not self.model:
+                    generation.listen(stack, self)
 
     def _take_off(self, module: nn.Module) -> None:
         for key, hook in list(module._forward_hooks.items()):
@@ -156,7 +224,7 @@ class Adapter:
 
     def look_after_layer(self) -> None:
         """Follow the layer where other libraries moved it or put another module in its place."""
-        if self._handles and not self._seat.is_as_before():
+        if self._is_installed and not self._seat.is_as_before():
             self._settle()
 
     def _settle(self) -> None:
@@ -195,29 +263,79 @@ class Adapter:
 
     # In the forward call
 
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            self.look_after_layer()
-        call = positions.read(
-            {**dict(zip(self._parameters, args, strict=False)), **kwargs}, self.decoder_only
-        )
+    def read(self, arguments: Mapping[str, Any]) -> Call:
+        """Return what the arguments of a forward call say of its tokens."""
+        call = positions.read(arguments, self.decoder_only)
         if self.virtual is not None:
-            call = self.virtual.without(call, self._run.generation is not None)
-        if torch.compiler.is_compiling():
-            self._order = adapter_op.entered(call, self._number)
-        else:
-            self._run.call = call
+            call = self.virtual.without(call, bool(self._run.held))
+        return self._padding.shown(call) if self.finds_padding else call
 
-    def _leave(self, *_: Any) -> None:
-        if torch.compiler.is_compiling():
-            self._order = None
-        else:
-            self._run.call = None
+    def is_traced(self) -> bool:
+        """Tell whether the call that is being compiled has been told already."""
+        return self._order is not None
+
+    def trace(self, arguments: Mapping[str, Any], depth: int) -> None:
+        """Tell the ops of a compiled graph of a call."""
+        number = self._number_within if depth else self._number
+        self._order = adapter_op.entered(self.read(arguments), number)
+
+    def end_trace(self) -> None:
+        """Let what is compiled next be another call."""
+        self._order = None
 
     def enter(self, call: Call | None) -> None:
-        """Take a forward call as this thread's, until there is another or none."""
+        """Take a forward call that a graph tells of as this thread's, until it tells of none."""
         self.look_after_layer()
-        self._run.call = call
+        run = self._run
+        if call is not None:
+            run.frame = _Frame(call, generation.UNTOLD)
+        elif run.frame is not None:
+            run.frame = run.frame.before
+
+    def begin_call(self, arguments: Mapping[str, Any], depth: int) -> _Frame | None:
+        """Take a forward call as this thread's; return the one that it is within."""
+        compiled.see_hooks()
+        run = self._run
+        outer = run.frame
+        if outer is None:
+            self.look_after_layer()
+        if outer is None or outer.depth >= depth:  # the model may run itself, in a hook
+            source = Source.of(arguments, self._continues)
+            run.frame = _Frame(self.read(arguments), source, depth)
+        else:
+            run.frame = self._further_in(outer, arguments, depth)
+        return outer
+
+    def end_call(self, before: _Frame | None, result: Any) -> None:
+        """Take the call around the one that is over as this thread's again."""
+        run = self._run
+        frame, run.frame = run.frame, before
+        if frame is not None and frame.sequences is not None:
+            frame.sequences.add(generation.cache_of(result))
+            if frame.before is None and frame is not before and frame.call.tokens is not None:
+                frame.sequences.seen += frame.call.tokens.shape[1]
+
+    def _further_in(self, outer: _Frame, arguments: Mapping[str, Any], depth: int) -> _Frame:
+        """Return what a call within another one says; mostly that one has said it all."""
+        said, source = outer.call, outer.source
+        tokens = arguments.get("input_ids")
+        tokens = arguments.get("inputs_embeds") if tokens is None else tokens
+        if (
+            said.tokens is not None
+            and isinstance(tokens, Tensor)
+            and tokens.shape[:2] == said.tokens.shape[:2]
+            and arguments.get("attention_mask") is said.mask
+            and arguments.get("past_key_values") is source.cache
+        ):
+            return outer
+        call = self.read(arguments)
+        if not self.first_token:
+            call = positions.within(said, call)
+        elif call.tokens is None:
+            call = said
+        if source.cache is None:
+            source = Source.of(arguments, self._continues)
+        return _Frame(call, source, depth, outer)
 
     def _at_layer(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
         # Who copies hooks to another module may forget that this one takes keyword arguments.
@@ -230,8 +348,19 @@ class Adapter:
                 "attach to a linear layer"
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling():
+        if entrances.is_recorded():
             return adapter_op.adapted(hidden, output, self._order, self._number)
+        if torch._C._is_tracing() and not self._disabled:
+            raise RuntimeError(
+                "torch.jit.trace records what is decided for one prompt as if it were so for all "
+                f"that come, and grace edits {self.layer_name}; use torch.compile or torch.export, "
+                "or trace within disable_adapter(), without edits"
+            )
+        if torch._C._functorch.peek_interpreter_stack() is not None and not self._is_idle():
+            raise RuntimeError(
+                "torch.func's transforms (grad, vmap, ...) show no numbers to look up, and grace "
+                f"edits {self.layer_name}; use autograd, or transform within disable_adapter()"
+            )
         answer = self.respond(hidden, output)
         return None if answer is None else answer[0]
 
@@ -244,11 +373,15 @@ class Adapter:
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        if self._is_idle():
+        run = self._run
+        if run.trial is None and run.observing is None and self._is_idle():
             return None
-        run, call = self._run, self._run.call
+        if not hidden.numel():
+            return None  # a batch without rows, or rows without tokens
+        call = run.call
         # Nothing is learnt through a query: a decision has no gradient.
         hidden, shaped = self._shaped(hidden.detach(), call), self._shaped(output, call)
+        rows_second = self._rows_second and output.ndim == 3
         if run.observing is not None or self.query != "every_token":
             self._refuse_other_tokens(hidden, call)
         if run.observing is not None:
@@ -263,24 +396,29 @@ class Adapter:
         )
         if answer is None:
             return None
+        if rows_second:
+            return answer[0].transpose(0, 1), answer[1].transpose(0, 1)
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
 
     def _is_idle(self) -> bool:
-        run, book = self._run, self.book
-        if run.trial is not None or run.observing is not None:
-            return False
-        nothing = book is None or not len(book) or selection.is_idle(self.name)
-        return nothing or bool(self._disabled)
+        """Tell whether no row of any call is answered."""
+        book = self.book
+        if book is None or not len(book) or self._disabled:
+            return True
+        return selection.is_idle(self.name)
 
     def _look_up(
         self, hidden: Tensor, output: Tensor, call: Call | None
     ) -> tuple[Tensor, Tensor] | None:
-        cached: int | Tensor = 0 if call is None else call.cached
+        cached = self._before(call)
         answer: Answer | None
         if self.query == "every_token":
             answer, cached = self._of_tokens(hidden), 0
         elif call is None and recall.is_in_backward():
             answer = self._memory.recall(hidden)
+        elif call is None and self._knows_tokens and not self._is_told(hidden):
+            self._refuse_untold(hidden)
+            return None
         elif self.query == "every_step":
             answer, cached = self._of_newest(hidden, call), 0
         else:
@@ -294,6 +432,32 @@ class Adapter:
             return None
         # Not guarded: autograd's hooks may end a checkpoint's second run by an exception from here.
         return None if values is None else answer.write(output, values, self.replacement, cached)
+
+    def _before(self, call: Call | None) -> int | Tensor:
+        """Return how many tokens of the sequences come before those of a call."""
+        if call is None:
+            return 0
+        if isinstance(call.cached, Tensor) or call.cached != positions.UNCOUNTED:
+            return call.cached
+        held = self._run.sequences()
+        # Where nothing is held, any number tells a step from a prompt.
+        return 1 if held is None else held.before()
+
+    def _refuse_untold(self, hidden: Tensor) -> None:
+        assert self.book is not None
+        tensor_parallel.whole(hidden, self.layer, self.book.key_dim)  # what is wrong first, if so
+        raise ValueError(
+            f"{self.layer_name} ran outside a call that is given input_ids or inputs_embeds, so "
+            f"where the prompts end is unknown: call {type(self.model).__name__}, or the module "
+            "within it that takes them; or name the ends, within grace.prompt(positions); or "
+            "attach with query='every_token'"
+        )
+
+    def _is_told(self, hidden: Tensor) -> bool:
+        """Tell whether the caller has named where prompts end in a layer's input [B, T, D]."""
+        held = self._run.sequences()
+        known = self._run.given if held is None else held.positions_for(len(hidden))
+        return self.first_token or (known is not None and int(known.max()) < hidden.shape[1])
 
     def _of_tokens(self, hidden: Tensor) -> Answer:
         """Decide for each token [B*T] as a query of its own."""
@@ -310,9 +474,11 @@ class Adapter:
 
     def _of_prompts(self, hidden: Tensor, call: Call | None, cached: int | Tensor) -> Answer | None:
         """Decide for the prompts' ends, once a sequence; None where they are not in this call."""
-        run, held, batch = self._run, self._run.generation, len(hidden)
-        if held is not None and held.answer is not None and held.answer.fits(batch):
-            return held.answer
+        run, held, batch = self._run, self._run.sequences(), len(hidden)
+        if held is not None and held.answer is not None:
+            answer = held.answer.for_batch(batch)
+            if answer is not None:
+                return answer
         cached, length = int(cached), hidden.shape[1]
         known = None if held is None else held.positions_for(batch)
         if known is None and cached and (length == 1 or self.first_token or _is_draft(held)):
@@ -420,11 +586,12 @@ class Adapter:
     # Where the queries are
 
     def _shaped(self, tensor: Tensor, call: Call | None) -> Tensor:
-        """Return a layer's tensor as [B, T, width], even from a model that flattens B and T."""
+        """Return a layer's tensor as [B, T, width]; a model may have it as [B*T] or [T, B], too."""
         if tensor.ndim == 3:
-            return tensor
+            self._look_at_rows(tensor, call)
+            return tensor.transpose(0, 1) if self._rows_second else tensor
         known = self._run.given
-        if known is None and call is not None and call.tokens is not None:
+        if call is not None and call.tokens is not None:
             known = call.tokens
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
@@ -446,6 +613,17 @@ class Adapter:
             f"to be edited, it was given {list(given)}; attach to a linear layer in a block of the "
             "language model, as the last of its MLP"
         )
+
+    def _look_at_rows(self, tensor: Tensor, call: Call | None) -> None:
+        """Notice a model that computes [T, B, width], by a call in which T is not B.
+
+        An edit is such a call: it has one row.
+        """
+        if call is None or call.tokens is None:
+            return
+        rows, (first, second) = len(call.tokens), tensor.shape[:2]
+        if first != second and rows in (first, second):
+            self._rows_second = rows == second
 
     def refuse_hidden_padding(self, call: Call) -> None:
         """Refuse prompts of a decoder that end in padding which no mask shows.
@@ -544,15 +722,18 @@ class Adapter:
             yield
 
     @contextmanager
-    def holding(self, held: Generation) -> Iterator[None]:
+    def holding(self, sequences: Generation) -> Iterator[None]:
         """Hold what the sequences of this thread's calls find."""
-        before = self._run.generation
+        held = self._run.held  # of this thread, wherever a generator that is given up ends
         # A draft by layers of the model itself is of the sequences that it is generating already.
-        self._run.generation = before if held.is_draft and before is not None else held
+        if sequences.is_draft and held:
+            yield
+            return
+        held.append(sequences)
         try:
             yield
         finally:
-            self._run.generation = before
+            held.remove(sequences)
 
 
 def _at(tensor: Tensor, where: Tensor) -> Tensor:

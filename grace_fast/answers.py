@@ -33,6 +33,20 @@ class Answer:
         """Tell whether this was decided for the rows of a batch of this size."""
         return self.owner is None and len(self.position) == batch
 
+    def for_batch(self, batch: int) -> Answer | None:
+        """Return this for a batch whose rows may be several for each of these; None if not."""
+        if self.fits(batch):
+            return self
+        count = len(self.position)
+        if self.owner is not None or not count or batch % count:
+            return None
+        each = [
+            None if one is None else one.repeat_interleave(batch // count)
+            for one in (self.position, self.hit, self.row)
+        ]
+        assert each[0] is not None
+        return Answer(each[0], self.snapshot, each[1], each[2])
+
     def values(self) -> Tensor | None:
         """Return the value of each query's row [Q, V], None where nothing hit.
 

@@ -29,16 +29,30 @@ def kind_of(model: nn.Module) -> Kind:
     return "decoder" if can_generate is not None and can_generate() else "classifier"
 
 
+# What an encoder is given where that is no text: sound, images.
+SIGNALS = ("input_features", "input_values", "pixel_values", "flattened_patches", "inputs")
+
+
+def prompts_of(batch: Mapping[str, Any]) -> Tensor:
+    """Return what a batch holds its prompts as: tokens or embeddings [B, T, ...], else a signal.
+
+    Raises: ValueError where it holds none.
+    """
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    for given in (tokens, *(batch.get(name) for name in SIGNALS)):
+        if isinstance(given, Tensor) and given.ndim >= 2:
+            return given
+    raise ValueError(
+        f"a batch must hold input_ids [B, T] as a tensor, got the fields {sorted(batch)}"
+    )
+
+
 def size(batch: Mapping[str, Any]) -> int:
     """Return B, the rows of a batch.
 
-    Raises: ValueError where the batch names no tokens.
+    Raises: ValueError where the batch holds no prompts.
     """
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-        given = sorted(batch)
-        raise ValueError(f"a batch must hold input_ids [B, T] as a tensor, got the fields {given}")
-    return len(tokens)
+    return len(prompts_of(batch))
 
 
 def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
@@ -57,15 +71,23 @@ def runnable(batch: Batch, kind: Kind, model: nn.Module) -> Batch:
     """Return a batch that a model runs on: a prompt without a target still starts the decoder."""
     if kind != "seq2seq" or batch.get("labels") is not None or "decoder_input_ids" in batch:
         return batch
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    assert isinstance(tokens, Tensor)
-    column = torch.full((len(tokens), 1), start_of(model), device=tokens.device)
+    prompts = prompts_of(batch)
+    column = torch.full((len(prompts), 1), start_of(model), device=prompts.device)
     return {**batch, "decoder_input_ids": column}
 
 
-def start_of(model: nn.Module) -> int:
-    """Return the token that a second decoder starts with."""
-    return getattr(getattr(model, "config", None), "decoder_start_token_id", None) or 0
+def start_of(model: Any) -> int:
+    """Return the token that a decoder beside an encoder starts with, in training or `generate`."""
+    holders = [getattr(model, "config", None), getattr(model, "generation_config", None)]
+    of_text = getattr(holders[0], "get_text_config", None)
+    if of_text is not None:
+        holders.append(of_text(decoder=True))
+    for name in ("decoder_start_token_id", "bos_token_id"):
+        for holder in holders:
+            token = getattr(holder, name, None)
+            if isinstance(token, int):
+                return token
+    return 0
 
 
 def decoder_length(batch: Batch) -> int | None:
@@ -91,8 +113,7 @@ def with_more_tokens(batch: Batch) -> Batch:
 
 def with_longer_decoder(batch: Batch, length: int, start: int) -> Batch:
     """Return a batch with as many tokens for a second decoder, all of them its start."""
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-    assert isinstance(tokens, Tensor)
+    tokens = prompts_of(batch)
     ids = torch.full((len(tokens), length), start, device=tokens.device)
     others = ("labels", *(name for name in batch if name.startswith("decoder_")))
     kept = {name: value for name, value in batch.items() if name not in others}
@@ -107,9 +128,8 @@ def check(batch: Mapping[str, Any], kind: Kind, classes: int | None) -> None:
     Raises: ValueError naming the row.
     """
     count = size(batch)
-    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    tokens = prompts_of(batch)
     labels, mask = batch.get("labels"), batch.get("attention_mask")
-    assert isinstance(tokens, Tensor)
     if tokens.shape[1] == 0:
         raise ValueError("the prompt must have at least one token, got an empty prompt")
     if isinstance(mask, Tensor) and mask.ndim == 2:

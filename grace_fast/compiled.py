@@ -17,11 +17,30 @@ _wanted: list[int] = []  # by which threads
 _stance: Any = None
 
 
+_sees_hooks = False
+
+
+def see_hooks() -> None:
+    """Let torch tell blocks apart by their hooks, once it compiles at all.
+
+    Else the blocks of a model that are compiled one by one share what was made of the first, which
+    has no hook, and edits are lost.
+    """
+    global _sees_hooks
+    if _sees_hooks or "torch._dynamo" not in sys.modules:
+        return
+    config: Any = getattr(sys.modules["torch._dynamo"], "config", None)
+    if config is not None:  # None while another thread imports it
+        config.skip_nnmodule_hook_guards = False
+        _sees_hooks = True
+
+
 def forget_compiled_code() -> None:
     """Let compiled code be made again, where there is any: torch does not look for new hooks in it.
 
     It is the code of the whole process: who compiled a model is not told from the model.
     """
+    see_hooks()
     dynamo: Any = sys.modules.get("torch._dynamo")
     if dynamo is not None and dynamo.convert_frame.input_codes.seen:
         torch.compiler.reset()

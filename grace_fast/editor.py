@@ -41,7 +41,7 @@ from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
-from grace_fast.hosts import declared_codebook, host_of, stack_of, uncompiled
+from grace_fast.hosts import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
@@ -130,6 +130,7 @@ class Grace:
             query=settings.query,
             decoder_only=self.kind == "decoder",
             first_token=in_decoder,
+            finds_padding=self.kind == "classifier" and finds_padding(base),
             name=name,
             layer_name=settings.layer,
             seat_name=self._host.layer,
@@ -569,7 +570,7 @@ class Grace:
         self._require_attached()
         where = length = None
         if not self._adapter.first_token and self._adapter.stack is self._adapter.model:
-            call = positions.read(batch, self.kind == "decoder")
+            call = self._adapter.read(batch)
             self._adapter.refuse_hidden_padding(call)
             where = positions.prompt_end(call)
             length = None if call.tokens is None else call.tokens.shape[1]

@@ -5,7 +5,8 @@ A prompt's end is found from, in this order,
   2. for a decoder-only model, the token before the first label that counts, where `labels` is
      shaped like `input_ids`: the end of the prompt, with the target after it,
   3. the ends of packed sequences: `cu_seq_lens_q`, or position ids that start anew without a mask,
-  4. the last token under the 2-D attention mask, on whichever side the padding is,
+  4. the last token under the 2-D attention mask, on whichever side the padding is; without a mask
+     the last that is not padding, for a classifier whose head looks for that one itself,
   5. the token with the highest position id,
   6. the last token.
 A prompt alone, the same prompt with labels, and `generate` therefore ask with the same query.
@@ -26,6 +27,11 @@ from grace_fast.semantics import IGNORED_LABEL
 Query = Literal["prompt_end", "every_step", "every_token"]
 
 
+# The arguments that a cache is given by. Models without attention have a state, without a count.
+CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+UNCOUNTED = -1
+
+
 class Call(NamedTuple):
     """What one forward call says of its tokens: only tensors, so that a graph can carry it."""
 
@@ -34,7 +40,7 @@ class Call(NamedTuple):
     labels: Tensor | None = None  # [B, T], of a decoder-only model
     position_ids: Tensor | None = None  # [1 or B, T]; None beside a 2-D mask, which says more
     bounds: Tensor | None = None  # [S + 1], where packed sequences begin, and the end of the last
-    cached: int | Tensor = 0  # tokens of the sequence that are in a cache already
+    cached: int | Tensor = 0  # tokens of the sequence that are in a cache already, or UNCOUNTED
     is_packable: bool = False  # no mask of any kind keeps the tokens of a row together
 
 
@@ -60,17 +66,64 @@ def read(arguments: Mapping[str, Any], decoder_only: bool) -> Call:
         ids,
         bounds if isinstance(bounds, Tensor) else None,
         _cached(arguments),
-        mask is None,
+        mask is None or isinstance(bounds, Tensor),
     )
 
 
+def within(outer: Call, inner: Call) -> Call:
+    """Return what a call and one within it say together of the tokens that the inner one computes.
+
+    The inner one has the last word. Labels are the outer one's, which are shaped like its tokens:
+    what was put before those has none.
+    """
+    if inner.tokens is None:
+        return outer
+    if outer.tokens is None:
+        return inner
+    labels, (batch, length) = outer.labels, inner.tokens.shape[:2]
+    if (batch, length) == tuple(outer.tokens.shape[:2]):
+        is_cached = isinstance(outer.cached, Tensor) or outer.cached != 0
+        return Call(
+            outer.tokens,  # ids, where the inner one is given embeddings
+            outer.mask if inner.mask is None else inner.mask,
+            labels,
+            outer.position_ids if inner.position_ids is None else inner.position_ids,
+            outer.bounds if inner.bounds is None else inner.bounds,
+            outer.cached if is_cached else inner.cached,
+            outer.is_packable,
+        )
+    if labels is None or len(labels) != batch or labels.shape[1] > length:
+        return inner
+    before = labels.new_full((batch, length - labels.shape[1]), IGNORED_LABEL)
+    return inner._replace(labels=torch.cat([before, labels], dim=1))
+
+
 def _cached(arguments: Mapping[str, Any]) -> int | Tensor:
-    cache: Any = arguments.get("past_key_values")
-    if not hasattr(cache, "get_seq_length"):
-        return 0
-    length: int | Tensor = cache.get_seq_length()
+    for name in CACHES:
+        cache: Any = arguments.get(name)
+        if cache is not None:
+            return _length(cache)
+    return 0
+
+
+def _length(cache: Any) -> int | Tensor:
+    """Return how many tokens a cache holds, UNCOUNTED where it has some and does not say."""
+    count = getattr(cache, "get_seq_length", None)
+    try:
+        length: int | Tensor | None = None if count is None else count()
+    except ValueError:  # of a state alone
+        return UNCOUNTED if cache.has_previous_state() else 0
+    if length is None:  # of a model's own kind
+        return 0 if _is_fresh(cache) else UNCOUNTED
     # A static cache counts in place, while the layers before the edited one run.
     return length.clone() if isinstance(length, Tensor) else length
+
+
+def _is_fresh(cache: Any) -> bool:
+    """Tell whether no token has gone into a cache yet, as far as it says anything."""
+    if hasattr(cache, "seqlen_offset"):
+        return not int(cache.seqlen_offset)
+    return hasattr(cache, "__len__") and not len(cache)
 
 
 def prompt_end(call: Call) -> Tensor | None:
@@ -137,8 +190,9 @@ def packed(call: Call) -> Packed | None:
     ids = call.position_ids
     if ids is not None and bool((ids.expand_as(starts).flatten()[first] != 0).any()):
         raise ValueError(
-            "packed rows hold a sequence that goes on from an earlier call, and a decoding step is "
-            "not told from a prompt there; attach with query='every_token'"
+            "packed rows hold a sequence that goes on from an earlier call, as in continuous "
+            "batching, and a decoding step is not told from a prompt there; attach with "
+            "query='every_token'"
         )
     owner = flat.cumsum(0) - 1
     position = torch.cat([first[1:], first.new_full((1,), flat.numel())]) - 1
@@ -184,6 +238,15 @@ class Padding(NamedTuple):
         token = getattr(config, "pad_token_id", None)
         token = ends[0] if token is None else token
         return cls(token if isinstance(token, int) else None, token in ends)
+
+    def shown(self, call: Call) -> Call:
+        """Return a call with the mask of its padding, where it was given none."""
+        ids = call.tokens
+        if not call.is_packable or call.bounds is not None or self.token is None:
+            return call
+        if ids is None or ids.is_floating_point():
+            return call
+        return call._replace(mask=ids != self.token, is_packable=False)
 
 
 def pads_inside(config: Any) -> bool:
