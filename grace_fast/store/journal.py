@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from grace_fast.codebook import MAX_NUMBER
+from grace_fast.codebook import MAX_COUNTER
 from grace_fast.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import beside
 from grace_fast.store.files import synchronise
@@ -187,6 +187,7 @@ class Journal:
             raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
 
     def _head(self) -> tuple[int, bytes]:
+        beside.refuse_odd_names(self.path)
         with self._reading():
             # One statement, so that a version that is just appended is in neither or in both.
             rows = self._file.execute(
@@ -234,6 +235,7 @@ class Journal:
         self.version, self.checksum = version, before
 
     def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
+        beside.refuse_before_writing(self.path)
         try:
             self._file.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
@@ -283,8 +285,8 @@ class Journal:
                 (version, last),
             )
             while (row := rows.fetchone()) is not None:
-                if row[0] >= MAX_NUMBER:
-                    raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_NUMBER}")
+                if row[0] >= MAX_COUNTER:
+                    raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_COUNTER}")
                 if row[0] != version + 1 or not _is_entry(row):
                     raise CodebookCorrupt(f"{self.path}: version {version + 1} is missing")
                 checksum = _chained(self._key, checksum, *row[:4])
@@ -294,10 +296,13 @@ class Journal:
                     )
                 # Rows of a file that was made to harm may share their pages.
                 content_bytes += len(row[3])
-                if content_bytes > self.path.stat().st_size:
+                if content_bytes > self._bytes_there():
                     raise CodebookCorrupt(f"{self.path} holds more than it has bytes")
                 version = row[0]
                 yield Entry(*row)
+
+    def _bytes_there(self) -> int:
+        return self.path.stat().st_size
 
     def _checksum_of(self, version: int) -> bytes:
         with self._reading():
