@@ -16,7 +16,7 @@ import sqlite3
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -152,15 +152,18 @@ class Journal:
         SQLite reads the header, and takes no lock for it: a file that is closed elsewhere in a
         process takes the locks of all its connections along.
         """
+        with self._reading():  # where it cannot be opened at all
+            file = _connect(self.path, "mode=ro&nolock=1")
         try:
-            with closing(_connect(self.path, "mode=ro&nolock=1")) as file:
-                file.execute("PRAGMA schema_version").fetchone()
+            file.execute("PRAGMA schema_version").fetchone()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
                 raise CodebookCorrupt(
                     f"{self.path} is not what was written: it asks for a write-ahead log"
                 ) from error
             # Else it may be being written just now; who reads it with a lock says what it is.
+        finally:
+            file.close()
 
     def _check_pages(self) -> None:
         """Raise CodebookCorrupt where what is appended could be written over what is there."""
