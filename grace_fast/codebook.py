@@ -35,9 +35,8 @@ _NO_COPY = (
     "(`gf.save`, `grace.save_pretrained`) and open it for the copy (`gf.open`, `from_pretrained`)"
 )
 COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
-MAX_NUMBER = (
-    1 << 53
-)  # of versions, ids and counts: exact in every JSON, and far from an int64's end
+MAX_NUMBER = 1 << 62  # of ids and counts: what follows them still fits an int64
+MAX_COUNTER = 1 << 53  # of versions and edits: exact in every JSON
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -364,7 +363,7 @@ class Draft:
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = self._first = base.counts
         self.version = base.version + 1  # that it will be published as
-        require_room("version", self.version)
+        require_room("version", self.version, MAX_COUNTER)
         book._label_slots.cut(base.counts.labels)  # what a dropped draft left behind
 
     def _continued(self) -> Draft:
@@ -387,7 +386,7 @@ class Draft:
     ) -> range:
         """Add checked rows at the end; return their numbers."""
         book, added = self._book, len(keys)
-        require_room("key", book._next_id + added - 1)
+        require_room("key", book._next_id + added - 1, MAX_NUMBER)
         first, key_first, value_first = self.rows, self.counts.keys, self.counts.values
         book._ids.commit(first + added)
         key_slots = self._store(book._keys, key_first, keys)
@@ -899,12 +898,12 @@ def _filled(store: Rows, rows: Tensor | MappedFile) -> Rows:
     return store
 
 
-def require_room(what: str, number: int) -> None:
-    """Raise ValueError where a number is beyond those that are read again."""
-    if number >= MAX_NUMBER:
+def require_room(what: str, number: int, limit: int) -> None:
+    """Raise ValueError where a number is not below the limit of those that are read again."""
+    if number >= limit:
         raise ValueError(
             f"the next {what} would be number {number}, and a saved codebook holds numbers below "
-            f"{MAX_NUMBER}: it can be read, and not be changed any more"
+            f"{limit}: it can be read, and not be changed any more"
         )
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grace_fast import lookup, semantics
 from grace_fast.ascending import Ascending
-from grace_fast.codebook import Codebook, Draft, Snapshot, require_room
+from grace_fast.codebook import MAX_COUNTER, Codebook, Draft, Snapshot, require_room
 from grace_fast.kept import Kept
 from grace_fast.semantics import Outcome, Rules
 
@@ -287,7 +287,7 @@ class History:
         Raises: ValueError where there is an edit of its id, or a later one on its row, or where no
         id is left for the one after it.
         """
-        require_room("edit", edit.id + 1)
+        require_room("edit", edit.id + 1, MAX_COUNTER)
         life = self._life(edit.row)
         if edit.id in self.edits or (life.edits and life.edits[-1] >= edit.id):
             raise ValueError(f"an edit must come after those of row {edit.row}, got {edit.id}")

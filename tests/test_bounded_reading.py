@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_changed_files import change_config, replace_tensor
 
 import grace_fast as gf
-from grace_fast.codebook import MAX_NUMBER
+from grace_fast.codebook import MAX_COUNTER, MAX_NUMBER
 from grace_fast.compat import easyedit
 from grace_fast.evaluate import records, stream
 from grace_fast.store import files, headers, manifest, portable, resident
@@ -177,8 +177,8 @@ def test_a_checkpoint_is_written_through_no_link(tmp_path):
 
 # Numbers at their ends
 
-LAST = MAX_NUMBER - 1
-PAST = (MAX_NUMBER, 2**62 - 1, 2**62, 2**63 - 1, 2**63, 2**64, -1)
+LAST = MAX_COUNTER - 1
+PAST = (MAX_COUNTER, MAX_NUMBER - 1, 2**62, 2**63 - 1, 2**63, 2**64, -1)
 
 
 def attach(folder):
@@ -201,7 +201,7 @@ def with_the_last(field, folder):
     grace.compact()
     grace.unload()
     if field == "row":
-        replace_tensor(folder, "tensors", "rows.id", lambda ids: last_of(ids))
+        replace_tensor(folder, "tensors", "rows.id", last_of)
     elif field == "version":
         change_journal_base(folder)
     else:
@@ -209,7 +209,7 @@ def with_the_last(field, folder):
 
 
 def last_of(ids):
-    ids[-1] = LAST
+    ids[-1] = MAX_NUMBER - 1
     return ids
 
 
@@ -238,12 +238,12 @@ def test_no_edit_is_acknowledged_that_could_not_be_read_again(field, tmp_path):
 
 def test_hits_stop_at_the_last_number(tmp_path):
     golden.editor(path=tmp_path).unload()
-    change_config(tmp_path, hits={"0": LAST})
+    change_config(tmp_path, hits={"0": MAX_NUMBER - 1})
     grace = attach(tmp_path)
     grace.hits[0] += 5
     grace.unload()
     again = attach(tmp_path)
-    assert again.hits[0] == LAST
+    assert again.hits[0] == MAX_NUMBER - 1
     again.unload()
 
 

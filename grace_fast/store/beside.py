@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 from grace_fast.mapped import CodebookCorrupt, open_regular, refuse_special
@@ -83,6 +84,19 @@ def refuse_odd_names(path: Path) -> None:
     For readers, who put nothing back, and may see a rollback journal while it is written.
     """
     _refuse(_odd_names(path))
+
+
+def refuse_before_writing(path: Path) -> None:
+    """Raise CodebookCorrupt unless SQLite may begin a transaction on a journal that it has open.
+
+    It opens what lies beside anew each time; ours is empty between two transactions.
+    """
+    refuse_odd_names(path)
+    rollback = rollback_of(path)
+    refuse_special(rollback, writes=True)
+    with suppress(FileNotFoundError):
+        if rollback.lstat().st_size:
+            _refuse({rollback: "was put there since the codebook was opened"})
 
 
 def _refuse(found: dict[Path, str]) -> None:

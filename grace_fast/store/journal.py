@@ -18,13 +18,13 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from grace_fast import forks
-from grace_fast.codebook import MAX_NUMBER
+from grace_fast.codebook import MAX_COUNTER
 from grace_fast.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import beside
 from grace_fast.store.files import ChangedMeanwhile, synchronise
@@ -175,15 +175,18 @@ class Journal:
         SQLite reads the header, and takes no lock for it: a file that is closed elsewhere in a
         process takes the locks of all its connections along.
         """
+        with self._reading():  # where it cannot be opened at all
+            file = _connected(self.path, "mode=ro&nolock=1")
         try:
-            with closing(_connected(self.path, "mode=ro&nolock=1")) as file:
-                file.execute("PRAGMA schema_version").fetchone()
+            file.execute("PRAGMA schema_version").fetchone()
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
                 raise CodebookCorrupt(
                     f"{self.path} is not what was written: it asks for a write-ahead log"
                 ) from error
             # Else it may be being written just now; who reads it with a lock says what it is.
+        finally:
+            file.close()
 
     def _check_pages(self, connection: sqlite3.Connection) -> None:
         """Raise CodebookCorrupt where what is appended could be written over what is there."""
@@ -210,6 +213,7 @@ class Journal:
             raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
 
     def _head(self) -> tuple[int, bytes]:
+        beside.refuse_odd_names(self.path)
         with self._using, self._reading():
             # One statement, so that a version that is just appended is in neither or in both.
             rows = self._file.execute(
@@ -257,6 +261,7 @@ class Journal:
         self.version, self.checksum = version, before
 
     def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
+        beside.refuse_before_writing(self.path)
         try:
             self._file.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
@@ -312,8 +317,8 @@ class Journal:
                 (version, last),
             )
             while (row := rows.fetchone()) is not None:
-                if row[0] >= MAX_NUMBER:
-                    raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_NUMBER}")
+                if row[0] >= MAX_COUNTER:
+                    raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_COUNTER}")
                 if row[0] != version + 1 or not _is_entry(row):
                     raise CodebookCorrupt(f"{self.path}: version {version + 1} is missing")
                 checksum = _chained(self._key, checksum, *row[:4])
@@ -322,11 +327,14 @@ class Journal:
                         f"{self.path}: version {row[0]} is not what was written (checksum)"
                     )
                 # Rows of a file that was made to harm may share their pages.
-                content_bytes += len(row[3])
-                if content_bytes > self.path.stat().st_size:
+                content_bytes += len(row[2]) + len(row[3])
+                if content_bytes > self._bytes_there():
                     raise CodebookCorrupt(f"{self.path} holds more than it has bytes")
                 version = row[0]
                 yield Entry(*row)
+
+    def _bytes_there(self) -> int:
+        return self.path.stat().st_size
 
     def _checksum_of(self, version: int) -> bytes:
         with self._using, self._reading():

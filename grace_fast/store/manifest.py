@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grace_fast.codebook import MAX_COUNTER as MAX_COUNTER
 from grace_fast.codebook import MAX_NUMBER as MAX_NUMBER
 from grace_fast.mapped import CodebookCorrupt, open_regular
 from grace_fast.store import headers
@@ -143,6 +144,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < MAX_NUMBER
 
 
+def _is_counter(value: Any) -> bool:
+    return _is_count(value) and value < MAX_COUNTER
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -177,8 +182,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an object of plain values",
     ),
     "fingerprint": (_is_object, "an object"),
-    "next_id": (_is_count, f"a whole number >= 0, below {MAX_NUMBER}"),
-    "version": (_is_count, f"a whole number >= 0, below {MAX_NUMBER}"),
+    "next_id": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
+    "version": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
     "hits": (_by_number(_is_count), "an object of counts by row"),
     "texts": (
         are_texts,

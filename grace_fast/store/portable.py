@@ -76,7 +76,7 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
     refuse_special(source)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with _Sparing(source.open("rb", buffering=0)) as file, zipfile.ZipFile(file) as packed:
+        with _Sparing(source.open("rb", buffering=0)) as whole, zipfile.ZipFile(whole) as packed:
             members = packed.infolist()
             size, total = source.stat().st_size, sum(each.file_size for each in members)
             if total > size or len({each.filename for each in members}) != len(members):

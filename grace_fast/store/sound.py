@@ -185,11 +185,11 @@ class Story:
         ids, rows = columns["edits.id"].tolist(), columns["edits.row"].tolist()
         newest = -1
         for at, (number, row) in enumerate(zip(ids, rows, strict=True)):
-            if not newest < number < manifest.MAX_NUMBER - 1:
+            if not newest < number < manifest.MAX_COUNTER - 1:
                 self._lose(at, row, f"edit {number} comes after edit {newest}")
             elif not 0 <= row < self._rows:
                 self._lost[at] = f"it is on row {row} of {self._rows}"
-            newest = max(newest, number if number < manifest.MAX_NUMBER - 1 else -1)
+            newest = max(newest, number if number < manifest.MAX_COUNTER - 1 else -1)
         for where, why in (
             (~columns["edits.query"].isfinite().all(dim=1), "a query that is NaN or infinite"),
             (~columns["edits.radius"].isfinite(), "a radius that is NaN or infinite"),
@@ -229,7 +229,7 @@ class Story:
         for where, why in (
             (self._outside("events.row", self._rows), "a row that is not there"),
             (
-                self._outside("events.edit", manifest.MAX_NUMBER - 1, NO_EDIT),
+                self._outside("events.edit", manifest.MAX_COUNTER - 1, NO_EDIT),
                 "no edit there can be",
             ),
             (self._outside("events.key_slot", keys), "a key that is not there"),
