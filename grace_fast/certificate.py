@@ -269,11 +269,7 @@ class Certificate:
         elif rows >= 2 * state.fitted_rows:
             start, state = 0, None
         elif state.tail.count > TAIL_ROWS or rows - state.covered > INLINE_ROWS:
-            start = state.runs[-1].last if state.runs else 0
-            for part in reversed(state.runs):
-                if part.last - part.first >= MERGE_RATIO * (rows - start):
-                    break
-                start = part.first
+            start = self._where_to_merge_from(state, rows)
         else:
             return
         # Made here, under the lock: it notes how long the tail is at this version.
@@ -284,6 +280,22 @@ class Certificate:
             if self._hopeless_rows != newest.rows:
                 _log.warning("the certificate was not built: %s; look-ups read all keys", error)
             self._hopeless_rows = newest.rows
+
+    @staticmethod
+    def _where_to_merge_from(state: State, rows: int) -> int:
+        """Return the first row of the next run: what is long enough before it stays as it is.
+
+        The tail keeps the positions of rows before the run, which are keys that moved. More than
+        half of what it may hold must not stay, or the next look-up would begin to build again.
+        """
+        start = state.runs[-1].last if state.runs else 0
+        coded = state.tail.rows[: state.tail.count]
+        for part in reversed(state.runs):
+            long_enough = part.last - part.first >= MERGE_RATIO * (rows - start)
+            if long_enough and np.count_nonzero(coded < start) <= TAIL_ROWS // 2:
+                break
+            start = part.first
+        return start
 
     def _steps(self, build: Build) -> Iterator[str]:
         """Make a run and publish it; give the name of each step before it is done."""

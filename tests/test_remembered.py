@@ -212,6 +212,23 @@ def test_what_is_edited_between_two_steps_of_a_merge_is_found(step, monkeypatch)
     assert decides(torch.cat([asked, moved[None] + 1]), book)[-1] == 312
 
 
+@pytest.mark.parametrize("moves", ["of many keys", "of one key"])
+def test_a_tail_of_keys_that_moved_is_merged_with_the_runs_of_their_rows(moves, monkeypatch):
+    monkeypatch.setattr(certificate, "TAIL_ROWS", 30)
+    steps, book = builder(monkeypatch), book_with(100)
+    decides(book.keys[:2], book)
+    steps.finish()
+    for move in range(50):
+        with book.writing() as draft:
+            draft.set_key(move if moves == "of many keys" else 7, torch.full((WIDTH,), move / 9))
+        decides(book.keys[:2], book)
+    steps.finish()  # it would go on and on
+    state = certificate.of(book.snapshot()).current
+    assert [part.last - part.first for part in state.runs] == [100]
+    assert state.tail.count < 30
+    decides(torch.cat([book.keys, keys_and_radii(100)[0][:50]]), book)
+
+
 def test_a_version_that_could_not_be_taken_in_is_taken_in_at_the_next_look_up(monkeypatch):
     book = book_with(300)
     gf.prepare(book)
