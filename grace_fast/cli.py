@@ -23,7 +23,7 @@ from tqdm import tqdm
 import grace_fast as gf
 from grace_fast.attachment import Saved, read_saved
 from grace_fast.edits import Edit, History
-from grace_fast.store import portable
+from grace_fast.store import headers, portable
 from grace_fast.store import repair as repairing
 from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config, steadily
@@ -625,7 +625,7 @@ def _read_edits(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
+            fields = headers.parse_line(line)
         except (ValueError, RecursionError) as error:
             _fail(f"{path}, line {number} is not JSON: {error}")
         if not isinstance(fields, dict) or "target" not in fields:

@@ -35,6 +35,8 @@ _NO_COPY = (
     "(`gf.save`, `grace.save_pretrained`) and open it for the copy (`gf.open`, `from_pretrained`)"
 )
 COLUMNS = ("radius", "live", "key_slot", "value_slot", "label_slot")  # what may change of a row
+MAX_NUMBER = 1 << 62  # of ids and counts: what follows them still fits an int64
+MAX_COUNTER = 1 << 53  # of versions and edits: exact in every JSON
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -361,6 +363,7 @@ class Draft:
         self._mine: set[int] = set()  # pages that no snapshot shares
         self.counts = self._first = base.counts
         self.version = base.version + 1  # that it will be published as
+        require_room("version", self.version, MAX_COUNTER)
         book._label_slots.cut(base.counts.labels)  # what a dropped draft left behind
 
     def _continued(self) -> Draft:
@@ -383,6 +386,7 @@ class Draft:
     ) -> range:
         """Add checked rows at the end; return their numbers."""
         book, added = self._book, len(keys)
+        require_room("key", book._next_id + added - 1, MAX_NUMBER)
         first, key_first, value_first = self.rows, self.counts.keys, self.counts.values
         book._ids.commit(first + added)
         key_slots = self._store(book._keys, key_first, keys)
@@ -889,6 +893,15 @@ def _filled(store: Rows, rows: Tensor | MappedFile) -> Rows:
     store.commit(len(rows))
     store.tensor[: len(rows)] = rows
     return store
+
+
+def require_room(what: str, number: int, limit: int) -> None:
+    """Raise ValueError where a number is not below the limit of those that are read again."""
+    if number >= limit:
+        raise ValueError(
+            f"the next {what} would be number {number}, and a saved codebook holds numbers below "
+            f"{limit}: it can be read, and not be changed any more"
+        )
 
 
 def checked_rows(name: str, rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:

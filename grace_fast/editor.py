@@ -34,7 +34,7 @@ from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
-from grace_fast.store import files
+from grace_fast.store import files, manifest
 from grace_fast.store.durable import (
     CodebookReadOnly,
     Difference,
@@ -703,7 +703,7 @@ class Grace:
         described = {
             "settings": asdict(self.settings),
             "fingerprint": fingerprint(uncompiled(self.model), self._layer),
-            "hits": {str(row): count for row, count in dict(self.hits).items()},
+            "hits": manifest.counted(dict(self.hits)),
             **told,
         }
         write(path, described, snapshot, self._history, hmac_key)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import lookup, semantics
-from grace_fast.codebook import Codebook, Draft, Snapshot
+from grace_fast.ascending import Ascending
+from grace_fast.codebook import MAX_COUNTER, Codebook, Draft, Snapshot, require_room
 from grace_fast.kept import Kept
 from grace_fast.semantics import Outcome, Rules
 
@@ -127,12 +128,16 @@ class Enacted:
     value_before: int | None
 
 
+_NO_EDITS: Ascending[int] = Ascending()
+_NO_EVENTS: Ascending[Event] = Ascending()
+
+
 @dataclass(frozen=True)
 class RowLife:
     """What happened on one row and still holds, oldest first."""
 
-    edits: tuple[int, ...] = ()
-    events: tuple[Event, ...] = ()
+    edits: Ascending[int] = _NO_EDITS
+    events: Ascending[Event] = _NO_EVENTS  # by the edit that caused each
     base: Base | None = None  # where the row was there before any edit
     neighbour: int = -1  # the row that was split to make room for this one
 
@@ -277,14 +282,16 @@ class History:
     def record(self, edit: Edit, label_slot: int) -> None:
         """Keep an enacted edit with what its training reached.
 
-        Raises: ValueError where there is an edit of its id, or a later one on its row.
+        Raises: ValueError where there is an edit of its id, or a later one on its row, or where no
+        id is left for the one after it.
         """
+        require_room("edit", edit.id + 1, MAX_COUNTER)
         life = self._life(edit.row)
         if edit.id in self.edits or (life.edits and life.edits[-1] >= edit.id):
             raise ValueError(f"an edit must come after those of row {edit.row}, got {edit.id}")
         self.edits[edit.id] = edit
         self.label_slots[edit.id] = label_slot
-        self.rows[edit.row] = replace(life, edits=(*life.edits, edit.id))
+        self.rows[edit.row] = replace(life, edits=life.edits.adding(edit.id, edit.id))
         self.next_id = max(self.next_id, edit.id + 1)
         self._note(Recorded(edit, label_slot))
 
@@ -292,9 +299,12 @@ class History:
         return self.rows.get(row, _UNTOUCHED)
 
     def add_event(self, event: Event) -> None:
-        """Note a change of a row's ball."""
+        """Note a change of a row's ball.
+
+        Raises: ValueError where it is owed to no later edit than the one before it on the row.
+        """
         life = self._life(event.row)
-        self.rows[event.row] = replace(life, events=(*life.events, event))
+        self.rows[event.row] = replace(life, events=life.events.adding(event.edit, event))
         if event.lasts_with not in (event.row, -1):
             made = self._life(event.lasts_with)
             self.rows[event.lasts_with] = replace(made, neighbour=event.row)
@@ -417,18 +427,19 @@ class History:
         del self.label_slots[edit_id]
         self._note(Forgotten(edit_id))
         life = self.rows[edit.row]
-        edits = tuple(each for each in life.edits if each != edit_id)
+        edits = life.edits.without(edit_id)
         if edits or life.base is not None:
-            events = tuple(
-                event for event in life.events if event.edit != edit_id or event.lasts_with >= 0
-            )
+            events, caused = life.events, life.events.get(edit_id)
+            if caused is not None and caused.lasts_with < 0:
+                events = events.without(edit_id)
             self.rows[edit.row] = replace(life, edits=edits, events=events)
             return edit
         del self.rows[edit.row]
         if life.neighbour in self.rows:
-            split = self.rows[life.neighbour]
-            events = tuple(event for event in split.events if event.lasts_with != edit.row)
-            self.rows[life.neighbour] = replace(split, events=events)
+            split, maker = self.rows[life.neighbour], life.events[0].edit
+            caused = split.events.get(maker)
+            if caused is not None and caused.lasts_with == edit.row:
+                self.rows[life.neighbour] = replace(split, events=split.events.without(maker))
         return edit
 
     def _restore_ball(self, draft: Draft, row: int) -> None:
@@ -456,27 +467,37 @@ class History:
         snapshot = book.snapshot() if isinstance(book, Codebook) else book
         edits, live = list(self.edits.values()), snapshot.live.tolist()
         replays: list[Replay] = []
+        changed: dict[int, int] = {}
         for start in range(0, len(edits), REPLAY_BATCH):
             part = edits[start : start + REPLAY_BATCH]
             queries = torch.stack([edit.query for edit in part])
             near, match = lookup.nearest(queries, snapshot), lookup.find(queries, snapshot)
             for edit, row, hit in zip(part, near.row.tolist(), match.hit.tolist(), strict=True):
                 if live[edit.row]:
-                    replays.append(self._replay(edit, row, hit, rules))
+                    replays.append(self._replay(edit, row, hit, rules, changed))
                 else:  # removed, but not by an undo
                     replays.append(Replay(edit.id, "broken"))
         return Verification(tuple(replays))
 
-    def _replay(self, edit: Edit, row: int, hit: bool, rules: Rules) -> Replay:
+    def _replay(
+        self, edit: Edit, row: int, hit: bool, rules: Rules, changed: dict[int, int]
+    ) -> Replay:
+        """Return what became of an edit whose query is nearest to a row.
+
+        changed: by row, what is known of `_last_to_change`.
+        """
         if row == edit.row and hit:
             newest = self.edits[self.rows[row].edits[-1]]
             if newest.id == edit.id or _answers_alike(rules, edit, newest):
                 return Replay(edit.id, "fires")
             return Replay(edit.id, "superseded", newest.id)
         # A later key is nearer; or its own ball was shrunk or moved away.
-        by = self._last_to_change(row)
-        if by <= edit.id:
-            by = self._last_to_change(edit.row)
+        by = NO_EDIT
+        for each in (row, edit.row):
+            if by <= edit.id:
+                if each not in changed:
+                    changed[each] = self._last_to_change(each)
+                by = changed[each]
         if by <= edit.id:
             return Replay(edit.id, "broken")
         return Replay(edit.id, "superseded", by)

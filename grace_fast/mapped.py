@@ -52,7 +52,8 @@ class CodebookCorrupt(ValueError):
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     """Return a descriptor of a regular file; a link is not followed, a device not opened.
 
-    flags: as for `os.open`; a file that is to be created need not be there.
+    flags: as for `os.open`; a file that is to be created need not be there. One that is to be
+        written must have no other name: what is written would be seen there too.
 
     Raises: CodebookCorrupt where something else has its name, OSError as `os.open`.
     """
@@ -60,28 +61,44 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     # What takes its place in between is opened without waiting for it, and refused then.
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        _refuse_mode(path, os.fstat(descriptor).st_mode)
+        found = os.fstat(descriptor)
+        _refuse_mode(path, found.st_mode)
+        if flags & (os.O_RDWR | os.O_WRONLY):
+            _refuse_other_names(path, found.st_nlink)
     except CodebookCorrupt:
         os.close(descriptor)
         raise
     return descriptor
 
 
-def refuse_special(path: Path) -> None:
+def refuse_special(path: Path, writes: bool = False) -> None:
     """Raise CodebookCorrupt where a link, a device or a folder has the name of a file.
 
     For files that others open by their path: SQLite, safetensors.
+
+    writes: it will be written, so it must have no other name either.
     """
     try:
-        _refuse_mode(path, path.lstat().st_mode)
+        found = path.lstat()
     except FileNotFoundError:
         return
+    _refuse_mode(path, found.st_mode)
+    if writes:
+        _refuse_other_names(path, found.st_nlink)
 
 
 def _refuse_mode(path: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
         what = "a link" if stat.S_ISLNK(mode) else "no regular file"
         raise CodebookCorrupt(f"{path} is {what}: a codebook's files are regular files")
+
+
+def _refuse_other_names(path: Path, names: int) -> None:
+    if names > 1:
+        raise CodebookCorrupt(
+            f"{path} has another name somewhere (a hard link), and what is written to it would be "
+            "seen there; copy the directory (cp -r) and use the copy"
+        )
 
 
 @dataclass(frozen=True)

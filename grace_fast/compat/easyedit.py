@@ -28,6 +28,7 @@ from grace_fast.compat.reference import Editor
 from grace_fast.compat.teaching import prompt_end
 from grace_fast.semantics import IGNORED_LABEL, Rules
 
+_MOST_YAML_BYTES = 1 << 16  # a thousand times that of memory is made of it
 # What PyYAML raises, beside its own, for tags that do not suit their text, and for deep ones.
 _ODD_YAML = (ValueError, TypeError, AttributeError, LookupError, RecursionError)
 
@@ -68,7 +69,11 @@ class GraceHyperParams:
         path = Path(hparams_name_or_path)
         path = path if ".yaml" in path.name else path.with_name(f"{path.name}.yaml")
         try:
-            given = yaml.safe_load(path.read_text(encoding="utf-8"))
+            with path.open("rb") as file:
+                content = file.read(_MOST_YAML_BYTES + 1)
+            if len(content) > _MOST_YAML_BYTES:
+                raise ValueError(f"it has more than {_MOST_YAML_BYTES} bytes")
+            given = yaml.safe_load(content.decode("utf-8"))
         except (yaml.YAMLError, *_ODD_YAML) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(given, dict) or given.get("alg_name") != "GRACE":

@@ -310,8 +310,12 @@ def _swept(kept: Path, recipe: str) -> dict[float, dict[str, Any]]:
     """Return the rows that earlier sweeps of this recipe left, by epsilon."""
     if not kept.exists():
         return {}
-    fields = json.loads(kept.read_text(encoding="utf-8"))
-    return {row["epsilon"]: row for row in fields["rows"]} if fields["recipe"] == recipe else {}
+    fields = stream.checkpoint(kept)
+    try:
+        rows = fields["rows"] if fields["recipe"] == recipe else []
+        return {float(row["epsilon"]): row for row in rows}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{kept} is not what a sweep left; remove it: {error!r}") from error
 
 
 def _swept_at(task: Task, epsilon: float, progress: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,9 +32,14 @@ import torch
 from grace_fast.evaluate import answering
 from grace_fast.evaluate.metrics import SCORES, mean
 from grace_fast.evaluate.task import Answer, Case, Task
+from grace_fast.mapped import open_regular
+from grace_fast.store import headers
 
 SAVE_EVERY = 50  # edits
 STATE = "stream.json"
+_NAME = re.compile(r"codebook-[0-9]{6,19}")
+_MOST_BYTES = 1 << 26  # of a checkpoint: a million edits are some 30 MB
+_ODD = "is not the checkpoint of an evaluation; remove it, or start anew"
 
 
 class Editor(Protocol):
@@ -102,11 +108,18 @@ class Progress:
         """Return the state of an interrupted run; None where there is none of this recipe."""
         if not (folder / STATE).exists():
             return None
-        fields = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        fields = checkpoint(folder / STATE)
         if fields.get("recipe") != recipe:
             return None
-        fields["points"] = [Point(**point) for point in fields["points"]]
-        return cls(**fields)
+        try:
+            fields["points"] = [Point(**point) for point in fields["points"]]
+            progress = cls(**fields)
+            is_beside = progress.codebook == "" or _NAME.fullmatch(progress.codebook)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{folder / STATE} {_ODD}: {error!r}") from error
+        if not is_beside:  # it is read, and removed once there is a later one
+            raise ValueError(f"{folder / STATE} {_ODD}: no codebook beside it is named")
+        return progress
 
 
 def run(
@@ -231,6 +244,8 @@ def save(editor: Saved, folder: Path, progress: Progress) -> None:
     """Put codebook and progress on disk, and drop the codebook of the save before."""
     old = progress.codebook
     name = f"codebook-{progress.done:06d}"
+    if (folder / name).is_symlink():
+        raise ValueError(f"{folder / name} is a link; remove it")
     editor.save(folder / name)
     progress.codebook = name
     progress.write(folder)
@@ -241,8 +256,28 @@ def save(editor: Saved, folder: Path, progress: Progress) -> None:
 def put(path: Path, fields: dict[str, Any]) -> None:
     """Put fields as JSON in the place of those before, in one step."""
     draft = path.with_name(f".{path.name}")
-    draft.write_text(json.dumps(fields) + "\n", encoding="utf-8")
+    draft.unlink(missing_ok=True)
+    with draft.open("x", encoding="utf-8") as file:  # never through a link that has its name
+        file.write(json.dumps(fields) + "\n")
     os.replace(draft, path)
+
+
+def checkpoint(path: Path) -> dict[str, Any]:
+    """Return the fields of such a file, of which no more is taken into memory than one holds.
+
+    Raises: ValueError for what is none, OSError where it cannot be read.
+    """
+    try:
+        with os.fdopen(open_regular(path), "rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+        fields = headers.parse(content, depth=8, constants=True)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} {_ODD}: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} {_ODD}: it must hold an object")
+    return fields
 
 
 def digest(decisions: Sequence[Any]) -> str:

@@ -27,7 +27,7 @@ from grace_fast.changes import Change, back
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Emptied, Forgotten, History, Recorded, Step
 from grace_fast.mapped import CodebookCorrupt
-from grace_fast.store import files
+from grace_fast.store import files, manifest
 from grace_fast.store.files import CodebookLocked as CodebookLocked
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import Version, redo
@@ -195,9 +195,8 @@ class Store:
         """Give the directory back; hits, by row, are kept in its manifest where that can be."""
         mine = self._process == os.getpid() and self._failure is None and not self._is_closed
         if hits and self.journal is not None and mine:
-            counted = {str(row): count for row, count in hits.items()}
             try:
-                files.update(self.folder, {"hits": counted}, self._key)
+                files.update(self.folder, {"hits": manifest.counted(hits)}, self._key)
             except (OSError, ValueError) as error:
                 _log.warning("the hits of %s were not kept: %s", self.folder, error)
         self._is_closed = True

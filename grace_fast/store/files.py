@@ -31,7 +31,7 @@ from torch import Tensor
 from grace_fast import forks
 from grace_fast.mapped import CodebookCorrupt as CodebookCorrupt
 from grace_fast.mapped import MappedFile, Shape, open_regular
-from grace_fast.store import headers, manifest
+from grace_fast.store import beside, headers, manifest
 from grace_fast.store.headers import Described
 from grace_fast.store.manifest import CONFIG as CONFIG
 
@@ -127,7 +127,7 @@ def _drop_others(folder: Path, names: set[str]) -> None:
             if old.name not in names and not _is_folder(old):
                 old.unlink()
     for old in folder.glob(f"{JOURNALS}-*.sqlite"):
-        for each in (old.with_name(old.name + "-journal"), old):
+        for each in (*beside.all_of(old), old):
             if old.name not in names and not _is_folder(each):
                 each.unlink(missing_ok=True)
 

@@ -12,29 +12,38 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import hmac
+import os
 import sqlite3
 import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from grace_fast import forks
+from grace_fast.codebook import MAX_COUNTER
 from grace_fast.mapped import CodebookCorrupt, refuse_special
+from grace_fast.store import beside
 from grace_fast.store.files import ChangedMeanwhile, synchronise
 
-_APPLICATION = 0x47524143  # "GRAC", in the file's header
 _FORMAT = 1
 _SCHEMA = (
     "CREATE TABLE versions (version INTEGER PRIMARY KEY, time REAL NOT NULL, "
     "kind TEXT NOT NULL, content BLOB NOT NULL, checksum BLOB NOT NULL)",
     "CREATE TABLE head (version INTEGER NOT NULL, checksum BLOB NOT NULL)",
 )
+_TABLES = [
+    ("table", name, name, sql) for name, sql in zip(("versions", "head"), _SCHEMA, strict=True)
+]
 _LAST = (1 << 63) - 1  # at most any version
 _WAIT_S = 10.0  # for a reader or a writer that is just reading or writing
+# What is said of a file that was changed; an interruption is ours, of a schema without end.
+_WRONG = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_INTERRUPT")
+_LEAST_BYTES = 512  # a page
+_MOST_STEPS = 1_000_000  # of SQLite's machine, until a schema is known to be ours
 
 
 @dataclass(frozen=True)
@@ -71,38 +80,42 @@ class Journal:
         self.path, self.base, self._key = path, base, hmac_key or b""
         self._start = _started(name, base, self._key)
         self._using = threading.RLock()  # no process is forked within a statement
-        self._connection: sqlite3.Connection | None = self._connect(read_only)
+        self._connection: sqlite3.Connection | None = self._opened(read_only)
         forks.guard(self, "_using", mend=Journal._leave_in_child)
         self.version, self.checksum = (base, self._start) if salvage else self._head()
 
-    def _connect(self, read_only: bool) -> sqlite3.Connection:
+    def _opened(self, read_only: bool) -> sqlite3.Connection:
         path = self.path
-        for each in (path, path.with_name(path.name + "-journal")):
-            refuse_special(each)
+        refuse_special(path)
         if not path.is_file():
             raise CodebookCorrupt(f"{path} is missing: the codebook is not complete")
-        place = quote(str(path.absolute()))
+        if path.stat().st_size < _LEAST_BYTES:  # SQLite removes what lies beside an empty file
+            raise CodebookCorrupt(f"{path} is not what was written: it is cut off")
+        if read_only:
+            beside.refuse_odd_names(path)
+            self._refuse_log_mode()
+        else:
+            beside.refuse_foreign(path, beside.page_bytes_of(path), writes=True)
         with self._reading():
-            connection = sqlite3.connect(
-                f"file:{place}?mode={'ro' if read_only else 'rw'}",
-                uri=True,
-                timeout=_WAIT_S,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            for setting in ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
-                connection.execute(f"PRAGMA {setting}")
-            if not read_only:
-                connection.execute("PRAGMA journal_mode=TRUNCATE")
-                connection.execute("PRAGMA synchronous=FULL")
-            self._check_schema(connection)
-        return connection
+            file = _connect(path, "mode=ro" if read_only else "mode=rw")
+            try:
+                if not read_only:
+                    file.execute("PRAGMA journal_mode=TRUNCATE")
+                    file.execute("PRAGMA synchronous=FULL")
+                self._check_schema(file)
+                file.set_progress_handler(None, 0)
+                if not read_only:
+                    self._check_pages(file)
+            except BaseException:
+                file.close()
+                raise
+        return file
 
     @property
     def _file(self) -> sqlite3.Connection:
         """The connection of this process; a forked child makes one of its own, to read."""
         if self._connection is None:
-            self._connection = self._connect(read_only=True)
+            self._connection = self._opened(read_only=True)
         return self._connection
 
     def _leave_in_child(self, _: bool) -> None:
@@ -120,12 +133,12 @@ class Journal:
         path.unlink(missing_ok=True)
         start = _started(name, base, hmac_key or b"")
         try:
-            file = sqlite3.connect(path, isolation_level=None)
+            file = _connect(path, "mode=rwc")
             try:
                 file.execute("PRAGMA journal_mode=TRUNCATE")
                 file.execute("PRAGMA synchronous=FULL")
                 file.execute("BEGIN IMMEDIATE")
-                file.execute(f"PRAGMA application_id={_APPLICATION}")
+                file.execute(f"PRAGMA application_id={beside.APPLICATION}")
                 file.execute(f"PRAGMA user_version={_FORMAT}")
                 for statement in _SCHEMA:
                     file.execute(statement)
@@ -146,36 +159,62 @@ class Journal:
         except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
             # A text that cannot be decoded has no name, and neither has a message of such a text.
             name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
-            if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR")):
+            if name.startswith(_WRONG):
                 raise CodebookCorrupt(f"{self.path} is not what was written: {error}") from error
             if name.startswith("SQLITE_READONLY"):
+                beside.refuse_foreign(self.path)
                 raise OSError(
                     f"{self.path} needs a writer: an edit was interrupted; "
                     "attach the codebook once where its directory can be written"
                 ) from error
             raise OSError(f"{self.path} cannot be read: {error}") from error
 
-    def _check_schema(self, connection: sqlite3.Connection) -> None:
+    def _refuse_log_mode(self) -> None:
+        """Raise CodebookCorrupt where the file asks for a write-ahead log, of which none is made.
+
+        SQLite reads the header, and takes no lock for it: a file that is closed elsewhere in a
+        process takes the locks of all its connections along.
+        """
+        try:
+            with closing(_connect(self.path, "mode=ro&nolock=1")) as file:
+                file.execute("PRAGMA schema_version").fetchone()
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
+                raise CodebookCorrupt(
+                    f"{self.path} is not what was written: it asks for a write-ahead log"
+                ) from error
+            # Else it may be being written just now; who reads it with a lock says what it is.
+
+    def _check_pages(self, file: sqlite3.Connection) -> None:
+        """Raise CodebookCorrupt where what is appended could be written over what is there."""
+        (found,) = file.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise CodebookCorrupt(f"{self.path} is not what was written: {found}")
+
+    def _check_schema(self, file: sqlite3.Connection) -> None:
         told = {
-            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
+            name: file.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version")
         }
-        if told["application_id"] != _APPLICATION:
+        if told["application_id"] != beside.APPLICATION:
             raise CodebookCorrupt(f"{self.path} is not a journal of grace_fast")
         if told["user_version"] > _FORMAT:
             raise CodebookCorrupt(
                 f"{self.path} has format {told['user_version']}, "
                 f"this version of grace_fast reads up to {_FORMAT}"
             )
-        found = connection.execute("SELECT sql FROM sqlite_master ORDER BY rowid").fetchall()
-        if tuple(sql for (sql,) in found) != _SCHEMA or told["user_version"] != _FORMAT:
+        found = file.execute(
+            "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY rowid LIMIT 3"
+        ).fetchall()
+        if found != _TABLES or told["user_version"] != _FORMAT:
             raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
 
     def _head(self) -> tuple[int, bytes]:
+        beside.refuse_odd_names(self.path)
         with self._using, self._reading():
             # One statement, so that a version that is just appended is in neither or in both.
             rows = self._file.execute(
-                "SELECT version, checksum, (SELECT max(version) FROM versions) FROM head"
+                "SELECT version, checksum, (SELECT max(version) FROM versions) FROM head LIMIT 2"
             ).fetchall()
         if len(rows) != 1 or not isinstance(rows[0][0], int) or not isinstance(rows[0][1], bytes):
             raise CodebookCorrupt(f"{self.path} does not say which version is the last")
@@ -219,6 +258,7 @@ class Journal:
         self.version, self.checksum = version, before
 
     def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
+        beside.refuse_before_writing(self.path)
         try:
             self._file.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
@@ -266,6 +306,7 @@ class Journal:
 
     def _chain(self, version: int, checksum: bytes, last: int) -> Iterator[Entry]:
         """Yield the rows after a version with a checksum, up to another version, each checked."""
+        content_bytes = 0
         with self._reading():
             rows = self._file.execute(
                 "SELECT version, time, kind, content, checksum FROM versions "
@@ -273,6 +314,8 @@ class Journal:
                 (version, last),
             )
             while (row := rows.fetchone()) is not None:
+                if row[0] >= MAX_COUNTER:
+                    raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_COUNTER}")
                 if row[0] != version + 1 or not _is_entry(row):
                     raise CodebookCorrupt(f"{self.path}: version {version + 1} is missing")
                 checksum = _chained(self._key, checksum, *row[:4])
@@ -280,8 +323,20 @@ class Journal:
                     raise CodebookCorrupt(
                         f"{self.path}: version {row[0]} is not what was written (checksum)"
                     )
+                # Rows of a file that was made to harm may share their pages.
+                content_bytes += len(row[3])
+                if content_bytes > self._bytes_there():
+                    raise CodebookCorrupt(f"{self.path} holds more than it has bytes")
                 version = row[0]
                 yield Entry(*row)
+
+    def _bytes_there(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError as error:
+            raise ChangedMeanwhile(
+                f"{self.path} was replaced when the codebook was compacted; refresh() first"
+            ) from error
 
     def _checksum_of(self, version: int) -> bytes:
         with self._using, self._reading():
@@ -307,6 +362,26 @@ class Journal:
         """Let go of the file."""
         if self._connection is not None:
             self._connection.close()
+
+
+def _connect(path: Path, how: str) -> sqlite3.Connection:
+    """Return a connection that runs nothing that a file brings along, and does not go on for ever.
+
+    how: parameters of SQLite's for a file's name. No character of the path is taken for one.
+    """
+    file = sqlite3.connect(
+        f"file://{quote(os.fsencode(path.absolute()))}?{how}",
+        uri=True,
+        timeout=_WAIT_S,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    file.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
+    file.set_progress_handler(lambda: 1, _MOST_STEPS)
+    settings = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "temp_store=MEMORY")
+    for setting in settings:
+        file.execute(f"PRAGMA {setting}")
+    return file
 
 
 def _is_entry(row: tuple[object, ...]) -> bool:

@@ -20,13 +20,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from grace_fast.codebook import MAX_COUNTER as MAX_COUNTER
+from grace_fast.codebook import MAX_NUMBER as MAX_NUMBER
 from grace_fast.mapped import CodebookCorrupt, open_regular
 from grace_fast.store import headers
 
 FORMAT = 3
 CONFIG = "grace_config.json"
 MAX_BYTES = 1 << 28  # texts and hits of a million edits fit
-MAX_NUMBER = 1 << 62  # of ids and counts: what follows them still fits an int64
 _DEPTH = 8
 _LEAST_KEY_BYTES = 16
 
@@ -46,6 +47,12 @@ def seal(config: Mapping[str, Any], hmac_key: bytes | None = None) -> bytes:
             f"{CONFIG} would have {len(content)} bytes, at most {MAX_BYTES} are read again; "
             "attach without store_text"
         )
+    try:
+        headers.outline(content)
+    except ValueError as error:
+        raise ValueError(
+            f"{CONFIG} would not be read again: {error}; attach without store_text"
+        ) from error
     return content
 
 
@@ -87,6 +94,11 @@ def read(path: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
         if name in config and not is_right(config[name]):
             raise CodebookCorrupt(f"{file}: {name} must be {wanted}", field=name)
     return config
+
+
+def counted(hits: Mapping[int, int]) -> dict[str, int]:
+    """Return hits by row as a manifest holds them: who counts on stops at the last number."""
+    return {str(row): min(count, MAX_NUMBER - 1) for row, count in hits.items()}
 
 
 def sign(content: bytes, hmac_key: bytes, purpose: str) -> str:
@@ -132,6 +144,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < MAX_NUMBER
 
 
+def _is_counter(value: Any) -> bool:
+    return _is_count(value) and value < MAX_COUNTER
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -166,8 +182,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "an object of plain values",
     ),
     "fingerprint": (_is_object, "an object"),
-    "next_id": (_is_count, "a whole number >= 0"),
-    "version": (_is_count, "a whole number >= 0"),
+    "next_id": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
+    "version": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
     "hits": (_by_number(_is_count), "an object of counts by row"),
     "texts": (
         are_texts,

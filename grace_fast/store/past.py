@@ -6,9 +6,10 @@ somebody looks at it. So what any of them could break is tested here, of all at 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import starmap
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from grace_fast.ascending import Ascending
 from grace_fast.codebook import Snapshot
 from grace_fast.edits import NO_EDIT, Base, Edit, Event, History, RowLife
 from grace_fast.kept import Filed, Kept
@@ -109,6 +111,17 @@ class _Past:
         _refuse_any(row[of_edits][on != row[of_edits]], unknown)
         made = (edit != NO_EDIT) & ~of_edits
         _refuse_any(row[made][~(edited & ~based)[lasts_with[made]]], unknown)
+        of_one_row = row[1:] == row[:-1]
+        _refuse_any(
+            row[1:][of_one_row & (edit[1:] <= edit[:-1])],
+            "row {} was changed by edits that do not ascend",
+        )
+        maker = np.zeros(self.row_count, np.int64)
+        maker[self.rows] = edit[first]
+        _refuse_any(
+            row[~of_edits][maker[lasts_with[~of_edits]] != edit[~of_edits]],
+            "row {} was changed for another row by an edit that did not make that",
+        )
         made_by_split = self.splits[0]
         _refuse_any(
             made_by_split[1:][made_by_split[1:] == made_by_split[:-1]],
@@ -202,16 +215,27 @@ class _Lives:
         return np.stack([np.searchsorted(rows, ends) for rows in of])
 
     def make(self, at: int) -> RowLife:
-        """Return what happened on one row."""
+        """Return what happened on one row; it is asked for again and again where there is much."""
+        return self._remembered(at)
+
+    @cached_property
+    def _remembered(self) -> Callable[[int], RowLife]:
+        return lru_cache(maxsize=64)(self._made)
+
+    def _made(self, at: int) -> RowLife:
         past, row = self.past, int(self.past.rows[at])
         events, edits, bases = (slice(*each[at : at + 2].tolist()) for each in self._starts)
         listed = zip(*(values[events].tolist() for values in past.events.values()), strict=True)
         base = past.bases[bases].tolist()
         made, split = past.splits
         by = _places(made, np.array([row]))[0]
+        ids, changes = (
+            past.edits["id"][past.edits_by_row[edits]].tolist(),
+            [*starmap(Event, listed)],
+        )
         return RowLife(
-            edits=tuple(past.edits["id"][past.edits_by_row[edits]].tolist()),
-            events=tuple(Event(*each) for each in listed),
+            edits=Ascending(ids, ids),
+            events=Ascending([event.edit for event in changes], changes),
             base=Base(*base[0][1:]) if base else None,
             neighbour=-1 if by < 0 else int(split[by]),
         )
@@ -331,8 +355,7 @@ def unpack_history(
     )
     past.check()
     ids = past.edits["id"]
-    if len(ids) and next_id <= ids[-1]:
-        raise CodebookCorrupt(f"the next id is {next_id}, and there is an edit {ids[-1]}")
+    _check_next_id(past, next_id)
     queries = _checked_queries(tensors, snapshot, len(ids)).to(snapshot.device)
     edits: Filed[Edit] = _Edits(past, queries, snapshot.labels_by_slot, texts)
     return History(Kept(edits), Kept(_Lives(past)), Kept(_LabelSlots(past)), next_id)
@@ -345,8 +368,15 @@ def check_replayed(snapshot: Snapshot, history: History, max_radius: float | Non
     """
     past = _past_of(history, snapshot.rows)
     past.check()
+    _check_next_id(past, history.next_id)
     events = torch.from_numpy(past.events["radius"])
     check_radii({"rows.radius": snapshot.radii, "events.radius": events}, max_radius)
+
+
+def _check_next_id(past: _Past, next_id: int) -> None:
+    newest = max(past.edits["id"].max(initial=-1), past.events["edit"].max(initial=-1))
+    if next_id <= newest:
+        raise CodebookCorrupt(f"the next id is {next_id}, and there is an edit {newest}")
 
 
 def _checked_edits(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> dict[str, NDArray[Any]]:

@@ -7,6 +7,7 @@ into a new directory, and every test of a directory is made there before it gets
 from __future__ import annotations
 
 import errno
+import io
 import secrets
 import shutil
 import zipfile
@@ -15,6 +16,22 @@ from pathlib import Path
 from grace_fast.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import files
 from grace_fast.store.saved import read_newest, read_saved, write
+
+_MOST_AT_ONCE = 1 << 20  # bytes; the list of the members of a packed codebook has some hundred
+
+
+class _Sparing(io.BufferedReader):
+    """A file of which no more is read at once than a packed codebook needs.
+
+    The list of its members is read whole, and some ten times that of memory is made of it.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        wanted = _MOST_AT_ONCE + 1 if size is None or size < 0 else size
+        content = super().read(wanted) if wanted <= _MOST_AT_ONCE + 1 else b""
+        if wanted > _MOST_AT_ONCE + 1 or len(content) > _MOST_AT_ONCE:
+            raise zipfile.BadZipFile(f"it lists its members in more than {_MOST_AT_ONCE} bytes")
+        return content
 
 
 def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> int:
@@ -59,7 +76,7 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
     refuse_special(source)
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with zipfile.ZipFile(source) as packed:
+        with _Sparing(source.open("rb", buffering=0)) as whole, zipfile.ZipFile(whole) as packed:
             members = packed.infolist()
             size, total = source.stat().st_size, sum(each.file_size for each in members)
             if total > size or len({each.filename for each in members}) != len(members):

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from grace_fast.codebook import Codebook
 from grace_fast.edits import History
-from grace_fast.mapped import CodebookCorrupt, MappedFile, refuse_special
-from grace_fast.store import files, layout, past, resident, saved
+from grace_fast.mapped import CodebookCorrupt, MappedFile, open_regular
+from grace_fast.store import beside, files, layout, past, resident, saved
 from grace_fast.store.blocks import Given
 from grace_fast.store.durable import LOCK, Lock, journal_place
 from grace_fast.store.journal import Entry, Journal
@@ -332,13 +332,14 @@ class _Edited:
         self._report.dropped += _list_rows(unsound, self._keep_rows, live) if drops else []
         self._report.dropped += [Dropped("edit", edit, why) for edit, why in edits]
         silent = {row: why for row, why in gone.items() if drops or row in unsound.untold}
-        next_id = 1 + max(mended["edits.id"].tolist(), default=-1)
+        numbers = mended["edits.id"].tolist() + mended["events.edit"].tolist()
+        next_id = 1 + max(numbers, default=-1)
         self._config["next_id"] = max(int(self._config["next_id"]), next_id)
         return mended | {"rows.live": _without(live, silent)}
 
     def _take_versions(self, columns: Mapping[str, Tensor]) -> None:
         """Go through the versions one after the other as far as that can be, list the others."""
-        entries, newest, why = _salvaged(self._folder, self._config, self._key)
+        entries, newest, why = _salvaged(self._folder, self._config, self._key, self._report)
         self._book, self._history, done, stop = self._replayed(columns, entries)
         self._entries = entries[:done]
         if stop:
@@ -417,12 +418,13 @@ class _Edited:
 
 
 def _salvaged(
-    folder: Path, config: Mapping[str, Any], key: bytes | None
+    folder: Path, config: Mapping[str, Any], key: bytes | None, report: Repaired
 ) -> tuple[list[Entry], int | None, str]:
     """Return the versions of a journal that are what was written, and its last one if it says.
 
     And why there is no further one, where there may have been. It is read from a copy: a version
-    that was interrupted is rolled back there.
+    that was interrupted is rolled back there. What lies beside it and is none of its own is listed
+    as dropped, and not read.
 
     Raises: OSError where it cannot be read.
     """
@@ -430,16 +432,29 @@ def _salvaged(
     newest = None
     try:
         path, name, base = journal_place(folder, config)
-        beside = path.with_name(path.name + "-journal")
         with files.temporary_folder(folder.absolute().parent) as room:
-            for each in (path, beside):
-                refuse_special(each)
-                if each.exists():
-                    shutil.copyfile(each, room / each.name)
-            with closing(Journal(room / path.name, name, base, key, salvage=True)) as journal:
+            copied = room / path.name
+            _copy(path, copied)
+            odd = beside.foreign(path, beside.page_bytes_of(copied))
+            report.dropped += [Dropped("file", None, f"{each} {why}") for each, why in odd.items()]
+            rollback = beside.rollback_of(path)
+            if rollback not in odd and rollback.exists():
+                _copy(rollback, beside.rollback_of(copied))
+            with closing(Journal(copied, name, base, key, salvage=True)) as journal:
                 with suppress(CodebookCorrupt):
                     newest = journal.newest()
                 entries.extend(journal.sound_entries())
+    except FileNotFoundError:
+        return entries, newest, f"{path} is missing: the codebook is not complete"
     except CodebookCorrupt as error:
         return entries, newest, str(error)
     return entries, newest, ""
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a regular file.
+
+    Raises: CodebookCorrupt where something else has its name, OSError where it cannot be copied.
+    """
+    with os.fdopen(open_regular(file), "rb") as source, target.open("xb") as made:
+        shutil.copyfileobj(source, made)

@@ -185,11 +185,11 @@ class Story:
         ids, rows = columns["edits.id"].tolist(), columns["edits.row"].tolist()
         newest = -1
         for at, (number, row) in enumerate(zip(ids, rows, strict=True)):
-            if not newest < number < manifest.MAX_NUMBER:
+            if not newest < number < manifest.MAX_COUNTER - 1:
                 self._lose(at, row, f"edit {number} comes after edit {newest}")
             elif not 0 <= row < self._rows:
                 self._lost[at] = f"it is on row {row} of {self._rows}"
-            newest = max(newest, number if number < manifest.MAX_NUMBER else -1)
+            newest = max(newest, number if number < manifest.MAX_COUNTER - 1 else -1)
         for where, why in (
             (~columns["edits.query"].isfinite().all(dim=1), "a query that is NaN or infinite"),
             (~columns["edits.radius"].isfinite(), "a radius that is NaN or infinite"),
@@ -228,6 +228,10 @@ class Story:
         keys = len(self._odd["keys"])
         for where, why in (
             (self._outside("events.row", self._rows), "a row that is not there"),
+            (
+                self._outside("events.edit", manifest.MAX_COUNTER - 1, NO_EDIT),
+                "no edit there can be",
+            ),
             (self._outside("events.key_slot", keys), "a key that is not there"),
             (self._outside("events.lasts_with", self._rows, -1), "a row that is not there"),
             (~columns["events.radius"].float().isfinite(), "a radius that is NaN or infinite"),
@@ -268,14 +272,19 @@ class Story:
         names = ("edit", "row", "lasts_with")
         told = list(zip(*(self._columns[f"events.{name}"].tolist() for name in names), strict=True))
         found: dict[int, str] = {}
-        first: set[int] = set()
+        first: dict[int, int] = {}  # by row: the edit of its first event
+        last: dict[int, int] = {}
         split_by: set[int] = set()
+        for edit, row, _ in told:
+            first.setdefault(row, edit)
         for edit, row, lasts_with in told:
             if row in gone:
                 continue
-            if row not in first and lasts_with != row:
+            if row not in last and lasts_with != row:
                 found.setdefault(row, "no event says how it came to be")
-            first.add(row)
+            if row in last and edit <= last[row]:
+                found.setdefault(row, "the edits that changed it do not ascend")
+            last[row] = edit
             by_an_edit_here = lasts_with == -1
             if by_an_edit_here and edit not in edits.get(row, ()):
                 found.setdefault(row, f"it was changed by edit {edit}, unknown there")
@@ -284,11 +293,13 @@ class Story:
             if edit != NO_EDIT and (lasts_with not in edits or lasts_with in bases):
                 found.setdefault(row, f"it was changed by edit {edit}, unknown there")
             if lasts_with != row:
+                if first.get(lasts_with) != edit:
+                    found.setdefault(row, f"edit {edit} did not make row {lasts_with}")
                 if lasts_with in split_by:
                     found.setdefault(row, f"row {lasts_with} has split another one already")
                 split_by.add(lasts_with)
-        for row in (edits.keys() | bases) - first:
+        for row in (edits.keys() | bases) - last.keys():
             found.setdefault(row, "it has edits, and no event says how it came to be")
-        for row in first - edits.keys() - bases:
+        for row in last.keys() - edits.keys() - bases:
             found.setdefault(row, "it has events, and neither an edit nor what was before any")
         return sum(self._untold(row, why) for row, why in found.items()) > 0  # each of them

@@ -124,8 +124,10 @@ class _Unfinished:
         file = work / STATE
         if os.path.lexists(file):
             with os.fdopen(open_regular(file), "rb") as opened:
-                content = opened.read()
+                content = opened.read(manifest.MAX_BYTES + 1)
             try:
+                if len(content) > manifest.MAX_BYTES:
+                    raise ValueError(f"it has more than {manifest.MAX_BYTES} bytes")
                 self._state = headers.parse(content, depth=4)
                 known = self._state["format"]
             except (ValueError, TypeError, KeyError) as error:
