@@ -324,7 +324,7 @@ class Journal:
                         f"{self.path}: version {row[0]} is not what was written (checksum)"
                     )
                 # Rows of a file that was made to harm may share their pages.
-                content_bytes += len(row[3])
+                content_bytes += len(row[2]) + len(row[3])
                 if content_bytes > self._bytes_there():
                     raise CodebookCorrupt(f"{self.path} holds more than it has bytes")
                 version = row[0]
