@@ -9,6 +9,9 @@ child gets that lock anew, and the owner is told that what it guards may be half
 OpenMP keeps threads for each thread that asked for some, and the child would wait for them in the
 first product of two matrices, of torch's as of ours. They are ended before the fork; those that are
 wanted again come back by themselves (EPYC: 1 ms for a fork, .1 ms for the next product).
+
+MKL has locks of its own, which a thread takes in a product and when it ends. What this package does
+in the background it does in steps, and a fork comes between two of them.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import count
@@ -28,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 WAIT_S = 1.0  # for all locks together; most are held for microseconds
+STEP_WAIT_S = 10.0  # for background work, which takes milliseconds a step and depends on nobody
 _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5: give back all there is
 _MAPS = Path("/proc/self/maps")
 
@@ -35,11 +39,12 @@ _MAPS = Path("/proc/self/maps")
 class Order(IntEnum):
     """Which locks are taken first: who holds one may wait for a later one, and never otherwise."""
 
-    MAKING = 0  # of an editor's first codebook
-    WRITING = 1  # a codebook
-    INDEX = 2  # of FAISS
-    CODES = 3
-    LAST = 4  # nothing else is waited for under it
+    STEP = 0  # of work in the background
+    MAKING = 1  # of an editor's first codebook
+    WRITING = 2  # a codebook
+    INDEX = 3  # of FAISS
+    CODES = 4
+    LAST = 5  # nothing else is waited for under it
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,16 @@ class _Held(threading.local):
 
 
 _held = _Held()
+_ending: list[int] = []  # threads that have done their work, by the system's number
+
+
+def _open_gate() -> threading.Event:
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
+_may_step = _open_gate()
 
 
 def guard(
@@ -89,12 +104,52 @@ def _listed() -> list[tuple[Any, _Guarded]]:
     return sorted(((o, g) for o, g in known if o is not None), key=lambda pair: pair[1].order)
 
 
+class _Work:
+    """What a thread does in the background."""
+
+    def __init__(self) -> None:
+        self.step = threading.Lock()
+        guard(self, "step", Order.STEP)
+
+
+def do(steps: Iterator[str], meanwhile: Collection[str] = ()) -> None:
+    """Go through the steps of some work; a process is forked between two of them, or afterwards.
+
+    For threads of this package's own: this thread has to end right behind it.
+
+    steps: yields the name of each before it is done; meanwhile: of those that a fork may fall in.
+    """
+    work = _Work()
+    name: str | None = ""
+    while name is not None:
+        _may_step.wait()
+        with nullcontext() if name in meanwhile else work.step:
+            name = next(steps, None)
+    with work.step:
+        rest_openmp()
+        _ending[:] = [each for each in _ending if _is_alive(each)]
+        _ending.append(threading.get_native_id())
+
+
+def _is_alive(thread: int) -> bool:
+    return os.path.exists(f"/proc/self/task/{thread}")
+
+
 def _before() -> None:
-    until = time.monotonic() + WAIT_S
-    _take(_forking, until)
+    _take(_forking, time.monotonic() + WAIT_S)
+    _may_step.clear()
+    steps_until = time.monotonic() + STEP_WAIT_S
+    until = 0.0
     for owner, each in _listed():
+        if each.order > Order.STEP and not until:
+            until = time.monotonic() + WAIT_S
         if each.lock is not None:
-            _take(getattr(owner, each.lock), until)
+            _take(getattr(owner, each.lock), until or steps_until)
+    while _ending and time.monotonic() < steps_until:
+        if _is_alive(_ending[-1]):
+            time.sleep(0.0005)
+        else:
+            _ending.pop()
     rest_openmp()
 
 
@@ -103,14 +158,20 @@ def _take(lock: Any, until: float) -> None:
         _held.locks.append(lock)
 
 
+def _in_parent() -> None:
+    _let_go()
+    _may_step.set()
+
+
 def _let_go() -> None:
     while _held.locks:
         _held.locks.pop().release()
 
 
 def _in_child() -> None:
-    global _is_child
-    _is_child = True
+    global _is_child, _may_step
+    _is_child, _may_step = True, _open_gate()
+    _ending.clear()
     _let_go()
     _is_free(_forking)
     for owner, each in reversed(_listed()):
@@ -152,4 +213,4 @@ def _rest_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before, after_in_parent=_let_go, after_in_child=_in_child)
+    os.register_at_fork(before=_before, after_in_parent=_in_parent, after_in_child=_in_child)

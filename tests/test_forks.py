@@ -21,7 +21,7 @@ from grace_fast.store import files
 
 needs_extension = pytest.mark.skipif(native.cpu is None, reason=native.missing)
 FAMILY = models.FAMILIES["gpt2"]
-PATIENCE = 20  # seconds; a child that waits for ever is ended by then
+PATIENCE = 40  # seconds; a child that waits for ever is ended by then
 ROWS, WIDTH = 2500, 16
 
 
@@ -363,7 +363,7 @@ children = []
 for _ in range(2):
     child = os.fork()
     if not child:
-        signal.alarm(40)
+        signal.alarm(60)
         ask()
         sys.exit(0)
     children.append(child)

@@ -47,7 +47,7 @@ class Steps:
 
     def __init__(self, monkeypatch):
         self.count, self.at, self.happens = 0, -1, None
-        real_open, real_connect = os.open, durable.Journal._connect
+        real_open, real_connect = os.open, durable.Journal._opened
 
         def step():
             self.count += 1
@@ -66,7 +66,7 @@ class Steps:
         patched = type("os", (), {"__getattr__": lambda _, name: getattr(os, name)})()
         patched.open = open_file
         monkeypatch.setattr(mapped, "os", patched)
-        monkeypatch.setattr(durable.Journal, "_connect", connect)
+        monkeypatch.setattr(durable.Journal, "_opened", connect)
 
     def each(self, read, happens, before=lambda: None):
         """Read again and again, with something happening at another step each time."""

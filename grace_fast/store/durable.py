@@ -72,6 +72,13 @@ class Lock:
             raise
         self.is_in_place = claim.is_in_place
         self.close = weakref.finalize(self, claim.close)
+        self._path = claim.path
+
+    def remove(self) -> None:
+        """Give the directory back without a trace; who waits for the file sees that it is gone."""
+        if self.is_in_place():
+            self._path.unlink()
+        self.close()
 
 
 class Store:

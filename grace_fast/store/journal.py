@@ -80,11 +80,11 @@ class Journal:
         self.path, self.base, self._key = path, base, hmac_key or b""
         self._start = _started(name, base, self._key)
         self._using = threading.RLock()  # no process is forked within a statement
-        self._connection: sqlite3.Connection | None = self._connect(read_only)
+        self._connection: sqlite3.Connection | None = self._opened(read_only)
         forks.guard(self, "_using", mend=Journal._leave_in_child)
         self.version, self.checksum = (base, self._start) if salvage else self._head()
 
-    def _connect(self, read_only: bool) -> sqlite3.Connection:
+    def _opened(self, read_only: bool) -> sqlite3.Connection:
         path = self.path
         refuse_special(path)
         if not path.is_file():
@@ -97,25 +97,25 @@ class Journal:
         else:
             beside.refuse_foreign(path, beside.page_bytes_of(path), writes=True)
         with self._reading():
-            connection = _connected(path, "mode=ro" if read_only else "mode=rw")
+            file = _connected(path, "mode=ro" if read_only else "mode=rw")
             try:
                 if not read_only:
-                    connection.execute("PRAGMA journal_mode=TRUNCATE")
-                    connection.execute("PRAGMA synchronous=FULL")
-                self._check_schema(connection)
-                connection.set_progress_handler(None, 0)
+                    file.execute("PRAGMA journal_mode=TRUNCATE")
+                    file.execute("PRAGMA synchronous=FULL")
+                self._check_schema(file)
+                file.set_progress_handler(None, 0)
                 if not read_only:
-                    self._check_pages(connection)
+                    self._check_pages(file)
             except BaseException:
-                connection.close()
+                file.close()
                 raise
-        return connection
+        return file
 
     @property
     def _file(self) -> sqlite3.Connection:
         """The connection of this process; a forked child makes one of its own, to read."""
         if self._connection is None:
-            self._connection = self._connect(read_only=True)
+            self._connection = self._opened(read_only=True)
         return self._connection
 
     def _leave_in_child(self, _: bool) -> None:
@@ -188,15 +188,15 @@ class Journal:
         finally:
             file.close()
 
-    def _check_pages(self, connection: sqlite3.Connection) -> None:
+    def _check_pages(self, file: sqlite3.Connection) -> None:
         """Raise CodebookCorrupt where what is appended could be written over what is there."""
-        (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        (found,) = file.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise CodebookCorrupt(f"{self.path} is not what was written: {found}")
 
-    def _check_schema(self, connection: sqlite3.Connection) -> None:
+    def _check_schema(self, file: sqlite3.Connection) -> None:
         told = {
-            name: connection.execute(f"PRAGMA {name}").fetchone()[0]
+            name: file.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version")
         }
         if told["application_id"] != beside.APPLICATION:
@@ -206,7 +206,7 @@ class Journal:
                 f"{self.path} has format {told['user_version']}, "
                 f"this version of grace_fast reads up to {_FORMAT}"
             )
-        found = connection.execute(
+        found = file.execute(
             "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY rowid LIMIT 3"
         ).fetchall()
         if found != _TABLES or told["user_version"] != _FORMAT:
@@ -334,7 +334,12 @@ class Journal:
                 yield Entry(*row)
 
     def _bytes_there(self) -> int:
-        return self.path.stat().st_size
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError as error:
+            raise ChangedMeanwhile(
+                f"{self.path} was replaced when the codebook was compacted; refresh() first"
+            ) from error
 
     def _checksum_of(self, version: int) -> bytes:
         with self._using, self._reading():

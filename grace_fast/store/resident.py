@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -42,7 +41,8 @@ def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> 
         raise TypeError(f"book must be a Codebook, got {type(book).__name__}")
     folder = files.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
-    with closing(Lock(folder)):
+    lock = Lock(folder)
+    try:
         refuse_taken(folder)
         if (folder / BUILDING).exists():
             raise FileExistsError(
@@ -50,6 +50,8 @@ def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> 
                 f"or remove {folder / BUILDING}"
             )
         _save(book, folder, hmac_key)
+    finally:
+        lock.remove()
 
 
 def _save(book: Codebook, folder: Path, hmac_key: bytes | None) -> None:

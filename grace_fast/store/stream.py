@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from hashlib import sha256
 from importlib.util import find_spec
@@ -44,7 +44,6 @@ from grace_fast.order import Encoded
 from grace_fast.store import files, headers, layout, manifest, resident
 from grace_fast.store.background import behind
 from grace_fast.store.coded import pack_map, pack_state, unpack_map
-from grace_fast.store.durable import Lock
 from grace_fast.store.rows import RowWriter, Written
 from grace_fast.views import State
 
@@ -323,12 +322,11 @@ class _Unfinished:
         """Put the files where the directory's codebook is, and make them that."""
         files.require_claim(self._work)
         placed = {}
-        with closing(Lock(self._folder)):
-            for name in files.MAPPED:
-                place = self._folder / written[name].path.name
-                written[name].path.replace(place)
-                placed[name] = replace(written[name], path=place)
-            resident.publish(self._folder, self._state["token"], placed, snapshot, coded)
+        for name in files.MAPPED:
+            place = self._folder / written[name].path.name
+            written[name].path.replace(place)
+            placed[name] = replace(written[name], path=place)
+        resident.publish(self._folder, self._state["token"], placed, snapshot, coded)
 
 
 class _EncodedOnDisk(Encoded):
