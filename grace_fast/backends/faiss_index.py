@@ -172,8 +172,9 @@ class Filled:
             )
         if self._needs_training:
             moved = _less(sample, centre)
-            # FAISS ends the process where a squared distance overflows in its training.
-            if not float(norms(moved).max()) ** 2 * 4 * snapshot.key_dim < LARGEST_SQUARES:
+            squares = float(norms(moved).max()) ** 2 * 4 * snapshot.key_dim
+            # FAISS ends the process where a squared distance overflows as it looks for centroids.
+            if _has_centroids(faiss, index) and not squares < LARGEST_SQUARES:
                 raise ValueError(
                     f"the index {asked.description!r} is not trained: squared distances of the "
                     "codebook's keys overflow float32; use the index 'Flat', or none"
@@ -355,6 +356,14 @@ def _keys(snapshot: Snapshot, slots: Array) -> Array:
         snapshot.key_file.test_slots(torch.from_numpy(slots))
     picked = torch.from_numpy(slots).to(snapshot.device)
     return np.asarray(snapshot.key_slots[picked].float().cpu())
+
+
+def _has_centroids(faiss: Any, index: Any) -> bool:
+    """Tell whether more of an untrained index is trained than a linear map before it."""
+    core = faiss.downcast_index(index)
+    if isinstance(core, faiss.IndexPreTransform):
+        core = faiss.downcast_index(core.index)
+    return not core.is_trained
 
 
 def _less(keys: Array, centre: Array) -> Array:

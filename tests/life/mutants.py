@@ -77,7 +77,14 @@ MUTANTS = (
         more=(C, "_take_in", "elif self._can_be_told_of(snapshot)", "else"),
     ),
     # What a certificate says.
-    Mutant("a reach is not raised", C, "_raise_reach", "tail = state.tail", "return", quick=True),
+    Mutant(
+        "a reach is not raised",
+        C,
+        "_raise_reach",
+        "for part in state.runs:",
+        "return\n    for part in state.runs:",
+        quick=True,
+    ),
     Mutant("the reach of the tail is not raised", C, "_raise_reach", "== row", "< 0"),
     Mutant(
         "the reach of runs is not raised",

@@ -205,7 +205,7 @@ def _append_and_narrow(life: Life) -> None:
     changes = append_some(life, int(life.rng.choice([1, 2, 5])))
     for change in list(changes):
         widest = max(life.drawing.spacing / 4, float(life.model.radius.max(initial=0)))
-        radii = np.full(len(change[3]), min(1e38, 1.1 * widest), np.float32)
+        radii = np.full(len(change[3]), min(1e38, 6 * widest), np.float32)
         change[3][:] = radii
         change[1][:] = far_off(life, change[1], float(radii[0]))
         rows = range(first, first + len(radii))
