@@ -190,7 +190,7 @@ def _calibrate(
 def _labelled(grace: Grace, asked: Sequence[tuple[Any, Hashable, Hashable]]) -> Labelled:
     queries = [grace.query_of(prompt) for prompt, _, _ in asked]
     return Labelled(
-        torch.cat(queries) if queries else torch.empty(0, 0),
+        torch.cat(queries) if queries else torch.empty(0, 0, dtype=torch.float32, device="cpu"),
         [label for _, label, _ in asked],
         [about for _, _, about in asked],
     )

@@ -44,7 +44,7 @@ def size(batch: Mapping[str, Any]) -> int:
 def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
     """Return the picked rows of a batch; what is not [B, ...] stays as it is."""
     count = size(batch)
-    index = torch.as_tensor(picked)
+    index = torch.as_tensor(picked, dtype=torch.int64, device="cpu")
     return {
         name: value[index.to(value.device)]
         if isinstance(value, Tensor) and value.ndim and len(value) == count
@@ -60,7 +60,7 @@ def runnable(batch: Batch, kind: Kind, model: nn.Module) -> Batch:
     tokens = batch.get("input_ids", batch.get("inputs_embeds"))
     assert isinstance(tokens, Tensor)
     start = getattr(model.config, "decoder_start_token_id", None) or 0
-    column = torch.full((len(tokens), 1), start, device=tokens.device)
+    column = torch.full((len(tokens), 1), start, device=tokens.device, dtype=torch.int64)
     return {**batch, "decoder_input_ids": column}
 
 
@@ -170,18 +170,20 @@ def from_text(
     ids, text = _prompt_ids(prompt, tokenizer)
     if not ids or not text.strip():
         raise ValueError(f"the prompt must have at least one token, got {prompt!r}")
-    batch: Batch = {"input_ids": torch.tensor([ids], device=device)}
+    batch: Batch = {"input_ids": torch.tensor([ids], device=device, dtype=torch.int64)}
     if kind == "classifier":
         if target is not None:
-            batch["labels"] = torch.tensor([_class_index(target, model)], device=device)
+            batch["labels"] = torch.tensor(
+                [_class_index(target, model)], device=device, dtype=torch.int64
+            )
     elif target is not None:
         wanted = _target_ids(str(target), text, ids, tokenizer, kind, isinstance(prompt, str))
         if not wanted:
             raise ValueError(f"the target must have at least one token, got {target!r}")
         if kind == "decoder":
-            batch["input_ids"] = torch.tensor([ids + wanted], device=device)
+            batch["input_ids"] = torch.tensor([ids + wanted], device=device, dtype=torch.int64)
             wanted = [IGNORED_LABEL] * len(ids) + wanted
-        batch["labels"] = torch.tensor([wanted], device=device)
+        batch["labels"] = torch.tensor([wanted], device=device, dtype=torch.int64)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch
 

@@ -349,7 +349,10 @@ class Grace:
         positions: [B], the last token of each row's prompt, counted from the first token of the
             row, padding and cached tokens included; by default where the first call's prompts end.
         """
-        ends = None if positions is None else torch.as_tensor(positions, dtype=torch.int64)
+        ends = None
+        if positions is not None:
+            home = positions.device if isinstance(positions, Tensor) else "cpu"
+            ends = torch.as_tensor(positions, dtype=torch.int64, device=home)
         if ends is not None and (ends.ndim != 1 or bool((ends < 0).any())):
             raise ValueError(f"positions must be [B] and at least 0, got {ends.tolist()}")
         with self._adapter.holding(Generation(ends)):
@@ -459,7 +462,8 @@ class Grace:
     def _train(self, training: Training, batch: Batch, seen: Observation) -> Trained:
         """Train one value on the rows of the batch that it answers."""
         picked = list(training.picked)
-        where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
+        index = torch.tensor(picked, dtype=torch.int64, device=seen.positions.device)
+        where = seen.positions[index]
         trial = Trial(training.start, training.row, training.tokens)
         attempt = self._attempts(trial, batches.rows(batch, picked), where)
         return train(training.start, attempt, self.settings.schedule())
@@ -524,9 +528,11 @@ class Grace:
             return seen.outputs[at].to(dtype)
         width = seen.output.shape[-1]
         if self.settings.semantics != "paper":
-            return torch.rand(1, width)[0].to(seen.output.device, dtype)
-        own = torch.Generator().manual_seed(edit_id)  # the same edit always starts the same
-        return torch.rand(width, generator=own).to(seen.output.device, dtype)
+            drawn = torch.rand(1, width, dtype=torch.float32, device="cpu")[0]
+        else:  # the same edit always starts the same
+            own = torch.Generator(device="cpu").manual_seed(edit_id)
+            drawn = torch.rand(width, generator=own, dtype=torch.float32, device="cpu")
+        return drawn.to(seen.output.device, dtype)
 
     def _observe(self, batch: Batch) -> Observation:
         """Run the model once and return what the layer sees; nothing is replaced."""

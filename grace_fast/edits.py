@@ -342,7 +342,8 @@ class History:
         value: Tensor,
         edit: int,
     ) -> int:
-        row = draft.append(query[None], value[None], torch.tensor([decision.radius]), [label])[0]
+        radius = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
+        row = draft.append(query[None], value[None], radius, [label])[0]
         if decision.nearest_radius is not None:
             self._keep_base(draft.snapshot(), neighbour)
             draft.set_radius(neighbour, decision.nearest_radius)

@@ -222,9 +222,9 @@ def decide(rules: Rules, squared: float, radius: float, same_label: bool) -> Dec
 
 def covering_radius(squared: float, margin: float) -> float:
     """Return the least float32 that covers distance * (1 + margin), so that S itself is inside."""
-    radius = torch.tensor(math.sqrt(squared) * (1 + margin), dtype=torch.float32)
+    radius = torch.tensor(math.sqrt(squared) * (1 + margin), dtype=torch.float32, device="cpu")
     while radius.double().square() < squared:
-        radius = torch.nextafter(radius, torch.tensor(math.inf))
+        radius = torch.nextafter(radius, torch.tensor(math.inf, dtype=torch.float32, device="cpu"))
     return float(radius)
 
 
