@@ -26,6 +26,7 @@ from torch import Tensor
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
+from grace_fast.modes import lasting
 
 PAGE_ROWS = 4096
 _NO_COPY = (
@@ -572,6 +573,7 @@ class Codebook:
     bf16 and fp16.
     """
 
+    @lasting()
     def __init__(
         self,
         key_dim: int,
@@ -611,6 +613,7 @@ class Codebook:
         )
 
     @classmethod
+    @lasting()
     def restore(
         cls,
         keys: Tensor | MappedFile,
@@ -673,7 +676,7 @@ class Codebook:
 
         Inside another `writing` of the same thread it is the same draft.
         """
-        with self._writer:
+        with self._writer, lasting():
             if self._draft is not None:
                 yield self._draft
                 return
@@ -715,7 +718,7 @@ class Codebook:
         What it holds may be written over afterwards; take copies. Inside a `writing` of the same
         thread it goes on from what was drafted there, and that stays as it is.
         """
-        with self._writer:
+        with self._writer, lasting():
             outer, next_id = self._draft, self._next_id
             self._draft = draft = Draft(self) if outer is None else outer._continued()
             try:

@@ -31,6 +31,7 @@ from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
 from grace_fast.hosts import declared_codebook, stack_of, uncompiled, unwrapped
+from grace_fast.modes import lasting
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
@@ -402,7 +403,7 @@ class Grace:
         self._require_editable()
         classes = batches.classes_of(self.model, self.kind)
         batches.check(batch, self.kind, classes)
-        with frozen(self.model):
+        with lasting(), frozen(self.model):
             seen = self._observe(batch)
             queries = seen.queries.to(self._book_for(seen).dtype)
             self._check_query(queries, seen)

@@ -346,8 +346,8 @@ class ShardedCodebook:
         if (local := self._local(row)) is not None:
             snapshot = self.codebook.snapshot()
             label = snapshot.label_of(local)
-            radius = torch.tensor([snapshot.radius_of(local)], dtype=torch.float64, device="cpu")
-            told[:1] = radius.view(torch.int64)
+            ball = torch.tensor([snapshot.radius_of(local)], dtype=torch.float64, device="cpu")
+            told[:1] = ball.view(torch.int64)
             told[1] = 0 if label is None else 1 + len(label)
         told = told.to(self.codebook.device)
         self._reduce(told, dist.ReduceOp.SUM, "reading a row")

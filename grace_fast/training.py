@@ -72,7 +72,9 @@ class _Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self.wanted = 0
-        self.learning = [one for one in model.parameters() if one.requires_grad]
+        # One that was made in inference mode would not take its gradient back outside of it.
+        own = [one for one in model.parameters() if not one.is_inference()]
+        self.learning = [one for one in own if one.requires_grad]
         self.training = [module for module in model.modules() if module.training]
 
     def set(self, active: bool) -> None:
