@@ -17,7 +17,7 @@ from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace, has_adapter
 from grace_fast.edits import History
-from grace_fast.fingerprint import differences, fingerprint
+from grace_fast.fingerprint import differences, fingerprint, usual_settings
 from grace_fast.hosts import place, uncompiled
 from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
@@ -240,7 +240,8 @@ def _attach_saved(
         raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
     layer, module = find_layer(model, saved.settings.layer)
     _refuse_second(layer, module, name)
-    odd = differences(saved.fingerprint, fingerprint(uncompiled(model), module))
+    bare = uncompiled(model)
+    odd = differences(saved.fingerprint, fingerprint(bare, module), usual_settings(bare))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
     placed = place(module)
