@@ -39,7 +39,7 @@ class Edit:
     distance: float  # from its query to the nearest key before it; inf where it was added
     radius: float  # of its row, after it
     query: Tensor  # [D], as the layer saw it
-    label: Tensor | None  # the label ids of its row, after it
+    label: Tensor | None  # the label of its row, after it, as ids: see `labels`
     value_before: int | None  # slot of the row's value before it; None where it made the row
     value_after: int  # slot of the value it trained
     loss: float = float("nan")  # of the kept value; NaN where nothing was trained

@@ -1,4 +1,8 @@
-"""Label ids by slot: those of a file in one tensor, later ones one by one."""
+"""Label ids by slot: those of a file in one tensor, later ones one by one.
+
+A label is ids, [L] int64: of tokens, of a class, of the ends of a span. Numbers, as a regression is
+taught, are ids too: a mark that no token has, then the bits of each (`semantics.score_label`).
+"""
 
 from __future__ import annotations
 

@@ -270,8 +270,8 @@ class Adaptor(LiveCodebook):
         decision = semantics.decide(rules, squared, radius, same)
         if decision.outcome in ("added", "split"):
             keys, values = query[None], fresh[None].to(query)
-            radius = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
-            made = draft.append(keys, values, radius, None)[0]
+            ball = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
+            made = draft.append(keys, values, ball, None)[0]
             self._labels.append(label)
             if decision.nearest_radius is None:
                 return Change(decision, made)

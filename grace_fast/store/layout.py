@@ -2,6 +2,9 @@
 
 Columns are indexed by row (`rows.*`) or by slot (`keys`, `values`, `labels.*`). What was edited is
 in columns of its own (`past`).
+
+A label is `labels.length` of the ids in `labels.ids`, one label after the other. One that begins
+with -2^63 is of numbers: every further id is the bits of one, as float64 (`semantics.score_label`).
 """
 
 from __future__ import annotations
