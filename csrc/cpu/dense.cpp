@@ -137,7 +137,6 @@ class Dense {
 // Return how many keys were read, once for each query.
 int64_t answer(const Queries& queries, const Keys& keys, float limit, bool balls, int threads,
                int64_t* row, double* squared) {
-  const UsualRounding usual;
   Dense dense(queries, keys, limit);
   std::vector<Candidates>& candidates = dense.run(threads);
   in_parallel(queries.batch, threads, [&](int64_t b) {
@@ -153,14 +152,15 @@ int64_t answer(const Queries& queries, const Keys& keys, float limit, bool balls
 
 void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
                    double* squared) {
+  const UsualRounding usual;
   answer(queries, keys, std::numeric_limits<float>::infinity(), false, threads, row, squared);
 }
 
 int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
                    int64_t* row, double* squared, Effort* effort) {
+  const UsualRounding usual;
   int64_t hits = 0;
   if (widest >= 0) {
-    const UsualRounding usual;
     const float limit = Band(keys.width).above(static_cast<double>(widest) * widest);
     const int64_t read = answer(queries, keys, limit, true, threads, row, squared);
     if (effort) effort->rechecks += read;

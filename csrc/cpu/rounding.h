@@ -26,12 +26,12 @@ class UsualRounding {
 #if defined(__SSE2__)
   using Word = uint32_t;
   static constexpr Word kUnusual = 0x8000 | 0x6000 | 0x0040;  // results, rounding, operands
-  __attribute__((noinline)) static Word get() { return _mm_getcsr(); }
+  static Word get() { return _mm_getcsr(); }
   __attribute__((noinline)) static void set(Word word) { _mm_setcsr(word); }
 #elif defined(__aarch64__)
   using Word = uint64_t;
   static constexpr Word kUnusual = (1u << 24) | (1u << 19) | (3u << 22);  // FZ, FZ16, rounding
-  __attribute__((noinline)) static Word get() {
+  static Word get() {
     Word word;
     __asm__ __volatile__("mrs %0, fpcr" : "=r"(word));
     return word;
