@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator, ExitStack
+from typing import Self
 
 import torch
 
 
-@contextmanager
-def lasting() -> Iterator[None]:
-    """Make ordinary tensors within a `with` block, whatever mode the caller is in.
+class lasting(ContextDecorator):
+    """Make ordinary tensors within a `with` block or a function, whatever mode the caller is in.
 
     What is made under `torch.inference_mode()` can neither be written to nor trained through
-    outside of it, and a codebook is both, long after the call that made it.
+    outside of it, and a codebook is both, long after the call that made it. Nothing is done, and
+    nearly no time taken, for other callers.
     """
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    # Leaving inference mode lets gradients in again, which nobody asked for.
-    with torch.inference_mode(False), torch.no_grad():
-        yield
+
+    _left: ExitStack | None = None
+
+    def _recreate_cm(self) -> Self:
+        return type(self)()  # each call of a function has its own
+
+    def __enter__(self) -> None:
+        if torch.is_inference_mode_enabled():
+            self._left = ExitStack()
+            self._left.enter_context(torch.inference_mode(False))
+            # Leaving inference mode lets gradients in again, which nobody asked for.
+            self._left.enter_context(torch.no_grad())
+
+    def __exit__(self, *_: object) -> None:
+        if self._left is not None:
+            self._left.close()
