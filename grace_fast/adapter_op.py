@@ -102,12 +102,12 @@ def enter(
         kept = [None if one is None else one.clone() for one in others]
         length = cached if kept[4] is None else kept[4]
         responder.enter(Call(tokens, kept[0], kept[1], kept[2], kept[3], length, is_packable))
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 @enter.register_fake
 def _(*_: Any) -> Tensor:
-    return torch.empty(0, dtype=torch.int64)
+    return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("grace_fast::adapt", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))

@@ -7,6 +7,8 @@ import warnings
 from grace_fast import shown
 from grace_fast.adapter import Observation
 from grace_fast.edits import Edit
+from grace_fast.semantics import Replacement
+from grace_fast.training import Stuck
 
 
 class GraceWarning(UserWarning):
@@ -35,6 +37,27 @@ def warn_of_shared_query(layer: str, stored: Edit, distance: float) -> None:
         f"(distance {distance:.3g}): the layer cannot tell them apart, as at the tail of a "
         "template; attach to a later layer"
     )
+
+
+def warn_of_nothing_learnt(
+    layer: str, row: int, replacement: Replacement, why: Stuck, loss: float, steps: int
+) -> None:
+    """Say why the training of a row's edit was given up, and what to do."""
+    said = f"the edit of row {row} of the batch cannot be learnt at {layer}"
+    if why == "not finite":
+        now = "from the start" if not steps else f"after {steps} steps"
+        _warn(
+            f"{said}: the loss is not finite {now} (kept: {loss:g}); look at the labels, the mask "
+            "and the model's element type, or attach with a lower learning_rate"
+        )
+        return
+    if replacement == "replace_prompt":
+        reason = "replace_prompt writes it before the query token, and nothing later reads it there"
+        advice = "replacement='replace_last', or to an earlier layer"
+    else:
+        reason = "what the layer gives there reaches no token of the target"
+        advice = "another layer, an earlier one as a rule"
+    _warn(f"{said}: its value has no effect on the loss ({reason}); attach with {advice}")
 
 
 def _warn(message: str) -> None:

@@ -18,7 +18,7 @@ from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
 from grace_fast.editor import Grace
 from grace_fast.edits import History
-from grace_fast.fingerprint import differences, fingerprint
+from grace_fast.fingerprint import differences, fingerprint, usual_settings
 from grace_fast.hosts import host_of, place, uncompiled
 from grace_fast.positions import Query
 from grace_fast.semantics import Expand, Replacement, Semantics
@@ -201,7 +201,7 @@ def _calibrate(
 def _labelled(grace: Grace, asked: Sequence[tuple[Any, Hashable, Hashable]]) -> Labelled:
     queries = [grace.query_of(prompt) for prompt, _, _ in asked]
     return Labelled(
-        torch.cat(queries) if queries else torch.empty(0, 0),
+        torch.cat(queries) if queries else torch.empty(0, 0, dtype=torch.float32, device="cpu"),
         [label for _, label, _ in asked],
         [about for _, _, about in asked],
     )
@@ -262,9 +262,8 @@ def _open(
         raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
     layer, module = find_layer(model, saved.settings.layer)
     _refuse_second(layer, module, name)
-    odd = differences(
-        saved.fingerprint, fingerprint(uncompiled(host_of(model, layer).called), module)
-    )
+    bare = uncompiled(host_of(model, layer).called)
+    odd = differences(saved.fingerprint, fingerprint(bare, module), usual_settings(bare))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
     placed = place(module)

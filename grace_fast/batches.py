@@ -1,32 +1,19 @@
-"""What an edit is made of: a batch of prompts with labels, from tensors, text or chat.
-
-Three kinds of model are told apart, because they read labels differently: `decoder` (labels beside
-the prompt's own tokens, predicted one token ahead), `seq2seq` (labels of a second sequence) and
-`classifier` (one label a row, or one a token, predicted in place).
-"""
+"""What an edit is made of: a batch of prompts with labels, from tensors, text or chat."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from grace_fast import positions, prompts
-from grace_fast.semantics import IGNORED_LABEL, label_ids
+from grace_fast import heads, positions, prompts
+from grace_fast.heads import Head, Kind
+from grace_fast.semantics import IGNORED_LABEL
 
-Kind = Literal["decoder", "seq2seq", "classifier"]
 Batch = dict[str, Any]
-
-
-def kind_of(model: nn.Module) -> Kind:
-    """Return how a model reads labels, from its config and whether it generates."""
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return "seq2seq"
-    can_generate = getattr(model, "can_generate", None)
-    return "decoder" if can_generate is not None and can_generate() else "classifier"
 
 
 # What an encoder is given where that is no text: sound, images.
@@ -58,7 +45,7 @@ def size(batch: Mapping[str, Any]) -> int:
 def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
     """Return the picked rows of a batch; what is not [B, ...] stays as it is."""
     count = size(batch)
-    index = torch.as_tensor(picked)
+    index = torch.as_tensor(picked, dtype=torch.int64, device="cpu")
     return {
         name: value[index.to(value.device)]
         if isinstance(value, Tensor) and value.ndim and len(value) == count
@@ -71,8 +58,8 @@ def runnable(batch: Batch, kind: Kind, model: nn.Module) -> Batch:
     """Return a batch that a model runs on: a prompt without a target still starts the decoder."""
     if kind != "seq2seq" or batch.get("labels") is not None or "decoder_input_ids" in batch:
         return batch
-    prompts = prompts_of(batch)
-    column = torch.full((len(prompts), 1), start_of(model), device=prompts.device)
+    given = prompts_of(batch)
+    column = torch.full((len(given), 1), start_of(model), device=given.device, dtype=torch.int64)
     return {**batch, "decoder_input_ids": column}
 
 
@@ -114,59 +101,41 @@ def with_more_tokens(batch: Batch) -> Batch:
 def with_longer_decoder(batch: Batch, length: int, start: int) -> Batch:
     """Return a batch with as many tokens for a second decoder, all of them its start."""
     tokens = prompts_of(batch)
-    ids = torch.full((len(tokens), length), start, device=tokens.device)
+    ids = torch.full((len(tokens), length), start, device=tokens.device, dtype=torch.int64)
     others = ("labels", *(name for name in batch if name.startswith("decoder_")))
     kept = {name: value for name, value in batch.items() if name not in others}
     return {**kept, "decoder_input_ids": ids}
 
 
-def check(batch: Mapping[str, Any], kind: Kind, classes: int | None) -> None:
+def check(batch: Mapping[str, Any], kind: Kind, head: Head, classes: int | None) -> None:
     """Check that every row of a batch to edit has a prompt and a target.
 
     classes: how many labels there are, where that is known.
 
     Raises: ValueError naming the row.
     """
-    count = size(batch)
-    tokens = prompts_of(batch)
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
+    tokens, mask = prompts_of(batch), batch.get("attention_mask")
+    dimensions = {"input_ids": 2, "inputs_embeds": 3}
+    if any(tokens is batch.get(name) and tokens.ndim > most for name, most in dimensions.items()):
+        raise ValueError(
+            f"a prompt must be one sequence of tokens, [B, T] in all, got {tuple(tokens.shape)}"
+        )
     if tokens.shape[1] == 0:
         raise ValueError("the prompt must have at least one token, got an empty prompt")
     if isinstance(mask, Tensor) and mask.ndim == 2:
         _refuse(mask.sum(dim=1) == 0, "has an empty prompt: its attention mask is all zero")
-    if not isinstance(labels, Tensor) or labels.ndim == 0 or len(labels) != count:
-        given = tuple(labels.shape) if isinstance(labels, Tensor) else labels
-        raise ValueError(f"an edit needs labels, one row for each of {count} prompts, got {given}")
-    counted = labels.reshape(count, -1) != IGNORED_LABEL
-    _refuse(~counted.any(dim=1), "has a target without tokens: every label is -100")
-    if kind == "decoder" and labels.shape == tokens.shape[:2]:
+    targets = heads.targets_of(batch, head, len(tokens))
+    heads.check_targets(targets, head, classes, tokens.shape[1])
+    if kind == "decoder" and targets.shape == tokens.shape[:2]:
         _refuse(
-            positions.prompt_lengths(labels) == 0,
+            positions.prompt_lengths(targets) == 0,
             "has an empty prompt: the first token already has a label",
         )
-    if classes is not None:
-        outside = counted & (
-            (labels.reshape(count, -1) < 0) | (labels.reshape(count, -1) >= classes)
-        )
-        if outside.any():
-            row = int(outside.any(dim=1).nonzero()[0])
-            label = int(labels.reshape(count, -1)[row][outside[row]][0])
-            raise ValueError(f"labels must be in [0, {classes}) or -100, got {label} in row {row}")
 
 
 def _refuse(bad: Tensor, why: str) -> None:
     if bad.any():
         raise ValueError(f"row {int(bad.nonzero()[0])} of the batch {why}")
-
-
-def classes_of(model: nn.Module, kind: Kind) -> int | None:
-    """Return how many labels a model tells apart, where its config says so."""
-    config = getattr(model, "config", None)
-    name = "num_labels" if kind == "classifier" else "vocab_size"
-    if kind == "classifier" and not type(model).__name__.endswith("Classification"):
-        return None  # every config has a num_labels; only a classifier's means anything
-    count = getattr(config, name, None)
-    return count if isinstance(count, int) else None
 
 
 def out_of_range(batch: Mapping[str, Any], model: nn.Module, error: IndexError) -> str:
@@ -185,18 +154,7 @@ def out_of_range(batch: Mapping[str, Any], model: nn.Module, error: IndexError) 
     return f"the model has no embedding for part of the batch: {error}"
 
 
-def labels_of(batch: Mapping[str, Any], row: int, padding: int | None, whole: bool) -> Tensor:
-    """Return the label of one row as it is stored: [L] int64.
-
-    whole: keep -100 and padding, as the reference compares them.
-    """
-    labels: Tensor = batch["labels"][row]
-    if whole:
-        return labels.detach().reshape(-1).to("cpu", torch.int64)
-    return label_ids(labels, padding)
-
-
-def prompt_checksum(batch: Mapping[str, Any], row: int) -> int:
+def prompt_checksum(batch: Mapping[str, Any], row: int, kind: Kind) -> int:
     """Return a checksum of one row's prompt tokens, without padding and target."""
     tokens = batch.get("input_ids")
     if not isinstance(tokens, Tensor):
@@ -205,32 +163,18 @@ def prompt_checksum(batch: Mapping[str, Any], row: int) -> int:
     mask, labels = batch.get("attention_mask"), batch.get("labels")
     if isinstance(mask, Tensor) and mask.shape == tokens.shape:
         keep &= mask[row].bool()
-    if isinstance(labels, Tensor) and labels.shape == tokens.shape:
+    if kind == "decoder" and isinstance(labels, Tensor) and labels.shape == tokens.shape:
         keep &= labels[row] == IGNORED_LABEL
     return zlib.crc32(ids[keep].to("cpu", torch.int64).numpy().tobytes())
 
 
-def is_correct(logits: Tensor, labels: Tensor, kind: Kind) -> bool:
-    """Tell whether the model's own prediction is the target, for every row.
-
-    logits: [B, C] or [B, T, C], virtual tokens before those of the labels included; labels: [B] or
-    [B, T] with -100 where nothing is asked.
-    """
-    predicted = logits.argmax(dim=-1)
-    if predicted.ndim == labels.ndim == 2:
-        predicted = predicted[:, -labels.shape[1] :]
-    if kind == "decoder" and predicted.ndim == 2:
-        predicted, labels = predicted[:, :-1], labels[:, 1:]
-    asked = labels != IGNORED_LABEL
-    return bool((predicted.reshape(labels.shape) == labels)[asked].all())
-
-
 Prompt = prompts.Prompt
+Target = str | int | float
 
 
 def from_text(
     prompt: Prompt,
-    target: str | float | None,
+    target: Target | None,
     tokenizer: Any,
     model: nn.Module,
     kind: Kind,
@@ -239,8 +183,9 @@ def from_text(
     """Return the batch of one prompt and its target.
 
     prompt: text, or chat messages that go through the tokenizer's template; target: the text that
-    the model should answer, or for a classifier a class index or name; None for a prompt alone;
-    joint: what stands between the two, by default as `joining` says, or a chat's template.
+    the model should answer, for a classifier a class index or name, for a regression a number; None
+    for a prompt alone; joint: what stands between the two, by default as `joining` says, or a
+    chat's template.
 
     Raises: ValueError for an empty prompt, several prompts, a target without tokens or an unknown
     class; TypeError for what is neither text nor messages.
@@ -252,10 +197,10 @@ def from_text(
     ids, text = prompts.prompt_ids(prompt, tokenizer)
     if not ids or not text.strip():
         raise ValueError(f"the prompt must have at least one token, got {prompt!r}")
-    batch: Batch = {"input_ids": torch.tensor([ids], device=device)}
+    batch: Batch = {"input_ids": torch.tensor([ids], device=device, dtype=torch.int64)}
     if kind == "classifier":
         if target is not None:
-            batch["labels"] = torch.tensor([_class_index(target, model)], device=device)
+            batch["labels"] = heads.label_from_text(target, model).to(device)
     elif target is not None:
         asked = None if isinstance(prompt, str) else prompt
         if kind == "seq2seq":
@@ -265,19 +210,10 @@ def from_text(
         if not wanted:
             raise ValueError(f"the target must have at least one token, got {target!r}")
         if kind == "decoder":
-            batch["input_ids"] = torch.tensor([ids + wanted], device=device)
+            batch["input_ids"] = torch.tensor([ids + wanted], device=device, dtype=torch.int64)
             wanted = [IGNORED_LABEL] * len(ids) + wanted
-        batch["labels"] = torch.tensor([wanted], device=device)
+        batch["labels"] = torch.tensor([wanted], device=device, dtype=torch.int64)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch
 
 
-def _class_index(target: str | float, model: nn.Module) -> int:
-    if isinstance(target, int):
-        return target
-    names: dict[str, int] = getattr(getattr(model, "config", None), "label2id", None) or {}
-    if target not in names:
-        raise ValueError(
-            f"the target must be a class index or one of {sorted(names)}, got {target!r}"
-        )
-    return names[target]

@@ -102,7 +102,8 @@ class Build:
         return order.run(encoded, self._start, radii, self.floor, kd_order)
 
     def _sample(self) -> torch.Tensor:
-        rows = torch.arange(0, self.snapshot.rows, max(1, self.snapshot.rows // 4096))
+        count = self.snapshot.rows
+        rows = torch.arange(0, count, max(1, count // 4096), device="cpu")
         return self.snapshot.keys_at(rows).cpu()
 
     def _alone(self, part: Part) -> View:
@@ -147,7 +148,7 @@ class Build:
             return
         view = self._alone(part)
         count = min(64, snapshot.rows)
-        rows = torch.linspace(0, snapshot.rows - 1, count).long()
+        rows = torch.linspace(0, snapshot.rows - 1, count, dtype=torch.float32, device="cpu").long()
         queries = snapshot.keys_at(rows).float().contiguous()
         effort = view.effort(queries)
         # A key finds itself; every other recheck misses the cache, so it counts twice. The

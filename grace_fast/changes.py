@@ -30,7 +30,7 @@ class Change:
     def between(before: Snapshot, after: Snapshot) -> Change:
         """Return what a later version of the same codebook has otherwise."""
         old, new = before.counts, after.counts
-        rows = [_differing(before, after), torch.arange(old.rows, new.rows)]
+        rows = [_differing(before, after), torch.arange(old.rows, new.rows, device="cpu")]
         changed = torch.cat(rows)
         return Change(
             after.key_slots[old.keys : new.keys].cpu(),
@@ -50,7 +50,7 @@ class Change:
 
 def back(now: Snapshot, then: Snapshot) -> Change:
     """Return the change that gives every row what it held in an earlier version; later ones go."""
-    columns, differ = {}, torch.zeros(now.rows, dtype=torch.bool)
+    columns, differ = {}, torch.zeros(now.rows, dtype=torch.bool, device="cpu")
     for name in COLUMNS:
         held = now.column(name).cpu()
         columns[name] = column = held.clone()
@@ -63,7 +63,7 @@ def back(now: Snapshot, then: Snapshot) -> Change:
         now.key_slots[:0].cpu(),
         now.value_slots[:0].cpu(),
         [],
-        torch.zeros(0, dtype=torch.int64),
+        torch.zeros(0, dtype=torch.int64, device="cpu"),
         changed,
         {name: column[changed] for name, column in columns.items()},
     )
@@ -71,12 +71,12 @@ def back(now: Snapshot, then: Snapshot) -> Change:
 
 def _differing(before: Snapshot, after: Snapshot) -> Tensor:
     """Return the rows of both whose fields differ: looked for in pages that are not shared."""
-    found = [torch.zeros(0, dtype=torch.int64)]
+    found = [torch.zeros(0, dtype=torch.int64, device="cpu")]
     for number, (old, new) in enumerate(zip(before.pages, after.pages, strict=False)):
         if old is new:
             continue
         count = min(PAGE_ROWS, before.rows - number * PAGE_ROWS)
-        differ = torch.zeros(count, dtype=torch.bool)
+        differ = torch.zeros(count, dtype=torch.bool, device="cpu")
         for name in COLUMNS:
             one, other = (_bits(getattr(page, name)[:count]).cpu() for page in (old, new))
             differ |= one != other

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NoReturn, Protocol, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from grace_fast import forks, scalars
 from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
+from grace_fast.modes import lasting
 
 PAGE_ROWS = 4096
 _NO_COPY = (
@@ -53,8 +55,8 @@ class Page:
     @staticmethod
     def empty(device: torch.device) -> Page:
         """Return a page whose rows are not yet in use."""
-        host = torch.zeros(3, PAGE_ROWS, dtype=torch.int64)
-        radius = torch.zeros(PAGE_ROWS, device=device)
+        host = torch.zeros(3, PAGE_ROWS, dtype=torch.int64, device="cpu")
+        radius = torch.zeros(PAGE_ROWS, device=device, dtype=torch.float32)
         live = torch.zeros(PAGE_ROWS, dtype=torch.bool, device=device)
         return Page(radius, live, host[0], host[1], host[2])
 
@@ -216,7 +218,7 @@ class Snapshot:
         Through a mapping for single rows the disk would give a page at a time; a file is read.
         """
         if self.counts.key_moves:
-            return self.keys_at(torch.arange(first, last))
+            return self.keys_at(torch.arange(first, last, device="cpu"))
         file = self.key_file
         if file is None or first >= file.shape.rows:
             return self.key_slots[first:last]
@@ -273,14 +275,14 @@ class Snapshot:
         """Return the key of one row, [D]."""
         slot = self.key_slot_of(row)
         if self.key_file is not None:
-            return _fetched(self.key_slots, torch.tensor([slot]), self.key_file)[0]
+            return _fetched(self.key_slots, _index_of(slot), self.key_file)[0]
         return bounded(self.key_slots[slot])
 
     def value_of(self, row: int) -> Tensor:
         """Return the value of one row, [V]."""
         slot = self.value_slot_of(row)
         if self.value_file is not None:
-            return _fetched(self.value_slots, torch.tensor([slot]), self.value_file)[0]
+            return _fetched(self.value_slots, _index_of(slot), self.value_file)[0]
         return bounded(self.value_slots[slot])
 
     def values_of(self, rows: Tensor) -> Tensor:
@@ -391,9 +393,8 @@ class Draft:
         book._ids.commit(first + added)
         key_slots = self._store(book._keys, key_first, keys)
         value_slots = self._store(book._values, value_first, values)
-        book._ids.tensor[first : first + added, 0] = torch.arange(
-            book._next_id, book._next_id + added
-        )
+        given = torch.arange(book._next_id, book._next_id + added, device="cpu")
+        book._ids.tensor[first : first + added, 0] = given
         label_first = self.counts.labels
         if labels is None:
             labels = [None] * added
@@ -412,7 +413,9 @@ class Draft:
             page.live[rows] = True
             page.key_slot[rows] = key_slots[part]
             page.value_slot[rows] = value_slots[part]
-            page.label_slot[rows] = torch.arange(label_first + at, label_first + at + here)
+            page.label_slot[rows] = torch.arange(
+                label_first + at, label_first + at + here, device="cpu"
+            )
             at += here
         book._next_id += added
         self._set(
@@ -432,7 +435,7 @@ class Draft:
     def _store(store: Rows, first: int, rows: Tensor) -> Tensor:
         store.commit(first + len(rows))
         store.tensor[first : first + len(rows)] = rows
-        return torch.arange(first, first + len(rows))
+        return torch.arange(first, first + len(rows), device="cpu")
 
     def extend(
         self, keys: Tensor, values: Tensor, labels: Sequence[Tensor | None], ids: Tensor
@@ -582,6 +585,7 @@ class Codebook:
     bf16 and fp16.
     """
 
+    @lasting()
     def __init__(
         self,
         key_dim: int,
@@ -625,6 +629,7 @@ class Codebook:
         )
 
     @classmethod
+    @lasting()
     def restore(
         cls,
         keys: Tensor | MappedFile,
@@ -653,7 +658,7 @@ class Codebook:
             for name in COLUMNS:
                 getattr(page, name)[here] = columns[name][start : start + PAGE_ROWS]
             pages.append(page)
-        in_order = torch.arange(count)
+        in_order = torch.arange(count, device="cpu")
         counts = _Counts(
             rows=count,
             live=int(columns["live"].sum()),
@@ -687,7 +692,7 @@ class Codebook:
 
         Inside another `writing` of the same thread it is the same draft.
         """
-        with self._writer:
+        with self._writer, lasting():
             if self._draft is not None:
                 yield self._draft
                 return
@@ -751,7 +756,7 @@ class Codebook:
         What it holds may be written over afterwards; take copies. Inside a `writing` of the same
         thread it goes on from what was drafted there, and that stays as it is.
         """
-        with self._writer:
+        with self._writer, lasting():
             outer, next_id = self._draft, self._next_id
             self._draft = draft = Draft(self) if outer is None else outer._continued()
             try:
@@ -936,7 +941,11 @@ def checked_radii(radii: Tensor) -> Tensor:
     Raises: ValueError for anything but finite floats [M].
     """
     if not isinstance(radii, Tensor):
-        radii = torch.as_tensor(radii)
+        given = radii
+        radii = torch.as_tensor(given, device="cpu")
+        if radii.is_floating_point() and not isinstance(given, np.ndarray):
+            # Else Python's numbers are rounded to whatever the process has for its default type.
+            radii = torch.as_tensor(given, dtype=torch.float32, device="cpu")
     if radii.ndim != 1 or not radii.dtype.is_floating_point:
         raise ValueError(f"radii must be floats [M], got {radii.dtype} {tuple(radii.shape)}")
     narrow = radii.detach().to(torch.float32)
@@ -946,10 +955,14 @@ def checked_radii(radii: Tensor) -> Tensor:
     return narrow
 
 
+def _index_of(slot: int) -> Tensor:
+    return torch.tensor([slot], dtype=torch.int64, device="cpu")
+
+
 def _checked_label(label: Tensor | None) -> Tensor | None:
     if label is None:
         return None
-    ids = torch.as_tensor(label)
+    ids = label if isinstance(label, Tensor) else torch.as_tensor(label, device="cpu")
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"labels must be whole numbers, got {ids.dtype}")
     return ids.detach().to("cpu", torch.int64, copy=True).reshape(-1)

@@ -71,14 +71,14 @@ class Map:
     @cached_property
     def padded_centre(self) -> Tensor:
         """[Dp] float32, padded with zeros."""
-        padded = torch.zeros(_padded(len(self.centre)))
+        padded = torch.zeros(_padded(len(self.centre)), dtype=torch.float32, device="cpu")
         padded[: len(self.centre)] = self.centre
         return padded
 
     @cached_property
     def packed_rows(self) -> Tensor:
         """[64, Dp] bfloat16 for the kernels: of 16 elements, j and j + 8 side by side."""
-        padded = torch.zeros(SLOTS, _padded(len(self.centre)), dtype=torch.bfloat16)
+        padded = torch.zeros(SLOTS, _padded(len(self.centre)), dtype=torch.bfloat16, device="cpu")
         padded[:, : len(self.centre)] = self.rows
         return padded.view(SLOTS, -1, 2, 8).transpose(2, 3).reshape(SLOTS, -1).contiguous()
 
@@ -114,7 +114,7 @@ def fit(keys: Tensor, scale: float) -> Map | None:
     directions = _telling_apart(centred[:: -(-len(centred) // _SAMPLE)], scale)
     projected = centred.double() @ directions[:NEAR].T
     norm_slot = _norm_helps(centred, projected, step)
-    rows = torch.zeros(SLOTS, keys.shape[1])
+    rows = torch.zeros(SLOTS, keys.shape[1], dtype=torch.float32, device="cpu")
     near = NEAR - int(norm_slot)
     found = directions[: near + FAR].bfloat16().float()
     rows[: min(near, len(found))] = found[:near]
@@ -131,13 +131,14 @@ def _telling_apart(centred: Tensor, scale: float) -> Tensor:
     """
     largest = centred.abs().amax().clamp(min=1e-30)
     unit, width = (centred / largest).double(), centred.shape[1]
-    generator = torch.Generator().manual_seed(0)  # never the caller's
-    found = torch.zeros(0, width, dtype=torch.float64)
+    generator = torch.Generator(device="cpu").manual_seed(0)  # never the caller's
+    found = torch.zeros(0, width, dtype=torch.float64, device="cpu")
     for count in _STAGES:
         inside = unit @ found.T
         weights = _closeness(inside.float(), scale / float(largest))
         left = (unit - inside @ found).float()
-        start = torch.randn(width, min(count + _SPARE, width - len(found)), generator=generator)
+        shape = (width, min(count + _SPARE, width - len(found)))
+        start = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
         found = torch.cat([found, _principal(left, weights, start)[:count]])
         found = torch.linalg.qr(found.T)[0].T  # random directions may lie in those before
     return found
@@ -150,7 +151,7 @@ def _closeness(points: Tensor, scale: float) -> Tensor:
     """
     count = len(points)
     if not points.shape[1]:
-        return torch.ones(count, count)
+        return torch.ones(count, count, dtype=torch.float32, device="cpu")
     exactly = "donot_use_mm_for_euclid_dist"
     apart = torch.cdist(points, points, compute_mode=exactly)
     some = apart[:: -(-count // 256)]
@@ -196,13 +197,13 @@ def _norm_helps(centred: Tensor, projected: Tensor, step: float) -> bool:
 def _measured(centre: Tensor, rows: Tensor, step: float, norm_slot: bool) -> Map:
     """Return the map of rows as they are stored, with bounds on what they do to distances."""
     room = 1 + 1e-9  # float64 errors of what follows
-    turn, eta = torch.eye(NEAR, dtype=torch.float64), 0.0
+    turn, eta = torch.eye(NEAR, dtype=torch.float64, device="cpu"), 0.0
     if norm_slot:
         near = rows[: NEAR - 1].double()
         values, vectors = torch.linalg.eigh(near @ near.T)
         turn[: NEAR - 1, : NEAR - 1] = (vectors / values.clamp(min=0.5).sqrt()) @ vectors.T
         turned = turn[: NEAR - 1, : NEAR - 1] @ near
-        apart = turned @ turned.T - torch.eye(NEAR - 1, dtype=torch.float64)
+        apart = turned @ turned.T - torch.eye(NEAR - 1, dtype=torch.float64, device="cpu")
         eta = float(torch.linalg.matrix_norm(apart, 2)) * room + 1e-12
     row_norm = float(rows.double().norm(dim=1).amax()) * room
     # What the turn does to errors; it is the identity up to the rounding of the rows to bfloat16.
@@ -262,7 +263,7 @@ def _encode(phi: Map, slots: Tensor, norm: Tensor, rounding: Tensor, relative: f
 
 def code_distances(phi: Map, queries: Codes, keys: Codes, far: bool = False) -> Tensor:
     """Return sums of squared circular code differences, [B, N] int64; of all slots if `far`."""
-    slots = torch.arange(SLOTS if far else NEAR)
+    slots = torch.arange(SLOTS if far else NEAR, device="cpu")
     if far and phi.norm_slot:
         slots = slots[slots != NEAR - 1]
     apart = queries.whole[:, None, slots].long() - keys.whole[None, :, slots].long()

@@ -61,7 +61,8 @@ class Driver:
     def __init__(self, device: torch.device) -> None:
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._device = device
-        torch.zeros(1, device=device)  # the driver's calls need the device's context
+        # The driver's calls need the device's context.
+        torch.zeros(1, dtype=torch.uint8, device=device)
         where = _Location(self._DEVICE, torch.cuda._utils._get_device_index(device, optional=True))
         self._properties = _AllocationProperties(type=self._PINNED, location=where)
         self._access = _AccessDescription(where, self._READ_WRITE)

@@ -27,6 +27,7 @@ from grace_fast import (
     calibrate,
     compiled,
     forks,
+    heads,
     lookup,
     plans,
     positions,
@@ -35,13 +36,15 @@ from grace_fast import (
     unfit,
 )
 from grace_fast.adapter import Adapter, Observation
-from grace_fast.batches import Batch, Prompt
+from grace_fast.batches import Batch, Prompt, Target
 from grace_fast.codebook import DTYPES, Codebook, Draft, Snapshot
 from grace_fast.counters import Counters
 from grace_fast.edits import Edit, History, Verification
 from grace_fast.fingerprint import fingerprint
 from grace_fast.generation import Generation
+from grace_fast.heads import Head
 from grace_fast.hosts import declared_codebook, finds_padding, host_of, stack_of, uncompiled
+from grace_fast.modes import lasting
 from grace_fast.plans import Plan, Proposal, Training
 from grace_fast.semantics import Rules
 from grace_fast.settings import Settings
@@ -58,7 +61,7 @@ from grace_fast.store.durable import (
 )
 from grace_fast.store.journal import Journal
 from grace_fast.store.saved import read_saved, write
-from grace_fast.training import Attempt, Trained, frozen, train
+from grace_fast.training import Attempt, Trained, frozen, require_differentiable, train
 from grace_fast.trial import Trial
 from grace_fast.virtual import Virtual
 
@@ -112,7 +115,7 @@ class Grace:
         self._host = host_of(model, settings.layer)
         base = self._host.model
         unfit.refuse(self._host, layer, settings.query)
-        self.kind = batches.kind_of(base)
+        self.kind = heads.kind_of(base)
         stack, in_decoder = stack_of(base, layer)
         before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
         if before_it_is_nothing or settings.query == "every_token":
@@ -187,15 +190,18 @@ class Grace:
     def edit(
         self,
         batch: Mapping[str, Any] | Prompt,
-        target: str | int | None = None,
+        target: Target | None = None,
         *,
         joint: str | None = None,
     ) -> Edit:
         """Make the model answer one prompt with its target, from now on.
 
         batch: `input_ids` [1, T], `labels` and the model's other inputs; or a prompt's text, or
-        chat messages, with the target's text (for a classifier its class) and the tokenizer of
-        `attach`.
+        chat messages, with the target's text (for a classifier its class, for a regression a
+        number) and the tokenizer of `attach`. Labels are what the model's own loss takes: whole
+        numbers; of a regression numbers [1] or [1, C], which are right within 1 % (of 1 at least);
+        several labels at once as [1, C] in [0, 1]; `start_positions` and `end_positions` [1] of a
+        span.
         joint: what is written between a prompt's text and its target, "" or " " say; by default as
             people write them: a space, but none in Chinese, after "$" or "(" and the like.
 
@@ -328,7 +334,7 @@ class Grace:
             return list(self._history.edits.values())
 
     def explain(
-        self, batch: Mapping[str, Any] | Prompt, target: str | int | None = None
+        self, batch: Mapping[str, Any] | Prompt, target: Target | None = None
     ) -> list[Explanation]:
         """Say for every row of a batch (or one text) which edit is nearest and if it fires."""
         queries = self.query_of(self._batch(batch, target))
@@ -384,7 +390,10 @@ class Grace:
         positions: [B], the last token of each row's prompt, counted from the first token of the
             row, padding and cached tokens included; by default where the first call's prompts end.
         """
-        ends = None if positions is None else torch.as_tensor(positions, dtype=torch.int64)
+        ends = None
+        if positions is not None:
+            home = positions.device if isinstance(positions, Tensor) else "cpu"
+            ends = torch.as_tensor(positions, dtype=torch.int64, device=home)
         if ends is not None and (ends.ndim != 1 or bool((ends < 0).any())):
             raise ValueError(f"positions must be [B] and at least 0, got {ends.tolist()}")
         with self._adapter.holding(Generation(ends)):
@@ -432,28 +441,31 @@ class Grace:
     def _edit(self, batch: Batch, text: tuple[str, str] | None) -> list[Edit]:
         self._require_attached()
         self._require_editable()
-        classes = batches.classes_of(self._host.model, self.kind)
-        batches.check(batch, self.kind, classes)
+        model, kind = self._host.model, self.kind
+        head = heads.head_of(model, kind, batch.get("labels"))
+        batches.check(batch, kind, head, heads.classes_of(model, kind))
         self._refuse_unknown_labels(batch)
-        with frozen(self.model):
+        require_differentiable(self.model)
+        with lasting(), frozen(self.model):
             seen = self._observe(batch)
             self._check_tokens(batch, seen)
             queries = seen.queries.to(self._book_for(seen).dtype)
             self._check_query(queries, seen)
-            book, proposal = self._own_book(seen), self._proposal(batch, queries, seen)
+            book, proposal = self._own_book(seen), self._proposal(batch, head, queries, seen)
             for _ in range(TRAININGS):
                 try:
-                    return self._train_and_publish(book, batch, proposal, seen, text)
+                    return self._train_and_publish(book, batch, head, proposal, seen, text)
                 except _Superseded:
                     continue
             with self._noting(book):  # nobody comes between any more
-                return self._train_and_publish(book, batch, proposal, seen, text)
+                return self._train_and_publish(book, batch, head, proposal, seen, text)
 
-    def _proposal(self, batch: Batch, queries: Tensor, seen: Observation) -> Proposal:
+    def _proposal(self, batch: Batch, head: Head, queries: Tensor, seen: Observation) -> Proposal:
         padding = getattr(getattr(self._host.model, "config", None), "pad_token_id", None)
         padding = None if self.kind == "classifier" else padding
         whole, count = self.settings.semantics != "paper", len(queries)
-        labels = [batches.labels_of(batch, at, padding, whole) for at in range(count)]
+        targets = heads.targets_of(batch, head, count)
+        labels = [heads.label_of(row, head, padding, whole) for row in targets]
         first_id = self._history.next_id
         fresh = [self._fresh_value(seen, at, first_id + at, queries.dtype) for at in range(count)]
         if self.settings.query != "every_token":
@@ -464,6 +476,7 @@ class Grace:
         self,
         book: Codebook,
         batch: Batch,
+        head: Head,
         proposal: Proposal,
         seen: Observation,
         text: tuple[str, str] | None,
@@ -475,12 +488,13 @@ class Grace:
         rules = self.settings.rules(book.dtype)
         with book.sketching() as draft, self._history.attempting(keep=False):
             plan = plans.make(proposal, draft, self._history, rules, self._history.next_id)
-        results = [self._train(one, batch, seen) for one in plan.trainings]
+        results = [self._train(one, batch, head, seen) for one in plan.trainings]
         with self._noting(book) as draft:
             now = plans.make(proposal, draft, self._history, rules, self._history.next_id)
             if not now.agrees(plan):
                 raise _Superseded
             self._warn_of_shared_queries(batch, now, rules)
+            self._warn_of_nothing_learnt(now, results)
             for one, result in zip(now.trainings, results, strict=True):
                 if result.steps or self.settings.iterations == 0:
                     draft.set_value(one.row, result.value)
@@ -493,28 +507,35 @@ class Grace:
         with book.held(), self._history.attempting(), book.writing() as draft:
             yield draft
 
-    def _train(self, training: Training, batch: Batch, seen: Observation) -> Trained:
+    def _train(self, training: Training, batch: Batch, head: Head, seen: Observation) -> Trained:
         """Train one value on the rows of the batch that it answers."""
         picked = list(training.picked)
-        where = seen.positions[torch.as_tensor(picked, device=seen.positions.device)]
+        index = torch.tensor(picked, dtype=torch.int64, device=seen.positions.device)
+        where = seen.positions[index]
         trial = Trial(training.start, training.row, training.tokens)
-        attempt = self._attempts(trial, batches.rows(batch, picked), where)
+        part = batches.rows(batch, picked)
+        targets = heads.targets_of(part, head, len(picked))
+        asked = heads.for_loss(part, head, seen.output.dtype)
+        attempt = self._attempts(trial, asked, targets, head, where)
         return train(training.start, attempt, self.settings.schedule())
 
-    def _attempts(self, trial: Trial, batch: Batch, where: Tensor) -> Attempt:
+    def _attempts(
+        self, trial: Trial, batch: Batch, targets: Tensor, head: Head, where: Tensor
+    ) -> Attempt:
         """Return what runs a batch with a value in place of a row's, asked at where [B]."""
+        wanted = ".start_logits and .end_logits" if head == "span" else ".logits"
 
         def attempt(value: Tensor) -> tuple[Tensor, bool]:
             trial.value = value
             with self._adapter.asking_at(where), self._adapter.trying(trial):
                 answer = self._call(batch)
-            loss, logits = getattr(answer, "loss", None), getattr(answer, "logits", None)
+            loss, logits = getattr(answer, "loss", None), heads.prediction_of(answer, head)
             if loss is None or logits is None:
                 raise TypeError(
-                    "the model must return an object with .loss and .logits when it is given "
+                    f"the model must return an object with .loss and {wanted} when it is given "
                     f"labels, got {type(answer).__name__}"
                 )
-            return loss, batches.is_correct(logits.detach(), batch["labels"], self.kind)
+            return loss, heads.is_correct(logits.detach(), targets, self.kind, head)
 
         return attempt
 
@@ -549,7 +570,7 @@ class Grace:
                 loss=math.nan if result is None else result.loss,
                 steps=0 if result is None else result.steps,
                 correct=result is not None and result.correct,
-                prompt=batches.prompt_checksum(batch, at),
+                prompt=batches.prompt_checksum(batch, at, self.kind),
                 text=text,
             )
             self._history.record(edit, after.label_slot_of(done.row))
@@ -561,9 +582,11 @@ class Grace:
             return seen.outputs[at].to(dtype)
         width = seen.output.shape[-1]
         if self.settings.semantics != "paper":
-            return torch.rand(1, width)[0].to(seen.output.device, dtype)
-        own = torch.Generator().manual_seed(edit_id)  # the same edit always starts the same
-        return torch.rand(width, generator=own).to(seen.output.device, dtype)
+            drawn = torch.rand(1, width, dtype=torch.float32, device="cpu")[0]
+        else:  # the same edit always starts the same
+            own = torch.Generator(device="cpu").manual_seed(edit_id)
+            drawn = torch.rand(width, generator=own, dtype=torch.float32, device="cpu")
+        return drawn.to(seen.output.device, dtype)
 
     def _observe(self, batch: Batch) -> Observation:
         """Run the model once and return what the layer sees; nothing is replaced."""
@@ -576,7 +599,7 @@ class Grace:
             length = None if call.tokens is None else call.tokens.shape[1]
         asked = batches.runnable(batch, self.kind, self._host.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
-            asked = {name: value for name, value in asked.items() if name != "labels"}
+            asked = {name: value for name, value in asked.items() if name not in heads.TARGETS}
         adapter, still = self._adapter, (torch.no_grad(), frozen(self.model))
         with still[0], still[1], adapter.asking_at(where, length), adapter.observing() as seen:
             try:
@@ -602,7 +625,7 @@ class Grace:
     def _batch(
         self,
         batch: Mapping[str, Any] | Prompt,
-        target: str | int | None,
+        target: Target | None,
         joint: str | None = None,
     ) -> Batch:
         if isinstance(batch, Mapping):
@@ -612,7 +635,7 @@ class Grace:
         return batches.from_text(batch, target, self.tokenizer, self._host.model, self.kind, joint)
 
     def _text(
-        self, batch: Mapping[str, Any] | Prompt, target: str | int | None
+        self, batch: Mapping[str, Any] | Prompt, target: Target | None
     ) -> tuple[str, str] | None:
         if isinstance(batch, Mapping) or not self.settings.store_text:
             return None
@@ -689,9 +712,25 @@ class Grace:
             if not near.edits and near.neighbour >= 0:
                 near = self._history.rows[near.neighbour]
             stored = [self._history.edits[edit] for edit in near.edits]
-            prompt = batches.prompt_checksum(batch, at)
+            prompt = batches.prompt_checksum(batch, at, self.kind)
             if stored and all(edit.prompt != prompt for edit in stored):
                 advice.warn_of_shared_query(self.settings.layer, stored[0], done.distance)
+
+    def _warn_of_nothing_learnt(self, plan: Plan, results: Sequence[Trained]) -> None:
+        """Warn of values whose training was given up.
+
+        Raises: ValueError for a value that is not finite, which no codebook may hold.
+        """
+        for one, result in zip(plan.trainings, results, strict=True):
+            at, layer = one.picked[0], self.settings.layer
+            if not result.value.isfinite().all():
+                raise ValueError(
+                    f"the value of row {at} of the batch must be finite, and its training at "
+                    f"{layer} ended in NaN or infinity; attach with a lower learning_rate"
+                )
+            if result.stuck is not None:
+                how = (self.settings.replacement, result.stuck, result.loss, result.steps)
+                advice.warn_of_nothing_learnt(layer, at, *how)
 
     def _book_for(self, seen: Observation) -> Codebook:
         if self._adapter.book is not None:

@@ -40,7 +40,7 @@ class Edit:
     distance: float  # from its query to the nearest key before it; inf where it was added
     radius: float  # of its row, after it
     query: Tensor  # [D], as the layer saw it
-    label: Tensor | None  # the label ids of its row, after it
+    label: Tensor | None  # the label of its row, after it, as ids: see `labels`
     value_before: int | None  # slot of the row's value before it; None where it made the row
     value_after: int  # slot of the value it trained
     loss: float = float("nan")  # of the kept value; NaN where nothing was trained
@@ -364,7 +364,8 @@ class History:
         value: Tensor,
         edit: int,
     ) -> int:
-        row = draft.append(query[None], value[None], torch.tensor([decision.radius]), [label])[0]
+        radius = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
+        row = draft.append(query[None], value[None], radius, [label])[0]
         if decision.nearest_radius is not None:
             self._keep_base(draft.snapshot(), neighbour)
             draft.set_radius(neighbour, decision.nearest_radius)

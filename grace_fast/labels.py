@@ -1,4 +1,8 @@
-"""Label ids by slot: those of a file in one tensor, later ones one by one."""
+"""Label ids by slot: those of a file in one tensor, later ones one by one.
+
+A label is ids, [L] int64: of tokens, of a class, of the ends of a span. Numbers, as a regression is
+taught, are ids too: a mark that no token has, then the bits of each (`semantics.score_label`).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ class Labels:
     """
 
     def __init__(self, lengths: Tensor | None = None, ids: Tensor | None = None) -> None:
-        nothing = torch.zeros(0, dtype=torch.int64)
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._lengths = nothing if lengths is None else lengths
         self._ids = nothing if ids is None else ids
         ends = self._lengths.clamp(min=0).cumsum(0)
@@ -66,5 +70,5 @@ def columns_of(labels: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Return lengths and ids of labels, as they are given to `Labels`."""
     lengths = [-1 if label is None else len(label) for label in labels]
     present = [label for label in labels if label is not None]
-    ids = torch.cat(present) if present else torch.zeros(0, dtype=torch.int64)
-    return torch.tensor(lengths, dtype=torch.int64), ids
+    ids = torch.cat(present) if present else torch.zeros(0, dtype=torch.int64, device="cpu")
+    return torch.tensor(lengths, dtype=torch.int64, device="cpu"), ids

@@ -314,7 +314,7 @@ def query_positions(positions: Tensor | None, output: Tensor) -> Tensor:
     """Return each row's query position [B]: the last token where none is given."""
     if positions is not None:
         return positions
-    return torch.full((len(output),), output.shape[1] - 1, device=output.device)
+    return torch.full((len(output),), output.shape[1] - 1, device=output.device, dtype=torch.int64)
 
 
 def write(output: Tensor, match: Match, snapshot: Snapshot, mask: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ class MappedFile:
         if os.preadv(self.descriptor, [content], begin) != size:
             self._check_size("shrank while it was in use")
         if not size:
-            return torch.empty(0, shape.width, dtype=shape.dtype)
+            return torch.empty(0, shape.width, dtype=shape.dtype, device="cpu")
         return torch.frombuffer(content, dtype=shape.dtype).view(last - first, shape.width)
 
     def test_all(self, each: Callable[[int], object] = lambda size: None) -> None:

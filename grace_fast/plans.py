@@ -125,5 +125,5 @@ def _tokens(
 ) -> Tokens | None:
     if proposal.hidden is None or proposal.ends is None:
         return None
-    part = torch.as_tensor(picked, device=proposal.hidden.device)
+    part = torch.as_tensor(picked, device=proposal.hidden.device, dtype=torch.int64)
     return Tokens.of(proposal.hidden[part], proposal.ends[part], row, decided)

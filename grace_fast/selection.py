@@ -95,5 +95,5 @@ def chosen_rows(name: str | None, batch: int) -> Tensor | None:
         return None
     if not names or batch % len(names):
         raise ValueError(f"using() was given {len(names)} names, and the batch has {batch} rows")
-    chosen = torch.tensor([other == name for other in names])
+    chosen = torch.tensor([other == name for other in names], dtype=torch.bool, device="cpu")
     return chosen.repeat_interleave(batch // len(names))  # beams of one prompt lie side by side

@@ -38,6 +38,7 @@ SPLIT_GAP = 1e-5
 EXPAND_MARGIN = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 IGNORED_LABEL = -100
+SCORES = -(2**63)  # the first id of a label of numbers; no token and no class has it
 
 _CHUNK_ELEMENTS = 1 << 22  # of a [N, D] block of differences in float64: 32 MiB
 
@@ -222,9 +223,9 @@ def decide(rules: Rules, squared: float, radius: float, same_label: bool) -> Dec
 
 def covering_radius(squared: float, margin: float) -> float:
     """Return the least float32 that covers distance * (1 + margin), so that S itself is inside."""
-    radius = torch.tensor(math.sqrt(squared) * (1 + margin), dtype=torch.float32)
+    radius = torch.tensor(math.sqrt(squared) * (1 + margin), dtype=torch.float32, device="cpu")
     while radius.double().square() < squared:
-        radius = torch.nextafter(radius, torch.tensor(math.inf))
+        radius = torch.nextafter(radius, torch.tensor(math.inf, dtype=torch.float32, device="cpu"))
     return float(radius)
 
 
@@ -237,15 +238,38 @@ def label_ids(labels: Tensor, padding: int | None = None) -> Tensor:
     return flat[kept]
 
 
+def score_label(scores: Tensor) -> Tensor:
+    """Return numbers as a label of ids: a mark, then the float64 bits of each. [1 + L] int64.
+
+    They are kept as float32 has them, and -0 as 0: what is the same number is the same label.
+    """
+    kept = scores.detach().reshape(-1).to("cpu", torch.float32).double() + 0.0
+    mark = torch.tensor([SCORES], dtype=torch.int64, device="cpu")
+    return torch.cat([mark, kept.view(torch.int64)])
+
+
+def scores_of(label: Tensor) -> Tensor | None:
+    """Return the numbers that a label is of, [L] float64; None where it is of ids."""
+    if label.dtype != torch.int64 or label.ndim != 1 or not len(label) or int(label[0]) != SCORES:
+        return None
+    return label[1:].contiguous().view(torch.float64)
+
+
 def same_label(rules: Rules, one: Tensor, other: Tensor) -> bool:
     """Tell whether two stored labels call for the same answer.
 
-    `paper` compares ids; the others compare means, as the authors' code does ([1, 9] equals [4,
-    6]).
+    `paper` compares ids, and numbers one by one; the others compare means, as the authors' code
+    does ([1, 9] equals [4, 6]).
     """
     if rules.semantics == "paper":
         return torch.equal(one, other)
-    return bool(one.float().mean() == other.float().mean())
+    return label_mean(one) == label_mean(other)
+
+
+def label_mean(label: Tensor) -> float:
+    """Return the mean of a label's ids or numbers, in float32; NaN of none."""
+    scores = scores_of(label)
+    return float((label if scores is None else scores).float().mean())
 
 
 def label_row(rules: Rules, row: int, rows: int) -> int:

@@ -221,7 +221,9 @@ class ShardedCodebook:
     def _header(self, queries: Tensor) -> Tensor:
         rows = queries.detach().contiguous().view(torch.uint8).sum(dim=1, dtype=torch.int64)
         asked = (rows * torch.arange(1, 1 + len(rows), device=rows.device)).sum()
-        numbers = torch.tensor([self._state_number, self.version], device=queries.device)
+        numbers = torch.tensor(
+            [self._state_number, self.version], device=queries.device, dtype=torch.int64
+        )
         numbers = torch.cat([numbers, asked[None]])
         return torch.stack([numbers, -numbers]).flatten()  # one minimum gives least and most
 
@@ -322,7 +324,7 @@ class ShardedCodebook:
             return row, decision
         with self.writing() as draft:
             if decision.outcome in ("added", "split"):
-                made = torch.tensor([decision.radius])
+                made = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
                 added = draft.append(query[None], fresh_value[None], made, [label])
                 if decision.nearest_radius is not None:
                     draft.set_radius(row, decision.nearest_radius)
@@ -339,19 +341,22 @@ class ShardedCodebook:
 
         Raises: IndexError where there is no such row, RankLost.
         """
-        told = torch.zeros(2, dtype=torch.int64)  # the radius' bits, and 1 + L where it has a label
+        # The radius' bits, and 1 + L where it has a label.
+        told = torch.zeros(2, dtype=torch.int64, device="cpu")
         label: Tensor | None = None
         if (local := self._local(row)) is not None:
             snapshot = self.codebook.snapshot()
             label = snapshot.label_of(local)
-            told[:1] = torch.tensor([snapshot.radius_of(local)]).double().view(torch.int64)
+            ball = torch.tensor([snapshot.radius_of(local)], dtype=torch.float64, device="cpu")
+            told[:1] = ball.view(torch.int64)
             told[1] = 0 if label is None else 1 + len(label)
         told = told.to(self.codebook.device)
         self._reduce(told, dist.ReduceOp.SUM, "reading a row")
         radius, length = float(told[:1].view(torch.float64)), int(told[1]) - 1
         if length < 0:
             return radius, None
-        ids = torch.zeros(length, dtype=torch.int64) if label is None else label.clone()
+        none = torch.zeros(length, dtype=torch.int64, device="cpu")
+        ids = none if label is None else label.clone()
         ids = ids.to(self.codebook.device)
         self._reduce(ids, dist.ReduceOp.SUM, "reading a row")
         return radius, ids.cpu()
@@ -359,7 +364,7 @@ class ShardedCodebook:
     def _turns(self, first: int, count: int) -> Tensor:
         """Return which of `count` rows from row `first` on are this rank's, [M] int64."""
         start = (self.rank - first) % self.ranks
-        return torch.arange(min(start, count), count, self.ranks)
+        return torch.arange(min(start, count), count, self.ranks, device="cpu")
 
     def _local(self, row: int) -> int | None:
         """Return where a row is on this rank, None where another has it."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from grace_fast import forks
+
+# Why there is nothing to learn: no change of the value changes the loss, or there is no number.
+Stuck = Literal["no gradient", "not finite"]
 
 # The loss and whether the model's own prediction is right, with this value [V] in place.
 Attempt = Callable[[Tensor], tuple[Tensor, bool]]
@@ -36,6 +41,7 @@ class Trained:
     loss: float
     steps: int  # optimiser steps taken
     correct: bool
+    stuck: Stuck | None = None  # why it was given up
 
 
 def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
@@ -44,11 +50,16 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
     Every loss is that of the value as it will be stored, in the codebook's element type; a right
     prediction beats a low loss.
 
-    Raises: ValueError where no gradient of the loss reaches the value.
+    Where the first gradient is zero, so is every later one, because Adam does not move; and where
+    one is no number, nothing is one after it. Either ends the training, unless the last value is
+    to be kept: then all steps are done.
+
+    Raises: ValueError where the loss has no gradient at all.
     """
     master = start.detach().float().clone().requires_grad_()
     adam = torch.optim.Adam([master], lr=schedule.learning_rate)
     kept: Trained | None = None
+    stuck: Stuck | None = None
     for step in range(schedule.iterations + 1):
         last = step == schedule.iterations
         with torch.set_grad_enabled(not last):
@@ -59,24 +70,32 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
         if kept is None or not schedule.keep_best or _better(seen, kept):
             kept = seen
         done = schedule.stop_loss is not None and correct and seen.loss < schedule.stop_loss
-        if last or done:
-            return Trained(kept.value, kept.loss, step, kept.correct)
-        master.grad = _gradient(loss, master)
+        if not (last or done):
+            master.grad = _gradient(loss, master)
+            stuck = stuck or _stuck(step, seen, master.grad)
+        if last or done or (stuck and schedule.keep_best):
+            return replace(kept, steps=step, stuck=stuck)
         adam.step()
     raise AssertionError("unreachable: the last step returns")
 
 
 def _gradient(loss: Tensor, value: Tensor) -> Tensor:
-    found = None
-    if loss.requires_grad:
-        (found,) = torch.autograd.grad(loss, [value], allow_unused=True)
-    if found is None:
+    """Return the gradient of a loss by a value, zero where the loss does not depend on it."""
+    if not loss.requires_grad:
         raise ValueError(
             "no gradient of the loss reaches the value, so it cannot be trained: the layers in "
             "between are quantised in a way that has none, run under torch.no_grad, or do not lead "
             "to the loss; edit the model before it is quantised, or attach to a later layer"
         )
-    return found
+    found: Tensor | None
+    (found,) = torch.autograd.grad(loss, [value], allow_unused=True)
+    return torch.zeros_like(value) if found is None else found
+
+
+def _stuck(step: int, seen: Trained, gradient: Tensor) -> Stuck | None:
+    if not math.isfinite(seen.loss) and not gradient.isfinite().all():
+        return "not finite"
+    return "no gradient" if step == 0 and not seen.correct and not gradient.any() else None
 
 
 def _better(one: Trained, other: Trained) -> bool:
@@ -90,7 +109,9 @@ class _Frozen:
 
     def __init__(self, model: nn.Module) -> None:
         self.wanted: list[int] = []  # by which threads
-        self.learning = [one for one in model.parameters() if one.requires_grad]
+        # One that was made in inference mode would not take its gradient back outside of it.
+        own = [one for one in model.parameters() if not one.is_inference()]
+        self.learning = [one for one in own if one.requires_grad]
         self.training = [module for module in model.modules() if module.training]
 
     def set(self, active: bool) -> None:
@@ -102,6 +123,16 @@ class _Frozen:
 
 _freezing = threading.Lock()
 _frozen: WeakKeyDictionary[nn.Module, _Frozen] = WeakKeyDictionary()
+
+
+def require_differentiable(model: nn.Module) -> None:
+    """Raise ValueError where gradients cannot go through a model."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ValueError(
+                f"a value cannot be trained through {name}, which was made in "
+                "torch.inference_mode(); load the model outside of it to edit it"
+            )
 
 
 @contextmanager

@@ -129,19 +129,21 @@ def device_codes(
     numbers += [phi.lipschitz, phi.row_norm, phi.eta, floor]
     numbers += [near_error, far_error, near_linear, far_linear]
     padded = phi.padded_centre
-    rows = torch.zeros(SLOTS, len(padded), dtype=torch.bfloat16)
+    rows = torch.zeros(SLOTS, len(padded), dtype=torch.bfloat16, device="cpu")
     rows[:, : phi.rows.shape[1]] = phi.rows
     fields = {name: torch.cat([part[name] for part in laid]) for name in laid[0]}
     fields |= {
         "centre": padded,
         "rows": rows,
         "turn": phi.turn.contiguous(),
-        "numbers": torch.tensor(numbers, dtype=torch.float64),
-        "counts": torch.tensor([0, supers, 0]),
-        "leaf_boxes": torch.cat([*boxes, torch.zeros(1, 2, NEAR, dtype=torch.int16)]),
-        "super_boxes": torch.cat([*super_boxes, torch.zeros(1, 2, NEAR, dtype=torch.int16)]),
-        "super_reach": torch.zeros(supers + 1),
-        "isolated": torch.zeros(max(1, positions // 8), dtype=torch.uint8),
+        "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
+        "counts": torch.tensor([0, supers, 0], dtype=torch.int64, device="cpu"),
+        "leaf_boxes": torch.cat([*boxes, torch.zeros(1, 2, NEAR, dtype=torch.int16, device="cpu")]),
+        "super_boxes": torch.cat(
+            [*super_boxes, torch.zeros(1, 2, NEAR, dtype=torch.int16, device="cpu")]
+        ),
+        "super_reach": torch.zeros(supers + 1, dtype=torch.float32, device="cpu"),
+        "isolated": torch.zeros(max(1, positions // 8), dtype=torch.uint8, device="cpu"),
     }
     moved = {name: field.to(device) for name, field in fields.items()}
     moved |= code_tiles.folded_room(positions, device)
@@ -203,13 +205,13 @@ def _laid_out(part: Any, room: int) -> dict[str, Tensor]:
     count = part.count
     leaves = _whole(count, LEAF)
     blocks = torch.from_numpy(part.near[: leaves // NEAR])  # [blocks, 4, 16 keys, 4]
-    near = torch.zeros(room, NEAR, dtype=torch.uint8)
+    near = torch.zeros(room, NEAR, dtype=torch.uint8, device="cpu")
     near[:leaves] = blocks.transpose(1, 2).reshape(-1, NEAR)
-    far = torch.zeros(room, FAR, dtype=torch.uint8)
+    far = torch.zeros(room, FAR, dtype=torch.uint8, device="cpu")
     far[:leaves] = torch.from_numpy(part.far[:leaves])
-    row = torch.full((room,), -1, dtype=torch.int32)
+    row = torch.full((room,), -1, dtype=torch.int32, device="cpu")
     row[:count] = torch.from_numpy(part.rows[:count])
-    reach = torch.zeros(room // LEAF)
+    reach = torch.zeros(room // LEAF, dtype=torch.float32, device="cpu")
     reach[: leaves // LEAF] = torch.from_numpy(part.reach[: leaves // LEAF])
     words = (near.view(torch.int32), far.view(torch.int32))
     return {"near": words[0], "far": words[1], "row": row, "reach": reach}
@@ -219,7 +221,7 @@ def _box_rows(boxes: Any, count: int) -> Tensor:
     """Return `count` boxes [count, 2, 16] of groups of 16; the room after them is far away."""
     groups = torch.from_numpy(boxes)  # [groups, 8 slot pairs, 2, 16 boxes, 2]
     known = groups.permute(0, 3, 2, 1, 4).reshape(-1, 2, NEAR)[:count]
-    away = torch.full((count - len(known), 2, NEAR), 32000, dtype=torch.int16)
+    away = torch.full((count - len(known), 2, NEAR), 32000, dtype=torch.int16, device="cpu")
     return torch.cat([known, away])
 
 
@@ -685,7 +687,7 @@ def find(
     notes = torch.empty(batch, 8, dtype=torch.float64, device=device)
     doubtful, entries = torch.empty(2, batch, dtype=torch.int32, device=device)
     candidates = torch.empty(batch, ring, dtype=torch.int32, device=device)
-    scratch = torch.empty(batch, ring, device=device)
+    scratch = torch.empty(batch, ring, device=device, dtype=torch.float32)
     native = _is_native(device)
     shape: dict[str, Any] = {
         "NORM_SLOT": codes.norm_slot,

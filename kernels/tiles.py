@@ -65,8 +65,8 @@ def filter_keys(
         kept = torch.empty_like(slots, dtype=torch.bfloat16)
         if known is not None:
             kept[:first] = known.slots
-    norm = torch.empty(len(slots), device=slots.device)
-    error = torch.zeros(len(slots), device=slots.device)
+    norm = torch.empty(len(slots), device=slots.device, dtype=torch.float32)
+    error = torch.zeros(len(slots), device=slots.device, dtype=torch.float32)
     if known is not None:
         norm[:first], error[:first] = known.norm, known.error
     for at in range(first, len(slots), 4096):
@@ -295,10 +295,10 @@ def find(
     found = Found.room(queries)
     rounded = torch.empty(batch, width, dtype=multiplied.slots.dtype, device=device)
     as_bits = rounded.view(torch.int16) if rounded.dtype == torch.bfloat16 else rounded
-    norm, error = torch.empty(2, batch, device=device)
+    norm, error = torch.empty(2, batch, device=device, dtype=torch.float32)
     limit, entries, doubtful = torch.empty(3, batch, dtype=torch.int32, device=device)
     candidates = torch.empty(batch, ring, dtype=torch.int32, device=device)
-    scratch = torch.empty(batch, ring, device=device)
+    scratch = torch.empty(batch, ring, device=device, dtype=torch.float32)
     programs = programs_of(keys, batch)
     with torch.cuda.device_of(queries):
         round_queries[(batch,)](

@@ -255,6 +255,7 @@ class Lookup {
 template <typename One>
 void look_up(const Queries& queries, const Keys& keys, const Certificate& certificate, int threads,
              Effort* effort, const One& one) {
+  const UsualRounding usual;
   const int64_t tasks = (queries.batch + kTogether - 1) / kTogether;
   in_parallel(tasks, threads, [&](int64_t task) {
     Lookup lookup(keys, certificate);
@@ -301,6 +302,7 @@ void nearest_certified(const Queries& queries, const Keys& keys, const Certifica
 
 void find_isolated(const Keys& keys, const Certificate& certificate, int64_t part,
                    const int64_t* positions, int64_t count, uint8_t* isolated) {
+  const UsualRounding usual;
   Lookup lookup(keys, certificate);
   for (int64_t i = 0; i < count; ++i) {
     if (!lookup.isolated(static_cast<int32_t>(part), positions[i])) continue;

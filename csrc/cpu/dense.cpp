@@ -152,11 +152,13 @@ int64_t answer(const Queries& queries, const Keys& keys, float limit, bool balls
 
 void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
                    double* squared) {
+  const UsualRounding usual;
   answer(queries, keys, std::numeric_limits<float>::infinity(), false, threads, row, squared);
 }
 
 int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
                    int64_t* row, double* squared, Effort* effort) {
+  const UsualRounding usual;
   int64_t hits = 0;
   if (widest >= 0) {
     const float limit = Band(keys.width).above(static_cast<double>(widest) * widest);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "candidates.h"
+#include "rounding.h"
 
 namespace grace_fast {
 
@@ -55,13 +56,17 @@ void in_parallel(int64_t tasks, int threads, const Work& work) {
     return;
   }
   std::exception_ptr error;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-  for (int64_t i = 0; i < tasks; ++i) {
-    try {
-      work(i);
-    } catch (...) {
+#pragma omp parallel num_threads(threads)
+  {
+    const UsualRounding usual;  // each thread has its own
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) {
+      try {
+        work(i);
+      } catch (...) {
 #pragma omp critical
-      error = std::current_exception();
+        error = std::current_exception();
+      }
     }
   }
   if (error) std::rethrow_exception(error);

@@ -45,8 +45,8 @@ def nearest(queries: Tensor, snapshot: Snapshot, within: float = math.inf) -> tu
     if not (len(snapshot) and batch):
         return semantics.no_row(batch, queries.device)
     queries, view = _in_rows(queries), _view(snapshot)
-    row = torch.empty(batch, dtype=torch.int64)
-    squared = torch.empty(batch, dtype=torch.float64)
+    row = torch.empty(batch, dtype=torch.int64, device="cpu")
+    squared = torch.empty(batch, dtype=torch.float64, device="cpu")
     asked = (*_address(queries), torch.get_num_threads(), row.data_ptr(), squared.data_ptr())
     if within < math.inf and view.keys_pay:
         view.version.nearest_within(*asked, within)
@@ -74,7 +74,7 @@ def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
 def unpack(answers: bytearray | None, dtype: torch.dtype) -> Tensor:
     """Return S (float64), row (int64) or hit (bool) of the answers, over their own memory."""
     if not answers:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     batch = (len(answers) - EFFORT.size) // BYTES_PER_ANSWER
     first = FIRST_OF_ANSWER[dtype]
     return torch.frombuffer(answers, dtype=dtype, count=batch, offset=first * batch)

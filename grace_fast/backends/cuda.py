@@ -161,7 +161,7 @@ def _boxes(groups: Array | None, count: int) -> Array | None:
 def packed_map(phi: codes.Map) -> dict[str, Tensor]:
     """Return the map's arrays in the kernels' layout: rows [64, Dp], an element after the other."""
     padded = len(phi.padded_centre)
-    rows = torch.zeros(codes.SLOTS, padded, dtype=torch.bfloat16)
+    rows = torch.zeros(codes.SLOTS, padded, dtype=torch.bfloat16, device="cpu")
     rows[:, : len(phi.centre)] = phi.rows
     return {"centre": phi.padded_centre, "rows": rows, "turn": phi.turn.contiguous()}
 

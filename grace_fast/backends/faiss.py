@@ -56,7 +56,7 @@ def nearest(
     """
     batch, device = len(queries), queries.device
     row, squared = semantics.no_row(batch, torch.device("cpu"))
-    proved = torch.ones(batch, dtype=torch.bool)
+    proved = torch.ones(batch, dtype=torch.bool, device="cpu")
     finite = queries.isfinite().all(dim=1)
     if len(snapshot) and finite.any():
         asked = queries[finite]

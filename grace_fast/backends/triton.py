@@ -161,8 +161,8 @@ class Table:
             slots=snapshot.key_slots,
             live=snapshot.live,
             radius=snapshot.radii,
-            count=torch.tensor([snapshot.rows], device=device),
-            widest=torch.tensor([snapshot.widest], device=device),
+            count=torch.tensor([snapshot.rows], device=device, dtype=torch.int64),
+            widest=torch.tensor([snapshot.widest], device=device, dtype=torch.float32),
             key_slot=snapshot.device_key_slot,
         )
         self._certificate = None if snapshot.is_draft else certificate.of(snapshot)
@@ -258,8 +258,8 @@ class Captured:
         from grace_fast.kernels.exact import Keys
 
         scalars = {
-            "count": torch.tensor([snapshot.rows], device=self._device),
-            "widest": torch.tensor([snapshot.widest], device=self._device),
+            "count": torch.tensor([snapshot.rows], device=self._device, dtype=torch.int64),
+            "widest": torch.tensor([snapshot.widest], device=self._device, dtype=torch.float32),
         }
         room = max(1, len(snapshot.pages)) * PAGE_ROWS
         for name, dtype in _COLUMNS.items():

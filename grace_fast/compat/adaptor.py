@@ -196,7 +196,8 @@ class Adaptor(LiveCodebook):
 
     def _book_for_edits(self) -> Codebook:
         if self._book is None:
-            self._take(self._empty_book(), nn.Parameter(torch.empty(0)), [])
+            none = torch.empty(0, dtype=torch.float32, device="cpu")
+            self._take(self._empty_book(), nn.Parameter(none), [])
         assert self._book is not None
         return self._book
 
@@ -252,7 +253,7 @@ class Adaptor(LiveCodebook):
 
     def cold_value(self) -> Tensor:
         """Draw the value that a key starts with, [V], from the global generator."""
-        return torch.rand(1, self.value_shape)[0]
+        return torch.rand(1, self.value_shape, dtype=torch.float32, device="cpu")[0]
 
     def _enact(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Change:
         """Decide one edit and change the rows; query: [D], fresh: [V]."""
@@ -269,7 +270,8 @@ class Adaptor(LiveCodebook):
         decision = semantics.decide(rules, squared, radius, same)
         if decision.outcome in ("added", "split"):
             keys, values = query[None], fresh[None].to(query)
-            made = draft.append(keys, values, torch.tensor([decision.radius]), None)[0]
+            ball = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
+            made = draft.append(keys, values, ball, None)[0]
             self._labels.append(label)
             if decision.nearest_radius is None:
                 return Change(decision, made)

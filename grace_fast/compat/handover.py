@@ -129,7 +129,10 @@ def _move_codebook(original: Any, twin: Adaptor, name: str) -> None:
     keys: Tensor = original.keys.detach().to(device)
     values = original.values.detach().to(device)
     try:
-        epsilons = torch.as_tensor(original.epsilons).to(device)
+        epsilons = original.epsilons
+        if not isinstance(epsilons, Tensor):
+            epsilons = torch.as_tensor(epsilons, dtype=torch.float32, device="cpu")
+        epsilons = epsilons.to(device)
         labels = list(original.key_labels)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(

@@ -209,7 +209,7 @@ class LiveCodebook(nn.Module):
         if self._book is None:
             return
         self._settle()
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
         labels = [none if label is None else label.reshape(-1).cpu() for label in self._labels]
         # Copies: the views lie in an address space far larger than what they show.
         saved = {
@@ -217,7 +217,9 @@ class LiveCodebook(nn.Module):
             "values": self.values.detach().clone(),
             "epsilons": self.epsilons.clone(),
             "key_labels": torch.cat(labels) if labels else none,
-            "key_label_sizes": torch.tensor([len(label) for label in labels], dtype=torch.int64),
+            "key_label_sizes": torch.tensor(
+                [len(label) for label in labels], dtype=torch.int64, device="cpu"
+            ),
         }
         destination.update({prefix + name: tensor for name, tensor in saved.items()})
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import batches, positions
+from grace_fast import batches, heads, positions
 from grace_fast.attachment import find_layer
 from grace_fast.evaluate.metrics import SCORES
 from grace_fast.evaluate.task import Answer, Case, Task
@@ -26,7 +26,7 @@ def _row(task: Task, case: Case) -> dict[str, Any]:
 
     A decoder's target closes with its end token, so that an answer ends where the target does.
     """
-    kind = batches.kind_of(task.model)
+    kind = heads.kind_of(task.model)
     if kind == "classifier":
         return {**_prompts(task, [case.prompt]), "labels": torch.tensor([int(case.answer)])}
     end = (task.tokenizer.eos_token or "") if kind == "decoder" else ""
@@ -53,7 +53,7 @@ def answers(task: Task, cases: Sequence[Case]) -> list[Answer]:
     """Return the model's greedy answer to every prompt; a classifier's is its argmax."""
     given: list[Answer] = [""] * len(cases)
     for picked, batch in _batches(task, [case.prompt for case in cases]):
-        if batches.kind_of(task.model) == "classifier":
+        if heads.kind_of(task.model) == "classifier":
             said: list[Any] = task.model(**batch).logits.argmax(dim=-1).tolist()
         else:
             tokens = task.model.generate(
@@ -107,7 +107,7 @@ def queries_by_layer(task: Task, layers: Sequence[str], cases: Sequence[Case]) -
 
     Raises: ValueError for a layer that the model lacks.
     """
-    kind = batches.kind_of(task.model)
+    kind = heads.kind_of(task.model)
     seen: dict[str, Tensor] = {}
     parts: dict[str, dict[int, Tensor]] = {layer: {} for layer in layers}
     with ExitStack() as hooks:
@@ -143,7 +143,7 @@ def _batches(task: Task, prompts: Sequence[str]) -> Iterator[tuple[list[int], di
 
 
 def _prompts(task: Task, prompts: Sequence[str]) -> dict[str, Tensor]:
-    side = "left" if batches.kind_of(task.model) == "decoder" else "right"
+    side = "left" if heads.kind_of(task.model) == "decoder" else "right"
     cut = {} if task.cut is None else {"truncation": True, "max_length": task.cut}
     made = task.tokenizer(
         list(prompts), padding=True, padding_side=side, return_tensors="pt", **cut

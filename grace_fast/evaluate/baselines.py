@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from grace_fast import batches
+from grace_fast import heads
 from grace_fast.evaluate import answering
 from grace_fast.evaluate.task import Case, Task
 
@@ -38,16 +38,16 @@ class FineTuned:
         """Train on one case until it is answered, and tell whether it is."""
         batch, model = answering.edit_batch(self.task, case), self.task.model
         adam = torch.optim.AdamW(model.parameters(), lr=self.task.tuning_rate, weight_decay=0.0)
-        kind = batches.kind_of(model)
+        kind = heads.kind_of(model)
         for _ in range(self._steps):
             answer = model(**batch)
-            if batches.is_correct(answer.logits.detach(), batch["labels"], kind):
+            if heads.is_correct(answer.logits.detach(), batch["labels"], kind):
                 return True
             adam.zero_grad()
             answer.loss.backward()
             adam.step()
         with torch.no_grad():
-            return batches.is_correct(model(**batch).logits, batch["labels"], kind)
+            return heads.is_correct(model(**batch).logits, batch["labels"], kind)
 
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Return NaN: nothing is looked up."""
@@ -74,7 +74,7 @@ class Retrained(FineTuned):
         batch, model = answering.edit_batch(self.task, case), self.task.model
         with torch.no_grad():
             logits = model(**batch).logits
-        return batches.is_correct(logits, batch["labels"], batches.kind_of(model))
+        return heads.is_correct(logits, batch["labels"], heads.kind_of(model))
 
     def _retrain(self) -> None:
         model, past = self.task.model, list(self._past.values())

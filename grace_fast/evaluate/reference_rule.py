@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import batches, positions, semantics
+from grace_fast import batches, heads, positions, semantics
 from grace_fast.evaluate import answering
 from grace_fast.evaluate.editors import LOOKUPS
 from grace_fast.evaluate.task import Case, Task
@@ -42,7 +42,7 @@ class ReferenceRule:
         self._mode: semantics.Replacement = (
             "replace_last" if asks_at_start else settings.replacement
         )
-        self._decoder_only = batches.kind_of(task.model) == "decoder"
+        self._decoder_only = heads.kind_of(task.model) == "decoder"
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._radii: list[float] = []
@@ -135,8 +135,8 @@ class ReferenceRule:
             answer = self.task.model(**batch)
         finally:
             self._trial = None
-        kind = batches.kind_of(self.task.model)
-        return answer.loss, batches.is_correct(answer.logits.detach(), batch["labels"], kind)
+        kind = heads.kind_of(self.task.model)
+        return answer.loss, heads.is_correct(answer.logits.detach(), batch["labels"], kind)
 
     def _enter(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         cache: Any = kwargs.get("past_key_values")

@@ -48,7 +48,7 @@ class Hits:
 def radii_of(reading: Reading) -> Radii:
     """Return what a page says of the radii."""
     # A codebook keeps radii in float32: so an epsilon beyond that is infinite.
-    epsilon = float(torch.tensor(reading.rules.epsilon, dtype=torch.float32))
+    epsilon = float(torch.tensor(reading.rules.epsilon, dtype=torch.float32, device="cpu"))
     balls = reading.radii[reading.radii >= 0].astype(np.float64)
     if not len(balls):
         return Radii(None, 0, len(reading.radii), math.nan, math.nan, math.nan, 0, 0, 0)

@@ -109,7 +109,9 @@ def _labels(reading: Reading, rows: NDArray[np.int64]) -> Tensor:
     """Return a number for the answer of each row, [n] int64: equal where the answers are."""
     known: dict[Hashable, int] = {}
     asked = (reading.asks_for(reading.snapshot.label_of(row)) for row in rows.tolist())
-    return torch.tensor([known.setdefault(answer, len(known)) for answer in asked])
+    return torch.tensor(
+        [known.setdefault(answer, len(known)) for answer in asked], dtype=torch.int64, device="cpu"
+    )
 
 
 def _search(
@@ -131,7 +133,7 @@ def _search(
         keys = keys_of(reading.snapshot, rows[first : first + BLOCK])
         apart = torch.addmm(keys.square().sum(dim=1), queries, keys.T, alpha=-2)
         apart.add_(squares).clamp_(min=0).sqrt_()
-        here = torch.arange(first, first + len(keys))
+        here = torch.arange(first, first + len(keys), device="cpu")
         own = (places >= first) & (places < first + len(keys))
         apart[own, places[own] - first] = math.inf
         nearest = nearest.or_less(apart, first, 1)
@@ -152,8 +154,8 @@ class _Least:
     @staticmethod
     def of_none(rows: int) -> _Least:
         """Return what is known before anything was looked at."""
-        nowhere = torch.full((rows, 1), -1)
-        return _Least(torch.full((rows, 1), math.inf, dtype=torch.float64), nowhere)
+        nowhere = torch.full((rows, 1), -1, dtype=torch.int64, device="cpu")
+        return _Least(torch.full((rows, 1), math.inf, dtype=torch.float64, device="cpu"), nowhere)
 
     def or_less(
         self, values: Tensor, first: int, count: int, within: Tensor | float = math.inf

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Edit, History
-from grace_fast.semantics import Rules
+from grace_fast.semantics import Rules, label_mean, scores_of
 from grace_fast.store.saved import Saved, read_newest
 
 MOST_HITS = 1 << 40  # believed of one row: their sum is an int64
@@ -29,7 +29,7 @@ class Told:
     edits: int  # how many live on it
     edit: int | None  # the newest of them; None for a key that was appended by hand
     prompt: str | None  # where it was stored
-    answer: str  # the target where it was stored, else the ids of the label
+    answer: str  # the target where it was stored, else the label's ids or numbers
     radius: float
     hits: int
 
@@ -101,7 +101,7 @@ class Reading:
             return None
         if self.rules.semantics == "paper":
             return tuple(label.tolist())
-        return float(label.float().mean())
+        return label_mean(label)
 
 
 def answer_of(edit: Edit | None, label: Tensor | None) -> str:
@@ -110,8 +110,10 @@ def answer_of(edit: Edit | None, label: Tensor | None) -> str:
         return edit.text[1]
     if label is None:
         return "no label"
-    ids = " ".join(map(str, label[:LABEL_IDS].tolist()))
-    return f"label {ids}" + (" …" if len(label) > LABEL_IDS else "")
+    scores = scores_of(label)
+    told = label.tolist() if scores is None else [float(f"{score:.6g}") for score in scores]
+    shown = " ".join(map(str, told[:LABEL_IDS]))
+    return f"label {shown}" + (" …" if len(told) > LABEL_IDS else "")
 
 
 def read(directory: Path, hmac_key: bytes | None = None) -> Reading:

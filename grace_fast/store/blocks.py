@@ -42,7 +42,7 @@ class Given:
 
         What a file that was cut off does not hold any more is not what was saved either.
         """
-        odd = torch.zeros(self._shape.rows, dtype=torch.bool)
+        odd = torch.zeros(self._shape.rows, dtype=torch.bool, device="cpu")
         size, item = self._shape.row_bytes, self._shape.dtype.itemsize
         for block in range(self._shape.blocks):
             first = block * BLOCK_BYTES

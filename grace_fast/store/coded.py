@@ -31,14 +31,16 @@ def pack_map(phi: codes.Map) -> dict[str, Tensor]:
         "map.centre": phi.centre,
         "map.rows": phi.rows,
         "map.turn": phi.turn,
-        "map.numbers": torch.tensor(numbers, dtype=torch.float64),
+        "map.numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
     }
 
 
 def pack_state(state: State, rows: int) -> dict[str, Tensor]:
     """Return what is known of the first `rows` keys as tensors."""
     known = (state.fitted_rows, state.floor, min(state.covered, rows), state.predicted_bytes)
-    tensors = pack_map(state.phi) | {"state": torch.tensor(known, dtype=torch.float64)}
+    tensors = pack_map(state.phi) | {
+        "state": torch.tensor(known, dtype=torch.float64, device="cpu")
+    }
     for number, part in enumerate(state.runs):
         for name in _ARRAYS:
             array = getattr(part, name)
@@ -47,7 +49,7 @@ def pack_state(state: State, rows: int) -> dict[str, Tensor]:
                 array = array.copy() if name == "isolated" else array
                 tensors[f"run{number}.{name}"] = torch.from_numpy(array)
         errors = (part.near_error, part.far_error)
-        tensors[f"run{number}.errors"] = torch.tensor(errors, dtype=torch.float64)
+        tensors[f"run{number}.errors"] = torch.tensor(errors, dtype=torch.float64, device="cpu")
     # Later rows than these may be given to other keys once the codebook was opened again.
     kept = np.flatnonzero(state.tail.rows[: state.tail.count] < rows)
     near, far = order.unpacked(state.tail, kept)

@@ -107,7 +107,7 @@ def tensor(name: str, described: Described, room: npt.NDArray[np.uint8]) -> Tens
     Raises: CodebookCorrupt for truths that are neither 0 nor 1.
     """
     if not len(room):
-        return torch.empty(described.shape, dtype=described.dtype)
+        return torch.empty(described.shape, dtype=described.dtype, device="cpu")
     if described.dtype == torch.bool and room.max() > 1:
         raise CodebookCorrupt(f"its tensor {name} has truths that are neither 0 nor 1", field=name)
     return torch.from_numpy(room).view(described.dtype).view(described.shape)

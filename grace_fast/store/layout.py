@@ -2,6 +2,9 @@
 
 Columns are indexed by row (`rows.*`) or by slot (`keys`, `values`, `labels.*`). What was edited is
 in columns of its own (`past`).
+
+A label is `labels.length` of the ids in `labels.ids`, one label after the other. One that begins
+with -2^63 is of numbers: every further id is the bits of one, as float64 (`semantics.score_label`).
 """
 
 from __future__ import annotations
@@ -110,7 +113,7 @@ def check_radii(tensors: Mapping[str, Tensor], max_radius: float | None) -> None
         if name not in tensors:
             continue
         # As wide as a radius is kept when it is the widest that is allowed.
-        widest = torch.tensor(max_radius, dtype=torch.float32).to(tensors[name].dtype)
+        widest = torch.tensor(max_radius, dtype=torch.float32, device="cpu").to(tensors[name].dtype)
         wide = tensors[name] > widest
         if bool(wide.any()):
             row = int(wide.nonzero()[0][0])
@@ -144,12 +147,12 @@ def with_the_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _usual(count: int) -> dict[str, Tensor]:
-    numbers = torch.arange(count)
+    numbers = torch.arange(count, device="cpu")
     return {
-        "labels.length": torch.full((1,), -1),
-        "labels.ids": torch.zeros(0, dtype=torch.int64),
+        "labels.length": torch.full((1,), -1, dtype=torch.int64, device="cpu"),
+        "labels.ids": torch.zeros(0, dtype=torch.int64, device="cpu"),
         "rows.id": numbers,
-        "rows.live": torch.ones(count, dtype=torch.bool),
+        "rows.live": torch.ones(count, dtype=torch.bool, device="cpu"),
         "rows.key_slot": numbers,
         "rows.value_slot": numbers,
         "rows.label_slot": torch.zeros_like(numbers),

@@ -296,7 +296,7 @@ def _joined(
 ) -> dict[str, NDArray[Any]]:
     """Return the positions of columns that stay and what came later, by one of the columns."""
     parts = {
-        name: np.asarray(later[name], dtype=torch.zeros(0, dtype=kind).numpy().dtype)
+        name: np.asarray(later[name], dtype=torch.zeros(0, dtype=kind, device="cpu").numpy().dtype)
         for name, kind in kinds.items()
     }
     if known:

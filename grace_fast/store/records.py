@@ -53,13 +53,17 @@ class Version:
             "ids": change.ids,
             "rows": change.rows,
             **{f"rows.{name}": column for name, column in change.columns.items()},
-            "order": torch.tensor([_KINDS.index(type(s)) for s in self.steps], dtype=torch.uint8),
+            "order": torch.tensor(
+                [_KINDS.index(type(s)) for s in self.steps], dtype=torch.uint8, device="cpu"
+            ),
             **_recorded([step for step in self.steps if isinstance(step, Recorded)]),
         }
         events = [step for step in self.steps if isinstance(step, Event)]
         bases = [step for step in self.steps if isinstance(step, Founded)]
         tensors["events"] = _integers([(e.edit, e.row, e.key_slot, e.lasts_with) for e in events])
-        tensors["events.radius"] = torch.tensor([e.radius for e in events], dtype=torch.float64)
+        tensors["events.radius"] = torch.tensor(
+            [e.radius for e in events], dtype=torch.float64, device="cpu"
+        )
         tensors["bases"] = _integers([(b.row, b.base.value_slot, b.base.label_slot) for b in bases])
         gone = [step.edit for step in self.steps if isinstance(step, Forgotten)]
         tensors["forgotten"] = _integers(gone)
@@ -73,7 +77,7 @@ class Version:
 
 
 def _integers(rows: Sequence[Any]) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _recorded(steps: Sequence[Recorded]) -> dict[str, Tensor]:
@@ -98,7 +102,9 @@ def _recorded(steps: Sequence[Recorded]) -> dict[str, Tensor]:
             ]
         ),
         "edits.number": torch.tensor(
-            [(edit.distance, edit.radius, edit.loss) for edit in edits], dtype=torch.float64
+            [(edit.distance, edit.radius, edit.loss) for edit in edits],
+            dtype=torch.float64,
+            device="cpu",
         ),
         "edits.query": torch.stack([edit.query for edit in edits]).cpu(),
     }
@@ -143,7 +149,7 @@ class _Columns:
         """
         found = self.tensors.get(name)
         if found is None:
-            found = torch.zeros(0, *widths, dtype=dtype)
+            found = torch.zeros(0, *widths, dtype=dtype, device="cpu")
         if (
             found.dtype != dtype
             or found.shape[1:] != widths

@@ -172,7 +172,7 @@ def _read_columns(folder: Path, described: Any, report: Repaired) -> tuple[dict[
         )
     if labels and "labels.length" in columns:
         columns["labels.length"] = torch.full_like(columns["labels.length"], -1)
-        columns["labels.ids"] = torch.zeros(0, dtype=torch.int64)
+        columns["labels.ids"] = torch.zeros(0, dtype=torch.int64, device="cpu")
         report.dropped.append(Dropped("label", None, "the labels are not what was saved"))
     return columns, not history
 

@@ -93,7 +93,7 @@ class RowWriter:
         self.close()
         short = self._shape.nbytes % BLOCK_BYTES > 0
         checks = bytearray.fromhex("".join(self._checks + [self._last_check.hexdigest()] * short))
-        none = torch.empty(0, dtype=torch.uint8)
+        none = torch.empty(0, dtype=torch.uint8, device="cpu")
         found = torch.frombuffer(checks, dtype=torch.uint8) if checks else none
         return Written(self.path, self._shape, found.reshape(-1, 32))
 

@@ -64,7 +64,9 @@ def mend_rows(
     """
     mended = dict(columns)
     live, radii = mended["rows.live"], mended["rows.radius"]
-    widest = torch.tensor(torch.inf if max_radius is None else max_radius, dtype=torch.float32)
+    widest = torch.tensor(
+        torch.inf if max_radius is None else max_radius, dtype=torch.float32, device="cpu"
+    )
     reasons = [
         (~radii.isfinite(), "its radius is NaN or infinite"),
         (radii > widest, f"its radius is beyond max_radius = {max_radius}"),
@@ -73,7 +75,7 @@ def mend_rows(
     for name, odd in (
         ("key", odd_keys),
         ("value", odd_values),
-        ("label", torch.zeros(labels, dtype=torch.bool)),
+        ("label", torch.zeros(labels, dtype=torch.bool, device="cpu")),
     ):
         slots = mended[f"rows.{name}_slot"]
         outside = (slots < 0) | (slots >= len(odd))
@@ -107,7 +109,8 @@ class Story:
     ) -> None:
         self._columns = dict(columns)
         self._odd = {"keys": odd_keys, "values": odd_values}
-        self._widest = torch.inf if max_radius is None else float(torch.tensor(max_radius))
+        widest = torch.inf if max_radius is None else max_radius
+        self._widest = float(torch.tensor(widest, dtype=torch.float32, device="cpu"))
         self._unsound = unsound
         self._rows = len(columns["rows.id"])
         self._labels = len(columns["labels.length"])
@@ -158,8 +161,8 @@ class Story:
             kept.append(at)
             newest[own] = at
         changed = {
-            "events.radius": torch.tensor(radius, dtype=torch.float64),
-            "events.key_slot": torch.tensor(key_slot, dtype=torch.int64),
+            "events.radius": torch.tensor(radius, dtype=torch.float64, device="cpu"),
+            "events.key_slot": torch.tensor(key_slot, dtype=torch.int64, device="cpu"),
         }
         self_columns = self._columns | changed
         return {

@@ -311,7 +311,7 @@ class _Unfinished:
             return True
         if not made.fit():
             return False
-        floor = torch.tensor(made.floor, dtype=torch.float64)
+        floor = torch.tensor(made.floor, dtype=torch.float64, device="cpu")
         stored = files.store(self._work, "map", pack_map(made.phi) | {"floor": floor})
         self._save_state(map=stored)
         return True

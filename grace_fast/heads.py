@@ -1,0 +1,245 @@
+"""What kind of answer a model gives: how it is labelled, kept, compared and found right.
+
+Tokens and classes are whole numbers. The numbers of a regression head and of a head with several
+labels at once are compared as numbers: .1 and .9 are different answers. A span is its two ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from grace_fast.semantics import IGNORED_LABEL, label_ids, score_label
+
+# `decoder`: labels beside the prompt's own tokens, predicted one token ahead; `seq2seq`: labels of
+# a second sequence; `classifier`: predicted in place.
+Kind = Literal["decoder", "seq2seq", "classifier"]
+# What a classifier's labels are: whole numbers, one a row or one a token; numbers, of a regression;
+# a truth for each class; where in the prompt the answer starts and ends.
+Head = Literal["tokens", "classes", "scores", "several", "span"]
+
+SPAN = ("start_positions", "end_positions")
+TARGETS = ("labels", *SPAN)  # the fields of a batch that hold what is wanted
+# A score is right within this of its target, or this much of it where it is above 1: bfloat16 tells
+# numbers apart that differ by .4 %.
+SCORE_TOLERANCE = 0.01
+
+# Those of transformers whose loss goes by `problem_type`.
+_BY_PROBLEM = ("ForSequenceClassification", "ForImageClassification")
+_PROBLEMS: dict[str, Head] = {
+    "regression": "scores",
+    "single_label_classification": "classes",
+    "multi_label_classification": "several",
+}
+_SEVERAL_SEQUENCES = "ForMultipleChoice"
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """Return how a model reads labels, from its config and whether it generates.
+
+    Raises: ValueError for a model that reads several sequences for one answer.
+    """
+    name = type(model).__name__
+    if name.endswith(_SEVERAL_SEQUENCES):
+        raise ValueError(
+            f"{name} reads several sequences for one answer, and each asks for itself: no edit "
+            "answers for all of them; use a model that reads one sequence a row"
+        )
+    can_generate = getattr(model, "can_generate", None)
+    generates = None if can_generate is None else bool(can_generate())
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return "classifier" if generates is False else "seq2seq"
+    return "decoder" if generates else "classifier"
+
+
+def head_of(model: nn.Module, kind: Kind, labels: Any = None) -> Head:
+    """Return what kind of labels a model takes; `labels` are those of a batch, if there are any."""
+    if kind != "classifier":
+        return "tokens"
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if name.endswith("ForQuestionAnswering"):
+        return "span"
+    is_float = isinstance(labels, Tensor) and labels.is_floating_point()
+    if name.endswith(_BY_PROBLEM):
+        problem = getattr(config, "problem_type", None)
+        if problem is not None:
+            return _PROBLEMS.get(problem, "classes")
+        if getattr(config, "num_labels", None) == 1:
+            return "scores"
+        return "several" if is_float else "classes"
+    is_foreign = not hasattr(config, "problem_type")  # a module of the user's own
+    return "scores" if is_float and is_foreign else "classes"
+
+
+def classes_of(model: nn.Module, kind: Kind) -> int | None:
+    """Return how many labels a model tells apart, where its config says so."""
+    config, name = getattr(model, "config", None), type(model).__name__
+    if kind != "classifier" or name.endswith("ForMaskedLM"):
+        count = getattr(config, "vocab_size", None)
+    elif name.endswith("ForNextSentencePrediction"):
+        count = 2
+    elif name.endswith("Classification"):
+        count = getattr(config, "num_labels", None)
+    else:  # every config has a num_labels; only a classifier's means anything
+        return None
+    return count if isinstance(count, int) else None
+
+
+def targets_of(batch: Mapping[str, Any], head: Head, count: int) -> Tensor:
+    """Return what every row of a batch wants: [B, ...] as the batch has it, of a span [B, 2].
+
+    count: B.
+
+    Raises: ValueError where there is none.
+    """
+    found = []
+    for name in SPAN if head == "span" else ("labels",):
+        labels = batch.get(name)
+        if not isinstance(labels, Tensor) or labels.ndim == 0 or len(labels) != count:
+            given = tuple(labels.shape) if isinstance(labels, Tensor) else labels
+            raise ValueError(
+                f"an edit needs {name}, one row for each of {count} prompts, got {given}"
+            )
+        found.append(labels)
+    return found[0] if head != "span" else torch.cat([each.reshape(count, 1) for each in found], 1)
+
+
+def check_targets(targets: Tensor, head: Head, classes: int | None, length: int) -> None:
+    """Check what every row wants: [B, ...], of prompts of a length.
+
+    classes: how many labels there are, where that is known.
+
+    Raises: ValueError naming the row.
+    """
+    flat = targets.reshape(len(targets), -1)
+    if head in ("scores", "several"):
+        _check_numbers(flat, head, classes)
+        return
+    if flat.is_floating_point() or flat.is_complex():
+        raise ValueError(
+            f"labels of this model must be whole numbers, got {flat.dtype}; for a regression or "
+            "several labels at once set config.problem_type"
+        )
+    counted = flat != IGNORED_LABEL
+    if head == "span":
+        counted, classes = torch.ones_like(counted), length
+    if not counted.any(dim=1).all():
+        row = int((~counted.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} of the batch has a target without tokens: every label is -100")
+    if classes is None:
+        return
+    outside = counted & ((flat < 0) | (flat >= classes))
+    if outside.any():
+        row = int(outside.any(dim=1).nonzero()[0])
+        label = int(flat[row][outside[row]][0])
+        if head == "span":
+            names = " and ".join(SPAN)
+            raise ValueError(f"{names} must be in [0, {classes}), got {label} in row {row}")
+        raise ValueError(f"labels must be in [0, {classes}) or -100, got {label} in row {row}")
+
+
+def _check_numbers(flat: Tensor, head: Head, classes: int | None) -> None:
+    what = "regression" if head == "scores" else "several labels at once"
+    if classes is not None and flat.shape[1] != classes:
+        raise ValueError(
+            f"labels of {what} must be [B, {classes}], got {flat.shape[1]} numbers a row"
+        )
+    if not flat.isfinite().all():
+        row = int((~flat.isfinite().all(dim=1)).nonzero()[0])
+        raise ValueError(f"labels of {what} must be finite, got NaN or infinity in row {row}")
+    if head == "several" and ((flat < 0) | (flat > 1)).any():
+        row = int(((flat < 0) | (flat > 1)).any(dim=1).nonzero()[0])
+        raise ValueError(f"labels of {what} must be in [0, 1], got {flat[row].tolist()}")
+
+
+def for_loss(batch: Mapping[str, Any], head: Head, dtype: torch.dtype) -> dict[str, Any]:
+    """Return a batch whose labels are of the type that the loss takes: numbers in `dtype`."""
+    wanted = dtype if head in ("scores", "several") else torch.int64
+    return {
+        name: value.to(wanted) if name in TARGETS and isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def label_of(targets: Tensor, head: Head, padding: int | None, whole: bool) -> Tensor:
+    """Return the label of one row as it is stored: [L] int64.
+
+    whole: keep -100 and padding, as the reference compares them.
+    """
+    if head in ("scores", "several"):
+        return score_label(targets)
+    if whole or head == "span":
+        return targets.detach().reshape(-1).to("cpu", torch.int64)
+    return label_ids(targets, padding)
+
+
+def prediction_of(answer: Any, head: Head) -> Tensor | None:
+    """Return what a model says, [B, ..., C]; None where its answer has no such field."""
+    names = ("start_logits", "end_logits") if head == "span" else ("logits",)
+    found = [getattr(answer, name, None) for name in names]
+    logits = [each for each in found if isinstance(each, Tensor)]
+    if len(logits) < len(names):
+        return None
+    return torch.stack(logits, dim=1) if head == "span" else logits[0]
+
+
+def is_correct(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens") -> bool:
+    """Tell whether the model's own prediction is the target, for every row.
+
+    logits: [B, C] or [B, T, C], virtual tokens before those of the targets included, of a span
+    [B, 2, T]; targets: [B, ...], with -100 where nothing is asked of tokens and classes.
+    """
+    if head in ("scores", "several"):
+        said = logits.float().reshape(len(targets), -1)
+        wanted = targets.to(said.device).reshape(len(targets), -1).float()
+        if head == "several":
+            return bool(((said > 0) == (wanted > 0.5)).all())
+        room = SCORE_TOLERANCE * wanted.abs().clamp(min=1)
+        return bool(((said - wanted).abs() <= room).all())
+    predicted = logits.argmax(dim=-1)
+    if predicted.ndim == targets.ndim == 2:
+        predicted = predicted[:, -targets.shape[1] :]
+    if kind == "decoder" and predicted.ndim == 2:
+        predicted, targets = predicted[:, :-1], targets[:, 1:]
+    targets = targets.to(predicted.device)
+    asked = targets != IGNORED_LABEL
+    return bool((predicted.reshape(targets.shape) == targets)[asked].all())
+
+
+def label_from_text(target: Any, model: nn.Module) -> Tensor:
+    """Return the label [1] of one prompt of a classifier, given in words or as a number.
+
+    Raises: ValueError for what is no class, or no number where one is wanted.
+    """
+    head = head_of(model, "classifier")
+    if head == "span":
+        raise ValueError(
+            f"{type(model).__name__} answers with a part of its prompt: give a batch with "
+            f"{' and '.join(SPAN)}, which are numbers of tokens"
+        )
+    if head == "several":
+        raise ValueError(
+            f"{type(model).__name__} takes several labels at once: give a batch with labels [1, C]"
+        )
+    if head == "scores":
+        try:
+            return torch.tensor([float(target)], dtype=torch.float32, device="cpu")
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"the target of a regression must be a number, got {target!r}"
+            ) from None
+    return torch.tensor([_class_index(target, model)], dtype=torch.int64, device="cpu")
+
+
+def _class_index(target: Any, model: nn.Module) -> int:
+    if not isinstance(target, str) and hasattr(target, "__index__"):
+        return int(target)
+    names: dict[str, int] = getattr(getattr(model, "config", None), "label2id", None) or {}
+    if target not in names:
+        raise ValueError(
+            f"the target must be a class index or one of {sorted(names)}, got {target!r}"
+        )
+    return names[target]
