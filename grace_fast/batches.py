@@ -215,5 +215,3 @@ def from_text(
         batch["labels"] = torch.tensor([wanted], device=device, dtype=torch.int64)
     batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     return batch
-
-
