@@ -86,17 +86,18 @@ def refuse_odd_names(path: Path) -> None:
     _refuse(_odd_names(path))
 
 
-def refuse_before_writing(path: Path) -> None:
+def refuse_before_writing(path: Path, page_bytes: int) -> None:
     """Raise CodebookCorrupt unless SQLite may begin a transaction on a journal that it has open.
 
-    It opens what lies beside anew each time; ours is empty between two transactions.
+    It opens what lies beside anew each time; ours is empty between two transactions, and holds the
+    beginning of one that a full disk ended.
     """
     refuse_odd_names(path)
     rollback = rollback_of(path)
     refuse_special(rollback, writes=True)
     with suppress(FileNotFoundError):
         if rollback.lstat().st_size:
-            _refuse({rollback: "was put there since the codebook was opened"})
+            refuse_foreign(path, page_bytes, writes=True)
 
 
 def _refuse(found: dict[Path, str]) -> None:

@@ -80,6 +80,7 @@ class Journal:
         self.path, self.base, self._key = path, base, hmac_key or b""
         self._start = _started(name, base, self._key)
         self._using = threading.RLock()  # no process is forked within a statement
+        self._page_bytes = 0  # where it is written
         self._connection: sqlite3.Connection | None = self._opened(read_only)
         forks.guard(self, "_using", mend=Journal._leave_in_child)
         self.version, self.checksum = (base, self._start) if salvage else self._head()
@@ -95,7 +96,8 @@ class Journal:
             beside.refuse_odd_names(path)
             self._refuse_log_mode()
         else:
-            beside.refuse_foreign(path, beside.page_bytes_of(path), writes=True)
+            self._page_bytes = beside.page_bytes_of(path)
+            beside.refuse_foreign(path, self._page_bytes, writes=True)
         with self._reading():
             file = _connected(path, "mode=ro" if read_only else "mode=rw")
             try:
@@ -261,7 +263,7 @@ class Journal:
         self.version, self.checksum = version, before
 
     def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
-        beside.refuse_before_writing(self.path)
+        beside.refuse_before_writing(self.path, self._page_bytes)
         try:
             self._file.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
