@@ -138,7 +138,6 @@ MUTANTS = (
     Mutant(
         "what was put into the tail during a build is dropped",
         *(C, "_publish", "keep >= build.tail_count", "keep >= old.count"),
-        quick=True,
     ),
     Mutant(
         "edits during a build are not taken in",
