@@ -161,8 +161,9 @@ def test_expanded_edits_beyond_25_keys_are_all_found_where_the_reference_loses_t
     rules = semantics.Rules(1.0, semantics="reference")  # no margin: the radius is the distance
     book, history = gf.Codebook(64, 2), History()
     with book.writing() as draft:
-        for query in torch.cat((centres, queries)):
-            done = history.enact(draft, rules, query, torch.zeros(1).long(), torch.zeros(2), 0)
+        for edit, query in enumerate(torch.cat((centres, queries))):
+            label, value = torch.zeros(1).long(), torch.zeros(2)
+            done = history.enact(draft, rules, query, label, value, edit)
         assert done.outcome == "expanded"
     assert len(book) == keys
     match = gf.find(queries, book)
