@@ -42,6 +42,13 @@ def size(batch: Mapping[str, Any]) -> int:
     return len(prompts_of(batch))
 
 
+def token_count(batch: Mapping[str, Any]) -> int | None:
+    """Return T of a batch's prompts; None where they are a signal, which the model counts anew."""
+    given = prompts_of(batch)
+    is_text = any(given is batch.get(name) for name in ("input_ids", "inputs_embeds"))
+    return given.shape[1] if is_text else None
+
+
 def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
     """Return the picked rows of a batch; what is not [B, ...] stays as it is."""
     count = size(batch)
