@@ -114,8 +114,8 @@ class Grace:
         self._is_reader = False
         self._host = host_of(model, settings.layer)
         base = self._host.model
-        unfit.refuse(self._host, layer, settings.query)
         self.kind = heads.kind_of(base)
+        unfit.refuse(self._host, layer, settings.query, self.kind)
         stack, in_decoder = stack_of(base, layer)
         before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
         if before_it_is_nothing or settings.query == "every_token":
