@@ -105,8 +105,8 @@ def with_more_tokens(batch: Batch) -> Batch:
     }
 
 
-def with_longer_decoder(batch: Batch, length: int, start: int) -> Batch:
-    """Return a batch with as many tokens for a second decoder, all of them its start."""
+def with_decoder_of(batch: Batch, length: int, start: int) -> Batch:
+    """Return a batch with a number of tokens for a second decoder, all of them its start."""
     tokens = prompts_of(batch)
     ids = torch.full((len(tokens), length), start, device=tokens.device, dtype=torch.int64)
     others = ("labels", *(name for name in batch if name.startswith("decoder_")))

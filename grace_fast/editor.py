@@ -442,7 +442,8 @@ class Grace:
         self._require_attached()
         self._require_editable()
         model, kind = self._host.model, self.kind
-        head = heads.head_of(model, kind, batch.get("labels"))
+        reads_labels = self._host.called if self._host.is_wrapper else model
+        head = heads.head_of(reads_labels, kind, batch.get("labels"))
         batches.check(batch, kind, head, heads.classes_of(model, kind))
         self._refuse_unknown_labels(batch, head)
         require_differentiable(self.model)
@@ -674,10 +675,10 @@ class Grace:
         elif decoded is not None:
             given = seen.hidden.shape[1]
             if given == decoded and length in (None, decoded):
-                decoded += 1
+                decoded += 1 if decoded == 1 else -1  # a model may take no more
                 start = batches.start_of(self._host.model)
-                longer = batches.with_longer_decoder(batch, decoded, start)
-                given = self._observe(longer).hidden.shape[1]
+                other = batches.with_decoder_of(batch, decoded, start)
+                given = self._observe(other).hidden.shape[1]
             if given != decoded:
                 raise ValueError(
                     f"{self.settings.layer} must see one vector for each of the decoder's "
