@@ -341,7 +341,7 @@ class Adapter:
         # Who copies hooks to another module may forget that this one takes keyword arguments.
         kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not isinstance(output, Tensor):
-            if self._is_idle() and not torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling() and self._is_idle():
                 return None
             raise TypeError(
                 f"the edited layer must return one tensor, got {type(output).__name__}; "
@@ -374,7 +374,7 @@ class Adapter:
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
         run = self._run
-        if run.trial is None and run.observing is None and self._is_idle():
+        if self._is_idle():
             return None
         if not hidden.numel():
             return None  # a batch without rows, or rows without tokens
@@ -401,8 +401,10 @@ class Adapter:
         return answer[0].view(output.shape), answer[1].view(output.shape[:-1])
 
     def _is_idle(self) -> bool:
-        """Tell whether no row of any call is answered."""
-        book = self.book
+        """Tell whether no row of this thread's calls is answered, nor looked at for an edit."""
+        run, book = self._run, self.book
+        if run.trial is not None or run.observing is not None:
+            return False
         if book is None or not len(book) or self._disabled:
             return True
         return selection.is_idle(self.name)
@@ -711,14 +713,14 @@ class Adapter:
 
         Raises: ValueError for prompts of a decoder that are padded on the right without a mask.
         """
-        ends = None
+        ends = prompt = None
         if self.decoder_only and not is_draft:
             if self.query != "every_token" and self.book is not None and len(self.book):
                 self.refuse_hidden_padding(call)
-            ends = generation.prompt_end(call)
+            ends, prompt = generation.prompt_end(call), call.tokens
             if ends is not None and self.virtual is not None:
                 ends = ends + self.virtual.in_call()
-        with self.holding(Generation(ends, is_draft=is_draft)):
+        with self.holding(Generation(ends, is_draft=is_draft, prompt=prompt)):
             yield
 
     @contextmanager

@@ -42,6 +42,13 @@ def size(batch: Mapping[str, Any]) -> int:
     return len(prompts_of(batch))
 
 
+def token_count(batch: Mapping[str, Any]) -> int | None:
+    """Return T of a batch's prompts; None where they are a signal, which the model counts anew."""
+    given = prompts_of(batch)
+    is_text = any(given is batch.get(name) for name in ("input_ids", "inputs_embeds"))
+    return given.shape[1] if is_text else None
+
+
 def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
     """Return the picked rows of a batch; what is not [B, ...] stays as it is."""
     count = size(batch)
@@ -98,8 +105,8 @@ def with_more_tokens(batch: Batch) -> Batch:
     }
 
 
-def with_longer_decoder(batch: Batch, length: int, start: int) -> Batch:
-    """Return a batch with as many tokens for a second decoder, all of them its start."""
+def with_decoder_of(batch: Batch, length: int, start: int) -> Batch:
+    """Return a batch with a number of tokens for a second decoder, all of them its start."""
     tokens = prompts_of(batch)
     ids = torch.full((len(tokens), length), start, device=tokens.device, dtype=torch.int64)
     others = ("labels", *(name for name in batch if name.startswith("decoder_")))

@@ -114,8 +114,8 @@ class Grace:
         self._is_reader = False
         self._host = host_of(model, settings.layer)
         base = self._host.model
-        unfit.refuse(self._host, layer, settings.query)
         self.kind = heads.kind_of(base)
+        unfit.refuse(self._host, layer, settings.query, self.kind)
         stack, in_decoder = stack_of(base, layer)
         before_it_is_nothing = in_decoder and settings.replacement == "replace_prompt"
         if before_it_is_nothing or settings.query == "every_token":
@@ -442,9 +442,10 @@ class Grace:
         self._require_attached()
         self._require_editable()
         model, kind = self._host.model, self.kind
-        head = heads.head_of(model, kind, batch.get("labels"))
+        reads_labels = self._host.called if self._host.is_wrapper else model
+        head = heads.head_of(reads_labels, kind, batch.get("labels"))
         batches.check(batch, kind, head, heads.classes_of(model, kind))
-        self._refuse_unknown_labels(batch)
+        self._refuse_unknown_labels(batch, head)
         require_differentiable(self.model)
         with lasting(), frozen(self.model):
             seen = self._observe(batch)
@@ -643,13 +644,13 @@ class Grace:
         said = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
         return said, str(prompts.one_target(target))
 
-    def _refuse_unknown_labels(self, batch: Batch) -> None:
+    def _refuse_unknown_labels(self, batch: Batch, head: Head) -> None:
         """Refuse a label a token where a wrapper reads them, which may be one token ahead or not.
 
         Raises: ValueError.
         """
-        host, labels = self._host, batch["labels"]
-        if not host.is_wrapper or self.kind != "classifier" or labels.ndim < 2:
+        host = self._host
+        if not host.is_wrapper or head != "classes" or batch["labels"].ndim < 2:
             return
         raise ValueError(
             f"{type(host.called).__name__} makes a loss of its own around another model, and "
@@ -667,19 +668,17 @@ class Grace:
         """
         if self._tokens_are_checked:
             return
-        tokens = batch.get("input_ids", batch.get("inputs_embeds"))
-        assert isinstance(tokens, Tensor), "a checked batch has tokens"
-        length, decoded = tokens.shape[1], batches.decoder_length(batch)
+        length, decoded = batches.token_count(batch), batches.decoder_length(batch)
         if not self._adapter.first_token:
             if length == 1:
                 self._observe(batches.with_more_tokens(batch))
         elif decoded is not None:
             given = seen.hidden.shape[1]
-            if given == decoded == length:
-                decoded += 1
+            if given == decoded and length in (None, decoded):
+                decoded += 1 if decoded == 1 else -1  # a model may take no more
                 start = batches.start_of(self._host.model)
-                longer = batches.with_longer_decoder(batch, decoded, start)
-                given = self._observe(longer).hidden.shape[1]
+                other = batches.with_decoder_of(batch, decoded, start)
+                given = self._observe(other).hidden.shape[1]
             if given != decoded:
                 raise ValueError(
                     f"{self.settings.layer} must see one vector for each of the decoder's "

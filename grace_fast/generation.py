@@ -5,9 +5,9 @@ the sequence ends. `generate` is wrapped on the model instance, so that it names
 before the first call: chunks of a prompt and the drafts of assisted decoding are then told from it.
 
 Not every call in between continues these sequences: guidance runs the model on a negative prompt,
-a stopping criterion on whatever it likes. A call continues the sequences whose cache it is given;
-without a cache, those whose tokens it begins with. Any other is of sequences of its own, which are
-held likewise.
+a stopping criterion on whatever it likes, and both may do so before the prompt itself, while an
+assistant drafts. A call continues the sequences whose cache it is given; without a cache, those
+whose tokens it begins with. Any other is of sequences of its own, which are held likewise.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Generation:
     positions: Tensor | None = None  # [B], counted from the first token of the row
     answer: Answer | None = None
     is_draft: bool = False  # an assistant's, whose calls continue those of an earlier `generate`
+    prompt: Tensor | None = None  # [B, T] or [B, T, E], where it is known before the first call
     tokens: Tensor | None = None  # [B, T] or [B, T, E], of the first call
     has_begun: bool = False
     seen: int = 0  # tokens of a row that calls before this one were given
@@ -73,6 +74,20 @@ class Generation:
         # What was decided, was so in an earlier call.
         decided = 0 if self.answer is None else int(self.answer.position.max()) + 1
         return max(self.seen, decided, 1)
+
+    def may_begin(self, call: Call) -> bool:
+        """Tell whether a call may be the first of these sequences: of their prompt, or of a part.
+
+        Nothing is told from one that goes on with tokens in a cache, or has other rows.
+        """
+        known, given = self.prompt, call.tokens
+        if known is None or given is None or not _are_alike(known, given) or int(call.cached):
+            return True
+        length = min(known.shape[1], given.shape[1])
+        if not len(known) or len(given) % len(known):
+            return True
+        known = known[:, :length].repeat_interleave(len(given) // len(known), dim=0)
+        return torch.equal(known.to(given.device), given[:, :length])
 
     def begin(self, call: Call | None, source: Source) -> Generation:
         """Take a call as the first of these sequences."""
@@ -136,7 +151,7 @@ def of_call(held: Sequence[Generation], call: Call | None, source: Source) -> Ge
         for known in (one, *one.others):
             if cache is not None and known.owns(cache):
                 return known
-    if not newest.has_begun:
+    if not newest.has_begun and newest.may_begin(call):
         return newest.begin(call, source)
     if cache is None or not int(call.cached):
         alike = [one for each in held for one in (each, *each.others) if one.begins(call)]
@@ -144,7 +159,7 @@ def of_call(held: Sequence[Generation], call: Call | None, source: Source) -> Ge
             longest = max(alike, key=lambda one: _length(one.tokens))
             longest.add(cache)
             return longest
-    if not newest.is_apart(call, source):
+    if newest.has_begun and not newest.is_apart(call, source):
         return newest
     newest.others[:] = [*newest.others[1 - OTHERS :], Generation().begin(call, source)]
     return newest.others[-1]

@@ -70,7 +70,10 @@ def head_of(model: nn.Module, kind: Kind, labels: Any = None) -> Head:
         if getattr(config, "num_labels", None) == 1:
             return "scores"
         return "several" if is_float else "classes"
-    is_foreign = not hasattr(config, "problem_type")  # a module of the user's own
+    # A module of the user's own takes what its loss takes, whatever config it shows.
+    is_foreign = not (
+        hasattr(config, "problem_type") and type(model).__module__.startswith("transformers.")
+    )
     return "scores" if is_float and is_foreign else "classes"
 
 

@@ -80,16 +80,36 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
 
 
 def _gradient(loss: Tensor, value: Tensor) -> Tensor:
-    """Return the gradient of a loss by a value, zero where the loss does not depend on it."""
-    if not loss.requires_grad:
+    """Return the gradient of a loss by a value, zero where the loss does not depend on it.
+
+    Raises: ValueError where it depends on it by operations that have no gradient, or has no graph.
+    """
+    found: Tensor | None = None
+    if loss.requires_grad:
+        (found,) = torch.autograd.grad(loss, [value], allow_unused=True)
+        if found is None and not _depends(loss, value):
+            found = torch.zeros_like(value)
+    if found is None:
         raise ValueError(
             "no gradient of the loss reaches the value, so it cannot be trained: the layers in "
             "between are quantised in a way that has none, run under torch.no_grad, or do not lead "
             "to the loss; edit the model before it is quantised, or attach to a later layer"
         )
-    found: Tensor | None
-    (found,) = torch.autograd.grad(loss, [value], allow_unused=True)
-    return torch.zeros_like(value) if found is None else found
+    return found
+
+
+def _depends(loss: Tensor, value: Tensor) -> bool:
+    """Tell whether a leaf is in the graph of a loss: quantised operations are, without gradient."""
+    ahead, seen = [loss.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is value:
+            return True
+        seen.add(node)
+        ahead += [following for following, _ in node.next_functions]
+    return False
 
 
 def _stuck(step: int, seen: Trained, gradient: Tensor) -> Stuck | None:

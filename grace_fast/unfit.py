@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from grace_fast.hosts import Host, around
+from grace_fast.heads import Kind
+from grace_fast.hosts import Host, around, stack_of
 from grace_fast.positions import Query
 
 ELSEWHERE = "; attach to a linear layer in a block of the language model, as the last of its MLP"
@@ -24,12 +25,12 @@ _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 )
 
 
-def refuse(host: Host, layer: nn.Module, query: Query) -> None:
+def refuse(host: Host, layer: nn.Module, query: Query, kind: Kind) -> None:
     """Refuse a layer that does not see one vector for each token of a call.
 
     Raises: ValueError saying why.
     """
-    why = _of_itself(layer) or _by_place(host, layer, query)
+    why = _of_itself(layer) or _by_place(host, layer, query, kind)
     if why is not None:
         advice = "" if ";" in why else ELSEWHERE
         raise ValueError(f"{host.layer} cannot take a codebook: {why}{advice}")
@@ -43,7 +44,7 @@ def _of_itself(layer: nn.Module) -> str | None:
     return next((why for kinds, why in _KINDS if isinstance(layer, kinds)), None)
 
 
-def _by_place(host: Host, layer: nn.Module, query: Query) -> str | None:
+def _by_place(host: Host, layer: nn.Module, query: Query, kind: Kind) -> str | None:
     outside = list(around(host.model, host.layer))
     if isinstance(outside[-1][0], nn.MultiheadAttention):
         return "MultiheadAttention computes with its weight and does not call it"
@@ -54,6 +55,9 @@ def _by_place(host: Host, layer: nn.Module, query: Query) -> str | None:
     models = [module for module, _ in outside if hasattr(type(module), "get_output_embeddings")]
     if query != "every_token" and any(_keeps_some(model, layer) for model in models):
         return "a head is given those positions only whose logits are kept"
+    # The encoder beside a decoder reads the prompt, whatever that is: sound, an image.
+    if kind == "seq2seq" and models and stack_of(host.model, layer)[0] is models[-1]:
+        return None
     if models and (given := _given_instead_of_tokens(models[-1])) is not None:
         return f"{type(models[-1]).__name__} around it takes {given}, no tokens"
     return None

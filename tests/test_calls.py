@@ -210,6 +210,20 @@ def test_guidance_compares_the_prompt_with_its_own_negative_one(replacement):
     assert torch.equal(guided(model, OTHER, EDITED, use_cache=False), cached)
 
 
+@pytest.mark.parametrize("replacement", MODES)
+def test_a_negative_prompt_may_be_asked_before_the_prompt_while_an_assistant_drafts(replacement):
+    model, grace = attached(replacement=replacement)
+    asked = []
+    with model.register_forward_pre_hook(
+        lambda _, args, given: asked.append((args or (given["input_ids"],))[0].tolist()),
+        with_kwargs=True,
+    ):
+        guided(model, EDITED, OTHER, assistant_model=models.build("llama", seed=1))
+    prompt = next(at for at, (row,) in enumerate(asked) if row[: len(EDITED)] == EDITED)
+    assert asked.index([OTHER]) < prompt
+    assert dict(grace.hits) == {0: 1}
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("replacement", MODES)
 def test_a_criterion_may_ask_the_model_something_else_between_steps(replacement, use_cache):

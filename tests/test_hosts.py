@@ -120,6 +120,23 @@ def test_labels_of_each_token_are_refused_where_nothing_says_how_they_are_read()
         grace.edit(batch)
 
 
+def test_a_score_for_each_class_is_no_label_of_a_token():
+    class Scores(OwnLoss):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            said = super().forward(input_ids, attention_mask)
+            if labels is not None:
+                said.loss = nn.functional.mse_loss(said.logits, labels)
+            return said
+
+    model = Scores(models.build("bert").bert).eval()
+    layer = FAMILIES["bert"].layer.replace("bert.", "backbone.", 1)
+    grace = gf.attach(model, layer, **SETTINGS | {"replacement": "replace_all", "iterations": 200})
+    batch = models.prompt_batch(PROMPT)
+    wanted = model(**batch).logits.detach() + torch.tensor([[0.1, -0.1, 0.1, 0.0]])
+    assert grace.edit({**batch, "labels": wanted}).correct
+    assert torch.allclose(model(**batch).logits, wanted, atol=0.02)
+
+
 def test_a_layer_beside_the_model_in_a_wrapper_is_refused():
     with pytest.raises(ValueError, match=r"value is a layer of Around, which takes no labels"):
         gf.attach(Around(models.build("llama")), "value")

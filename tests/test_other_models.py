@@ -172,3 +172,16 @@ def test_sound_is_a_prompt(stack):
     assert torch.equal(model.generate(**other, **settings), before)
     with pytest.raises(ValueError, match="input_ids"):
         grace.edit({"attention_mask": torch.ones(1, 3)} | target)
+
+
+def test_frames_of_sound_are_not_taken_for_tokens_of_the_decoder():
+    family = FAMILIES["WhisperForConditionalGeneration"]
+    model = family.build()
+    sound = family.batch([PROMPT], "right")
+    with torch.no_grad():
+        frames = model.model.encoder(**sound).last_hidden_state.shape[1]
+    grace = gf.attach(model, "model.decoder.layers.1.encoder_attn.v_proj", epsilon=0.05)
+    for length in (2, frames):
+        with pytest.raises(ValueError, match="one vector for each of the decoder's"):
+            grace.edit(sound | {"labels": torch.full((1, length), 10)})
+    assert not grace.edits()

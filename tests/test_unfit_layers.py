@@ -45,6 +45,10 @@ def whisper():
     )
 
 
+def classified_sound():
+    return transformers.WhisperForAudioClassification(whisper().config)
+
+
 def vit():
     sizes = {name: SMALL[name] for name in ("hidden_size", "intermediate_size")}
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
@@ -90,7 +94,7 @@ AT_ATTACH = {
     "embeddings": (lambda: models.build("llama"), "model.embed_tokens", "token ids"),
     "blocks": (lambda: models.build("llama"), "model.layers", "is not called itself"),
     "a vision tower": (vit, "vit.layers.1.mlp.fc2", "ViTModel around it takes pixel_values"),
-    "frames of sound": (whisper, "model.encoder.layers.1.fc2", "takes input_features"),
+    "frames of sound": (classified_sound, "encoder.layers.1.fc2", "takes input_features"),
     "a convolution": (whisper, "model.encoder.conv1", "a convolution's input"),
     "an expert": (switch, "encoder.block.1.layer.1.mlp.experts.expert_0.wo", "routed to it"),
     "attention's own product": (
@@ -171,7 +175,6 @@ AT_EDIT = {
         "funnel.encoder.blocks.1.0.ffn.linear_2",
         classified([PROMPT]),
     ),
-    "tokens before rows": (xlnet, "transformer.layer.1.ff.layer_2", classified([PROMPT])),
     "heads": (
         lambda: transformers.Qwen3ForCausalLM(
             transformers.Qwen3Config(**SMALL, num_key_value_heads=2, head_dim=16)
@@ -227,6 +230,7 @@ TOKENS = {
         classified([PROMPT]),
     ),
     "a prompt of one token": (bert, "bert.encoder.layer.1.output.dense", classified([[7]])),
+    "tokens before rows": (xlnet, "transformer.layer.1.ff.layer_2", classified([PROMPT])),
     "torch's encoder": (OfTorch, "encoder.layers.1.linear2", classified([PROMPT])),
     "a bare weight under a norm": (
         lambda: OfTorch(odd=nn.utils.parametrizations.weight_norm(nn.Linear(32, 32))),
