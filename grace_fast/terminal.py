@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import traceback
 import unicodedata
 import warnings
@@ -138,6 +139,13 @@ def guard() -> None:
         lines = "".join(traceback.format_exception(kind, error, where))
         sys.stderr.write(shown.fit(lines, sys.stderr, keep="\n\t"))
 
+    def uncaught_in_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_type is not SystemExit:
+            error = told.exc_value or told.exc_type()
+            say(f"in thread {getattr(told.thread, 'name', None)!r}:", err=True)
+            uncaught(told.exc_type, error, told.exc_traceback)
+
     warnings.formatwarning = formatted
+    threading.excepthook = uncaught_in_thread
     logging.setLogRecordFactory(_ShownRecord)
     sys.excepthook = uncaught
