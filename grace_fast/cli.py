@@ -155,7 +155,9 @@ def edit(
                 made.append(grace.edit(prompt, record["target"], joint=record.get("joint")))
             except ImportError:
                 raise
-            except Exception as error:  # of the model, its tokenizer or the record: the next goes on
+            except (
+                Exception
+            ) as error:  # of the model, its tokenizer or the record: the next goes on
                 failed.append(_Refused(record, f"{edits}, {record.place}: {_said(error)}"))
                 if strict:
                     break
@@ -739,7 +741,7 @@ def _odd_edit(record: Record) -> str:
     if record.get("joint", "") is None:
         del record["joint"]
     for name, other in (("messages", "prompt"), ("prompt", "messages")):
-        if record.get(name, 0) in (None, "", []) and record.get(other):
+        if record.get(name, 0) in (None, "", []) and other in record:
             del record[name]
     if "target" not in record:
         return f"must be an object with a prompt and a target, got {sorted(record)}"
