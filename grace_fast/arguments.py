@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from grace_fast import shown
 
 PROGRAM = "grace-fast"
 EPILOG = "For colours and completion: pip install 'grace_fast[cli]'"
@@ -52,6 +54,13 @@ def Argument(*, help: str = "", metavar: str | None = None) -> Any:
 def echo(text: str, err: bool = False) -> None:
     """Print a line, to standard error where it is about one."""
     print(text, file=sys.stderr if err else sys.stdout)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that spells out what it was given: its error quotes arguments as they are."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown.fit(message, sys.stderr))
 
 
 class Typer:
@@ -103,7 +112,7 @@ class Typer:
         sys.exit(0)
 
     def _parser(self) -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(PROGRAM, description=self._help, epilog=EPILOG)
+        parser = _Parser(PROGRAM, description=self._help, epilog=EPILOG)
         if self._first is not None:
             _describe(parser, self._first)
         commands = parser.add_subparsers(dest="", metavar="COMMAND", title="commands")

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from grace_fast import calibrate, shown
+from grace_fast import calibrate, scalars, shown
 from grace_fast.adapter import has_adapter
 from grace_fast.calibrate import CalibrationEdit, Labelled
 from grace_fast.codebook import Codebook
@@ -122,10 +122,12 @@ def attach(
             hmac_key=hmac_key,
             follow=read_only,
         )
-    auto = epsilon == "auto"
+    auto = isinstance(epsilon, str) and epsilon == "auto"
+    if isinstance(epsilon, str) and not auto:
+        raise ValueError(f'epsilon must be a number or "auto", got {epsilon!r}')
     settings = Settings(
         layer=found,
-        epsilon=1.0 if auto else float(epsilon),
+        epsilon=1.0 if auto else float(scalars.number("epsilon", epsilon)),
         semantics=semantics,
         replacement=replacement,
         iterations=iterations,

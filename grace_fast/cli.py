@@ -153,7 +153,11 @@ def edit(
             prompt = record["messages"] if "messages" in record else record["prompt"]
             try:
                 made.append(grace.edit(prompt, record["target"], joint=record.get("joint")))
-            except (ValueError, TypeError, LookupError, RuntimeError) as error:
+            except ImportError:
+                raise
+            except (
+                Exception
+            ) as error:  # of the model, its tokenizer or the record: the next goes on
                 failed.append(_Refused(record, f"{edits}, {record.place}: {_said(error)}"))
                 if strict:
                     break
@@ -733,12 +737,20 @@ def _odd_edit(record: Record) -> str:
     """Return why a record is no edit, as it follows its place; "" where it is one."""
     if record.wrong:
         return record.wrong
+    # Records of one table have all of its fields: those that say nothing are left empty.
+    if record.get("joint", "") is None:
+        del record["joint"]
+    for name, other in (("messages", "prompt"), ("prompt", "messages")):
+        if record.get(name, 0) in (None, "", []) and other in record:
+            del record[name]
     if "target" not in record:
-        return "must be an object with a prompt and a target"
+        return f"must be an object with a prompt and a target, got {sorted(record)}"
     if "prompt" not in record and "messages" not in record:
         return f"must have a prompt or messages, got {sorted(record)}"
     if not isinstance(record.get("joint", ""), str):
         return f"must have a text as its joint, got {textfiles.brief(record['joint'])}"
+    if not isinstance(record.get("messages", []), list):
+        return f"must have a list as its messages, got {textfiles.brief(record['messages'])}"
     try:
         prompts.one_prompt(record["messages"] if "messages" in record else record["prompt"])
         target = prompts.one_target(record["target"])
@@ -775,7 +787,9 @@ def _load(name: str) -> tuple[Any, Any]:
             fallback = transformers.AutoModelForCausalLM
             named = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else fallback
         return named.from_pretrained(name).eval(), tokenizer
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # readers of its files have errors of their own kinds
         _fail(f"cannot load the model {name!r}: {' '.join(str(error).split())}")
 
 

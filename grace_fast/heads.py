@@ -6,6 +6,7 @@ labels at once are compared as numbers: .1 and .9 are different answers. A span 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ _PROBLEMS: dict[str, Head] = {
     "multi_label_classification": "several",
 }
 _SEVERAL_SEQUENCES = "ForMultipleChoice"
+_INDEX = re.compile(r"[0-9]{1,9}(\.0+)?")  # a class, as a text
 
 
 def kind_of(model: nn.Module) -> Kind:
@@ -239,8 +241,14 @@ def label_from_text(target: Any, model: nn.Module) -> Tensor:
 
 def _class_index(target: Any, model: nn.Module) -> int:
     if not isinstance(target, str) and hasattr(target, "__index__"):
+        if not -(2**63) <= int(target) < 2**63:
+            raise ValueError(f"the target must be a class index, got {target}")
         return int(target)
     names: dict[str, int] = getattr(getattr(model, "config", None), "label2id", None) or {}
+    if isinstance(target, float) and target.is_integer():  # as tables with gaps hold whole numbers
+        return int(target)
+    if target not in names and isinstance(target, str) and _INDEX.fullmatch(target.strip()):
+        return int(float(target))  # a cell of CSV is a text
     if target not in names:
         raise ValueError(
             f"the target must be a class index or one of {sorted(names)}, got {target!r}"

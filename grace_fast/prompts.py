@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from decimal import Decimal
 from functools import wraps
+from numbers import Real
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -40,6 +42,8 @@ def one_prompt(prompt: Any) -> Prompt:
         for at, part in enumerate(parts):
             if "role" not in part:
                 raise ValueError(f"chat message {at} must have a role, got {sorted(part)}")
+            if part.get("content") is None and part.keys() <= {"role", "content"}:
+                raise ValueError(f"chat message {at} must have a content, got {dict(part)}")
         return parts
     are_texts = all(isinstance(part, str) for part in parts)
     named = ("text" if are_texts else "thing") + ("" if len(parts) == 1 else "s")
@@ -68,6 +72,10 @@ def one_target(target: Any) -> str | float | None:
         return None
     if isinstance(target, str):
         return target
+    if isinstance(target, Decimal) and target.is_finite():
+        return str(target)  # trailing zeros and all
+    if isinstance(target, Decimal | Real) and not isinstance(target, int | float):
+        target = scalars.number("the target", target)
     if isinstance(target, bool) or not isinstance(target, int | float):
         raise TypeError(f"the target must be one text or number, got {_named(target)}")
     if not math.isfinite(target):
@@ -88,7 +96,8 @@ def _of_unicode(call: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             return call(*given, **named)
         except (TypeError, ValueError) as error:
-            written = str(given[0])
+            texts = (one for part in (*given, *named.values()) for one in _texts(part))
+            written = next(filter(_SURROGATE.search, texts), "")
             found = _SURROGATE.search(written)
             if found is None:
                 raise
@@ -100,11 +109,20 @@ def _of_unicode(call: Callable[_P, _R]) -> Callable[_P, _R]:
     return checked
 
 
+def _texts(part: Any) -> Iterator[str]:
+    """Yield the texts that a text, a chat or a message holds."""
+    if isinstance(part, str):
+        yield part
+    elif isinstance(part, Mapping | list | tuple):
+        for one in part.values() if isinstance(part, Mapping) else part:
+            yield from _texts(one)
+
+
 @_of_unicode
 def prompt_ids(prompt: Prompt, tokenizer: Any) -> tuple[list[int], str]:
     """Return a prompt's tokens and its text, a chat's by the tokenizer's template.
 
-    Raises: ValueError for a chat where there is no template.
+    Raises: ValueError for a chat where there is no template, or that the template refuses.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"]), prompt
@@ -114,7 +132,14 @@ def prompt_ids(prompt: Prompt, tokenizer: Any) -> tuple[list[int], str]:
             "chat messages need a tokenizer with a chat template, and this one has none; "
             "set tokenizer.chat_template, or give the prompt as one text"
         )
-    text = template(list(prompt), tokenize=False, add_generation_prompt=True)
+    try:
+        text = template(list(prompt), tokenize=False, add_generation_prompt=True)
+    except ImportError:
+        raise
+    except Exception as error:  # a template raises what its author likes: roles out of turn, say
+        raise ValueError(
+            f"the tokenizer's chat template refuses these messages: {type(error).__name__}: {error}"
+        ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text
 
 
@@ -140,6 +165,8 @@ def target_ids(
     """
     if not target.strip():
         return []
+    if not isinstance(joint, str | None):
+        raise TypeError(f"joint must be a text or None, got {joint!r}")
     if joint is None and chat is None:
         joint = joining.joint_of(text, target)
     elif joint is None:

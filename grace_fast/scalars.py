@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
+from numbers import Rational, Real
 from operator import index
 from typing import Any
 
@@ -17,6 +19,24 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray | Tensor) and value.ndim == 0:
         return value.item()
     return value
+
+
+def number(name: str, value: Any) -> int | float:
+    """Return a number as Python's own, of `fractions` and `decimal` as well.
+
+    Raises: ValueError for anything else, a truth or a text among them.
+    """
+    value = plain(value)
+    if isinstance(value, bool) or not isinstance(value, Real | Decimal):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Rational) and value.denominator == 1:
+        return int(value)
+    try:
+        return float(value)
+    except (ValueError, OverflowError):  # a signalling NaN, 10^400
+        raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
 def whole(name: str, value: Any) -> int:

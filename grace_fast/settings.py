@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -49,15 +48,17 @@ class Settings:
             given = getattr(self, name)
             if given is None and name in _MAY_BE_NONE:
                 continue
-            if isinstance(given, bool) or not isinstance(given, Real):
-                raise ValueError(f"{name} must be a number, got {given!r}")
+            object.__setattr__(self, name, scalars.number(name, given))
         for name, kind in (("layer", str), ("store_text", bool)):
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(f"{name} must be a {kind.__name__}, got {getattr(self, name)!r}")
-        if not isinstance(self.iterations, int) or self.iterations < 0:
+        is_whole = isinstance(self.iterations, int) and not isinstance(self.iterations, bool)
+        if not is_whole or self.iterations < 0:
             raise ValueError(f"iterations must be a whole number >= 0, got {self.iterations!r}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"learning_rate must be a number > 0, got {self.learning_rate!r}")
+        if self.stop_loss is not None and math.isnan(self.stop_loss):
+            raise ValueError(f"stop_loss must be a number, got {self.stop_loss!r}")
 
     def rules(self, dtype: torch.dtype) -> Rules:
         """Return how edits are decided in a codebook of this element type."""

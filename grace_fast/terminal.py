@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import sys
+import threading
 import traceback
 import unicodedata
 import warnings
@@ -24,6 +25,7 @@ from torch import Tensor
 from grace_fast import shown
 
 GAP = "  "  # between the columns of a plain table
+_MOST_DRAWN = 1 << 18  # characters of a table: Rich takes 4 s to fold a million
 
 
 def say(text: Any, err: bool = False) -> None:
@@ -54,7 +56,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Print a table of texts."""
     stream = sys.stdout
     cells = [[shown.fit(cell, stream) for cell in row] for row in rows]
-    if not (stream.isatty() and _drawn(columns, cells, stream)):
+    is_short = sum(len(cell) for row in cells for cell in row) <= _MOST_DRAWN
+    if not (is_short and stream.isatty() and _drawn(columns, cells, stream)):
         for line in lines_of([list(columns), *cells]):
             print(line, file=stream)
     stream.flush()
@@ -138,6 +141,13 @@ def guard() -> None:
         lines = "".join(traceback.format_exception(kind, error, where))
         sys.stderr.write(shown.fit(lines, sys.stderr, keep="\n\t"))
 
+    def uncaught_in_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_type is not SystemExit:
+            error = told.exc_value or told.exc_type()
+            say(f"in thread {getattr(told.thread, 'name', None)!r}:", err=True)
+            uncaught(told.exc_type, error, told.exc_traceback)
+
     warnings.formatwarning = formatted
+    threading.excepthook = uncaught_in_thread
     logging.setLogRecordFactory(_ShownRecord)
     sys.excepthook = uncaught

@@ -90,7 +90,7 @@ def _lines(text: str) -> Iterator[Record]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"line {number}"
+        place, line = f"line {number}", line.removeprefix("\ufeff")  # of files put together
         if _NOT_UTF8.search(line):
             yield Record(place, wrong=NOT_UTF8)
             continue
@@ -112,8 +112,16 @@ def _values(text: str) -> list[Record] | None:
     first = text[begin:].partition("\n")[0]
     if first.startswith("{") and not _is_whole(first):
         headers.outline(text.encode("utf-8", "surrogateescape"))
-        return _objects(text, begin, is_array=False)
+        found = _objects(text, begin, is_array=False)
+        if found is None or any(record.wrong for record in found):  # one bad line, the first
+            lines = list(_lines(text))
+            return lines if found is None or _good(lines) >= _good(found) else found
+        return found
     return None
+
+
+def _good(records: list[Record]) -> int:
+    return sum(not record.wrong for record in records)
 
 
 def _is_whole(line: str) -> bool:
@@ -165,22 +173,43 @@ def _csv(path: Path, text: str) -> Iterator[Record]:
     told = _EXCEL.match(text, blank.end())
     body = blank.end() if told is None else told.end()
     skipped, head = len(text[:body].splitlines()), text[body:].splitlines()[:1]
-    text = text[body:]
+    text, names = text[body:], list[str]()
     if told is not None:
         delimiter = told[1]
     else:
         delimiter = next((one for one in _DELIMITERS if head and one in head[0]), ",")
         delimiter = "\t" if path.suffix.lower() == ".tsv" else delimiter
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    for at, row, wrong in _rows(text, delimiter):
+        if at == 0 or not names:
+            names = [name.strip() for name in row]
+            continue
+        # A short line lacks fields, a long one's rest has no name.
+        fields = {name: value for name, value in zip(names, row, strict=False) if name}
+        if not any(value.strip() for value in fields.values()):
+            continue  # a blank line, as a table of numbers ends
+        odd = any(map(_NOT_UTF8.search, fields.values()))
+        yield Record(f"line {at + 1 + skipped}", fields, NOT_UTF8 if odd else wrong)
+
+
+def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
+    """Yield every row of a table: the line that it begins in, its cells, and what is wrong.
+
+    A quote that nothing closes would take in all that follows: it ends with its line.
+    """
+    lines, begin = list(io.StringIO(text, newline="")), 0
+    usual = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        for record in reader:
-            # A short line has None for what it lacks, a long one its rest under None.
-            fields = {name: value for name, value in record.items() if name and value is not None}
-            if not any(value.strip() for value in fields.values()):
-                continue  # a blank line, as a table of numbers ends
-            odd = any(map(_NOT_UTF8.search, fields.values()))
-            place = f"line {reader.line_num + skipped}"
-            yield Record(place, fields, NOT_UTF8 if odd else "")
-    except csv.Error as error:
-        at = f"line {reader.line_num + skipped}"
-        raise ValueError(f"{path} is not {path.suffix} in UTF-8: {error} ({at})") from error
+        while begin < len(lines):
+            first = begin
+            reader = csv.reader(lines[first:], delimiter=delimiter)
+            for row in reader:
+                end = first + reader.line_num
+                is_open = end == len(lines) and end - begin > 1
+                if is_open and "".join(lines[begin:end]).count('"') % 2:
+                    yield begin, [lines[begin].strip()], "opens a quote that nothing closes"
+                    begin += 1
+                    break
+                yield begin, row, ""
+                begin = end
+    finally:
+        csv.field_size_limit(usual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import models
 import pytest
@@ -207,3 +208,30 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(model_folder, ma
         assert result.exit_code == 1
         assert "cannot be written" in result.stderr
         assert "cannot load the model" not in result.stderr
+
+
+def test_fields_that_say_nothing_are_as_if_they_were_not_there(model_folder, tmp_path):
+    chat = [{"role": "user", "content": "the capital of rome"}]
+    lines = [
+        {"prompt": "the capital of france is", "messages": None, "joint": None, "target": "rome"},
+        {"prompt": None, "messages": chat, "target": "paris"},
+        {"prompt": None, "messages": None, "target": "paris"},
+        {"messages": "the capital", "target": "paris"},
+    ]
+    file = tmp_path / "edits.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    result = call("edit", model_folder, *options(file, tmp_path / "out"), "--json")
+    assert json.loads(result.stdout)["edits"] == 2
+    refused = json.loads(result.stdout)["refused"]
+    assert "line 3 has no edit: the prompt must be one text" in refused[0]
+    assert "line 4 must have a list as its messages, got 'the capital'" in refused[1]
+
+
+def test_a_model_whose_files_are_broken_is_refused_in_one_line(model_folder, many, tmp_path):
+    folder = tmp_path / "broken"
+    shutil.copytree(model_folder, folder)
+    (folder / "model.safetensors").write_bytes(b"x" * 100)
+    result = call("edit", folder, *options(many, tmp_path / "out"))
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert "error: cannot load the model" in result.stderr.splitlines()[-1]

@@ -156,6 +156,9 @@ def test_warnings_logs_and_tracebacks_of_the_command_line_are_inert():
         "text = '\\x1b[2J\\u202e [/x] \\u6cd5'\n"
         "warnings.warn(text)\n"
         "logging.getLogger('other').warning('of %s', text)\n"
+        "import threading\n"
+        "one = threading.Thread(target=lambda: int(text + 'thread'))\n"
+        "one.start(); one.join()\n"
         "print(text.replace('\\x1b', ''))\n"
         "raise KeyError(text) from ValueError(text + '\\nsecond')\n"
     )
@@ -210,3 +213,9 @@ def test_a_log_line_of_the_library_spells_out_the_directory(tmp_path, caplog):
 
     assert str(CodebookCorrupt("a \x1b\u202e")) == r"a \x1b\u202e"
     assert logging.getLogRecordFactory() is logging.LogRecord, "only the command line changes it"
+
+
+def test_long_texts_are_not_folded_for_minutes(monkeypatch, capsys):
+    monkeypatch.setattr(terminal.sys.stdout, "isatty", lambda: True, raising=False)
+    terminal.table(("name", "text"), [("a", "x " * 1_000_000)])
+    assert len(capsys.readouterr().out.splitlines()) == 2

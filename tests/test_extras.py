@@ -141,6 +141,7 @@ def by_argparse():
         (["make", "a", "b", "--rate", "fast"], 2, "invalid number value: 'fast'"),
         (["make", "a", "b", "--rate", "10"], 3, ""),
         (["mend"], 2, "invalid choice: 'mend'"),
+        (["make", "a", "b", "--\x1b[2J\u202e"], 2, r"unrecognized arguments: --\x1b[2J\u202e"),
     ],
     ids=str,
 )

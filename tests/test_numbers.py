@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from decimal import Decimal
+from fractions import Fraction
 
 import models
 import numpy as np
@@ -32,6 +34,10 @@ ROWS, TARGETS = [[5, 17, 23, 42]], [[9]]
         ("max_radius", np.float16(9), 9.0),
         ("expand_margin", np.float32(0.25), 0.25),
         ("stop_loss", np.array(0.25, np.float32), 0.25),
+        ("epsilon", Decimal("0.5"), 0.5),
+        ("learning_rate", Fraction(1, 2), 0.5),
+        ("max_radius", Decimal(9), 9.0),
+        ("expand_margin", np.longdouble(0.25), 0.25),
     ],
     ids=lambda value: f"{type(value).__name__} {value}",
 )
@@ -54,6 +60,10 @@ def test_a_setting_is_kept_as_pythons_own_number(tmp_path, name, given, kept):
         ("epsilon", np.array([0.5, 0.5])),
         ("learning_rate", np.bool_(True)),
         ("iterations", np.float32(2.5)),
+        ("iterations", True),
+        ("stop_loss", float("nan")),
+        ("expand_margin", Decimal("sNaN")),
+        ("max_radius", Fraction(10**400, 3)),
         ("store_text", np.int64(1)),
     ],
     ids=str,
@@ -83,3 +93,9 @@ def test_a_codebook_takes_numbers_of_numpy():
         draft.set_radius(np.int64(0), np.float32(0.5))
     assert (book.key_dim, float(book.radii[0])) == (4, 0.5)
     assert gf.FaissIndex("Flat", nprobe=np.int64(3)) == gf.FaissIndex("Flat", nprobe=3)
+
+
+@pytest.mark.parametrize("given", ["Auto", "0.5", None, np.array([0.5]), True], ids=str)
+def test_an_epsilon_that_is_none_is_refused_in_words(given):
+    with pytest.raises(ValueError, match="epsilon must be a number"):
+        gf.attach(models.build("llama"), FAMILY.layer, given)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from decimal import Decimal
+from fractions import Fraction
 
 import models
 import numpy as np
@@ -99,6 +101,16 @@ class Series:
         (math.nan, TypeError, "or chat messages, got float"),
         (b"the capital", TypeError, "must be a text, got bytes: decode it first"),
         ([{"content": "the"}], ValueError, r"chat message 0 must have a role, got \['content'\]"),
+        (
+            [{"role": "user"}],
+            ValueError,
+            "chat message 0 must have a content, got {'role': 'user'}",
+        ),
+        (
+            [{"role": "user", "content": "the \ud800"}],
+            ValueError,
+            r"half of a pair of surrogates, '\\ud800', in 'the \\ud800'",
+        ),
         ("the \ud800", ValueError, r"half of a pair of surrogates, '\\ud800', in 'the \\ud800'"),
     ],
     ids=lambda value: type(value).__name__,
@@ -205,3 +217,25 @@ def test_texts_that_hold_nothing_are_refused(tokenizer):
     _, plain = attach("llama", None)
     with pytest.raises(ValueError, match=r"needs a tokenizer: attach\(\.\.\., tokenizer=\.\.\.\)"):
         plain.edit("the capital", "rome")
+
+
+@pytest.mark.parametrize(
+    "given", ["1", " 1 ", "1.0", 1.0, Decimal(1), Fraction(2, 2), np.longdouble(1)], ids=repr
+)
+def test_a_class_is_known_by_its_number_however_that_is_written(tokenizer, given):
+    _, grace = attach("bert", tokenizer, iterations=0)
+    assert grace.edit("the capital of france", given).label.tolist() == [1]
+    for odd in ("9", 2**70, "1.5", 1.5, "-1", Decimal("nan")):
+        with pytest.raises(ValueError, match=r"must be"):
+            grace.edit("the capital", odd)
+
+
+def test_what_a_chat_template_refuses_is_told_in_words(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    _, grace = attach("llama", tokenizer)
+    with pytest.raises(ValueError, match=r"chat template refuses these messages: .*must alternate"):
+        grace.edit([{"role": "user", "content": "the capital"}], "rome")
+    with pytest.raises(TypeError, match="joint must be a text or None, got 5"):
+        grace.edit("the capital", "rome", joint=5)
+    with pytest.raises(ValueError, match="half of a pair of surrogates"):
+        grace.edit("the capital", "rome", joint="\ud800")

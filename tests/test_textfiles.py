@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 
 import pytest
@@ -54,8 +55,11 @@ def test_a_file_holds_the_same_records_however_it_was_saved(tmp_path, name, text
         ("x.json", b'[{"a": 1},\n{"a": 2', {"record 2 (line 2)": "nothing after it was read"}),
         ("x.json", b'[{"a": 1}\n{"a": 2}]', {"record 1 (line 1)": "no comma or ]"}),
         ("x.csv", b"a,b\n1,\xff\n2,3\n", {"line 2": "is not UTF-8"}),
+        ("x.jsonl", b'{"a": "\xff"}\n{"a": 1}\n{\n{"a": 2}', {"line 1": "UTF-8", "line 3": "JSON"}),
+        ("x.jsonl", b'{"a": 1}, # one\n{"a": 1}\n{"a": 2}', {"line 1": "is not JSON: Extra"}),
+        ("x.csv", b'a,b\n1,2\n"1,2\n3,4\n', {"line 3": "opens a quote that nothing closes"}),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_what_is_wrong_is_told_by_its_place_and_the_rest_is_read(tmp_path, name, content, wrong):
     (tmp_path / name).write_bytes(content)
@@ -82,3 +86,25 @@ def test_an_array_of_many_records_is_read_in_one_pass(tmp_path):
     many = [{"a": at} for at in range(20_000)]
     (tmp_path / "x.json").write_text(json.dumps(many, indent=0))
     assert textfiles.read(tmp_path / "x.json") == many
+
+
+@pytest.mark.parametrize("line", range(3))
+def test_one_bad_line_takes_no_other_along_wherever_it_stands(tmp_path, line):
+    for bad in ("{", '{"a": 1},', "// of our own", '{"a": "\x00"}'):
+        lines = [json.dumps({"a": at}) for at in range(2)]
+        lines.insert(line, bad)
+        (tmp_path / "x.jsonl").write_text("\n".join(lines))
+        found = textfiles.read(tmp_path / "x.jsonl")
+        assert [one.place for one in found if one.wrong] == [f"line {line + 1}"], bad
+        assert [one for one in found if not one.wrong] == [{"a": 0}, {"a": 1}]
+
+
+def test_files_put_together_and_tables_of_long_texts_are_read(tmp_path):
+    (tmp_path / "x.jsonl").write_text('\ufeff{"a": 1}\n\ufeff{"a": 2}\n', encoding="utf-8")
+    assert textfiles.read(tmp_path / "x.jsonl") == [{"a": 1}, {"a": 2}]
+    usual = csv.field_size_limit()
+    (tmp_path / "x.csv").write_text(f'a , b\n{"x" * 200_000},"1\n2"\n3,4\n')
+    found = textfiles.read(tmp_path / "x.csv")
+    assert found == [{"a": "x" * 200_000, "b": "1\n2"}, {"a": "3", "b": "4"}]
+    assert [one.place for one in found] == ["line 2", "line 4"]
+    assert csv.field_size_limit() == usual
