@@ -165,7 +165,6 @@ class Adapter:
         """Put the hooks in."""
         self._run = _Run()
         self._disabled: set[tuple[int, object]] = set()  # who want no answer, each with its thread
-        forks.guard(self, None, mend=Adapter._enable_in_child)
         self._order: Tensor | None = None  # of the ops in a compiled graph
         self._rows_second = False  # the layer's tensors are [T, B, width]
         self._memory = recall.Memory()
@@ -179,6 +178,7 @@ class Adapter:
         self._continues = self.decoder_only or self.first_token or self.finds_padding
         self._seat = Seat(self.model, self.seat_name)
         self._settling = threading.Lock()
+        forks.guard(self, "_settling", mend=Adapter._enable_in_child)
         self.is_lost = False  # the layer left the model, and nothing like it is in its place
         self._is_installed = True
         generation.listen(self.model, self)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NoReturn, Protocol, SupportsIndex
 
 import numpy as np
@@ -29,6 +28,7 @@ from grace_fast.labels import Labels
 from grace_fast.mapped import HEADER_BYTES, MappedFile
 from grace_fast.memory import MappedRows, Rows, bounded, memory_errors, reserve
 from grace_fast.modes import lasting
+from grace_fast.once import cached_property
 
 PAGE_ROWS = 4096
 _NO_COPY = (

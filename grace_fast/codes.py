@@ -24,10 +24,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from grace_fast.once import cached_property
 
 NEAR, FAR = 16, 48
 SLOTS = NEAR + FAR

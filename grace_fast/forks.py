@@ -79,6 +79,7 @@ def _open_gate() -> threading.Event:
 
 
 _may_step = _open_gate()
+_may_guard = _open_gate()  # shut from when every lock is taken until the fork is over
 
 
 def guard(
@@ -93,15 +94,18 @@ def guard(
     mend: called in the child with the owner, and whether the lock could be had: else what it guards
         may be half done. Those whose locks are taken last are called first.
     """
+    if not _held.locks:  # else this thread forks
+        _may_guard.wait()
     number = next(_numbers)
     gone = weakref.ref(owner, lambda _: _guarded.pop(number, None))
     _guarded[number] = _Guarded(gone, lock, order, mend)
 
 
-def _listed() -> list[tuple[Any, _Guarded]]:
-    """Return the living owners in the order in which their locks are taken."""
-    known = [(each.owner(), each) for each in list(_guarded.values())]
-    return sorted(((o, g) for o, g in known if o is not None), key=lambda pair: pair[1].order)
+def _listed(but: Collection[int] = ()) -> list[tuple[int, Any, _Guarded]]:
+    """Return the living owners by number, in the order in which their locks are taken."""
+    known = [(number, each.owner(), each) for number, each in list(_guarded.items())]
+    found = [each for each in known if each[0] not in but and each[1] is not None]
+    return sorted(found, key=lambda each: each[2].order)
 
 
 class _Work:
@@ -139,12 +143,17 @@ def _before() -> None:
     _take(_forking, time.monotonic() + WAIT_S)
     _may_step.clear()
     steps_until = time.monotonic() + STEP_WAIT_S
-    until = 0.0
-    for owner, each in _listed():
-        if each.order > Order.STEP and not until:
-            until = time.monotonic() + WAIT_S
-        if each.lock is not None:
-            _take(getattr(owner, each.lock), until or steps_until)
+    until, seen = 0.0, set[int]()
+    # Other threads go on meanwhile: what they make has locks too, which are taken in another round.
+    while (listed := _listed(but=seen)) or _may_guard.is_set():
+        if seen or not listed:
+            _may_guard.clear()
+        for number, owner, each in listed:
+            seen.add(number)
+            if each.order > Order.STEP and not until:
+                until = time.monotonic() + WAIT_S
+            if each.lock is not None:
+                _take(getattr(owner, each.lock), until or steps_until)
     while _ending and time.monotonic() < steps_until:
         if _is_alive(_ending[-1]):
             time.sleep(0.0005)
@@ -161,6 +170,7 @@ def _take(lock: Any, until: float) -> None:
 def _in_parent() -> None:
     _let_go()
     _may_step.set()
+    _may_guard.set()
 
 
 def _let_go() -> None:
@@ -169,12 +179,12 @@ def _let_go() -> None:
 
 
 def _in_child() -> None:
-    global _is_child, _may_step
-    _is_child, _may_step = True, _open_gate()
+    global _is_child, _may_step, _may_guard
+    _is_child, _may_step, _may_guard = True, _open_gate(), _open_gate()
     _ending.clear()
     _let_go()
     _is_free(_forking)
-    for owner, each in reversed(_listed()):
+    for _, owner, each in reversed(_listed()):
         whole = each.lock is None or _is_free(getattr(owner, each.lock))
         if each.mend is not None:
             each.mend(owner, whole)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from grace_fast import codes, order
 from grace_fast.codebook import Snapshot
+from grace_fast.once import cached_property
 from grace_fast.order import Array, Part
 
 ANY_BATCH = 1 << 62

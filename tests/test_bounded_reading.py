@@ -18,8 +18,10 @@ from test_changed_files import change_config, replace_tensor
 import grace_fast as gf
 from grace_fast.codebook import MAX_COUNTER, MAX_NUMBER
 from grace_fast.compat import easyedit
+from grace_fast.edits import History
 from grace_fast.evaluate import records, stream
 from grace_fast.store import files, headers, manifest, portable, resident
+from grace_fast.store.records import redo
 from grace_fast.store.saved import read_saved
 
 DENSE = {
@@ -234,6 +236,35 @@ def test_no_edit_is_acknowledged_that_could_not_be_read_again(field, tmp_path):
     again = attach(tmp_path)
     assert [edit.id for edit in again.edits()] == before
     again.unload()
+
+
+LEAST = -(2**63)
+
+
+@pytest.mark.parametrize("name", ["edits.id", "rows.id"])
+def test_ids_whose_differences_wrap_around_do_not_ascend(name, tmp_path):
+    grace = golden.editor(path=tmp_path)
+    grace.compact()
+    grace.unload()
+
+    def with_the_least(ids):
+        ids[-1] = LEAST
+        return ids
+
+    replace_tensor(tmp_path, "tensors", name, with_the_least)
+    with pytest.raises(gf.CodebookCorrupt, match=f"{name} must ascend"):
+        read_saved(tmp_path).codebook()
+
+
+def test_rows_of_a_version_whose_differences_wrap_around_do_not_ascend():
+    book = gf.Codebook(2, 2)
+    book.append(torch.zeros(10, 2), torch.zeros(10, 2), torch.zeros(10))
+    content = files.serialised({"rows": torch.tensor([5, LEAST, -1, 7])})
+    with (
+        pytest.raises(gf.CodebookCorrupt, match="rows must ascend within the 10"),
+        book.writing() as draft,
+    ):
+        redo(content, draft, History())
 
 
 def test_hits_stop_at_the_last_number(tmp_path):

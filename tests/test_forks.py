@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import weakref
 from contextlib import contextmanager
+from pathlib import Path
 
+import golden_codebooks as golden
 import models
 import pytest
 import torch
@@ -17,7 +20,8 @@ import torch
 import grace_fast as gf
 from grace_fast import certificate, compiled, forks, native, training
 from grace_fast.backends import faiss
-from grace_fast.store import files
+from grace_fast.codebook import Snapshot
+from grace_fast.store import files, journal
 
 needs_extension = pytest.mark.skipif(native.cpu is None, reason=native.missing)
 FAMILY = models.FAMILIES["gpt2"]
@@ -182,6 +186,143 @@ def _telling(call, event):
         return call(*args)
 
     return tell
+
+
+class Owner:
+    """Something with a lock, as other threads make it while a process forks."""
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+
+def test_what_is_made_while_a_process_forks_is_waited_for_too(monkeypatch):
+    monkeypatch.setattr(forks, "WAIT_S", PATIENCE)
+    real, made, given_back = forks._take, [], threading.Event()
+
+    def give_back(owner):
+        given_back.set()
+        owner.lock.release()
+
+    def take(lock, until):
+        if not made:
+            made.append(Owner())
+            made[0].lock.acquire()
+            held, forks._held.locks = forks._held.locks, []
+            forks.guard(made[0], "lock")
+            forks._held.locks = held
+            threading.Timer(0.1, give_back, made).start()
+        real(lock, until)
+
+    monkeypatch.setattr(forks, "_take", take)
+
+    def work():
+        assert given_back.is_set()
+
+    assert forked(work) == 0
+
+
+def test_nothing_with_a_lock_is_made_between_the_last_lock_and_the_fork(monkeypatch):
+    owner, guarded, threads = Owner(), threading.Event(), []
+
+    def guard():
+        forks.guard(owner, "lock")
+        guarded.set()
+
+    def rest():
+        threads.append(threading.Thread(target=guard))
+        threads[0].start()
+        guarded.wait(0.1)
+
+    monkeypatch.setattr(forks, "rest_openmp", rest)
+
+    def work():
+        assert not guarded.is_set()
+        forks.guard(Owner(), "lock")
+
+    assert forked(work) == 0
+    assert guarded.wait(PATIENCE)
+    threads[0].join()
+
+
+@pytest.mark.parametrize("call", ["_connected", "_chained"])
+def test_no_process_is_forked_while_a_journal_is_opened_or_read(call, tmp_path, monkeypatch):
+    golden.editor(path=tmp_path).unload()
+    monkeypatch.setattr(forks, "WAIT_S", PATIENCE)
+    inside, forking, name = threading.Event(), threading.Event(), "reader"
+    real_take, real_call, states = forks._take, getattr(journal, call), []
+
+    def wait(*given):
+        if threading.current_thread().name == name and not inside.is_set():
+            inside.set()
+            forking.wait(0.3)  # in the midst of rows nothing of SQLite's is going on
+            made = real_call(*given)
+            states.append("over")
+            return made
+        return real_call(*given)
+
+    def take(*given):
+        forking.set()
+        real_take(*given)
+
+    monkeypatch.setattr(forks, "_take", take)
+    monkeypatch.setattr(journal, call, wait)
+    thread = threading.Thread(target=gf.open, args=(tmp_path,), name=name)
+    thread.start()
+    assert inside.wait(PATIENCE)
+
+    def work():
+        assert states == ["over"] or call == "_chained"
+        assert len(gf.open(tmp_path)) > 0
+
+    assert forked(work) == 0
+    thread.join()
+
+
+def test_a_child_computes_what_a_thread_was_computing_that_it_has_not(monkeypatch):
+    (one, _), (other, _) = a_book(8), a_book(8)
+    real, inside, may_end = Snapshot.column, threading.Event(), threading.Event()
+
+    def column(snapshot, name):
+        if threading.current_thread() is thread:
+            inside.set()
+            may_end.wait(PATIENCE)
+        return real(snapshot, name)
+
+    monkeypatch.setattr(Snapshot, "column", column)
+    thread = threading.Thread(target=lambda: one.snapshot().radii)
+    thread.start()
+    assert inside.wait(PATIENCE)
+
+    def work():
+        assert len(other.snapshot().radii) == 8
+        assert len(one.snapshot().radii) == 8
+
+    assert forked(work) == 0
+    may_end.set()
+    thread.join()
+
+
+def test_a_lock_of_an_adaptor_that_looks_for_its_layer_is_free_in_the_child():
+    adapter = golden.editor()._adapter
+    with another_thread(adapter._settling):
+
+        def work():
+            with adapter._settling:
+                pass
+
+        assert forked(work) == 0
+
+
+def test_every_lock_of_the_package_is_known_to_forks():
+    package = Path(gf.__file__).parent
+    for file in package.rglob("*.py"):
+        text = file.read_text()
+        for name in re.findall(r"(\w+) = threading\.R?Lock\(\)", text):
+            guarded = re.search(rf'guard\([^()]*"{name}"', text)
+            assert guarded or file.name == "forks.py", f"{file}: {name}"
+        if file.name != "once.py":
+            assert "functools.cached_property" not in text, file
+            assert not re.search("from functools import .*cached_property", text), file
 
 
 def test_a_draft_of_another_thread_is_dropped_in_the_child(short_wait):

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
+from grace_fast.once import cached_property
 from grace_fast.report.texts import compact, number
 
 WIDTH, HEIGHT = 420.0, 250.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from grace_fast.codebook import Codebook, Snapshot
 from grace_fast.edits import Edit, History
+from grace_fast.once import cached_property
 from grace_fast.semantics import Rules, label_mean, scores_of
 from grace_fast.store.saved import Saved, read_newest
 

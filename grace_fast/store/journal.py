@@ -15,12 +15,14 @@ import hmac
 import os
 import sqlite3
 import struct
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from grace_fast import forks
@@ -43,7 +45,9 @@ _WAIT_S = 10.0  # for a reader or a writer that is just reading or writing
 # What is said of a file that was changed; an interruption is ours, of a schema without end.
 _WRONG = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_INTERRUPT")
 _LEAST_BYTES = 512  # a page
+_AT_ONCE = 1 << 20  # bytes of rows that are read, before they are looked at
 _MOST_STEPS = 1_000_000  # of SQLite's machine, until a schema is known to be ours
+_creating = threading.RLock()  # no process is forked meanwhile
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,14 @@ class Journal:
     ) -> None:
         self.path, self.base, self._key = path, base, hmac_key or b""
         self._start = _started(name, base, self._key)
-        self._using = threading.RLock()  # no process is forked within a statement
+        # No process is forked while SQLite is at work: it has locks of its own, which a child would
+        # find held, and notes what locks this process has on a file, which a child has not.
+        self._using = threading.RLock()
         self._page_bytes = 0  # where it is written
-        self._connection: sqlite3.Connection | None = self._opened(read_only)
+        self._connection: sqlite3.Connection | None = None
         forks.guard(self, "_using", mend=Journal._leave_in_child)
+        with self._using:
+            self._connection = self._opened(read_only)
         self.version, self.checksum = (base, self._start) if salvage else self._head()
 
     def _opened(self, read_only: bool) -> sqlite3.Connection:
@@ -135,8 +143,7 @@ class Journal:
         path.unlink(missing_ok=True)
         start = _started(name, base, hmac_key or b"")
         try:
-            file = _connected(path, "mode=rwc")
-            try:
+            with _creating, closing(_connected(path, "mode=rwc")) as file:
                 file.execute("PRAGMA journal_mode=TRUNCATE")
                 file.execute("PRAGMA synchronous=FULL")
                 file.execute("BEGIN IMMEDIATE")
@@ -146,8 +153,6 @@ class Journal:
                     file.execute(statement)
                 file.execute("INSERT INTO head VALUES (?, ?)", (base, start))
                 file.execute("COMMIT")
-            finally:
-                file.close()
         except sqlite3.Error as error:
             raise OSError(f"{path} cannot be written: {error}") from error
         synchronise(path)
@@ -264,18 +269,19 @@ class Journal:
 
     def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
         beside.refuse_before_writing(self.path, self._page_bytes)
-        try:
-            self._file.execute("BEGIN IMMEDIATE")
-            for statement, values in statements:
-                self._file.execute(statement, values)
-            self._file.execute("COMMIT")
-        except BaseException as error:  # no memory, or Control-C between two statements
-            if self._file.in_transaction:
-                with suppress(sqlite3.Error):  # the next writer to open the file rolls it back
-                    self._file.execute("ROLLBACK")
-            if isinstance(error, sqlite3.Error):
-                raise OSError(f"{self.path} cannot be written: {error}") from error
-            raise
+        with self._using:
+            try:
+                self._file.execute("BEGIN IMMEDIATE")
+                for statement, values in statements:
+                    self._file.execute(statement, values)
+                self._file.execute("COMMIT")
+            except BaseException as error:  # no memory, or Control-C between two statements
+                if self._file.in_transaction:
+                    with suppress(sqlite3.Error):  # the next writer to open the file rolls it back
+                        self._file.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    raise OSError(f"{self.path} cannot be written: {error}") from error
+                raise
 
     def entries(self, after: int | None = None) -> Iterator[Entry]:
         """Yield the rows after a version, by default all, each one checked where all are read.
@@ -312,13 +318,8 @@ class Journal:
     def _chain(self, version: int, checksum: bytes, last: int) -> Iterator[Entry]:
         """Yield the rows after a version with a checksum, up to another version, each checked."""
         content_bytes = 0
-        with self._reading():
-            rows = self._file.execute(
-                "SELECT version, time, kind, content, checksum FROM versions "
-                "WHERE version > ? AND version <= ? ORDER BY version",
-                (version, last),
-            )
-            while (row := rows.fetchone()) is not None:
+        while rows := self._some_rows(version, last):
+            for row in rows:
                 if row[0] >= MAX_COUNTER:
                     raise CodebookCorrupt(f"{self.path}: versions must be below {MAX_COUNTER}")
                 if row[0] != version + 1 or not _is_entry(row):
@@ -334,6 +335,24 @@ class Journal:
                     raise CodebookCorrupt(f"{self.path} holds more than it has bytes")
                 version = row[0]
                 yield Entry(*row)
+
+    def _some_rows(self, after: int, last: int) -> list[tuple[Any, ...]]:
+        """Return the next rows after a version up to another one; none where there are no more.
+
+        A statement that goes on while its rows are used would keep writers and forks off.
+        """
+        rows, held = [], 0
+        with self._using, self._reading():
+            found = self._file.execute(
+                "SELECT version, time, kind, content, checksum FROM versions "
+                "WHERE version > ? AND version <= ? ORDER BY version",
+                (after, last),
+            )
+            with closing(found):
+                while held < _AT_ONCE and (row := found.fetchone()) is not None:
+                    rows.append(row)
+                    held += sum(len(each) for each in row if isinstance(each, str | bytes))
+        return rows
 
     def _bytes_there(self) -> int:
         try:
@@ -365,8 +384,9 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file."""
-        if self._connection is not None:
-            self._connection.close()
+        with self._using:
+            if self._connection is not None:
+                self._connection.close()
 
 
 def _connected(path: Path, how: str) -> sqlite3.Connection:
@@ -408,3 +428,6 @@ def _chained(
     digest.update(f"{kind}\n".encode())
     digest.update(content)
     return digest.digest()
+
+
+forks.guard(sys.modules[__name__], "_creating")

@@ -214,9 +214,17 @@ def check_finite(name: str, tensor: Tensor) -> None:
         refuse_where(~tensor.isfinite(), name, "must be finite, got NaN or infinity")
 
 
+def ascends(numbers: Tensor) -> Tensor:
+    """Tell of each of some numbers [n] but the first whether it is more than the one before.
+
+    A difference would not say: that of two numbers at the ends of int64 wraps around.
+    """
+    return numbers[1:] > numbers[:-1]
+
+
 def check_ids(name: str, ids: Tensor) -> None:
     """Raise CodebookCorrupt for ids [n] that do not ascend, or are not numbers of ours."""
-    order = torch.cat((ids[:1] < 0, ids.diff() <= 0))
+    order = torch.cat((ids[:1] < 0, ~ascends(ids)))
     refuse_where(order, name, "must ascend from 0 or more")
     refuse_where(ids >= manifest.MAX_NUMBER, name, f"must be below {manifest.MAX_NUMBER}")
 

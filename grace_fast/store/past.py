@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import starmap
 from typing import Any
 
@@ -22,6 +22,7 @@ from grace_fast.codebook import Snapshot
 from grace_fast.edits import NO_EDIT, Base, Edit, Event, History, RowLife
 from grace_fast.kept import Filed, Kept
 from grace_fast.labels import Labels
+from grace_fast.once import cached_property
 from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.layout import (
     OUTCOMES,

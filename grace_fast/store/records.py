@@ -30,7 +30,7 @@ from grace_fast.edits import (
 from grace_fast.labels import columns_of
 from grace_fast.mapped import CodebookCorrupt
 from grace_fast.store import files, headers, manifest
-from grace_fast.store.layout import OUTCOMES, check_slots, pack_labels, unpack_labels
+from grace_fast.store.layout import OUTCOMES, ascends, check_slots, pack_labels, unpack_labels
 
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
 _NO_SLOT = -1
@@ -174,12 +174,13 @@ def _change(columns: _Columns, now: Snapshot) -> Change:
     labels = filed.between(0, len(filed))
     fresh, counts = columns.get("ids", torch.int64), now.counts
     newest = int(now.ids[-1]) if now.rows else -1
-    if len(fresh) and (int(fresh[0]) <= newest or not bool((fresh.diff() > 0).all())):
+    if len(fresh) and (int(fresh[0]) <= newest or not bool(ascends(fresh).all())):
         raise CodebookCorrupt(f"ids must ascend beyond {newest}")
     check_slots("ids", fresh, manifest.MAX_NUMBER)
     rows, total = columns.get("rows", torch.int64), now.rows + len(fresh)
-    ascends = len(rows) == 0 or bool((rows.diff() > 0).all())
-    if not ascends or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < total):
+    if not bool(ascends(rows).all()) or (
+        len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < total
+    ):
         raise CodebookCorrupt(f"rows must ascend within the {total} there are")
     if int((rows >= now.rows).sum()) != len(fresh):
         raise CodebookCorrupt("rows must hold every row that is new")
