@@ -52,8 +52,8 @@ class Gate:
         self.lives = self.wrong = 0
         self.examples: list[str] = []
 
-    def live(self, number: int) -> None:
-        """Live one life; what is wrong in it ends it, and is kept."""
+    def live(self, number: int, seconds: float = 1e9) -> None:
+        """Live one life, for about so many seconds at most; what is wrong ends it."""
         one: Any
         if number % 20 == 7:
             one, live, mode = Edited(number), lambda: one.live(40), ""
@@ -61,7 +61,7 @@ class Gate:
         elif number % 20 == 13:
             one, live, mode = DropIn(number), lambda: one.live(40), "threads"
         else:
-            one = Life(number, self.plan(number))
+            one = Life(number, self.plan(number, seconds))
             live, mode = one.live, one.background.mode
         try:
             live()
@@ -76,12 +76,16 @@ class Gate:
         self.operations += getattr(one, "done", Counter())
         self.stages += Counter(getattr(getattr(one, "background", None), "done", {}))
 
-    def plan(self, number: int) -> Plan:
+    def plan(self, number: int, seconds: float) -> Plan:
         """Return what a life is drawn from: one in six is mostly about old versions."""
-        plan = Plan(ways=self.ways, batches=BATCHES, steps=STEPS)
+        plan = Plan(ways=self.ways, batches=BATCHES, steps=STEPS, seconds=seconds)
+        if self.ways == ["triton"]:
+            plan.most_rows = tables.MOST_ROWS
         if number % 6 == OLD:
             plan.operations = FAMILIES["old"]
-            if number % 10 == OLD:  # soon with pages that old versions do not have
+            if (
+                number % 10 == OLD and not plan.most_rows
+            ):  # soon with pages that old versions do not have
                 plan.first_rows, plan.most_rows, plan.steps = 4095, 4500, STEPS // 6
         return plan
 
@@ -122,7 +126,7 @@ def run(gate: Gate, first: int, lives: float, decisions: float, seconds: float) 
             and gate.decisions < decisions
             and time.monotonic() - start < seconds
         ):
-            gate.live(number)
+            gate.live(number, start + seconds - time.monotonic())
             number += 1
             bar.update(gate.decisions - bar.n)
 

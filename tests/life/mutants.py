@@ -87,6 +87,7 @@ MUTANTS = (
         *(C, "_take_changes_in", _BOTH),
         f"{_LAST}newest = last; both = min(snapshot.rows, 4096 * len(last.pages), state.covered)",
         "old",
+        quick=True,
         more=_TAKES_ALL,
     ),
     Mutant(
@@ -94,6 +95,7 @@ MUTANTS = (
         *(C, "_take_changes_in", _PAGES.format(_BOTH, "newest.pages[number]")),
         _PAGES.format(_LAST + _BOTH, "_page_with(newest, last, number, 'radius')"),
         "old",
+        quick=True,
         more=_TAKES_ALL,
     ),
     Mutant(
@@ -101,6 +103,7 @@ MUTANTS = (
         *(C, "_take_changes_in", _PAGES.format(_BOTH, "newest.pages[number]")),
         _PAGES.format(_LAST + _BOTH, "_page_with(newest, last, number, 'key_slot')"),
         "old",
+        quick=True,
         more=_TAKES_ALL,
     ),
     Mutant(
