@@ -52,6 +52,7 @@ class Plan:
     kind: str | None = None
     dtype: torch.dtype | None = None
     most_rows: int | None = None
+    small: bool | None = None  # radii, all of them
     first_rows: int | None = None  # of the codebook as it begins
     batches: Sequence[int] = (1, 2, 8, 40, 160, 400)  # how many queries are asked at once
     steps: int = 60
@@ -73,6 +74,9 @@ class Life:
         self.dtype = self.plan.dtype or dtype
         kind = str(rng.choice(drawing.KINDS))
         self.drawing = drawing.Drawing(self.plan.kind or kind, width, self.dtype, rng)
+        if self.plan.small is not None:
+            self.drawing.small = self.plan.small
+            self.drawing.giants &= not self.plan.small
         most = int(rng.choice([60, 250, 700, 1500, 5000], p=[0.2, 0.35, 0.25, 0.15, 0.05]))
         self.most_rows = min(self.plan.most_rows or most, max(60, 400_000 // width))
         mode = str(rng.choice(MODES, p=[0.2, 0.4, 0.1, 0.1, 0.2]))
@@ -90,6 +94,7 @@ class Life:
         self.model: Model
         self.prepared: Any = None
         self.narrowed: list[tuple[int, Any]] = []  # rows and how wide their balls were
+        self.grown: list[tuple[int, Any]] = []  # and how narrow
 
     def __repr__(self) -> str:
         book = f"{self.model.rows} rows of {self.model.width} {self.drawing.kind!r} {self.dtype}"
@@ -126,7 +131,7 @@ class Life:
         self.leave()
         self.book = gf.Codebook(self.drawing.width, self.value_width, self.dtype)
         self.model = Model(self.drawing.width, self.value_width)
-        self.prepared, self.narrowed = None, []
+        self.prepared, self.narrowed, self.grown = None, [], []
         first = min(self.most_rows, int(self.rng.choice([0, 1, 12, 60, 200])))
         first = self.plan.first_rows or first
         if first:

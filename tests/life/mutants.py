@@ -39,7 +39,7 @@ SECONDS = 20.0  # of this process's own time, for one mutant
 # What is done in two lives of three: without what takes rows away or has all begun anew.
 FOCUSED = (
     *("append", "append many", "append and narrow", "widen again", "look back"),
-    *("move", "take back", "widen", "narrow", "one draft"),
+    *("move", "take back", "widen", "narrow", "one draft", "over a neighbour", "over a neighbour"),
 )
 OTHERS = {"drop-in": DropIn, "edited": Edited}  # lives of their own kind
 QUICK = (
@@ -134,10 +134,12 @@ MUTANTS = (
     Mutant(
         "a radius that grew leaves its isolated bit",
         *(order.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
+        "neighbours",
     ),
     Mutant(
         "a key that moved leaves its isolated bit",
         *(C, "_encode_rows", "part.clear_isolated(", "("),
+        "neighbours",
     ),
     Mutant("a move is missed", C, "_take_page_in", "if len(moved)", "if False", quick=True),
     Mutant(
@@ -494,6 +496,9 @@ def _plan(mutant: Mutant, seed: int, ways: Sequence[str], mode: str) -> Plan:
     plan = Plan(focused, ways, most_rows=60 if mutant.by == "cuda" else 300, steps=40, mode=mode)
     if mutant.by == "old":
         plan.operations = FAMILIES["old"]
+    elif mutant.by == "neighbours":
+        plan.operations = ("append many", "append", *["over a neighbour"] * 6)
+        plan.small = True
     elif mutant.by == "pages":
         plan = Plan(FAMILIES["old"], ways, mode, first_rows=4095, most_rows=4500, steps=6)
     return plan

@@ -41,8 +41,9 @@ FAMILIES = {
         "narrow",
         "radius on a question",
         "kill",
+        "over a neighbour",
     ),
-    "key": ("move", "move back", "swap"),
+    "key": ("move", "move back", "swap", "over a neighbour"),
     "value": ("value",),
     "draft": ("one draft", "dropped", "sketch"),
     "back": ("take back", "go back"),
@@ -313,6 +314,40 @@ def _change_back(
     between = np.array([0.05, 0.3, 0.6, 0.7], np.float32) * wide
     on_spheres = life.drawing.on_spheres
     life.note([keys, *(on_spheres(keys, np.full(len(keys), radius)) for radius in between)])
+
+
+@operation("over a neighbour")
+def _over_a_neighbour(life: Life) -> None:
+    """A ball that had its surroundings for itself takes in the nearest other key.
+
+    It grows over it, or its key moves beside it. Between the two the other is nearer.
+    """
+    model = life.model
+    living = model.living()
+    if life.rng.random() < 0.7:  # leaves that reach far hide what was forgotten
+        life.write([("radius", row, radius) for row, radius in life.grown if model.live[row]])
+        life.grown = []
+    changes: list[Change] = []
+    for row in some_rows(life, 3):
+        key = model.key(row).astype(np.float64)
+        squared = ((model.columns[:, living].T - key) ** 2).sum(axis=1)
+        squared[(living == row) | (squared == 0)] = np.inf
+        if not len(squared) or not np.isfinite(squared).any():
+            continue
+        other = model.key(living[squared.argmin()]).astype(np.float64)
+        apart = float(np.sqrt(squared.min()))
+        radius = float(model.radius[row])
+        if life.rng.random() < 0.5 or not 0 < 2 * radius < apart:
+            life.grown.append((int(row), model.radius[row]))
+            radius = min(1e37, apart * float(life.rng.choice([0.6, 0.8, 0.95])))
+            changes.append(("radius", row, np.float32(radius)))
+        else:
+            left = 1.4 * radius / apart
+            key = life.exact(key * left + other * (1 - left)).astype(np.float64)
+            changes.append(("key", row, key.astype(np.float32)))
+        parts = np.array([0.4, 0.48, 0.52, 0.56, 0.7, 0.9])[:, None]
+        life.note([key * (1 - parts) + other * parts])
+    life.write(changes)
 
 
 @operation("append far")
