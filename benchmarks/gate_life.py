@@ -28,11 +28,14 @@ from life.background import MODES
 from life.dropin import DropIn
 from life.edited import Edited
 from life.living import Life, Plan
+from life.operations import FAMILIES
 
 from benchmarks import machine
 
 STEPS = 60  # of a life
 MOST_EXAMPLES = 10
+BATCHES = (1, 2, 8, 40, 160, 400, 1200, 3000)
+OLD = 2  # of six numbers, and of ten
 APART = 1_000_000  # numbers of the first lives of two processes
 TRITON_SHARE = 0.04  # of the seconds
 
@@ -49,8 +52,8 @@ class Gate:
         self.lives = self.wrong = 0
         self.examples: list[str] = []
 
-    def live(self, number: int) -> None:
-        """Live one life; what is wrong in it ends it, and is kept."""
+    def live(self, number: int, seconds: float = 1e9) -> None:
+        """Live one life, for about so many seconds at most; what is wrong ends it."""
         one: Any
         if number % 20 == 7:
             one, live, mode = Edited(number), lambda: one.live(40), ""
@@ -58,7 +61,7 @@ class Gate:
         elif number % 20 == 13:
             one, live, mode = DropIn(number), lambda: one.live(40), "threads"
         else:
-            one = Life(number, Plan(ways=self.ways, steps=STEPS))
+            one = Life(number, self.plan(number, seconds))
             live, mode = one.live, one.background.mode
         try:
             live()
@@ -72,6 +75,19 @@ class Gate:
         self.modes[mode] += sum(one.counts.values())
         self.operations += getattr(one, "done", Counter())
         self.stages += Counter(getattr(getattr(one, "background", None), "done", {}))
+
+    def plan(self, number: int, seconds: float) -> Plan:
+        """Return what a life is drawn from: one in six is mostly about old versions."""
+        plan = Plan(ways=self.ways, batches=BATCHES, steps=STEPS, seconds=seconds)
+        if self.ways == ["triton"]:
+            plan.most_rows = tables.MOST_ROWS
+        if number % 6 == OLD:
+            plan.operations = FAMILIES["old"]
+            if (
+                number % 10 == OLD and not plan.most_rows
+            ):  # soon with pages that old versions do not have
+                plan.first_rows, plan.most_rows, plan.steps = 4095, 4500, STEPS // 6
+        return plan
 
     @property
     def decisions(self) -> int:
@@ -110,7 +126,7 @@ def run(gate: Gate, first: int, lives: float, decisions: float, seconds: float) 
             and gate.decisions < decisions
             and time.monotonic() - start < seconds
         ):
-            gate.live(number)
+            gate.live(number, start + seconds - time.monotonic())
             number += 1
             bar.update(gate.decisions - bar.n)
 

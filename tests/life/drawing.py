@@ -20,6 +20,8 @@ class Drawing:
     def __init__(self, kind: str, width: int, dtype: torch.dtype, rng: np.random.Generator) -> None:
         self.kind, self.width, self.dtype, self._rng = kind, width, dtype, rng
         self.giants = bool(rng.random() < 0.4)  # else no ball is much wider than the others
+        # A leaf reaches as far as its widest ball, so what is forgotten shows where all are small.
+        self.small = not self.giants and bool(rng.random() < 0.4)
         self._base = rng.standard_normal(width)
         self._centres = rng.standard_normal((16, width))
         self._slot = int(rng.integers(width))
@@ -55,7 +57,8 @@ class Drawing:
     def radii(self, count: int) -> Array:
         """Return radii [count] float32: of the spacing, none, negative, signed zero, huge."""
         rng = self._rng
-        radii = self.spacing * np.exp(rng.standard_normal(count)) * rng.choice([0.02, 0.3, 1.0])
+        scale = 0.02 if self.small else rng.choice([0.02, 0.3, 1.0])
+        radii = self.spacing * np.exp(rng.standard_normal(count)) * scale
         odd = rng.random(count)
         radii = np.where(odd < 0.06, 0.0, radii)
         radii = np.where((odd >= 0.06) & (odd < 0.09), -0.0, radii)

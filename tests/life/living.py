@@ -34,7 +34,8 @@ from life.ranks import Ranks
 WIDTHS = (1, 2, 3, 5, 8, 15, 16, 17, 31, 33, 48, 64, 65, 100, 128, 129, 257, 384)
 SETS = ("portable", "avx2", "avx512vnni")
 DTYPES = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
-KEPT = 6  # old versions
+KEPT = 10  # old versions
+WORK = 20_000_000  # rows times width times queries of one question, unless these are few
 
 
 class Wrong(AssertionError):
@@ -51,6 +52,9 @@ class Plan:
     kind: str | None = None
     dtype: torch.dtype | None = None
     most_rows: int | None = None
+    small: bool | None = None  # radii, all of them
+    first_rows: int | None = None  # of the codebook as it begins
+    batches: Sequence[int] = (1, 2, 8, 40, 160, 400)  # how many queries are asked at once
     steps: int = 60
     seconds: float = 1e9
 
@@ -64,10 +68,15 @@ class Life:
         self.counts: Counter[str] = Counter()  # decisions, by way
         self.done: Counter[str] = Counter()  # operations
         width = int(rng.choice(WIDTHS))
+        if self.plan.first_rows:
+            width = min(width, 33)
         dtype = DTYPES[int(rng.integers(len(DTYPES)))]
         self.dtype = self.plan.dtype or dtype
         kind = str(rng.choice(drawing.KINDS))
         self.drawing = drawing.Drawing(self.plan.kind or kind, width, self.dtype, rng)
+        if self.plan.small is not None:
+            self.drawing.small = self.plan.small
+            self.drawing.giants &= not self.plan.small
         most = int(rng.choice([60, 250, 700, 1500, 5000], p=[0.2, 0.35, 0.25, 0.15, 0.05]))
         self.most_rows = min(self.plan.most_rows or most, max(60, 400_000 // width))
         mode = str(rng.choice(MODES, p=[0.2, 0.4, 0.1, 0.1, 0.2]))
@@ -85,6 +94,7 @@ class Life:
         self.model: Model
         self.prepared: Any = None
         self.narrowed: list[tuple[int, Any]] = []  # rows and how wide their balls were
+        self.grown: list[tuple[int, Any]] = []  # and how narrow
 
     def __repr__(self) -> str:
         book = f"{self.model.rows} rows of {self.model.width} {self.drawing.kind!r} {self.dtype}"
@@ -121,8 +131,9 @@ class Life:
         self.leave()
         self.book = gf.Codebook(self.drawing.width, self.value_width, self.dtype)
         self.model = Model(self.drawing.width, self.value_width)
-        self.prepared, self.narrowed = None, []
+        self.prepared, self.narrowed, self.grown = None, [], []
         first = min(self.most_rows, int(self.rng.choice([0, 1, 12, 60, 200])))
+        first = self.plan.first_rows or first
         if first:
             self.write([appended(self, first)])
 
@@ -186,9 +197,22 @@ class Life:
         mine = [(then, model) for book, then, model in self.kept if book is self.book]
         return mine[int(self.rng.integers(len(mine)))] if mine else None
 
+    def oldest(self) -> tuple[Any, Model] | None:
+        """Return the oldest version of this very codebook that is still kept."""
+        return next(((then, model) for book, then, model in self.kept if book is self.book), None)
+
     def stage(self) -> None:
-        """Let background work go on, as far as this life has it."""
+        """Let background work go on, as far as this life has it; then ask old versions, maybe.
+
+        Codes that were just published were told of none of them.
+        """
+        before = self.background.done.get("publish", 0)
         self.background.advance(int(self.rng.choice([0, 0, 1, 1, 2, 5, 20])))
+        if self.background.done.get("publish", 0) > before and self.rng.random() < 0.3:
+            for _ in range(2):
+                entry = self.earlier()
+                if entry is not None:
+                    self.ask_version("old version", *entry)
 
     # Asking
 
@@ -200,7 +224,9 @@ class Life:
 
     def ask(self) -> None:
         """Ask in some of the ways, and let background work go on between them."""
-        queries = self.questions(int(self.rng.choice([1, 2, 8, 40, 160, 400])), self.model)
+        batch = int(self.rng.choice(self.plan.batches))
+        most = max(40, WORK // max(1, self.model.rows * self.model.width))
+        queries = self.questions(min(batch, most), self.model)
         told = self.model.ask(queries.double().numpy())
         for name in self.plan.ways:
             if self.rng.random() < asking.OFTEN[name]:

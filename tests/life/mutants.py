@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from life import ranks, tables
 from life.dropin import DropIn
 from life.edited import Edited
 from life.living import Life, Plan
-from life.operations import OPERATIONS
+from life.operations import FAMILIES, OPERATIONS
 
 SECONDS = 20.0  # of this process's own time, for one mutant
 
@@ -39,7 +39,7 @@ SECONDS = 20.0  # of this process's own time, for one mutant
 # What is done in two lives of three: without what takes rows away or has all begun anew.
 FOCUSED = (
     *("append", "append many", "append and narrow", "widen again", "look back"),
-    *("move", "take back", "widen", "narrow", "one draft"),
+    *("move", "take back", "widen", "narrow", "one draft", "over a neighbour", "over a neighbour"),
 )
 OTHERS = {"drop-in": DropIn, "edited": Edited}  # lives of their own kind
 QUICK = (
@@ -64,10 +64,16 @@ class Mutant:
 
 C, S, D = certificate.Certificate, views, codebook.Draft
 _STALE_WIDEST = """_stale_widest(self, snapshot)"""
+# The version that was told last, whatever its age; the newest where codes were published since.
 _LAST = (
-    'newest = self.__dict__.get("_last", (None, None)); '
-    "newest = newest[1] if newest[0] is state else self._newest; self._last = (state, snapshot)"
+    'last = self.__dict__.get("_last", (None, None)); '
+    "last = last[1] if last[0] is state else newest; self._last = (state, snapshot); "
 )
+_BOTH = "both = min(snapshot.rows, newest.rows, state.covered)"
+_PAGES = """{}
+    for number in range(-(-both // PAGE_ROWS)):
+        page, known = snapshot.pages[number], {}"""
+_TAKES_ALL = (C, "_take_in", "elif self._can_be_told_of(snapshot)", "else")
 
 MUTANTS = (
     # The two faults that were there, put back.
@@ -77,10 +83,34 @@ MUTANTS = (
         quick=True,
     ),
     Mutant(
-        "known fault: an old version that is asked becomes what later ones are compared with",
-        *(C, "_take_changes_in", "both = min(snapshot.rows, newest.rows, state.covered)"),
-        f"{_LAST}; both = min(snapshot.rows, 4096 * len(newest.pages), state.covered)",
-        more=(C, "_take_in", "elif self._can_be_told_of(snapshot)", "else"),
+        "known fault: versions are compared with the one asked last, be it an old one",
+        *(C, "_take_changes_in", _BOTH),
+        f"{_LAST}newest = last; both = min(snapshot.rows, 4096 * len(last.pages), state.covered)",
+        "old",
+        quick=True,
+        more=_TAKES_ALL,
+    ),
+    Mutant(
+        "of these, only radii are",
+        *(C, "_take_changes_in", _PAGES.format(_BOTH, "newest.pages[number]")),
+        _PAGES.format(_LAST + _BOTH, "_page_with(newest, last, number, 'radius')"),
+        "old",
+        quick=True,
+        more=_TAKES_ALL,
+    ),
+    Mutant(
+        "of these, only slots of keys are: a key that is put back is not seen",
+        *(C, "_take_changes_in", _PAGES.format(_BOTH, "newest.pages[number]")),
+        _PAGES.format(_LAST + _BOTH, "_page_with(newest, last, number, 'key_slot')"),
+        "old",
+        quick=True,
+        more=_TAKES_ALL,
+    ),
+    Mutant(
+        "pages that the version asked last does not have are not compared",
+        *(C, "_take_changes_in", _BOTH),
+        f"{_LAST}{_BOTH[:-1]}, 4096 * len(last.pages))",
+        "pages",
     ),
     # What a certificate says.
     Mutant(
@@ -104,10 +134,12 @@ MUTANTS = (
     Mutant(
         "a radius that grew leaves its isolated bit",
         *(order.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
+        "neighbours",
     ),
     Mutant(
         "a key that moved leaves its isolated bit",
         *(C, "_encode_rows", "part.clear_isolated(", "("),
+        "neighbours",
     ),
     Mutant("a move is missed", C, "_take_page_in", "if len(moved)", "if False", quick=True),
     Mutant(
@@ -397,6 +429,14 @@ def _stale_widest(known: Any, snapshot: Any) -> float:
     return widest
 
 
+def _page_with(newest: Any, last: Any, number: int, column: str) -> Any:
+    """Return a page of the newest version that holds one column of the version told last."""
+    page = newest.pages[number]
+    if last is newest or number >= len(last.pages):
+        return page
+    return replace(page, **{column: getattr(last.pages[number], column)})
+
+
 @contextmanager
 def put_in(mutant: Mutant) -> Iterator[None]:
     """Let the package have a fault.
@@ -419,7 +459,8 @@ def _otherwise(usual: Any, name: str, old: str, new: str) -> Any:
     source = textwrap.dedent(inspect.getsource(function))
     if old not in source:
         raise ValueError(f"{name} is without {old!r}")
-    names = dict(vars(sys.modules[function.__module__]), _stale_widest=_stale_widest)
+    names = dict(vars(sys.modules[function.__module__]))
+    names.update(_stale_widest=_stale_widest, _page_with=_page_with)
     scope: dict[str, Any] = {}
     exec(compile(source.replace(old, new), f"<{name}, otherwise>", "exec"), names, scope)
     return scope[name]
@@ -430,7 +471,6 @@ def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, st
     ways: Sequence[str] = QUICK
     if mutant.by in ("faiss", "cuda", "shards"):
         ways = [mutant.by] * 8  # each with its own chance
-    most_rows = 60 if mutant.by == "cuda" else 300
     end, decisions, seed = time.process_time() + seconds, 0, first
     with put_in(mutant):
         while time.process_time() < end:
@@ -439,9 +479,7 @@ def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, st
             if mutant.by in OTHERS:
                 one = OTHERS[mutant.by](seed)
             else:
-                focused = FOCUSED if seed % 3 else tuple(OPERATIONS)
-                plan = Plan(focused, ways, most_rows=most_rows, steps=40, mode=mode)
-                one = Life(seed, plan)
+                one = Life(seed, _plan(mutant, seed, ways, mode))
             try:
                 one.live(40) if mutant.by in OTHERS else one.live()
             except Exception as error:
@@ -450,6 +488,20 @@ def found_after(mutant: Mutant, seconds: float, first: int = 0) -> tuple[int, st
             decisions += sum(one.counts.values())
             seed += 1
     return None
+
+
+def _plan(mutant: Mutant, seed: int, ways: Sequence[str], mode: str) -> Plan:
+    """Return what a life is drawn from that looks for a mutant."""
+    focused = (tuple(OPERATIONS), FOCUSED, FAMILIES["old"])[seed % 3]
+    plan = Plan(focused, ways, most_rows=60 if mutant.by == "cuda" else 300, steps=40, mode=mode)
+    if mutant.by == "old":
+        plan.operations = FAMILIES["old"]
+    elif mutant.by == "neighbours":
+        plan.operations = ("append many", "append", *["over a neighbour"] * 6)
+        plan.small = True
+    elif mutant.by == "pages":
+        plan = Plan(FAMILIES["old"], ways, mode, first_rows=4095, most_rows=4500, steps=6)
+    return plan
 
 
 def main(words: str = "") -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,13 @@ FAMILIES = {
         "narrow",
         "radius on a question",
         "kill",
+        "over a neighbour",
     ),
-    "key": ("move", "move back", "swap"),
+    "key": ("move", "move back", "swap", "over a neighbour"),
     "value": ("value",),
     "draft": ("one draft", "dropped", "sketch"),
     "back": ("take back", "go back"),
+    "old": ("behind an old end", "behind an old end", "look back", "take back", "append"),
     "disk": ("save and open", "save"),
 }
 
@@ -234,6 +236,118 @@ def _look_back(life: Life) -> None:
     _, snapshot, model = life.kept[-1]
     life.ask_version("old version", snapshot, model)
     _widen_again(life)
+
+
+@operation("behind an old end")
+def _behind_an_old_end(life: Life) -> None:
+    """Rows behind an old version's end, in its very page, change and change back.
+
+    That page goes on holding what they were at first, or what a dropped draft left there. The old
+    version is asked in between, and nobody has asked it since codes were made of the rows.
+    """
+    rng = life.rng
+    living = set(life.model.living().tolist())
+    again = [("radius", row, radius / 64) for row, radius in life.narrowed if row in living]
+    life.write(again, alone=False)
+    life.narrowed = []
+    widest = float(life.model.radius[life.model.living()].max(initial=0))
+    wide = np.float32(min(3 * max(life.drawing.spacing, widest), 20 * life.drawing.spacing, 1e37))
+    changes = append_some(life, int(rng.choice([1, 2, 5, 12])))
+    for change in changes:
+        change[3][:] = wide
+        change[1][:] = far_off(life, change[1], float(wide))
+    if not changes:
+        return
+    if rng.random() < 0.2:  # in place, and nobody's
+        _write_and_drop(life, changes)
+        life.keep()
+        life.write([("radius", row, wide / 64) for row in some_rows(life, 1)])
+        changes[0][3][:] = wide / 64
+    else:
+        life.keep()
+    end = life.kept[-1][1:]
+    if rng.random() < 0.3:
+        end = (life.earlier() if rng.random() < 0.5 else life.oldest()) or end
+    first = life.model.rows
+    rows = range(first, first + len(changes[0][1]))
+    life.write(changes)
+    life.narrowed = [(row, wide) for row in rows]
+    slots = [life.book.snapshot().key_slot_of(row) for row in rows]
+    if rng.random() < 0.2:
+        life.ask_version("find", life.book.snapshot(), life.model)
+    narrower: list[Change] = [("radius", row, wide / 64) for row in rows]
+    moved = [row for row in rows if rng.random() < 0.3]
+    keys = far_off(life, life.drawing.keys(len(rows)), float(wide))
+    narrower += [("key", row, keys[row - first]) for row in moved]
+    life.write(narrower, alone=False)
+    if rng.random() < 0.5:
+        gf.prepare(life.book)  # waits for the codes
+    else:
+        life.stage()
+    life.ask_version("find", life.book.snapshot(), life.model)
+    life.ask_version("old version", *end)
+    _change_back(life, changes[0][1], first, moved, slots, wide)
+
+
+def _write_and_drop(life: Life, changes: list[Change]) -> None:
+    with suppress(_Dropped), life.book.writing() as draft:
+        for change in changes:
+            to_draft(draft, change, life.dtype)
+        raise _Dropped
+
+
+def _change_back(
+    life: Life, keys: Array, first: int, moved: list[int], slots: list[int], wide: Any
+) -> None:
+    """Let new rows be as wide as they were, or nearly, and moved ones be where they were."""
+    factors = life.rng.choice([1.0, 0.9, 0.75], len(slots)).astype(np.float32)
+    raised = [("radius", first + at, wide * factor) for at, factor in enumerate(factors)]
+    with life.book.writing() as draft:
+        for at, change in enumerate(raised):
+            if life.rng.random() < 0.5 and first + at not in moved:
+                to_draft(draft, change, life.dtype)
+                to_model(life.model, change)
+        for row in moved:
+            draft.point_key(row, slots[row - first])
+            life.model.columns[:, row] = keys[row - first]
+    life.shards_begin_anew()
+    between = np.array([0.05, 0.3, 0.6, 0.7], np.float32) * wide
+    on_spheres = life.drawing.on_spheres
+    life.note([keys, *(on_spheres(keys, np.full(len(keys), radius)) for radius in between)])
+
+
+@operation("over a neighbour")
+def _over_a_neighbour(life: Life) -> None:
+    """A ball that had its surroundings for itself takes in the nearest other key.
+
+    It grows over it, or its key moves beside it. Between the two the other is nearer.
+    """
+    model = life.model
+    living = model.living()
+    if life.rng.random() < 0.7:  # leaves that reach far hide what was forgotten
+        life.write([("radius", row, radius) for row, radius in life.grown if model.live[row]])
+        life.grown = []
+    changes: list[Change] = []
+    for row in some_rows(life, 3):
+        key = model.key(row).astype(np.float64)
+        squared = ((model.columns[:, living].T - key) ** 2).sum(axis=1)
+        squared[(living == row) | (squared == 0)] = np.inf
+        if not len(squared) or not np.isfinite(squared).any():
+            continue
+        other = model.key(living[squared.argmin()]).astype(np.float64)
+        apart = float(np.sqrt(squared.min()))
+        radius = float(model.radius[row])
+        if life.rng.random() < 0.5 or not 0 < 2 * radius < apart:
+            life.grown.append((int(row), model.radius[row]))
+            radius = min(1e37, apart * float(life.rng.choice([0.6, 0.8, 0.95])))
+            changes.append(("radius", row, np.float32(radius)))
+        else:
+            left = 1.4 * radius / apart
+            key = life.exact(key * left + other * (1 - left)).astype(np.float64)
+            changes.append(("key", row, key.astype(np.float32)))
+        parts = np.array([0.4, 0.48, 0.52, 0.56, 0.7, 0.9])[:, None]
+        life.note([key * (1 - parts) + other * parts])
+    life.write(changes)
 
 
 @operation("append far")

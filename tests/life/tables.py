@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from life.living import Life
 
 _on_host: ModuleType | None = None
+MOST_ROWS = 200  # that Triton's interpreter reads in little time
 MOST_ELEMENTS = 8_000  # of keys that fibers read in little time
 
 
@@ -106,7 +107,7 @@ def _captured(life: Life, queries: torch.Tensor, told: Answers) -> None:
 @asking.way("triton", 0.5)
 def _triton(life: Life, queries: torch.Tensor, told: Answers) -> None:
     """Triton's tables, in its interpreter: a tenth of a second for a question."""
-    if not os.environ.get("TRITON_INTERPRET") or life.model.rows > 200:
+    if not os.environ.get("TRITON_INTERPRET") or life.model.rows > MOST_ROWS:
         return
     queries, told = queries[:3], told.some(slice(0, 3))
     found = gf.find(queries, life.book, backend="triton")
