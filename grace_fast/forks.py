@@ -30,6 +30,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+
 WAIT_S = 1.0  # for all locks together; most are held for microseconds
 STEP_WAIT_S = 10.0  # for background work, which takes milliseconds a step and depends on nobody
 _PAUSE_HARD = 2  # omp_pause_hard of OpenMP 5: give back all there is
@@ -216,9 +218,12 @@ def _rest_in_child() -> None:
     """Let a forked child end: torch waits for threads of another pool, which it takes these for.
 
     That pool (caffe2's, made by `set_num_threads`) is joined when the process exits. Its threads
-    were the parent's, and a child gives their identity to the next that it starts.
+    were the parent's: a child gives their identity to the next that it starts, and where several
+    threads were at work in the parent it ended with a segmentation fault. To set the number anew
+    puts a pool of the child's own in the place of that one.
     """
     if _is_child:
+        torch.set_num_threads(torch.get_num_threads())
         rest_openmp()
 
 
