@@ -26,7 +26,7 @@ from families import Family
 from torch import Tensor, nn
 
 import grace_fast as gf
-from grace_fast import batches
+from grace_fast import batches, heads
 from grace_fast.tensor_parallel import declared_widths
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -121,7 +121,7 @@ class _Alone:
     """A model without an adaptor, and what it says then."""
 
     def __init__(self, family: Family, model: Any) -> None:
-        self.model, self.kind = model, batches.kind_of(model)
+        self.model, self.kind = model, heads.kind_of(model)
         side = "left" if self.kind == "decoder" else "right"
         self.prompt = family.batch([PROMPT], side)
         self.unrelated = family.batch([UNRELATED], side)
