@@ -648,8 +648,8 @@ class Grace:
 
         Raises: ValueError.
         """
-        host, labels = self._host, batch["labels"]
-        if not host.is_wrapper or self.kind != "classifier" or labels.ndim < 2:
+        host, labels = self._host, batch.get("labels")  # of a span there are none
+        if not host.is_wrapper or self.kind != "classifier" or labels is None or labels.ndim < 2:
             return
         raise ValueError(
             f"{type(host.called).__name__} makes a loss of its own around another model, and "
