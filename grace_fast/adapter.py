@@ -172,7 +172,7 @@ class Adapter:
         self._number = adapter_op.register(self)
         config = getattr(self.model, "config", None)
         self._padding = positions.Padding.of(config)
-        self._pads_inside = positions.pads_inside(config)
+        self._lengthens = positions.lengthens(config)
         self._number_within = adapter_op.register(self._further)
         self._stacks: list[nn.Module] = []
         self._continues = self.decoder_only or self.first_token or self.finds_padding
@@ -606,10 +606,16 @@ class Adapter:
         if call is None or call.tokens is None:
             return
         given, wanted = hidden.shape[:2], call.tokens.shape[:2]
-        # How many tokens a second decoder has is not among what the call says.
-        fits = given[0] == wanted[0] and (self.first_token or given[1] == wanted[1])
-        if fits or (self._pads_inside and given[0] == wanted[0] and given[1] > wanted[1]):
-            return
+        if given[0] == wanted[0]:
+            # How many tokens a second decoder has is not among what the call says.
+            if self.first_token or given[1] == wanted[1]:
+                return
+            if self._lengthens and given[1] > wanted[1]:
+                return
+            cached = call.cached
+            from_state = isinstance(cached, int) and cached == positions.UNCOUNTED
+            if from_state and given[1] < wanted[1]:  # RWKV takes the newest token only
+                return
         raise ValueError(
             f"{self.layer_name} must see one vector for each of the call's {list(wanted)} tokens "
             f"to be edited, it was given {list(given)}; attach to a linear layer in a block of the "

@@ -41,7 +41,8 @@ _STARTS = [first for first, _ in _WITHOUT_SPACES]
 _FAR_EAST = 0x2E80  # from here on, foreign words and numbers stand without spaces, too
 _TIED = frozenset("/\\_@=~^")  # to what follows, where something stands before them: and/or, x=5
 _PREFIXES = frozenset("@#~^/\\\u00bf\u00a1")  # where nothing does: @user, #tag, ~5
-_CLOSERS = frozenset(",.;:!?%‰°…")  # a target that begins so goes on with what is there
+# A target that begins so goes on with what is there; the last are those of East Asia.
+_CLOSERS = frozenset(",.;:!?%‰°…\u3001\u3002\uff01\uff0c\uff1a\uff1b\uff1f")
 _NUMBER_SIGNS = frozenset("-\u2212+")
 _IN_NUMBERS = frozenset(".,:")
 _CONTRACTION = re.compile(r"(?:['\u2019](?:s|re|ve|ll|d|m|t)|n['\u2019]t)(?!\w)", re.IGNORECASE)

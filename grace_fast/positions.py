@@ -249,10 +249,15 @@ class Padding(NamedTuple):
         return call._replace(mask=ids != self.token, is_packable=False)
 
 
-def pads_inside(config: Any) -> bool:
-    """Tell whether a model adds padding to the end of its input: attention over whole windows."""
-    blocks = getattr(config, "attention_type", None) == "block_sparse"
-    return blocks or getattr(config, "attention_window", None) is not None
+def lengthens(config: Any) -> bool:
+    """Tell whether a model computes more tokens than it is given.
+
+    Attention over whole windows or chunks adds padding behind them, CPM-Ant has prompts before.
+    """
+    if getattr(config, "attention_type", None) == "block_sparse":
+        return True
+    names = ("attention_window", "lsh_attn_chunk_length", "prompt_length")
+    return any(getattr(config, name, None) is not None for name in names)
 
 
 def refuse_hidden_padding(call: Call, padding: Padding) -> None:

@@ -32,7 +32,7 @@ def number(name: str, value: Any) -> int | float:
     if isinstance(value, int | float):
         return value
     if isinstance(value, Rational) and value.denominator == 1:
-        return int(value)
+        return int(value.numerator)
     try:
         return float(value)
     except (ValueError, OverflowError):  # a signalling NaN, 10^400

@@ -83,6 +83,7 @@ def test_a_space_stands_where_people_write_one(line):
     [
         ("The sky is blue", ", and so on", ""),
         ("The sky is blue", "...", ""),
+        ("The capital is Paris", "\u3002", ""),
         ("(as he said", ")", ""),
         ('He said "yes', '" and left', ""),
         ("He said", '"yes"', " "),
