@@ -323,8 +323,8 @@ def _append_apart(life: Life) -> None:
     for change in append_some(life, 8):
         for at, key in enumerate(change[1].astype(np.float64)):
             squared = ((life.model.columns[:, living].T - key) ** 2).sum(axis=1)
-            nearest = float(np.sqrt(squared.min(initial=1e74)))
-            change[3][at] = 0.45 * nearest
+            nearest = float(np.sqrt(squared.min(initial=np.inf)))
+            change[3][at] = min(1e37, 0.45 * nearest)
         life.write([change])
 
 
