@@ -189,6 +189,7 @@ MUTANTS = (
         "_take_in",
         "    self._take_changes_in(snapshot)\n        self._older.add(snapshot)",
         "    self._older.add(snapshot)",
+        "old",
     ),
     Mutant("a key that codes cannot hold is kept", order, "append", "return None", "pass"),
     Mutant(

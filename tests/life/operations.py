@@ -47,7 +47,14 @@ FAMILIES = {
     "value": ("value",),
     "draft": ("one draft", "dropped", "sketch"),
     "back": ("take back", "go back"),
-    "old": ("behind an old end", "behind an old end", "look back", "take back", "append"),
+    "old": (
+        "behind an old end",
+        "behind an old end",
+        "look back",
+        "unseen between",
+        "take back",
+        "append",
+    ),
     "disk": ("save and open", "save"),
 }
 
@@ -314,6 +321,23 @@ def _change_back(
     between = np.array([0.05, 0.3, 0.6, 0.7], np.float32) * wide
     on_spheres = life.drawing.on_spheres
     life.note([keys, *(on_spheres(keys, np.full(len(keys), radius)) for radius in between)])
+
+
+@operation("unseen between")
+def _unseen_between(life: Life) -> None:
+    """A version whose balls are wide is first asked when a later one, narrow again, was."""
+    rows = some_rows(life, 2)
+    before: list[Change] = [("radius", row, life.model.radius[row]) for row in rows]
+    widest = float(life.model.radius[life.model.living()].max(initial=0))
+    wide = np.float32(min(1e37, 2 * max(widest, life.drawing.spacing)))
+    life.write([("radius", row, wide) for row in rows], alone=False)
+    life.keep()
+    between = life.kept[-1][1:]
+    life.write(before, alone=False)
+    keys = life.model.columns[:, rows].T.copy()
+    life.note([life.drawing.on_spheres(keys, np.full(len(keys), wide))])
+    life.ask_version("find", life.book.snapshot(), life.model)
+    life.ask_version("old version", *between)
 
 
 @operation("append apart")
