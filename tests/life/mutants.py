@@ -134,12 +134,12 @@ MUTANTS = (
     Mutant(
         "a radius that grew leaves its isolated bit",
         *(order.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
-        "neighbours",
+        "over",
     ),
     Mutant(
         "a key that moved leaves its isolated bit",
         *(C, "_encode_rows", "part.clear_isolated(", "("),
-        "neighbours",
+        "beside",
     ),
     Mutant("a move is missed", C, "_take_page_in", "if len(moved)", "if False", quick=True),
     Mutant(
@@ -189,6 +189,7 @@ MUTANTS = (
         "_take_in",
         "    self._take_changes_in(snapshot)\n        self._older.add(snapshot)",
         "    self._older.add(snapshot)",
+        "old",
     ),
     Mutant("a key that codes cannot hold is kept", order, "append", "return None", "pass"),
     Mutant(
@@ -496,9 +497,11 @@ def _plan(mutant: Mutant, seed: int, ways: Sequence[str], mode: str) -> Plan:
     plan = Plan(focused, ways, most_rows=60 if mutant.by == "cuda" else 300, steps=40, mode=mode)
     if mutant.by == "old":
         plan.operations = FAMILIES["old"]
-    elif mutant.by == "neighbours":
-        plan.operations = ("append many", "append", *["over a neighbour"] * 6)
-        plan.small = True
+    elif mutant.by == "over":
+        plan.operations, plan.small = ("append many", "append", *["over a neighbour"] * 6), True
+    elif mutant.by == "beside":
+        beside = ["append apart", "beside a neighbour", "beside a neighbour"] * 2
+        plan.operations, plan.small = ("append many", *beside), True
     elif mutant.by == "pages":
         plan = Plan(FAMILIES["old"], ways, mode, first_rows=4095, most_rows=4500, steps=6)
     return plan

@@ -43,11 +43,18 @@ FAMILIES = {
         "kill",
         "over a neighbour",
     ),
-    "key": ("move", "move back", "swap", "over a neighbour"),
+    "key": ("move", "move back", "swap", "append apart", "beside a neighbour"),
     "value": ("value",),
     "draft": ("one draft", "dropped", "sketch"),
     "back": ("take back", "go back"),
-    "old": ("behind an old end", "behind an old end", "look back", "take back", "append"),
+    "old": (
+        "behind an old end",
+        "behind an old end",
+        "look back",
+        "unseen between",
+        "take back",
+        "append",
+    ),
     "disk": ("save and open", "save"),
 }
 
@@ -316,38 +323,91 @@ def _change_back(
     life.note([keys, *(on_spheres(keys, np.full(len(keys), radius)) for radius in between)])
 
 
+@operation("unseen between")
+def _unseen_between(life: Life) -> None:
+    """A version whose balls are wide is first asked when a later one, narrow again, was."""
+    rows = some_rows(life, 2)
+    before: list[Change] = [("radius", row, life.model.radius[row]) for row in rows]
+    widest = float(life.model.radius[life.model.living()].max(initial=0))
+    wide = np.float32(min(1e37, 2 * max(widest, life.drawing.spacing)))
+    life.write([("radius", row, wide) for row in rows], alone=False)
+    life.keep()
+    between = life.kept[-1][1:]
+    life.write(before, alone=False)
+    keys = life.model.columns[:, rows].T.copy()
+    life.note([life.drawing.on_spheres(keys, np.full(len(keys), wide))])
+    life.ask_version("find", life.book.snapshot(), life.model)
+    life.ask_version("old version", *between)
+
+
+@operation("append apart")
+def _append_apart(life: Life) -> None:
+    """Balls that nearly reach half the way to the nearest other key."""
+    living = life.model.living()
+    for change in append_some(life, 8):
+        for at, key in enumerate(change[1].astype(np.float64)):
+            squared = ((life.model.columns[:, living].T - key) ** 2).sum(axis=1)
+            nearest = float(np.sqrt(squared.min(initial=np.inf)))
+            change[3][at] = min(1e37, 0.45 * nearest)
+        life.write([change])
+
+
 @operation("over a neighbour")
 def _over_a_neighbour(life: Life) -> None:
-    """A ball that had its surroundings for itself takes in the nearest other key.
-
-    It grows over it, or its key moves beside it. Between the two the other is nearer.
-    """
-    model = life.model
-    living = model.living()
+    """A ball that had its surroundings for itself grows over the nearest other key."""
     if life.rng.random() < 0.7:  # leaves that reach far hide what was forgotten
-        life.write([("radius", row, radius) for row, radius in life.grown if model.live[row]])
+        alive = life.model.live
+        life.write([("radius", row, radius) for row, radius in life.grown if alive[row]])
         life.grown = []
     changes: list[Change] = []
     for row in some_rows(life, 3):
-        key = model.key(row).astype(np.float64)
-        squared = ((model.columns[:, living].T - key) ** 2).sum(axis=1)
-        squared[(living == row) | (squared == 0)] = np.inf
-        if not len(squared) or not np.isfinite(squared).any():
-            continue
-        other = model.key(living[squared.argmin()]).astype(np.float64)
-        apart = float(np.sqrt(squared.min()))
-        radius = float(model.radius[row])
-        if life.rng.random() < 0.5 or not 0 < 2 * radius < apart:
-            life.grown.append((int(row), model.radius[row]))
+        nearest, apart = neighbours(life, row)
+        if np.isfinite(apart):
+            life.grown.append((int(row), life.model.radius[row]))
             radius = min(1e37, apart * float(life.rng.choice([0.6, 0.8, 0.95])))
             changes.append(("radius", row, np.float32(radius)))
-        else:
-            left = 1.4 * radius / apart
-            key = life.exact(key * left + other * (1 - left)).astype(np.float64)
-            changes.append(("key", row, key.astype(np.float32)))
-        parts = np.array([0.4, 0.48, 0.52, 0.56, 0.7, 0.9])[:, None]
-        life.note([key * (1 - parts) + other * parts])
+            note_between(life, life.model.key(row), life.model.key(nearest[0]))
     life.write(changes)
+
+
+@operation("beside a neighbour")
+def _beside_a_neighbour(life: Life) -> None:
+    """A key whose ball had its surroundings for itself moves so that another is within it."""
+    for row in some_rows(life, 12):
+        nearest, apart = neighbours(life, row)
+        radius = float(life.model.radius[row])
+        if not (np.isfinite(apart) and 0.5 * apart < 2 * radius < apart):
+            continue
+        _reach_far(life, nearest[1:], min(1e37, 3 * apart))
+        other = life.model.key(nearest[0]).astype(np.float64)
+        left = 1.4 * radius / apart
+        key = life.exact(life.model.key(row) * left + other * (1 - left))
+        note_between(life, key, other)
+        life.write([("key", row, key)])
+        return
+
+
+def neighbours(life: Life, row: int) -> tuple[Array, float]:
+    """Return the rows of the nearest other keys, and how far the first is."""
+    living = life.model.living()
+    key = life.model.key(row).astype(np.float64)[:, None]
+    squared = ((life.model.columns[:, living] - key) ** 2).sum(axis=0)
+    squared[(living == row) | (squared == 0)] = np.inf
+    return living[np.argsort(squared)[:6]], float(np.sqrt(squared.min(initial=np.inf)))
+
+
+def note_between(life: Life, key: Array, other: Array) -> None:
+    """Remember to ask between two keys, where the other one is nearer."""
+    parts = np.array([0.4, 0.48, 0.52, 0.56, 0.7, 0.9])[:, None]
+    life.note([key.astype(np.float64) * (1 - parts) + other.astype(np.float64) * parts])
+
+
+def _reach_far(life: Life, rows: Array, radius: float) -> None:
+    """Let rows be wide while somebody asks: their leaves go on reaching far."""
+    before = [("radius", row, life.model.radius[row]) for row in rows]
+    life.write([("radius", row, np.float32(radius)) for row in rows], alone=False)
+    life.ask_version("find", life.book.snapshot(), life.model)
+    life.write(before, alone=False)
 
 
 @operation("append far")
