@@ -603,19 +603,13 @@ class Adapter:
 
         Raises: ValueError.
         """
-        if call is None or call.tokens is None:
-            return
+        if call is None or call.tokens is None or not isinstance(call.cached, int) or call.cached:
+            return  # what goes on from a cache may be given all tokens, and compute the newest
         given, wanted = hidden.shape[:2], call.tokens.shape[:2]
-        if given[0] == wanted[0]:
-            # How many tokens a second decoder has is not among what the call says.
-            if self.first_token or given[1] == wanted[1]:
-                return
-            if self._lengthens and given[1] > wanted[1]:
-                return
-            cached = call.cached
-            from_state = isinstance(cached, int) and cached == positions.UNCOUNTED
-            if from_state and given[1] < wanted[1]:  # RWKV takes the newest token only
-                return
+        # How many tokens a second decoder has is not among what the call says.
+        fits = given[0] == wanted[0] and (self.first_token or given[1] == wanted[1])
+        if fits or (self._lengthens and given[0] == wanted[0] and given[1] > wanted[1]):
+            return
         raise ValueError(
             f"{self.layer_name} must see one vector for each of the call's {list(wanted)} tokens "
             f"to be edited, it was given {list(given)}; attach to a linear layer in a block of the "
