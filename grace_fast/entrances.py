@@ -16,7 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    is_in_torch_dispatch_mode,
+)
 from torch.utils.hooks import RemovableHandle
 
 Forward = Callable[..., Any]
@@ -42,8 +45,15 @@ class Listener(Protocol):
 
 
 def is_recorded() -> bool:
-    """Tell whether what runs is being made into a graph, or seen op by op."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    """Tell whether what runs is being made into a graph, by a compiler or op by op.
+
+    A mode that only looks on, as a counter of operations does, makes none.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not is_in_torch_dispatch_mode():
+        return False
+    return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
 class _Called(threading.local):

@@ -69,7 +69,7 @@ def brief(value: Any) -> str:
 def _records(path: Path, text: str) -> list[Record]:
     if path.suffix.lower() in (".csv", ".tsv"):
         return list(_csv(path, text))
-    text = io.StringIO(text, newline=None).read()  # every line ends alike
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     try:
         found = _values(text)
     except ValueError as error:

@@ -254,7 +254,6 @@ def test_yaml_that_holds_no_hparams_is_refused_in_words(name, tmp_path):
     [
         ("a.jsonl", b"\xff", r"a\.jsonl is not \.jsonl in UTF-8"),
         ("a.csv", b"prompt\n\xff", r"a\.csv is not \.csv in UTF-8"),
-        ("a.csv", b"prompt\n" + b"x" * 200_000, r"a\.csv is not \.csv in UTF-8: field larger than"),
         ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl, line 2 is not JSON: maximum recursion"),
     ],
 )
