@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from grace_fast.heads import Kind
-from grace_fast.hosts import Host, around, stack_of
+from grace_fast.hosts import Host, around, parameters_of, stack_of
 from grace_fast.positions import Query
 
 ELSEWHERE = "; attach to a linear layer in a block of the language model, as the last of its MLP"
@@ -55,12 +55,21 @@ def _by_place(host: Host, layer: nn.Module, query: Query, kind: Kind) -> str | N
     models = [module for module, _ in outside if hasattr(type(module), "get_output_embeddings")]
     if query != "every_token" and any(_keeps_some(model, layer) for model in models):
         return "a head is given those positions only whose logits are kept"
+    readers = [model for model in models if "hidden_states" not in parameters_of(model)]
     # The encoder beside a decoder reads the prompt, whatever that is: sound, an image.
-    if kind == "seq2seq" and models and stack_of(host.model, layer)[0] is models[-1]:
+    if not readers or (kind == "seq2seq" and stack_of(host.model, layer)[0] is readers[-1]):
         return None
-    if models and (given := _given_instead_of_tokens(models[-1])) is not None:
-        return f"{type(models[-1]).__name__} around it takes {given}, no tokens"
+    if kind == "seq2seq" and _is_in_decoder(host.model, layer):
+        return None
+    if (given := _given_instead_of_tokens(readers[-1])) is not None:
+        return f"{type(readers[-1]).__name__} around it takes {given}, no tokens"
     return None
+
+
+def _is_in_decoder(model: Any, layer: nn.Module) -> bool:
+    find = getattr(model, "get_decoder", None)
+    decoder = None if find is None else find()
+    return isinstance(decoder, nn.Module) and any(one is layer for one in decoder.modules())
 
 
 def _keeps_some(model: Any, layer: nn.Module) -> bool:

@@ -288,7 +288,7 @@ def _is_ours(error: BaseException) -> bool:
 
 def _shortly(error: BaseException) -> str:
     said = " ".join(str(error).split()).split(" Errors:")[0]
-    return f"{type(error).__name__}: {said[:160]}".replace("|", "/")
+    return f"{type(error).__name__}: {said[:160]}".replace("|", "/").rstrip()
 
 
 # Which layer is edited
