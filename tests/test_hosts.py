@@ -100,9 +100,17 @@ class OwnLoss(nn.Module):
         return type("Answer", (), {"loss": loss, "logits": logits})
 
 
-def test_a_wrapper_that_makes_its_own_loss_is_edited_through_it():
+class NeedsMask(OwnLoss):
+    """The same, which cannot be called without a mask."""
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        return super().forward(input_ids, attention_mask, labels)
+
+
+@pytest.mark.parametrize("made", [OwnLoss, NeedsMask])
+def test_a_wrapper_that_makes_its_own_loss_is_edited_through_it(made):
     family = FAMILIES["bert"]
-    model = OwnLoss(models.build("bert").bert).eval()
+    model = made(models.build("bert").bert).eval()
     layer = family.layer.replace("bert.", "backbone.", 1)
     grace = gf.attach(model, layer, **SETTINGS | {"replacement": "replace_all"})
     batch = models.prompt_batch(PROMPT)
