@@ -269,7 +269,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         with os.fdopen(open_regular(path), "rb") as file:
-            content = file.read(_MOST_BYTES + 1)
+            content = file.read(min(os.fstat(file.fileno()).st_size, _MOST_BYTES) + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES} bytes")
         fields = headers.parse(content, depth=8, constants=True)

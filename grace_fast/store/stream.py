@@ -123,9 +123,10 @@ class _Unfinished:
         file = work / STATE
         if os.path.lexists(file):
             with os.fdopen(open_regular(file), "rb") as opened:
-                content = opened.read(manifest.MAX_BYTES + 1)
+                size = os.fstat(opened.fileno()).st_size  # room for what is asked is made at once
+                content = opened.read(min(size, manifest.MAX_BYTES))
             try:
-                if len(content) > manifest.MAX_BYTES:
+                if size > manifest.MAX_BYTES:
                     raise ValueError(f"it has more than {manifest.MAX_BYTES} bytes")
                 self._state = headers.parse(content, depth=4)
                 known = self._state["format"]
