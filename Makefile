@@ -48,7 +48,7 @@ sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-b
 		--build-lib $(SANITIZED)
 	$(UNDER_SANITIZERS) $(BIN)/python -c "from grace_fast import _cpu; \
 		assert '$(SANITIZED)' in _cpu.__file__, _cpu.__file__; print(_cpu.instruction_set())"
-	$(UNDER_SANITIZERS) $(BIN)/python -m pytest -q -m "not slow" $(REACH_NATIVE:%=tests/test_%.py)
+	$(UNDER_SANITIZERS) $(BIN)/python -m pytest -q -m "not slow" $(REACH_NATIVE:%=tests/*/test_%.py)
 
 # Python itself cannot run under it: the C++ is driven by a program that follows the same rules. The
 # second run breaks one of them, and has to be caught.
@@ -120,11 +120,11 @@ ON_A_GPU := gpu device_memory triton_find triton_kernels
 gpu:  ## with a GPU: build, test, look for invalid accesses and races, measure; no network needed
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
 	GRACE_FAST_CUDA=1 $(GPU) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	$(GPU) -m pytest -q -m gpu $(ON_A_GPU:%=tests/test_%.py)
-	$(GPU) -m pytest -q tests/test_lookup.py
+	$(GPU) -m pytest -q -m gpu $(ON_A_GPU:%=tests/*/test_%.py)
+	$(GPU) -m pytest -q tests/lookup/test_lookup.py
 	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-		$(GPU) -m pytest -q -m gpu tests/test_gpu.py -k "random and 300 and cuda" || exit 1; \
+		$(GPU) -m pytest -q -m gpu tests/lookup/test_gpu.py -k "random and 300 and cuda" || exit 1; \
 		done; fi
 	PYTHONPATH=. $(GPU) -m benchmarks.gpu
 

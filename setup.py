@@ -1,7 +1,7 @@
 """The compiled parts of grace_fast; everything else about the package is in pyproject.toml.
 
 A machine without a C++ compiler still gets a package that is right: the extensions are optional,
-and the back ends say that theirs is missing (`grace_fast.backends.cpu` once, in the log).
+and the back ends say that theirs is missing (`grace_fast.lookup.backends.cpu` once, in the log).
 """
 
 import os

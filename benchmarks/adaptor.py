@@ -25,7 +25,7 @@ from torch import Tensor
 import grace_fast as gf
 from benchmarks import machine
 from benchmarks.activations import LAYER, docstrings
-from grace_fast.quickbench import Turn, interleave, ratio
+from grace_fast.tools.bench.quick import Turn, interleave, ratio
 
 RESULTS = Path(__file__).parent / "results"
 KEYS = 10_000

@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 import grace_fast as gf
 from benchmarks import machine
-from grace_fast.codebook import Codebook
-from grace_fast.editor import Grace
-from grace_fast.edits import Edit, Event, History
-from grace_fast.settings import Settings
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.editor.grace import Grace
+from grace_fast.edits.edits import Edit, Event, History
+from grace_fast.edits.settings import Settings
 from grace_fast.store.saved import Offline, read_saved, write
 
 WIDTH, LABELS = 64, 16

@@ -25,7 +25,7 @@ from benchmarks import machine
 from benchmarks.oracle import Law, pair_squared_distances
 from benchmarks.peers import settle
 from benchmarks.workloads import SYNTHETIC, median_spacing
-from grace_fast.backends import cpu
+from grace_fast.lookup.backends import cpu
 from grace_fast.semantics import covering_radius
 
 Change = Callable[[gf.Codebook, float, torch.Generator], None]

@@ -24,8 +24,9 @@ from torch import Tensor
 import grace_fast as gf
 from benchmarks import machine
 from benchmarks.workloads import SYNTHETIC, median_spacing
-from grace_fast import lookup, semantics
-from grace_fast.backends import cuda, triton
+from grace_fast import semantics
+from grace_fast.lookup import lookup
+from grace_fast.lookup.backends import cuda, triton
 
 RESULTS = Path(__file__).parent / "results"
 WARM_UP, ROUNDS = 5, 40

@@ -29,8 +29,9 @@ from benchmarks.oracle import Law
 from benchmarks.run import RESULTS
 from benchmarks.timing import Turn, interleave
 from benchmarks.workloads import Problem, Spec
-from grace_fast import certificate, lookup
-from grace_fast.backends import faiss
+from grace_fast.index import certificate
+from grace_fast.lookup import lookup
+from grace_fast.lookup.backends import faiss
 
 LARGEST_GRAPH = 100_000  # keys above which HNSW takes too long to build
 QUERIES = 2_000

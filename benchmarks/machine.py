@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grace_fast as gf
-from grace_fast.quickbench import cpu_model
+from grace_fast.tools.bench.quick import cpu_model
 
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "usearch", "scikit-learn", "snnpy", "hnswlib")
 _FOLDERS = ("--out", "--folder")

@@ -19,7 +19,7 @@ from benchmarks.peers import Contestant, Peer
 from benchmarks.report import Row
 from benchmarks.timing import Run, Turn, flusher, interleave, ratio
 from benchmarks.workloads import Problem, Spec, make
-from grace_fast.backends import cpu
+from grace_fast.lookup.backends import cpu
 
 OUTPUT_TOKENS = 32  # of the layer's output in a `replace` work
 CHECK_S = 4.0  # for comparing a peer with the law, on queries and again on edges

@@ -32,11 +32,11 @@ import grace_fast as gf
 from benchmarks import machine
 from benchmarks.activations import activations
 from benchmarks.workloads import jitter, median_spacing
-from grace_fast.backends import cpu
-from grace_fast.codebook import Codebook
-from grace_fast.largebench import Scan, chunks_of, scan
-from grace_fast.quickbench import times_us
-from grace_fast.store import layout
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.lookup.backends import cpu
+from grace_fast.store import columns
+from grace_fast.tools.bench.large import Scan, chunks_of, scan
+from grace_fast.tools.bench.quick import times_us
 
 THREADS = os.cpu_count() or 1
 BLOCK_ROWS = 1 << 14
@@ -98,9 +98,9 @@ class Source:
 def with_radii(book: Codebook, radius: float) -> Codebook:
     """Return the keys of a book that was just opened, with one radius and codes that suit it."""
     snapshot = book.snapshot()
-    tensors = layout.with_the_usual({"rows.radius": torch.full((snapshot.rows,), radius)})
+    tensors = columns.with_the_usual({"rows.radius": torch.full((snapshot.rows,), radius)})
     files = (snapshot.key_file, snapshot.value_file)
-    return layout.unpack_rows(tensors, *files, torch.device("cpu"))
+    return columns.unpack_rows(tensors, *files, torch.device("cpu"))
 
 
 def serve(folder: Path, asked: Path, epsilon: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Timing that the installed package does not need: emptied caches, and a quick median.
 
-Turns, rounds and ratios are those of `grace_fast.quickbench`.
+Turns, rounds and ratios are those of `grace_fast.tools.bench.quick`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_fast.quickbench import Ratio, Run, Turn, interleave, ratio, times_us
+from grace_fast.tools.bench.quick import Ratio, Run, Turn, interleave, ratio, times_us
 
 __all__ = ["Ratio", "Run", "Turn", "flusher", "interleave", "median_us", "ratio"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.activations import activations
 from benchmarks.oracle import pair_squared_distances
-from grace_fast.codebook import Codebook
+from grace_fast.codebook.codebook import Codebook
 
 Source = Literal[
     "minilm",

@@ -2,17 +2,17 @@
 
 from typing import Any
 
-from grace_fast._version import __version__
-from grace_fast.advice import GraceWarning
-from grace_fast.attachment import CodebookMismatch, attach, from_pretrained
-from grace_fast.backends.faiss_index import FaissIndex
-from grace_fast.calibrate import CalibrationEdit
-from grace_fast.codebook import Codebook
-from grace_fast.counters import Counters, LookupWarning
-from grace_fast.editor import Explanation, Grace
-from grace_fast.edits import Edit, Verification
-from grace_fast.index_errors import IndexErrors, measure_indexes
-from grace_fast.lookup import (
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.editor.attach import CodebookMismatch, attach, from_pretrained
+from grace_fast.editor.calibrate import CalibrationEdit
+from grace_fast.editor.edit_warnings import GraceWarning
+from grace_fast.editor.grace import Explanation, Grace
+from grace_fast.edits.edits import Edit, Verification
+from grace_fast.hook.counters import Counters, LookupWarning
+from grace_fast.hook.selection import SelectionWarning, using
+from grace_fast.lookup.backends.faiss_index import FaissIndex
+from grace_fast.lookup.index_errors import IndexErrors, measure_indexes
+from grace_fast.lookup.lookup import (
     BackendUnavailable,
     Match,
     Nearest,
@@ -22,13 +22,14 @@ from grace_fast.lookup import (
     nearest,
     replace,
 )
-from grace_fast.prepared import Prepared, prepare
-from grace_fast.selection import SelectionWarning, using
-from grace_fast.shards import RankLost, ShardedCodebook, ShardsDiffer
+from grace_fast.lookup.prepared import Prepared, prepare
+from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
 from grace_fast.store.files import CodebookCorrupt
-from grace_fast.store.resident import open, save
-from grace_fast.store.stream import build
+from grace_fast.store.large.resident import open, save
+from grace_fast.store.large.stream import build
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",

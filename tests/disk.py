@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import grace_fast as gf
-from grace_fast import native
+from grace_fast import _native
 
-compiled = pytest.mark.skipif(native.cpu is None, reason="grace_fast._cpu was not built")
+compiled = pytest.mark.skipif(_native.cpu is None, reason="grace_fast._cpu was not built")
 ROWS, WIDTH = 9000, 40  # two pages and a part of one, enough keys for an order
 
 

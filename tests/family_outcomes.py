@@ -26,8 +26,8 @@ from families import Family
 from torch import Tensor, nn
 
 import grace_fast as gf
-from grace_fast import batches, heads
-from grace_fast.tensor_parallel import declared_widths
+from grace_fast.editor import batches, heads
+from grace_fast.hook.tensor_parallel import declared_widths
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 MODES = ("replace_prompt", "replace_last", "replace_all")

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 
 import grace_fast as gf
-from grace_fast.edits import History
+from grace_fast.edits.edits import History
+from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.semantics import Rules
-from grace_fast.shards import RankLost, ShardedCodebook, ShardsDiffer
 
 WIDTH, VALUE = 12, 3
 

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 
-from grace_fast import certificate
+from grace_fast.index import certificate
 
 
 class Builder:

@@ -16,9 +16,10 @@ from cases import CASES as NAMED
 from cases import Case, oracle
 from torch import Tensor
 
-from grace_fast import codes as host_codes
-from grace_fast import order, semantics
-from grace_fast.backends import cpu
+from grace_fast import semantics
+from grace_fast.index import quantizer as host_codes
+from grace_fast.index import segments
+from grace_fast.lookup.backends import cpu
 
 MOST_QUERIES = 4  # the interpreter takes a tenth of a second for one
 PATHS = ("dense", "tiles", "codes", "code tiles")
@@ -219,22 +220,22 @@ def certificate(name: str, device: str):
     phi = host_codes.fit(keys, host_codes.scale_of(positive, keys))
     if phi is None:
         return None
-    usual, order.ORDER_ROWS = order.ORDER_ROWS, 64
+    usual, segments.ORDER_ROWS = segments.ORDER_ROWS, 64
     parts, first = [], 0
     for last in getattr(case, "runs", ()) or (len(keys),):
         encoded = host_codes.encode_keys(phi, keys[first:last])
         if parts and last == case.runs[-1]:
-            room = order.tail(last - first, floor)
+            room = segments.tail(last - first, floor)
             rows = np.arange(first, last, dtype=np.int32)
-            parts.append(order.append(room, encoded, rows, radii[first:last].numpy(), floor))
+            parts.append(segments.append(room, encoded, rows, radii[first:last].numpy(), floor))
         else:
-            made = order.Encoded.room(last - first)
+            made = segments.Encoded.room(last - first)
             made.put(encoded)
-            part = order.run(made, first, radii[first:last].numpy(), floor, kd_order)
+            part = segments.run(made, first, radii[first:last].numpy(), floor, kd_order)
             look_around(part, keys, radii)
             parts.append(part)
         first = last
-    order.ORDER_ROWS = usual
+    segments.ORDER_ROWS = usual
     return codes.device_codes(phi, parts, first, floor, device)
 
 
@@ -244,7 +245,7 @@ def kd_order(**arguments: int) -> None:
         cpu._cpu.kd_order(**arguments)
 
 
-def look_around(part: order.Part, keys: Tensor, radii: Tensor) -> None:
+def look_around(part: segments.Part, keys: Tensor, radii: Tensor) -> None:
     """Set the isolated bits: no other key of the part within twice the radius."""
     rows = torch.from_numpy(part.rows[: part.count].astype(np.int64))
     apart = semantics.squared_distances(keys[rows], keys[rows]).fill_diagonal_(math.inf).sqrt()

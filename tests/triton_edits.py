@@ -16,10 +16,11 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 import grace_fast as gf
-from grace_fast import certificate, semantics
-from grace_fast.backends import graphs
-from grace_fast.backends import triton as backend
-from grace_fast.codebook import Snapshot
+from grace_fast import semantics
+from grace_fast.codebook.codebook import Snapshot
+from grace_fast.index import certificate
+from grace_fast.lookup.backends import graphs
+from grace_fast.lookup.backends import triton as backend
 
 
 def assert_lawful(queries: Tensor, snapshot: Snapshot, what: str) -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast import lookup, semantics
-from grace_fast.codebook import Codebook, Draft, Snapshot
+from grace_fast import semantics
+from grace_fast.codebook.codebook import Codebook, Draft, Snapshot
 from grace_fast.compat.live import LiveCodebook, home
 from grace_fast.compat.method import Method
+from grace_fast.lookup import lookup
 from grace_fast.semantics import Decision, Rules
 
 

@@ -19,14 +19,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from grace_fast import extras
+from grace_fast import errors
 from grace_fast import semantics as law
-from grace_fast.attachment import find_layer
-from grace_fast.codebook import Draft
+from grace_fast.codebook.codebook import Draft
 from grace_fast.compat.adaptor import Adaptor, Change
 from grace_fast.compat.method import number, read_method, read_steps
 from grace_fast.compat.reference import Editor
 from grace_fast.compat.teaching import prompt_end
+from grace_fast.editor.attach import find_layer
 from grace_fast.semantics import IGNORED_LABEL, Rules
 
 _MOST_YAML_BYTES = 1 << 16  # a thousand times that of memory is made of it
@@ -68,7 +68,7 @@ class GraceHyperParams:
         try:
             import yaml
         except ModuleNotFoundError as error:
-            raise extras.missing("reading hparams", "yaml") from error
+            raise errors.missing("reading hparams", "yaml") from error
 
         path = Path(hparams_name_or_path)
         path = path if ".yaml" in path.name else path.with_name(f"{path.name}.yaml")

@@ -13,11 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from grace_fast import shown
-from grace_fast.advice import GraceWarning
+from grace_fast.codebook import printable
 from grace_fast.compat import easyedit, reference
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.live import CODEBOOK, as_epsilons, home
+from grace_fast.editor.edit_warnings import GraceWarning
 
 _NAMES = ("layer", "init_epsilon", "replacement", "key_id", "config")  # of any reference's adaptor
 # `training` is not moved: where the model is in training mode it says nothing of an edit.
@@ -148,8 +148,8 @@ def _move_codebook(original: Any, twin: Adaptor, name: str) -> None:
     twin.load(keys, values, epsilons, labels, ids)
     if len(keys) > 1:
         warnings.warn(
-            f"the adaptor at {shown.spelt(name)} kept its {len(keys)} labels in the reverse order "
-            "of its keys, as EasyEdit does, and decided edits by the label of another key; "
+            f"the adaptor at {printable.spelt(name)} kept its {len(keys)} labels in the reverse "
+            "order of its keys, as EasyEdit does, and decided edits by the label of another key; "
             "they are in the order of the keys now",
             GraceWarning,
             stacklevel=4,

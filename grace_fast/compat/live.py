@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast.codebook import DTYPES, Codebook, Snapshot
-from grace_fast.hosts import place
-from grace_fast.prepared import Prepared, prepare
+from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.hook.wrappers import place
+from grace_fast.lookup.prepared import Prepared, prepare
 
 CODEBOOK = ("keys", "values", "epsilons", "key_labels")
 STORED = (*CODEBOOK, "key_label_sizes")  # in a state_dict

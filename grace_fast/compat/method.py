@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from grace_fast.edits.settings import ValueInit
 from grace_fast.semantics import Expand, Replacement, Rules
-from grace_fast.settings import ValueInit
 
 Task = Literal["qa", "scotus", "hallucination"]
 Read = Callable[[str], Any]  # a setting by its name in the references; raises where it is missing

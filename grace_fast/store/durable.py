@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grace_fast import shown
-from grace_fast.changes import Change, back
-from grace_fast.codebook import Codebook, Snapshot
-from grace_fast.edits import Emptied, Forgotten, History, Recorded, Step
-from grace_fast.mapped import CodebookCorrupt
+from grace_fast.codebook import printable
+from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.diff import Change, back
+from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.edits.edits import Emptied, Forgotten, History, Recorded, Step
 from grace_fast.store import files, manifest
 from grace_fast.store.files import CodebookLocked as CodebookLocked
 from grace_fast.store.journal import Entry, Journal
@@ -206,7 +206,7 @@ class Store:
             try:
                 files.update(self.folder, {"hits": manifest.counted(hits)}, self._key)
             except (OSError, ValueError) as error:
-                told = (shown.spelt(self.folder), shown.spelt(error))
+                told = (printable.spelt(self.folder), printable.spelt(error))
                 _log.warning("the hits of %s were not kept: %s", *told)
         self._is_closed = True
         if self.journal is not None:

@@ -28,10 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from grace_fast import forks, shown
-from grace_fast.mapped import CodebookCorrupt as CodebookCorrupt
-from grace_fast.mapped import MappedFile, Shape, open_regular
-from grace_fast.store import beside, headers, manifest
+from grace_fast.codebook import forks, printable
+from grace_fast.codebook.mapped import CodebookCorrupt as CodebookCorrupt
+from grace_fast.codebook.mapped import MappedFile, Shape, open_regular
+from grace_fast.store import headers, manifest, side_files
 from grace_fast.store.headers import Described
 from grace_fast.store.manifest import CONFIG as CONFIG
 
@@ -127,7 +127,7 @@ def _drop_others(folder: Path, names: set[str]) -> None:
             if old.name not in names and not _is_folder(old):
                 old.unlink()
     for old in folder.glob(f"{JOURNALS}-*.sqlite"):
-        for each in (*beside.all_of(old), old):
+        for each in (*side_files.all_of(old), old):
             if old.name not in names and not _is_folder(each):
                 each.unlink(missing_ok=True)
 
@@ -160,7 +160,9 @@ class CodebookLocked(OSError):
     """Another process, or another editor of this one, edits the codebook of a directory."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(shown.spelt(message))  # it quotes what the lock's file says of its holder
+        super().__init__(
+            printable.spelt(message)
+        )  # it quotes what the lock's file says of its holder
 
 
 class Claim:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grace_fast.mapped import CodebookCorrupt, open_regular
+from grace_fast.codebook.mapped import CodebookCorrupt, open_regular
 
 MAX_BYTES = 100_000_000  # of any header: what the format allows
 _MAX_BYTES_EACH = 1024  # of a header whose tensors are known, for each of them and once more

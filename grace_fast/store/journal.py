@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from grace_fast import forks
-from grace_fast.codebook import MAX_COUNTER
-from grace_fast.mapped import CodebookCorrupt, refuse_special
-from grace_fast.store import beside
+from grace_fast.codebook import forks
+from grace_fast.codebook.codebook import MAX_COUNTER
+from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
+from grace_fast.store import side_files
 from grace_fast.store.files import ChangedMeanwhile, synchronise
 
 _FORMAT = 1
@@ -101,11 +101,11 @@ class Journal:
         if path.stat().st_size < _LEAST_BYTES:  # SQLite removes what lies beside an empty file
             raise CodebookCorrupt(f"{path} is not what was written: it is cut off")
         if read_only:
-            beside.refuse_odd_names(path)
+            side_files.refuse_odd_names(path)
             self._refuse_log_mode()
         else:
-            self._page_bytes = beside.page_bytes_of(path)
-            beside.refuse_foreign(path, self._page_bytes, writes=True)
+            self._page_bytes = side_files.page_bytes_of(path)
+            side_files.refuse_foreign(path, self._page_bytes, writes=True)
         with self._reading():
             file = _connected(path, "mode=ro" if read_only else "mode=rw")
             try:
@@ -147,7 +147,7 @@ class Journal:
                 file.execute("PRAGMA journal_mode=TRUNCATE")
                 file.execute("PRAGMA synchronous=FULL")
                 file.execute("BEGIN IMMEDIATE")
-                file.execute(f"PRAGMA application_id={beside.APPLICATION}")
+                file.execute(f"PRAGMA application_id={side_files.APPLICATION}")
                 file.execute(f"PRAGMA user_version={_FORMAT}")
                 for statement in _SCHEMA:
                     file.execute(statement)
@@ -169,7 +169,7 @@ class Journal:
             if name.startswith(_WRONG):
                 raise CodebookCorrupt(f"{self.path} is not what was written: {error}") from error
             if name.startswith("SQLITE_READONLY"):
-                beside.refuse_foreign(self.path)
+                side_files.refuse_foreign(self.path)
                 raise OSError(
                     f"{self.path} needs a writer: an edit was interrupted; "
                     "attach the codebook once where its directory can be written"
@@ -206,7 +206,7 @@ class Journal:
             name: file.execute(f"PRAGMA {name}").fetchone()[0]
             for name in ("application_id", "user_version")
         }
-        if told["application_id"] != beside.APPLICATION:
+        if told["application_id"] != side_files.APPLICATION:
             raise CodebookCorrupt(f"{self.path} is not a journal of grace_fast")
         if told["user_version"] > _FORMAT:
             raise CodebookCorrupt(
@@ -220,7 +220,7 @@ class Journal:
             raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
 
     def _head(self) -> tuple[int, bytes]:
-        beside.refuse_odd_names(self.path)
+        side_files.refuse_odd_names(self.path)
         with self._using, self._reading():
             # One statement, so that a version that is just appended is in neither or in both.
             rows = self._file.execute(
@@ -268,7 +268,7 @@ class Journal:
         self.version, self.checksum = version, before
 
     def _write(self, *statements: tuple[str, tuple[object, ...]]) -> None:
-        beside.refuse_before_writing(self.path, self._page_bytes)
+        side_files.refuse_before_writing(self.path, self._page_bytes)
         with self._using:
             try:
                 self._file.execute("BEGIN IMMEDIATE")

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.changes import Change
-from grace_fast.codebook import Draft, Snapshot
-from grace_fast.edits import (
+from grace_fast.codebook.codebook import Draft, Snapshot
+from grace_fast.codebook.diff import Change
+from grace_fast.codebook.labels import columns_of
+from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.edits.edits import (
     Base,
     Edit,
     Emptied,
@@ -27,10 +29,8 @@ from grace_fast.edits import (
     Recorded,
     Step,
 )
-from grace_fast.labels import columns_of
-from grace_fast.mapped import CodebookCorrupt
 from grace_fast.store import files, headers, manifest
-from grace_fast.store.layout import OUTCOMES, ascends, check_slots, pack_labels, unpack_labels
+from grace_fast.store.columns import OUTCOMES, ascends, check_slots, pack_labels, unpack_labels
 
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
 _NO_SLOT = -1

@@ -23,22 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.codebook import Codebook
-from grace_fast.edits import History
-from grace_fast.mapped import CodebookCorrupt, MappedFile, open_regular
-from grace_fast.store import beside, files, layout, past, resident, saved
-from grace_fast.store.blocks import Given
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile, open_regular
+from grace_fast.edits.edits import History
+from grace_fast.store import columns as layout
+from grace_fast.store import files, history_columns, saved, side_files
+from grace_fast.store.damaged_rows import Given
 from grace_fast.store.durable import LOCK, Lock, journal_place
 from grace_fast.store.journal import Entry, Journal
+from grace_fast.store.large import resident
 from grace_fast.store.records import redo
-from grace_fast.store.sound import (
-    HISTORY,
-    Dropped,
-    Story,
-    Unsound,
-    mend_rows,
-    without_odd_slots,
-)
+from grace_fast.store.salvage import HISTORY, Dropped, Story, Unsound, mend_rows, without_odd_slots
 
 _HOST = torch.device("cpu")
 _MOST_LISTED = 100_000  # versions; who makes a journal can say that it had any number
@@ -297,7 +292,7 @@ class _Edited:
     def _unpacked(self, columns: Mapping[str, Tensor]) -> tuple[Codebook, History]:
         book = layout.unpack_codebook(columns, _HOST, self._saved.base)
         texts, next_id = self._config["texts"], int(self._config["next_id"])
-        return book, past.unpack_history(columns, book.snapshot(), texts, next_id)
+        return book, history_columns.unpack_history(columns, book.snapshot(), texts, next_id)
 
     def _mended(self, columns: dict[str, Tensor], is_told: bool, drops: bool) -> dict[str, Tensor]:
         """Return columns that can be read, without the rows and edits that cannot be trusted.
@@ -315,7 +310,7 @@ class _Edited:
         unsound, live = self._unsound, columns["rows.live"]
         mended = mend_rows(columns, odd["keys"], odd["values"], self._max_radius, unsound)
         snapshot = layout.unpack_codebook(mended, _HOST).snapshot()
-        empty = past.pack_history(History(), snapshot)
+        empty = history_columns.pack_history(History(), snapshot)
         try:
             if not is_told:
                 raise CodebookCorrupt("its edits are not what was saved (checksum)")
@@ -378,10 +373,12 @@ class _Edited:
         try:
             if self._unsound.numbers:
                 raise CodebookCorrupt("rows of its base cannot be trusted")
-            past.check_replayed(snapshot, self._history, self._max_radius)
+            history_columns.check_replayed(snapshot, self._history, self._max_radius)
         except CodebookCorrupt:
             version = snapshot.version
-            columns = layout.pack_codebook(snapshot) | past.pack_history(self._history, snapshot)
+            columns = layout.pack_codebook(snapshot) | history_columns.pack_history(
+                self._history, snapshot
+            )
             texts = {str(e.id): list(e.text) for e in self._history.edits.values() if e.text}
             self._config = self._config | {"texts": texts, "next_id": self._history.next_id}
             self._book, self._history = self._unpacked(self._mended(columns, True, drops=True))
@@ -435,11 +432,11 @@ def _salvaged(
         with files.temporary_folder(folder.absolute().parent) as room:
             copied = room / path.name
             _copy(path, copied)
-            odd = beside.foreign(path, beside.page_bytes_of(copied))
+            odd = side_files.foreign(path, side_files.page_bytes_of(copied))
             report.dropped += [Dropped("file", None, f"{each} {why}") for each, why in odd.items()]
-            rollback = beside.rollback_of(path)
+            rollback = side_files.rollback_of(path)
             if rollback not in odd and rollback.exists():
-                _copy(rollback, beside.rollback_of(copied))
+                _copy(rollback, side_files.rollback_of(copied))
             with closing(Journal(copied, name, base, key, salvage=True)) as journal:
                 with suppress(CodebookCorrupt):
                     newest = journal.newest()

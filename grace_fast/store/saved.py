@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from grace_fast._version import __version__
-from grace_fast.codebook import Codebook, Snapshot
-from grace_fast.edits import History
-from grace_fast.memory import memory_errors
-from grace_fast.settings import Settings
-from grace_fast.store import files, layout, past
+from grace_fast.codebook.buffers import memory_errors
+from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.edits.edits import History
+from grace_fast.edits.settings import Settings
+from grace_fast.store import columns, files, history_columns
 from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
 from grace_fast.store.journal import Journal
 
@@ -62,14 +62,14 @@ class Saved:
     ) -> tuple[Codebook, History, Journal | None]:
         """Return the same and the journal, to go on from there; None where there is none."""
         tensors = files.read_tensors(self.path, self.config)
-        layout.check_radii(tensors, self.settings.max_radius)
-        book = layout.unpack_codebook(tensors, torch.device(device), self.base)
+        columns.check_radii(tensors, self.settings.max_radius)
+        book = columns.unpack_codebook(tensors, torch.device(device), self.base)
         texts, next_id = self.config["texts"], int(self.config["next_id"])
-        history = past.unpack_history(tensors, book.snapshot(), texts, next_id)
+        history = history_columns.unpack_history(tensors, book.snapshot(), texts, next_id)
         journal = journal_of(self.path, self.config, self.hmac_key, read_only)
         if journal is not None:
             replay(journal, book, history, version)
-            past.check_replayed(book.snapshot(), history, self.settings.max_radius)
+            history_columns.check_replayed(book.snapshot(), history, self.settings.max_radius)
         if version not in (None, book.version):
             last = self.base if journal is None else journal.version
             raise ValueError(
@@ -99,9 +99,14 @@ def write(
             f"the codebook lies in {snapshot.key_file.path.parent}, whose files hold no edits: "
             "gf.save writes its keys and values, to be opened by gf.open"
         )
-    texts = past.texts_of(history)
-    config = {"grace_fast": __version__, "next_id": history.next_id, "texts": texts, **described}
-    tensors = layout.pack_codebook(snapshot) | past.pack_history(history, snapshot)
+    texts = history_columns.texts_of(history)
+    config = {
+        "grace_fast": metadata.version("grace_fast"),
+        "next_id": history.next_id,
+        "texts": texts,
+        **described,
+    }
+    tensors = columns.pack_codebook(snapshot) | history_columns.pack_history(history, snapshot)
     files.write(path, config, tensors, hmac_key)
 
 

@@ -22,8 +22,8 @@ from torch import nn
 
 import grace_fast as gf
 from faults import shim
-from grace_fast.codebook import COLUMNS
-from grace_fast.edits import History
+from grace_fast.codebook.codebook import COLUMNS
+from grace_fast.edits.edits import History
 
 WIDTH, CLASSES = 6, 4
 Operation = tuple[Any, ...]

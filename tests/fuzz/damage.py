@@ -20,7 +20,7 @@ from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 from fuzz.draw import Draw
-from grace_fast.mapped import BLOCK_BYTES, HEADER_BYTES, refuse_special
+from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES, refuse_special
 from grace_fast.store import durable, files, journal, manifest
 
 NUMBERS = (0, 1, -1, 2**31, -(2**31), 2**62, -(2**63), math.nan, math.inf, -0.0, 1e-42, 3e38)

@@ -36,15 +36,17 @@ import grace_fast as gf
 from fuzz.damage import PLAIN, change_json, changed_bytes, changed_tensors, damage
 from fuzz.draw import Draw
 from fuzz.serving import assert_decides_by_the_law, assert_serves
-from grace_fast import certificate, cli, order
-from grace_fast.attachment import read_saved
 from grace_fast.compat import easyedit, reference
 from grace_fast.compat.live import STORED
-from grace_fast.evaluate import records
-from grace_fast.store import coded, files, headers, portable, resident
+from grace_fast.editor.attach import read_saved
+from grace_fast.index import certificate, segments
+from grace_fast.store import archive, files, headers
 from grace_fast.store.durable import LOCK
+from grace_fast.store.large import index_file, resident
+from grace_fast.store.large.shard_files import FilesOfRows
 from grace_fast.store.repair import repair
-from grace_fast.store.source import FilesOfRows
+from grace_fast.tools import cli
+from grace_fast.tools.evaluate import records
 
 HOST = torch.device("cpu")
 PACKAGE = str(Path(gf.__file__).parent) + os.sep
@@ -93,7 +95,7 @@ def _make_bases(folder: Path) -> dict[str, Path]:
         golden.editor().save_pretrained(folder / "edited")
         gf.save(golden.book(), folder / "bare")
         golden.editor(path=folder / "journalled").unload()
-        portable.pack(folder / "edited", folder / "packed.grace")
+        archive.pack(folder / "edited", folder / "packed.grace")
         _leave_a_build(folder / "unfinished")
     return {each.name: each for each in folder.iterdir()}
 
@@ -250,13 +252,13 @@ def codes(draw: Draw) -> None:
         draft.set_radius(0, 0.25)  # a version that nobody has asked
     snapshot = ORDERED.snapshot()
     with refusing():
-        state = coded.unpack_state(changed_tensors(draw, CODES), snapshot)
+        state = index_file.unpack_state(changed_tensors(draw, CODES), snapshot)
     certificate.restore(snapshot, state)
     gf.find(golden.questions(), ORDERED)
 
 
 def _codes() -> tuple[gf.Codebook, dict[str, torch.Tensor]]:
-    book = golden.book(order.ORDER_ROWS + 64)
+    book = golden.book(segments.ORDER_ROWS + 64)
     gf.save(book, ROOM / "ordered")
     tensors = files.read_file(ROOM / "ordered", files.read_config(ROOM / "ordered")["codes"])
     tensors["state"][3] = 0.0  # they pay, whatever was predicted
@@ -272,13 +274,13 @@ def packed(draw: Draw) -> None:
     source.write_bytes(_changed_zip(draw, BASES["packed.grace"]))
     try:
         with refusing():
-            count = portable.unpack(source, target)
+            count = archive.unpack(source, target)
     except Refused:
         assert not target.exists()
         source.unlink()
         raise
     again = BESIDE / "again"
-    assert portable.pack(target, again) == count
+    assert archive.pack(target, again) == count
     source.unlink()
     again.unlink()
     _open_saved()

@@ -10,9 +10,9 @@ import torch
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.edits import History
+from grace_fast.edits.edits import History
 from grace_fast.semantics import Rules
-from grace_fast.store import layout, past
+from grace_fast.store import columns, history_columns
 
 
 def assert_decides_by_the_law(book: gf.Codebook) -> None:
@@ -34,10 +34,10 @@ def assert_serves(
     """Look up, verify, be written and read again, and have every edit undone in some order."""
     assert_decides_by_the_law(book)
     snapshot = book.snapshot()
-    packed = layout.pack_codebook(snapshot) | past.pack_history(history, snapshot)
+    packed = columns.pack_codebook(snapshot) | history_columns.pack_history(history, snapshot)
     texts = {str(e.id): e.text for e in history.edits.values() if e.text is not None}
-    again = layout.unpack_codebook(packed, torch.device("cpu"), book.version)
-    history_again = past.unpack_history(packed, again.snapshot(), texts, history.next_id)
+    again = columns.unpack_codebook(packed, torch.device("cpu"), book.version)
+    history_again = history_columns.unpack_history(packed, again.snapshot(), texts, history.next_id)
     assert [vars(e).keys() for e in history_again.edits.values()] == [
         vars(e).keys() for e in history.edits.values()
     ]

@@ -11,5 +11,5 @@
     dropin.py      the references' adaptor, whose tensors a caller writes to
     mutants.py     faults of memory, put in one at a time, and how soon a life finds them
 
-`python -m benchmarks.gate_life` runs them for long, `tests/test_life.py` for a minute.
+`python -m benchmarks.gate_life` runs them for long, `tests/lookup/test_life.py` for a minute.
 """

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import grace_fast as gf
-from grace_fast.backends import faiss_index
+from grace_fast.lookup.backends import faiss_index
 from life.law import Answers, Array
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from grace_fast import building, certificate, order
+from grace_fast.index import builder, certificate, segments
 
 MODES = ("threads", "stepped", "parked", "none", "at once")
 USUAL = {
@@ -21,9 +21,9 @@ USUAL = {
     (certificate, "INLINE_ROWS"): 1024,
     (certificate, "TAIL_ROWS"): 16384,
     (certificate, "MERGE_RATIO"): 4,
-    (building, "_CHUNK"): 512,
-    (building, "OUTLIERS"): 4096,
-    (order, "ORDER_ROWS"): 4096,
+    (builder, "_CHUNK"): 512,
+    (builder, "OUTLIERS"): 4096,
+    (segments, "ORDER_ROWS"): 4096,
 }
 
 
@@ -48,19 +48,19 @@ class Background:
         codes_pay: whether look-ups go by the codes; None for what is predicted.
         """
         kept = {place: getattr(*place) for place in USUAL}
-        predict, background = building.Build._predict, certificate.background
+        predict, background = builder.Build._predict, certificate.background
         try:
             for (module, name), number in thresholds.items():
                 setattr(module, name, number)
             if codes_pay is not None:
-                building.Build._predict = _predicting(1.0 if codes_pay else float("inf"))
+                builder.Build._predict = _predicting(1.0 if codes_pay else float("inf"))
             if self.mode != "threads":
                 certificate.background = self._take
             yield self
         finally:
             for known in list(certificate._builders):
                 known.settle()
-            certificate.background, building.Build._predict = background, predict
+            certificate.background, builder.Build._predict = background, predict
             for (module, name), number in kept.items():
                 setattr(module, name, number)
 

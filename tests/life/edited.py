@@ -19,7 +19,7 @@ from faults import workload
 from grace_model import Model as Rules
 
 import grace_fast as gf
-from grace_fast import certificate
+from grace_fast.index import certificate
 from life import asking
 from life.background import Background
 from life.law import Model

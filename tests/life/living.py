@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 import grace_fast as gf
-from grace_fast import building, certificate, native, order
+from grace_fast import _native
+from grace_fast.index import builder, certificate, segments
 from life import asking, drawing, tables
 from life.background import MODES, Background
 from life.law import Answers, Array, Model
@@ -107,10 +108,10 @@ class Life:
         Raises: Wrong.
         """
         end = time.monotonic() + self.plan.seconds
-        usual = native.cpu.instruction_set()
+        usual = _native.cpu.instruction_set()
         with ExitStack() as stack:
-            stack.callback(native.cpu.use_instruction_set, usual)
-            if not native.cpu.use_instruction_set(self.instructions):
+            stack.callback(_native.cpu.use_instruction_set, usual)
+            if not _native.cpu.use_instruction_set(self.instructions):
                 self.instructions = usual
             stack.enter_context(tables.installed())
             stack.enter_context(self.background.installed(self.codes_pay, self.thresholds))
@@ -276,7 +277,7 @@ def thresholds(rng: np.random.Generator) -> dict[Any, int]:
         (certificate, "INLINE_ROWS"): inline,
         (certificate, "TAIL_ROWS"): int(rng.choice([8, 30, 100])),
         (certificate, "MERGE_RATIO"): int(rng.choice([1, 2, 4])),
-        (building, "_CHUNK"): int(rng.choice([16, 64])),
-        (building, "OUTLIERS"): int(rng.choice([8, 4096])),
-        (order, "ORDER_ROWS"): int(rng.choice([40, 130, 4096])),
+        (builder, "_CHUNK"): int(rng.choice([16, 64])),
+        (builder, "OUTLIERS"): int(rng.choice([8, 4096])),
+        (segments, "ORDER_ROWS"): int(rng.choice([40, 130, 4096])),
     }

@@ -23,10 +23,12 @@ from typing import Any
 
 import torch
 
-from grace_fast import building, certificate, codebook, order, prepared, shards, views
-from grace_fast.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
+from grace_fast.codebook import codebook
 from grace_fast.compat import live
-from grace_fast.store import resident
+from grace_fast.index import builder, certificate, native_view, segments
+from grace_fast.lookup import prepared, sharded
+from grace_fast.lookup.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
+from grace_fast.store.large import resident
 from life import ranks, tables
 from life.dropin import DropIn
 from life.edited import Edited
@@ -62,7 +64,7 @@ class Mutant:
     more: tuple[Any, str, str, str] | None = None  # what goes with it: owner, function, old, new
 
 
-C, S, D = certificate.Certificate, views, codebook.Draft
+C, S, D = certificate.Certificate, native_view, codebook.Draft
 _STALE_WIDEST = """_stale_widest(self, snapshot)"""
 # The version that was told last, whatever its age; the newest where codes were published since.
 _LAST = (
@@ -129,11 +131,11 @@ MUTANTS = (
     ),
     Mutant(
         "the reach of a super leaf is not raised",
-        *(order.Part, "raise_reach", "self.super_reach is not None and", "False and"),
+        *(segments.Part, "raise_reach", "self.super_reach is not None and", "False and"),
     ),
     Mutant(
         "a radius that grew leaves its isolated bit",
-        *(order.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
+        *(segments.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
         "over",
     ),
     Mutant(
@@ -191,10 +193,10 @@ MUTANTS = (
         "    self._older.add(snapshot)",
         "old",
     ),
-    Mutant("a key that codes cannot hold is kept", order, "append", "return None", "pass"),
+    Mutant("a key that codes cannot hold is kept", segments, "append", "return None", "pass"),
     Mutant(
         "a new row's reach is not set",
-        order,
+        segments,
         "append_codes",
         "np.maximum.at",
         "(lambda *_: 0)",
@@ -202,18 +204,18 @@ MUTANTS = (
     ),
     Mutant(
         "a tail that grows loses its reaches",
-        *(order, "append_codes", "np.maximum(part.reach, floor)", "floor"),
+        *(segments, "append_codes", "np.maximum(part.reach, floor)", "floor"),
     ),
     Mutant(
         "a run's reaches are the floor",
-        order,
+        segments,
         "run",
         "reach_of(radii[order], floor)",
         "reach_of(0 * radii, floor)",
     ),
     Mutant(
         "all wide balls of a run are isolated",
-        *(building.Build, "_look_around", "part.isolated = bits", "part.isolated = bits | 255"),
+        *(builder.Build, "_look_around", "part.isolated = bits", "part.isolated = bits | 255"),
     ),
     Mutant(
         "codes opened from a disk have no reaches",
@@ -384,7 +386,7 @@ MUTANTS = (
     ),
     Mutant(
         "shards do not widen by an append",
-        shards.ShardDraft,
+        sharded.ShardDraft,
         "append",
         "shards._widest = max(",
         "_ = max(",
@@ -392,7 +394,7 @@ MUTANTS = (
     ),
     Mutant(
         "shards do not widen by a radius",
-        shards.ShardDraft,
+        sharded.ShardDraft,
         "set_radius",
         "self._shards._widest = max(",
         "_ = max(",

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import grace_fast as gf
-from grace_fast.changes import back
+from grace_fast.codebook.diff import back
 from life.law import Array, Model
 
 if TYPE_CHECKING:

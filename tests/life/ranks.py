@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import grace_fast as gf
-from grace_fast import shards
+from grace_fast.lookup import sharded
 from life import asking
 from life.law import Answers
 from life.operations import Change, to_draft
@@ -75,8 +75,8 @@ class Ranks:
 
     @contextmanager
     def _distributed(self) -> Iterator[None]:
-        usual = shards.dist
-        shards.dist = SimpleNamespace(
+        usual = sharded.dist
+        sharded.dist = SimpleNamespace(
             is_available=lambda: True,
             is_initialized=lambda: True,
             get_rank=lambda group: self._rank.number,
@@ -88,7 +88,7 @@ class Ranks:
         try:
             yield
         finally:
-            shards.dist = usual
+            sharded.dist = usual
 
     def _exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         self._given[self._rank.number] = tensor.clone()

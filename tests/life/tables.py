@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import grace_fast as gf
-from grace_fast.backends import cuda
+from grace_fast.lookup.backends import cuda
 from life import asking
 from life.law import Answers
 

@@ -1,0 +1,1 @@
+"""The life of edits on a codebook, without a model."""

@@ -1,0 +1,1 @@
+"""The edited layer: which token asks, what was found, how it is written into the output."""

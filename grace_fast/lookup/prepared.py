@@ -1,0 +1,154 @@
+"""`find` for callers that ask again and again, in eager mode and in compiled graphs.
+
+In eager mode a prepared look-up goes from the queries to the extension in one call; what depends on
+the codebook's version only is looked at again when there is a new version. Under `torch.compile` it
+is the registered op `grace_fast::find`, which takes the codebook as an integer: edits and growth
+change neither the graph nor its guards.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
+
+from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.index import certificate
+from grace_fast.index.certificate import Certificate
+from grace_fast.index.native_view import View
+from grace_fast.lookup import lookup
+from grace_fast.lookup.backends import cpu
+from grace_fast.lookup.lookup import Match
+from grace_fast.semantics import Replacement
+
+_books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
+_numbers = itertools.count(1)
+
+
+class Prepared:
+    """`find` for one codebook; made by `prepare`, sees every later edit."""
+
+    __slots__ = ("_book", "_certificate", "_handle", "_snapshot", "_view")
+
+    def __init__(self, codebook: Codebook) -> None:
+        self._book = codebook
+        self._snapshot: Snapshot | None = None
+        self._view: View | None = None
+        self._certificate: Certificate | None = None
+        self._handle = next(_numbers)
+        _books[self._handle] = codebook
+
+    def __call__(self, queries: Tensor) -> Match:
+        """Return what `find(queries, codebook)` returns, and raise what it raises."""
+        if is_dynamo_compiling():
+            return self._registered(queries)
+        # Plain attributes: with empty caches a Python call takes as long as the look-up's proof.
+        view = self._view
+        if (
+            view is None
+            or self._book._current is not self._snapshot
+            or self._certificate._state is not view.made_from  # type: ignore[union-attr]
+        ):
+            view = self._renew()
+        answer = None if view is None else view.version.ask(queries)
+        if answer is not None:
+            return Match(*answer)
+        if torch.compiler.is_compiling():
+            return self._registered(queries)
+        return lookup.find(queries, self._book)  # what is rare, and every refusal
+
+    def replace_(
+        self,
+        output: Tensor,
+        queries: Tensor,
+        positions: Tensor | None = None,
+        mode: Replacement = "replace_prompt",
+    ) -> Tensor:
+        """Do what `lookup.replace_` does for the codebook: write hits' values into output."""
+        if not torch.compiler.is_compiling():
+            return lookup.replace_(output, queries, self._book, positions, mode)
+        if positions is None:
+            positions = queries.new_full((len(output),), output.shape[1] - 1, dtype=torch.int64)
+        torch.ops.grace_fast.replace_(output, queries, positions, mode, self._handle)
+        return output
+
+    def _registered(self, queries: Tensor) -> Match:
+        return Match(None, fields=torch.ops.grace_fast.find(queries, self._handle))
+
+    def _renew(self) -> View | None:
+        self._snapshot = snapshot = self._book.snapshot()
+        self._certificate = certificate.of(snapshot)
+        self._view = cpu.view_of(snapshot)
+        return self._view
+
+    def settle(self) -> None:
+        """Wait for what is computed from the keys that are there."""
+        self._renew()
+        if self._certificate is not None and self._snapshot is not None:
+            with self._certificate.held(self._snapshot):  # starts what has to be made
+                pass
+            self._certificate.settle()
+
+
+def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prepared:
+    """Return `find` for one codebook with everything chosen once a version; it sees later edits.
+
+    wait: compute first what can be computed from the keys that are there; without, the first
+        look-ups may read all keys.
+    graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are captured
+        from now on see every edit once it was made; a stream that replays one and the stream of the
+        edit have to wait for each other, and a thread that does not edit replays within
+        `codebook.held()`.
+
+    Raises: TypeError for no codebook; with `graphs` BackendUnavailable, or MemoryError where the
+    GPU cannot keep it so.
+    """
+    if not isinstance(codebook, Codebook):
+        raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
+    prepared = Prepared(codebook)
+    if wait:
+        prepared.settle()
+    if graphs:
+        lookup.keep_for_graphs(codebook)
+    return prepared
+
+
+@torch.library.custom_op("grace_fast::find", mutates_args=())
+def find_by_handle(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hit [B], row [B] and S [B] of queries [B, D] in the codebook of a `Prepared`."""
+    match = lookup.find(queries, _book(codebook))
+    return match.hit.clone(), match.row.clone(), match.squared_distance.clone()
+
+
+def _book(handle: int) -> Codebook:
+    book = _books.get(handle)
+    if book is None:
+        raise RuntimeError("the codebook that this graph was compiled for is gone")
+    return book
+
+
+@find_by_handle.register_fake
+def _(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
+    batch = queries.shape[0]
+    return (
+        queries.new_empty(batch, dtype=torch.bool),
+        queries.new_empty(batch, dtype=torch.int64),
+        queries.new_empty(batch, dtype=torch.float64),
+    )
+
+
+@torch.library.custom_op("grace_fast::replace_", mutates_args={"output"})
+def replace_by_handle(
+    output: Tensor, queries: Tensor, positions: Tensor, replacement: str, codebook: int
+) -> None:
+    """Write the values of hits into output [B, T, V]; see `lookup.replace_`."""
+    lookup.replace_(output, queries, _book(codebook), positions, cast("Replacement", replacement))
+
+
+@replace_by_handle.register_fake
+def _(output: Tensor, queries: Tensor, positions: Tensor, replacement: str, codebook: int) -> None:
+    return None

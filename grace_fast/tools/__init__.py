@@ -1,0 +1,1 @@
+"""Programs on top of the library: command line, reports, evaluations, benchmarks, metrics."""

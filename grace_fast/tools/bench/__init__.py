@@ -1,0 +1,1 @@
+"""Benchmarks that run on a user's machine: `grace-fast bench`."""

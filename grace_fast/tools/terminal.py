@@ -1,0 +1,153 @@
+"""What is printed: lines, tables, JSON and progress, with nothing of a stored text carried out.
+
+Every text goes through `shown` on its way. Rich and tqdm draw where they are installed and a
+terminal is there to draw on; without them, and into files and pipes, it is plain text.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+import threading
+import traceback
+import unicodedata
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import numpy as np
+from torch import Tensor
+
+from grace_fast.codebook import printable
+
+GAP = "  "  # between the columns of a plain table
+_MOST_DRAWN = 1 << 18  # characters of a table: Rich takes 4 s to fold a million
+
+
+def say(text: Any, err: bool = False) -> None:
+    """Print one line."""
+    stream = sys.stderr if err else sys.stdout
+    print(printable.fit(text, stream), file=stream, flush=True)
+
+
+def say_json(figures: Mapping[str, Any]) -> None:
+    """Print one JSON object: in ASCII, and null for a number that JSON does not know."""
+    print(json.dumps(plain(figures), allow_nan=False), flush=True)
+
+
+def plain(value: Any) -> Any:
+    """Return figures as JSON knows them: numbers of numpy and torch as Python's, NaN as null."""
+    if isinstance(value, np.generic | Tensor | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Print a table of texts."""
+    stream = sys.stdout
+    cells = [[printable.fit(cell, stream) for cell in row] for row in rows]
+    is_short = sum(len(cell) for row in cells for cell in row) <= _MOST_DRAWN
+    if not (is_short and stream.isatty() and _drawn(columns, cells, stream)):
+        for line in lines_of([list(columns), *cells]):
+            print(line, file=stream)
+    stream.flush()
+
+
+def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]], stream: TextIO) -> bool:
+    """Draw a table by Rich; tell whether it is installed."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+    except ImportError:
+        return False
+    made = Table()
+    for name in columns:
+        made.add_column(Text(name), overflow="fold")
+    for row in cells:
+        made.add_row(*map(Text, row))
+    Console(file=stream, highlight=False, markup=False, emoji=False).print(made)
+    return True
+
+
+def lines_of(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a plain table, every column as wide as its widest cell but the last."""
+    widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        padded = [
+            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)
+        ]
+        yield GAP.join(padded).rstrip()
+
+
+def _width(text: str) -> int:
+    """Return the columns of a terminal that a text takes."""
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(one) in "WF" for one in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(one)) for one in text)
+
+
+def ticking(every: Sequence[Any], title: str, unit: str) -> Iterable[Any]:
+    """Return a sequence whose progress is shown on a terminal, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return every
+    bar: Iterable[Any] = tqdm(every, desc=printable.fit(title, sys.stderr), unit=unit, disable=None)
+    return bar
+
+
+class _ShownRecord(logging.LogRecord):
+    """A log record whose message may quote what was stored."""
+
+    def getMessage(self) -> str:
+        return printable.spelt(super().getMessage(), keep="\n\t")
+
+
+def guard() -> None:
+    """Let no warning, log line or traceback of this process carry anything out on a terminal.
+
+    For a process of our own: it changes what all of Python's messages look like.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what others print: spelt out rather than refused
+            stream.reconfigure(errors="backslashreplace")
+    as_usual = warnings.formatwarning
+
+    def formatted(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        text = as_usual(printable.spelt(message), category, filename, lineno, line)
+        return printable.spelt(text, keep="\n\t")
+
+    def uncaught(
+        kind: type[BaseException], error: BaseException, where: TracebackType | None
+    ) -> None:
+        lines = "".join(traceback.format_exception(kind, error, where))
+        sys.stderr.write(printable.fit(lines, sys.stderr, keep="\n\t"))
+
+    def uncaught_in_thread(told: threading.ExceptHookArgs) -> None:
+        if told.exc_type is not SystemExit:
+            error = told.exc_value or told.exc_type()
+            say(f"in thread {getattr(told.thread, 'name', None)!r}:", err=True)
+            uncaught(told.exc_type, error, told.exc_traceback)
+
+    warnings.formatwarning = formatted
+    threading.excepthook = uncaught_in_thread
+    logging.setLogRecordFactory(_ShownRecord)
+    sys.excepthook = uncaught

@@ -1,0 +1,172 @@
+"""On a GPU: every look-up against the law, in graphs and compiled, while the codebook is edited."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import grace_fast as gf
+from grace_fast import semantics
+from grace_fast.lookup import lookup
+from grace_fast.lookup.backends.workload import Workload
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BACKENDS = ("cuda", "triton", "auto")
+SHAPES = ((1, 300, 64), (7, 5000, 384), (32, 20000, 768), (200, 3000, 100))
+
+
+@contextmanager
+def poisoned():
+    """Fill torch.empty with NaN: what is read before it is written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def book_of(rows, width, dtype=torch.float32, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    spectrum = torch.arange(1, width + 1, device="cuda").float() ** -0.5
+    keys = torch.randn(rows, width, device="cuda", generator=generator) * spectrum
+    radii = 0.05 + 0.2 * torch.rand(rows, device="cuda", generator=generator)
+    radii[::17] *= -1
+    book = gf.Codebook(width, 8, dtype=dtype, device="cuda")
+    book.append(keys.to(dtype), torch.randn(rows, 8, device="cuda").to(dtype), radii.cpu())
+    return book
+
+
+def queries_of(book, batch, seed=1):
+    """Half beside a key, a few on one, the rest anywhere; one is not finite."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    rows = torch.randint(book.snapshot().rows, (batch,), device="cuda", generator=generator)
+    queries = book.keys[rows].float()
+    noise = torch.randn(queries.shape, device="cuda", generator=generator)
+    scale = torch.tensor([0.0, 0.002, 0.005, 1.0], device="cuda").repeat(batch)[:batch]
+    queries += noise * scale[:, None]
+    if batch > 4:
+        queries[4, 0] = torch.nan
+    return queries.to(book.dtype)
+
+
+def law(queries, book):
+    snapshot = book.snapshot()
+    row, squared = lookup.BACKENDS["reference"].nearest(queries, snapshot)
+    hit = semantics.in_ball(squared, snapshot.radii_of(row))
+    return hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf)
+
+
+def assert_lawful(match, queries, book):
+    hit, row, squared = law(queries, book)
+    assert torch.equal(match.hit, hit)
+    assert torch.equal(match.row, row)
+    assert torch.equal(match.squared_distance, squared)
+
+
+def skip_unless_taken(backend, book, batch):
+    if backend == "auto":
+        return
+    snapshot = book.snapshot()
+    work = Workload("cuda", book.dtype, batch, snapshot.rows, book.key_dim)
+    if reason := lookup.BACKENDS[backend].why_not(work):
+        pytest.skip(f"{backend}: {reason}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_codebooks(backend, shape, dtype):
+    batch, rows, width = shape
+    book = book_of(rows, width, dtype)
+    skip_unless_taken(backend, book, batch)
+    queries = queries_of(book, batch)
+    with poisoned():
+        assert_lawful(gf.find(queries, book, backend=backend), queries, book)
+        gf.prepare(book)
+        assert_lawful(gf.find(queries, book, backend=backend), queries, book)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_captured_graph_sees_edits(backend):
+    book = book_of(5000, 384)
+    skip_unless_taken(backend, book, 4)
+    gf.prepare(book, graphs=True)
+    queries = queries_of(book, 4)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gf.find(queries, book, backend=backend)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        match = gf.find(queries, book, backend=backend)
+        hit, row = match.hit, match.row
+    graph.replay()
+    assert torch.equal(hit, law(queries, book)[0])
+    for number in range(20):
+        fresh = torch.randn(1, 384, device="cuda")
+        book.append(fresh, torch.zeros(1, 8, device="cuda"), torch.ones(1))
+        queries[number % 4] = fresh[0] + 1e-3
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = law(queries, book)
+        assert torch.equal(hit, expected[0])
+        assert torch.equal(row, expected[1])
+
+
+def test_a_capture_that_would_not_see_edits_is_refused():
+    book = book_of(300, 64)
+    queries = queries_of(book, 2)
+    gf.find(queries, book)
+    with (
+        pytest.raises(RuntimeError, match="would not see later edits"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        gf.find(queries, book)
+
+
+def test_a_compiled_look_up_sees_edits_without_recompiling():
+    book = book_of(500, 64)
+    prepared = gf.prepare(book)
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def hits(queries):
+        return prepared(queries).hit
+
+    for number in range(100):
+        fresh = torch.randn(1, 64, device="cuda")
+        assert not bool(hits(fresh * 50).any())
+        book.append(fresh * 50, torch.zeros(1, 8, device="cuda"), torch.ones(1))
+        assert bool(hits(fresh * 50).all()), number
+    assert len(graphs) == 1
+
+
+def test_keys_keep_their_address_while_the_codebook_grows():
+    book = book_of(100, 64)
+    start = book.snapshot().key_slots.data_ptr()
+    for _ in range(8):
+        book.append(torch.randn(4000, 64, device="cuda"), torch.zeros(4000, 8), torch.ones(4000))
+    assert book.snapshot().key_slots.data_ptr() == start
+
+
+@pytest.mark.parametrize("mode", ["replace_all", "replace_last", "replace_prompt"])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_replacing_in_place_is_replacing(backend, tokens, mode):
+    book = book_of(5000, 384)
+    skip_unless_taken(backend, book, 8)
+    queries = queries_of(book, 8)
+    output = torch.randn(8, tokens, 8, device="cuda")
+    positions = torch.randint(tokens, (8,), device="cuda")
+    expected = gf.replace(output, queries, book, positions, mode, backend="reference")
+    written = lookup.replace_(output.clone(), queries, book, positions, mode, backend)
+    assert torch.equal(written, expected)

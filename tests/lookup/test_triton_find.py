@@ -1,0 +1,185 @@
+"""The Triton look-ups decide as the law does, on the interpreter or, where there is one, a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import triton_cases
+from cases import INF
+
+from grace_fast import semantics
+from grace_fast.lookup.backends import triton as backend
+from grace_fast.lookup.backends.workload import Workload
+
+
+def skip_unless_importable() -> None:
+    reason = backend.why_not(Workload("cuda", torch.float32, 1, 1, 1))
+    if reason is not None:
+        pytest.skip(f"triton: {reason}")
+
+
+def skip_where_nothing_is_interpreted(device: str) -> None:
+    if device == "cuda":
+        return
+    if torch.cuda.is_available():
+        pytest.skip("the same cases run on the GPU")
+    numpy_version = tuple(int(part) for part in version("numpy").split(".")[:2])
+    if version("triton").startswith("3.6.") and numpy_version >= (2, 4):
+        pytest.skip("triton 3.6 cannot interpret with numpy 2.4 or later")
+
+
+@pytest.fixture(scope="module", params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+def found(request, tmp_path_factory):
+    skip_unless_importable()
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        return triton_cases.answers("cuda")
+    skip_where_nothing_is_interpreted("cpu")
+    path = tmp_path_factory.mktemp("triton") / "answers.pt"
+    run = subprocess.run(
+        [sys.executable, str(Path(triton_cases.__file__)), str(path)],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    return torch.load(path)
+
+
+@pytest.mark.parametrize("path", triton_cases.PATHS)
+@pytest.mark.parametrize("name", triton_cases.NAMES)
+def test_a_look_up_decides_as_the_law(found, path, name):
+    if f"{path}: {name}" not in found:
+        assert name in ("squares beyond fp32", "fp32 denormals")  # no map: no certificate
+        return
+    hit, row, squared, _ = found[f"{path}: {name}"]
+    assert (hit, row, squared) == triton_cases.expected(name)
+
+
+@pytest.mark.parametrize("path", triton_cases.PATHS)
+@pytest.mark.parametrize("name", triton_cases.WITHOUT_SUMS)
+def test_without_canonical_sums_the_decision_is_the_same(found, path, name):
+    hit, row, squared = found[f"{path}, no sums: {name}"]
+    wanted_hit, wanted_row, wanted = triton_cases.expected(name)
+    assert (hit, row) == (wanted_hit, wanted_row)
+    assert [s == INF for s in squared] == [s == INF for s in wanted]
+    assert squared == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_cases_hold_hits_and_misses():
+    hits = [hit for name in triton_cases.NAMES for hit in triton_cases.expected(name)[0]]
+    assert hits.count(True) > 50
+    assert hits.count(False) > 50
+
+
+@pytest.mark.parametrize("path", ["codes", "code tiles"])
+def test_codes_decide_by_themselves(found, path):
+    """Nothing is read densely but what the codes cannot hold and what a ring is too small for."""
+    given_up = {
+        name: told[3]
+        for name in triton_cases.NAMES
+        if (told := found.get(f"{path}: {name}")) and told[3]
+    }
+    not_finite = {
+        "NaN and infinity are misses and leave the others alone": 3,
+        "one NaN among finite coordinates": 2,
+    }
+    assert given_up.pop("a ring too small") > 0
+    assert given_up.pop("more rows without codes than a ring holds") == triton_cases.MOST_QUERIES
+    assert given_up == not_finite
+
+
+def test_tiles_give_up_only_where_a_ring_is_too_small_or_float32_ends(found):
+    given_up = {name for name in triton_cases.NAMES if found[f"tiles: {name}"][3]}
+    assert "a ring too small" in given_up
+    assert given_up <= {
+        "a ring too small",
+        "more rows without codes than a ring holds",
+        "squares beyond fp32",
+        "across pages",
+        "far from the origin",
+    }
+
+
+def test_a_hit_beyond_the_floor_needs_its_second_look(found):
+    assert found["without a second look"] == [True, True]
+    assert triton_cases.expected("a wide ball hides a nearer key")[0] == [False, True]
+
+
+def test_many_queries_read_codes_until_survivors_cost_more_than_keys_that_are_shared():
+    skip_unless_importable()
+    rows = 1_000_000
+
+    def reads_codes(batch: int, width: int, survivors: int) -> bool:
+        snapshot = SimpleNamespace(rows=rows, key_dim=width, dtype=torch.bfloat16)
+        state = SimpleNamespace(predicted_bytes=16 * rows + survivors, fitted_rows=rows)
+        return backend.codes_pay(state, snapshot, batch)
+
+    assert all(reads_codes(batch, 4096, rows) for batch in (1, 32, 4096))
+    assert reads_codes(4096, 32, survivors=rows // 4)
+    assert not reads_codes(4096, 32, survivors=rows // 2)
+    assert not reads_codes(4096, 16, survivors=0)
+
+
+def test_folded_codes_are_no_farther_apart_than_codes():
+    skip_unless_importable()
+    from grace_fast.kernels.code_tiles import fold
+
+    byte = torch.arange(256, dtype=torch.uint8)
+    folded = fold(byte).int()
+    around = (byte.int()[:, None] - byte.int()[None, :]) % 256
+    assert ((folded[:, None] - folded[None, :]).abs() <= torch.minimum(around, 256 - around)).all()
+    assert int(folded.abs().max()) == 64
+    centred = byte[:65].int()
+    assert torch.equal(folded[:65] - folded[0], -centred)  # nothing is lost of codes around 0
+
+
+def test_products_of_codes_leave_the_candidates_that_codes_leave(found):
+    held = 0
+    for code_by_code, by_products in found["collected"]:
+        assert by_products == code_by_code
+        assert not by_products[3]
+        held += sum(map(len, by_products))
+    assert held > 60
+
+
+def test_queries_are_encoded_as_on_the_host(found):
+    for apart, least, largest in found["encoded"]:
+        assert apart <= 1  # a sum in another order may round to the next step
+        assert 0.9 < least <= largest < 1.1
+
+
+def test_values_are_written_where_the_mask_is_set(found):
+    expected = []
+    for mode, output, hit, row, values, slot, positions in triton_cases.replacements("cpu"):
+        rows = row.clamp(min=0)
+        taken = values[rows if slot is None else slot[rows]]
+        mask = semantics.replacement_mask(mode, positions, output.shape[1])
+        expected.append(semantics.replace(output, hit, taken, mask))
+    for told, wanted in zip(found["replaced"], expected, strict=True):
+        assert torch.equal(told, wanted)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_look_ups_between_edits_decide_as_the_law(device):
+    skip_unless_importable()
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    skip_where_nothing_is_interpreted(device)
+    run = subprocess.run(
+        [sys.executable, str(Path(triton_cases.__file__).with_name("triton_edits.py")), device],
+        env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -1,0 +1,303 @@
+"""What foreign bytes may take: memory that a stated limit bounds, numbers with room behind them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import struct
+import tracemalloc
+import zipfile
+
+import golden_codebooks as golden
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_changed_files import change_config, replace_tensor
+
+import grace_fast as gf
+from grace_fast.codebook.codebook import MAX_COUNTER, MAX_NUMBER
+from grace_fast.compat import easyedit
+from grace_fast.edits.edits import History
+from grace_fast.store import archive, files, headers, manifest
+from grace_fast.store.large import resident
+from grace_fast.store.records import redo
+from grace_fast.store.saved import read_saved
+from grace_fast.tools.evaluate import records, stream
+
+DENSE = {
+    "empty lists": b"[[]],",
+    "short texts": b'"ab",',
+    "objects": b'{"a":1},',
+    "numbers": b"1.5,",
+    "names": b'{"abc":"abc"},',
+}
+MANY_BYTES = 12_000_000
+
+
+def dense(unit, size=MANY_BYTES):
+    return b'{"format": 3, "hits": [' + unit * (size // len(unit)) + b"1]}"
+
+
+def peak_of(call, error, match):
+    """The most memory that a call takes until it refuses, in bytes."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(error, match=match):
+            call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.fixture
+def few_values(monkeypatch):
+    """As many values as a text of some megabytes may not have."""
+    monkeypatch.setattr(headers, "MOST_VALUES", 1 << 16)
+    monkeypatch.setattr(headers, "_MOST_IN_LINE", 1 << 16)
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_a_manifest_of_many_values_is_refused_before_one_is_made(name, tmp_path, few_values):
+    (tmp_path / files.CONFIG).write_bytes(dense(DENSE[name]))
+    for ask in (files.read_config, read_saved, gf.open):
+        used = peak_of(lambda ask=ask: ask(tmp_path), gf.CodebookCorrupt, "holds more than 65536")
+        assert used < 2.5 * MANY_BYTES
+
+
+def test_values_in_a_text_are_none(tmp_path):
+    text = json.dumps({"a": '[{,"\\' * 50_000, "b\\": ["x", 1]}).encode()
+    assert headers.outline(text, 10) == b"{[]}"
+    assert headers.parse(text, 2)["b\\"] == ["x", 1]
+
+
+@pytest.mark.parametrize("block_bytes", [1, 2, 7, 64])
+def test_the_outline_of_a_text_is_its_brackets_wherever_its_blocks_end(block_bytes, monkeypatch):
+    monkeypatch.setattr(headers, "_BLOCK_BYTES", block_bytes)
+    strings = re.compile(r'"(?:[^"\\]|\\.)*"')
+    drawn = random.Random(block_bytes)
+    for _ in range(300):
+        texts = [
+            "".join(drawn.choice('a"\\,[{]}é') for _ in range(drawn.randrange(9))) for _ in "abc"
+        ]
+        text = json.dumps([dict.fromkeys(texts, texts), [], {}], ensure_ascii=False)
+        wanted = re.sub(r"[^][{}]", "", strings.sub("", text))
+        assert headers.outline(text.encode()) == wanted.encode()
+
+
+def test_what_is_sealed_can_be_read_again(monkeypatch):
+    monkeypatch.setattr(headers, "MOST_VALUES", 100)
+    texts = {str(number): ["a", "b"] for number in range(60)}
+    with pytest.raises(ValueError, match="would not be read again: it holds more than 100 values"):
+        manifest.seal({"texts": texts})
+
+
+def test_a_header_of_many_values_is_refused_before_one_is_made(few_values):
+    text = b'{"a": ' + dense(b"[[]],") + b"}"
+    content = struct.pack("<Q", len(text)) + text
+    used = peak_of(lambda: headers.check(content), gf.CodebookCorrupt, "holds more than 65536")
+    assert used < 3.5 * MANY_BYTES
+
+
+def test_a_line_of_many_values_is_refused_before_one_is_made(few_values, tmp_path):
+    place = tmp_path / "records.jsonl"
+    place.write_bytes(b'{"prompt": "a"}\n' + dense(b"[[]],") + b"\n")
+
+    def ask():
+        records.read(place, {"prompt": records.text})
+
+    used = peak_of(ask, ValueError, "line 2 is not JSON: it holds more than 65536")
+    assert used < 5 * MANY_BYTES
+
+
+def test_the_state_of_a_build_is_no_longer_than_a_manifest(tmp_path, monkeypatch):
+    work = tmp_path / resident.BUILDING
+    work.mkdir()
+    (work / "state.json").write_bytes(b'"' + b"x" * 5000 + b'"')
+    monkeypatch.setattr(manifest, "MAX_BYTES", 4000)
+    with pytest.raises(gf.CodebookCorrupt, match=r"is not the state of a build; remove"):
+        gf.build(tmp_path, [(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))], progress=False)
+
+
+def test_hparams_of_many_bytes_are_refused_unparsed(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"a: [" + b"[]," * 50_000 + b"]")
+    with pytest.raises(ValueError, match="is not YAML: it has more than 65536 bytes"):
+        easyedit.GraceHyperParams.from_hparams(tmp_path / "a.yaml")
+
+
+def test_a_packed_codebook_of_very_many_members_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed", "w") as packed:
+        for number in range(12_000):
+            packed.writestr(f"{number:090}", b"")
+    with pytest.raises(gf.CodebookCorrupt, match="lists its members in more than"):
+        archive.unpack(tmp_path / "packed", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+# Checkpoints of evaluations
+
+
+def checkpoint(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    stream.Progress("recipe", done=50, codebook="codebook-000050").write(folder)
+    state = json.loads((folder / stream.STATE).read_text())
+    (folder / stream.STATE).write_text(json.dumps(state | changes))
+
+
+@pytest.mark.parametrize(
+    "name", ["../mine", "/", ".", "codebook-000050/..", "codebook-1\n", "mine"]
+)
+def test_a_checkpoint_names_no_folder_but_its_own(name, tmp_path):
+    checkpoint(tmp_path / "run", codebook=name)
+    with pytest.raises(ValueError, match="no codebook beside it is named"):
+        stream.Progress.read(tmp_path / "run", "recipe")
+
+
+@pytest.mark.parametrize("change", [{"points": [{}]}, {"points": 3}, {"more": 1}, {"codebook": 3}])
+def test_a_checkpoint_that_is_none_is_refused_in_words(change, tmp_path):
+    checkpoint(tmp_path, **change)
+    with pytest.raises(ValueError, match="is not the checkpoint of an evaluation"):
+        stream.Progress.read(tmp_path, "recipe")
+
+
+def test_a_checkpoint_of_many_values_or_bytes_is_refused(tmp_path, few_values, monkeypatch):
+    checkpoint(tmp_path)
+    (tmp_path / stream.STATE).write_bytes(dense(b"[[]],"))
+    with pytest.raises(ValueError, match="holds more than 65536"):
+        stream.checkpoint(tmp_path / stream.STATE)
+    monkeypatch.setattr(stream, "_MOST_BYTES", 1000)
+    with pytest.raises(ValueError, match="has more than 1000 bytes"):
+        stream.checkpoint(tmp_path / stream.STATE)
+
+
+def test_a_checkpoint_is_written_through_no_link(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".{stream.STATE}").symlink_to(tmp_path / "mine")
+    checkpoint(tmp_path)
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert stream.Progress.read(tmp_path, "recipe").done == 50
+
+
+# Numbers at their ends
+
+LAST = MAX_COUNTER - 1
+PAST = (MAX_COUNTER, MAX_NUMBER - 1, 2**62, 2**63 - 1, 2**63, 2**64, -1)
+
+
+def attach(folder):
+    return gf.attach(golden.Model().eval(), golden.LAYER, path=folder, tokenizer=golden.tokens)
+
+
+@pytest.mark.parametrize("field", ["next_id", "version"])
+@pytest.mark.parametrize("number", PAST)
+def test_a_counter_past_its_end_is_refused_at_opening(field, number, tmp_path):
+    golden.editor(path=tmp_path).unload()
+    change_config(tmp_path, **{field: number})
+    for ask in (attach, gf.open, lambda folder: read_saved(folder).codebook()):
+        with pytest.raises(gf.CodebookCorrupt, match=f"{field} must be a whole number >= 0, below"):
+            ask(tmp_path)
+
+
+def with_the_last(field, folder):
+    """A directory one of whose counters is the last there may be."""
+    grace = golden.editor(path=folder)
+    grace.compact()
+    grace.unload()
+    if field == "row":
+        replace_tensor(folder, "tensors", "rows.id", last_of)
+    elif field == "version":
+        change_journal_base(folder)
+    else:
+        change_config(folder, next_id=LAST)
+
+
+def last_of(ids):
+    ids[-1] = MAX_NUMBER - 1
+    return ids
+
+
+def change_journal_base(folder):
+    from grace_fast.store.journal import Journal
+
+    name = "0" * 16
+    path = folder / f"journal-{name}.sqlite"
+    Journal.create(path, name, LAST).close()
+    change_config(folder, version=LAST, journal={"file": path.name, "name": name})
+
+
+@pytest.mark.parametrize("field", ["next_id", "row", "version"])
+def test_no_edit_is_acknowledged_that_could_not_be_read_again(field, tmp_path):
+    with_the_last(field, tmp_path)
+    grace = attach(tmp_path)
+    before = [edit.id for edit in grace.edits()]
+    with pytest.raises(ValueError, match="holds numbers below"):
+        grace.edit("15", 3)
+    assert [edit.id for edit in grace.edits()] == before
+    grace.unload()
+    again = attach(tmp_path)
+    assert [edit.id for edit in again.edits()] == before
+    again.unload()
+
+
+LEAST = -(2**63)
+
+
+@pytest.mark.parametrize("name", ["edits.id", "rows.id"])
+def test_ids_whose_differences_wrap_around_do_not_ascend(name, tmp_path):
+    grace = golden.editor(path=tmp_path)
+    grace.compact()
+    grace.unload()
+
+    def with_the_least(ids):
+        ids[-1] = LEAST
+        return ids
+
+    replace_tensor(tmp_path, "tensors", name, with_the_least)
+    with pytest.raises(gf.CodebookCorrupt, match=f"{name} must ascend"):
+        read_saved(tmp_path).codebook()
+
+
+def test_rows_of_a_version_whose_differences_wrap_around_do_not_ascend():
+    book = gf.Codebook(2, 2)
+    book.append(torch.zeros(10, 2), torch.zeros(10, 2), torch.zeros(10))
+    content = files.serialised({"rows": torch.tensor([5, LEAST, -1, 7])})
+    with (
+        pytest.raises(gf.CodebookCorrupt, match="rows must ascend within the 10"),
+        book.writing() as draft,
+    ):
+        redo(content, draft, History())
+
+
+def test_hits_stop_at_the_last_number(tmp_path):
+    golden.editor(path=tmp_path).unload()
+    change_config(tmp_path, hits={"0": MAX_NUMBER - 1})
+    grace = attach(tmp_path)
+    grace.hits[0] += 5
+    grace.unload()
+    again = attach(tmp_path)
+    assert again.hits[0] == MAX_NUMBER - 1
+    again.unload()
+
+
+def test_an_event_of_an_edit_that_is_yet_to_come_is_refused(tmp_path):
+    golden.editor().save_pretrained(tmp_path)
+    later = files.read_config(tmp_path)["next_id"]
+    edits = files.read_tensors(tmp_path, files.read_config(tmp_path))["events.edit"]
+
+    def change(numbers):
+        return torch.where(numbers == int(edits.max()), later, numbers)
+
+    replace_tensor(tmp_path, "tensors", "events.edit", change)
+    with pytest.raises(gf.CodebookCorrupt):
+        read_saved(tmp_path).codebook()
+
+
+def test_a_file_that_is_to_be_written_on_has_one_name(tmp_path):
+    work = tmp_path / resident.BUILDING
+    work.mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (work / "lock").hardlink_to(tmp_path / "mine")
+    save_file({"a": torch.ones(1)}, tmp_path / "rows.safetensors")
+    with pytest.raises(gf.CodebookCorrupt, match="has another name somewhere"):
+        gf.build(tmp_path, [(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))], progress=False)
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -1,0 +1,269 @@
+"""What the fuzzer has found: files that were refused by whatever they broke, now in words."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import zipfile
+
+import golden_codebooks as golden
+import pytest
+import torch
+from fuzz import readers
+from safetensors.torch import save_file
+from test_changed_files import replace_tensor
+from torch import nn
+
+import grace_fast as gf
+from grace_fast.compat import easyedit
+from grace_fast.editor.attach import read_saved
+from grace_fast.store import archive, durable, files
+from grace_fast.store.large import resident
+from grace_fast.store.large.shard_files import FilesOfRows
+from grace_fast.store.repair import repair
+from grace_fast.tools.evaluate import records
+
+# Unfinished builds
+
+
+@pytest.fixture
+def unfinished(tmp_path):
+    """A build that stopped after a first block of rows."""
+    readers._leave_a_build(tmp_path)
+    return tmp_path
+
+
+def resumed(folder):
+    return gf.build(folder, [readers.ROWS], threads=1, progress=False)
+
+
+def change_state(folder, change):
+    place = folder / resident.BUILDING / "state.json"
+    state = json.loads(place.read_bytes())
+    change(state)
+    place.write_text(json.dumps(state))
+
+
+STATES = {
+    "no element type": lambda s: s.pop("dtype"),
+    "an element type there is not": lambda s: s.update(dtype="torch.int8"),
+    "a list for an element type": lambda s: s.update(dtype=[]),
+    "no widths": lambda s: s.pop("widths"),
+    "the width of one alone": lambda s: s["widths"].pop("keys"),
+    "a width of nothing": lambda s: s["widths"].update(keys=0),
+    "a width in words": lambda s: s["widths"].update(keys="8"),
+    "no keys": lambda s: s.pop("keys"),
+    "a number for what was written": lambda s: s.update(values=3),
+    "rows below none": lambda s: s["keys"].update(rows=-1),
+    "half a row": lambda s: s["keys"].update(rows=1.5),
+    "no checksum": lambda s: s["keys"].update(last_check=None),
+    "a checksum in other letters": lambda s: s["keys"].update(last_check="x" * 64),
+    "a block too many": lambda s: s["keys"].update(checks=["0" * 64]),
+    "more rows than blocks": lambda s: s["keys"].update(rows=2**61),
+    "other rows of keys once all are written": lambda s: (
+        s["keys"].update(rows=1),
+        s.update(written=True),
+    ),
+    "a map in words": lambda s: s.update(map="x"),
+    "codes of more rows": lambda s: s.update(
+        encoded={"rows": 2**40, "near_error": 0.0, "far_error": 0.0}
+    ),
+    "an error in words": lambda s: s.update(
+        encoded={"rows": 0, "near_error": "x", "far_error": 0.0}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_a_state_that_does_not_tell_what_was_written_is_refused(name, unfinished):
+    change_state(unfinished, STATES[name])
+    with pytest.raises(gf.CodebookCorrupt, match=r"does not tell what was written; remove"):
+        resumed(unfinished)
+
+
+def test_rows_that_were_never_written_take_no_room(unfinished):
+    change_state(unfinished, lambda state: state["keys"].update(rows=100_000))
+    with pytest.raises(gf.CodebookCorrupt, match=r"has fewer rows than were written; remove"):
+        resumed(unfinished)
+    assert sum(each.stat().st_size for each in unfinished.rglob("*")) < 100_000
+
+
+def test_a_build_whose_state_is_whole_goes_on(unfinished):
+    assert len(resumed(unfinished)) == len(readers.ROWS[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("radii", torch.tensor(1.0), r"radii must be \[M\], got \[\]"),
+        ("radii", torch.ones(4, 1), r"radii must be \[M\], got \[4, 1\]"),
+        ("values", torch.ones(4), r"values must be \[M, V\], got \[4\]"),
+        ("keys", torch.ones(4, 0), r"keys must be \[M, D\], got \[4, 0\]"),
+    ],
+)
+def test_rows_of_another_shape_are_refused_before_they_are_read(name, tensor, message, tmp_path):
+    parts = {"keys": torch.ones(4, 2), "values": torch.ones(4, 2), "radii": torch.ones(4)}
+    save_file(parts | {name: tensor}, tmp_path / "rows.safetensors")
+    with pytest.raises(ValueError, match=message):
+        FilesOfRows([tmp_path / "rows.safetensors"])
+
+
+# Directories
+
+
+def test_a_version_behind_the_last_one_is_seen(tmp_path):
+    golden.editor(path=tmp_path).unload()
+    path, *_ = durable.journal_place(tmp_path, files.read_config(tmp_path))
+    with sqlite3.connect(path) as file:
+        file.execute("INSERT INTO versions VALUES (11, 0.0, 'edit', x'', x'')")
+    file.close()
+    for ask in (
+        lambda: gf.open(tmp_path),
+        lambda: read_saved(tmp_path).codebook(),
+        lambda: gf.attach(golden.Model(), golden.LAYER, path=tmp_path),
+    ):
+        with pytest.raises(gf.CodebookCorrupt, match="version 10 is the last, found 11"):
+            ask()
+
+
+def test_a_column_without_a_dimension_is_dropped_or_refused(tmp_path):
+    golden.editor().save_pretrained(tmp_path / "edited")
+    replace_tensor(tmp_path / "edited", "tensors", "edits.id", lambda ids: ids[0].clone())
+    report = repair(tmp_path / "edited")
+    assert [each.what for each in report.dropped].count("edit") == 1  # all of them
+    replace_tensor(tmp_path / "edited", "tensors", "rows.id", lambda ids: ids.new_tensor(3))
+    with pytest.raises(gf.CodebookCorrupt, match=r"rows\.id must be torch\.int64, one for each"):
+        repair(tmp_path / "edited")
+
+
+def test_a_folder_with_the_name_of_a_file_is_left_alone(tmp_path):
+    folders = [tmp_path / "codes-0.safetensors", tmp_path / "journal-0.sqlite"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    golden.editor().save_pretrained(tmp_path)
+    assert all(folder.is_dir() for folder in folders)
+    assert len(gf.open(tmp_path)) > 0
+
+
+def test_a_packed_codebook_without_a_manifest_is_none(tmp_path):
+    with zipfile.ZipFile(tmp_path / "packed", "w") as packed:
+        packed.writestr("lock", "")
+    with pytest.raises(gf.CodebookCorrupt, match=r"is not a packed codebook: .* is not a codebook"):
+        archive.unpack(tmp_path / "packed", tmp_path / "made")
+    assert [each.name for each in tmp_path.iterdir()] == ["packed"]
+
+
+def test_a_member_before_the_beginning_of_a_packed_file_is_refused(tmp_path):
+    golden.editor().save_pretrained(tmp_path / "edited")
+    archive.pack(tmp_path / "edited", tmp_path / "packed")
+    content = bytearray((tmp_path / "packed").read_bytes())
+    place = content.rfind(b"PK\5\6") + 16  # where its end says that the members are listed
+    listed = int.from_bytes(content[place : place + 4], "little")
+    content[place : place + 4] = (listed + 3000).to_bytes(4, "little")
+    (tmp_path / "packed").write_bytes(content)
+    with pytest.raises(gf.CodebookCorrupt, match="is not a packed codebook"):
+        archive.unpack(tmp_path / "packed", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+
+
+# The references'
+
+
+SIZES = {
+    "too few": torch.tensor([2, 0, 0, 0]),
+    "too many": torch.tensor([2, 0, 1, 1]),
+    "below none": torch.tensor([4, 0, -1, 0]),
+    "that wrap around": torch.tensor([2**62, 2**62, 2**63 - 1, 4]),
+    "fractions": torch.tensor([2.0, 0.0, 1.0, 0.0]),
+    "one number": torch.tensor(3),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_of_labels_that_are_not_theirs_are_told_with_the_module(name):
+    adaptor = readers._adaptor(False)
+    adaptor.load(*readers._codebook(), [None] * 4)
+    with pytest.raises(RuntimeError, match=r"loading state_dict[^k]*key_label_sizes must"):
+        adaptor.load_state_dict(readers.STATE | {"key_label_sizes": SIZES[name]})
+    assert adaptor.key_labels == [None] * 4
+
+
+@pytest.mark.parametrize(
+    ("part", "given", "message"),
+    [
+        ("keys", None, "keys of the adaptor at one must be a tensor, got NoneType"),
+        ("values", "x", "values of the adaptor at one must be a tensor, got str"),
+        ("epsilons", {}, "epsilons and key_labels of the adaptor at one must be numbers and a"),
+        ("key_labels", 3, "epsilons and key_labels of the adaptor at one must be numbers and a"),
+    ],
+)
+def test_parts_of_an_adaptor_that_are_none_are_refused_and_it_stays(part, given, message):
+    parts = dict(zip(("keys", "values", "epsilons"), readers._codebook(), strict=True))
+    foreign = readers.Foreign(**(parts | {"key_labels": [None] * 4, part: given}))
+    model = nn.ModuleDict({"one": foreign})
+    with pytest.raises(TypeError, match=message):
+        gf.accelerate(model)
+    assert model["one"] is foreign
+
+
+def test_keys_without_a_dimension_are_refused_whoever_kept_them():
+    keys, values, epsilons = readers._codebook()
+    config = easyedit.GraceHyperParams(["layer"])
+    foreign = readers.Foreign(
+        keys=keys[0, 0].clone(), values=values, epsilons=epsilons, key_labels=[None] * 4
+    )
+    foreign.config, foreign.delete_key = config, None
+    with pytest.raises(ValueError, match=r"keys must be \[N, 8\], got \(\)"):
+        gf.accelerate(nn.ModuleDict({"one": foreign}))
+
+
+BOMB = "a: &a [x, x]\n" + "".join(
+    f"{after}: &{after} [*{before}, *{before}]\n"
+    for before, after in zip(
+        "abcdefghijklmnopqrstuvwx", "bcdefghijklmnopqrstuvwxyz"[:24], strict=True
+    )
+)
+HPARAMS = {
+    "no UTF-8": (b"\xff", "is not YAML"),
+    "no YAML": (b"a: ]", "is not YAML"),
+    "a date that is none": (b"a: !!timestamp x", "is not YAML"),
+    "an empty number": (b"a: !!int ''", "is not YAML"),
+    "a thousand brackets": (b"[" * 2000, "is not YAML"),
+    "layers that are a number": (b"alg_name: GRACE\ninner_params: 3", "a list of the layers"),
+    "a list for a rate": (
+        b"alg_name: GRACE\ninner_params: [a]\nedit_lr: []",
+        r"edit_lr must be a number, got \[\]",
+    ),
+    "aliases of aliases": (f"{BOMB}alg_name: *x".encode(), r"must have alg_name: GRACE, got \[\["),
+}
+
+
+@pytest.mark.parametrize("name", HPARAMS)
+def test_yaml_that_holds_no_hparams_is_refused_in_words(name, tmp_path):
+    content, message = HPARAMS[name]
+    (tmp_path / "hparams.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        easyedit.GraceHyperParams.from_hparams(tmp_path / "hparams.yaml")
+    assert len(str(refused.value)) < 1000
+
+
+# Data files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b"\xff", r"a\.jsonl is not \.jsonl in UTF-8"),
+        ("a.csv", b"prompt\n\xff", r"a\.csv is not \.csv in UTF-8"),
+        ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl, line 2 is not JSON: maximum recursion"),
+    ],
+)
+def test_records_that_cannot_be_read_are_refused_with_their_file(name, content, message, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        records.read(tmp_path / name, {"prompt": records.text})
+
+
+def test_edits_of_a_hundred_thousand_brackets_are_refused_with_their_line(tmp_path):
+    content = bytes([readers.READERS.index(readers.edits)]) + b"[" * 100_000
+    assert readers.take(content)
