@@ -1,39 +1,26 @@
 """GRACE for deployed language models: lifelong edits, found again exactly and fast."""
 
+import sys
+from importlib import import_module
 from typing import Any
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor.attach import CodebookMismatch, attach, from_pretrained
-from grace_fast.editor.calibrate import CalibrationEdit
 from grace_fast.editor.edit_warnings import GraceWarning
 from grace_fast.editor.grace import Explanation, Grace
 from grace_fast.edits.edits import Edit, Verification
-from grace_fast.hook.counters import Counters, LookupWarning
-from grace_fast.hook.selection import SelectionWarning, using
-from grace_fast.lookup.backends.faiss_index import FaissIndex
-from grace_fast.lookup.index_errors import IndexErrors, measure_indexes
-from grace_fast.lookup.lookup import (
-    BackendUnavailable,
-    Match,
-    Nearest,
-    build_index,
-    drop_index,
-    find,
-    nearest,
-    replace,
-)
+from grace_fast.edits.settings import Settings
+from grace_fast.hook.counters import Counters
+from grace_fast.hook.selection import using
+from grace_fast.lookup.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
 from grace_fast.lookup.prepared import Prepared, prepare
-from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
 from grace_fast.store.files import CodebookCorrupt
-from grace_fast.store.large.resident import open, save
-from grace_fast.store.large.stream import build
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailable",
-    "CalibrationEdit",
     "Codebook",
     "CodebookCorrupt",
     "CodebookLocked",
@@ -42,32 +29,20 @@ __all__ = [
     "Counters",
     "Edit",
     "Explanation",
-    "FaissIndex",
     "Grace",
     "GraceWarning",
-    "IndexErrors",
-    "LookupWarning",
     "Match",
     "Nearest",
     "Prepared",
-    "RankLost",
-    "SelectionWarning",
-    "ShardedCodebook",
-    "ShardsDiffer",
+    "Settings",
     "Verification",
     "__version__",
     "attach",
-    "build",
-    "build_index",
-    "drop_index",
     "find",
     "from_pretrained",
-    "measure_indexes",
     "nearest",
-    "open",
     "prepare",
     "replace",
-    "save",
     "using",
 ]
 
@@ -76,8 +51,24 @@ _COMPAT = {"GRACE": "reference", "accelerate": "handover"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _COMPAT:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+    if name in _COMPAT:
+        return getattr(import_module(f"grace_fast.compat.{_COMPAT[name]}"), name)
+    return import_module("grace_fast.compat.old_names").public(name)
 
-    return getattr(import_module(f"grace_fast.compat.{_COMPAT[name]}"), name)
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_COMPAT})
+
+
+class _OldModules:
+    """Modules by the names that they had before; asked where no module of a name is there."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        if not name.startswith("grace_fast."):
+            return None
+        return import_module("grace_fast.compat.old_names").spec_of(name)
+
+
+if not any(getattr(finder, "__name__", "") == "_OldModules" for finder in sys.meta_path):
+    sys.meta_path.append(_OldModules)  # type: ignore[arg-type]

@@ -1,0 +1,159 @@
+"""Names of grace_fast's own from before the rooms: for one version, with a DeprecationWarning.
+
+Nothing imports this; the package asks it for a name or a module that is not there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from importlib import import_module
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec, spec_from_file_location
+from types import ModuleType
+from typing import Any
+
+# By the old public name: where it is now, and how it is written now.
+PUBLIC = {
+    "open": ("grace_fast.store.large.resident:open", "Codebook.open"),
+    "save": ("grace_fast.store.large.resident:save", "Codebook.save"),
+    "build": ("grace_fast.store.large.stream:build", "Codebook.build"),
+    "FaissIndex": ("grace_fast.lookup.faiss:FaissIndex", "lookup.faiss.FaissIndex"),
+    "build_index": ("grace_fast.lookup.faiss:build_index", "lookup.faiss.build_index"),
+    "drop_index": ("grace_fast.lookup.faiss:drop_index", "lookup.faiss.drop_index"),
+    "IndexErrors": ("grace_fast.lookup.faiss:IndexErrors", "lookup.faiss.IndexErrors"),
+    "measure_indexes": ("grace_fast.lookup.faiss:measure_indexes", "lookup.faiss.measure_indexes"),
+    "ShardedCodebook": (
+        "grace_fast.lookup.sharded:ShardedCodebook",
+        "lookup.sharded.ShardedCodebook",
+    ),
+    "RankLost": ("grace_fast.errors:RankLost", "errors.RankLost"),
+    "ShardsDiffer": ("grace_fast.errors:ShardsDiffer", "errors.ShardsDiffer"),
+    "LookupWarning": ("grace_fast.errors:LookupWarning", "errors.LookupWarning"),
+    "SelectionWarning": ("grace_fast.errors:SelectionWarning", "errors.SelectionWarning"),
+    "CalibrationEdit": (
+        "grace_fast.editor.calibrate:CalibrationEdit",
+        "editor.calibrate.CalibrationEdit",
+    ),
+}
+
+# By the old module's name within grace_fast: the new one.
+MODULES = {
+    "adapter": "hook.adapter",
+    "advice": "editor.edit_warnings",
+    "answers": "hook.answers",
+    "attachment": "editor.attach",
+    "backends": "lookup.backends",
+    "batches": "editor.batches",
+    "calibrate": "editor.calibrate",
+    "certificate": "index.certificate",
+    "cli": "tools.cli",
+    "codes": "index.quantizer",
+    "counters": "hook.counters",
+    "demo": "tools.demo",
+    "evaluate": "tools.evaluate",
+    "exporter": "tools.prometheus",
+    "extras": "errors",
+    "fingerprint": "editor.fingerprint",
+    "generation": "hook.generation",
+    "heads": "editor.heads",
+    "hosts": "hook.wrappers",
+    "joining": "editor.joining",
+    "mapped": "codebook.mapped",
+    "memory": "codebook.buffers",
+    "native": "_native",
+    "positions": "hook.positions",
+    "prepared": "lookup.prepared",
+    "prompts": "editor.prompts",
+    "quickbench": "tools.bench.quick",
+    "report": "tools.report",
+    "selection": "hook.selection",
+    "settings": "edits.settings",
+    "shards": "lookup.sharded",
+    "shown": "codebook.printable",
+    "store.coded": "store.large.index_file",
+    "store.layout": "store.columns",
+    "store.past": "store.history_columns",
+    "store.portable": "store.archive",
+    "store.resident": "store.large.resident",
+    "store.source": "store.large.shard_files",
+    "store.stream": "store.large.stream",
+    "tensor_parallel": "hook.tensor_parallel",
+    "terminal": "tools.terminal",
+    "textfiles": "tools.textfiles",
+    "training": "editor.training",
+}
+
+PACKAGES = {"backends", "demo", "evaluate", "report"}
+
+_warned: set[str] = set()
+
+
+def public(name: str) -> Any:
+    """Return what a name of `grace_fast` stands for that it had before.
+
+    Raises: AttributeError where it never had it.
+    """
+    if name in PUBLIC:
+        where, now = PUBLIC[name]
+        _warn(f"grace_fast.{name}", f"grace_fast.{now}", 4)
+        module, _, attribute = where.partition(":")
+        return getattr(import_module(module), attribute)
+    if name in MODULES:
+        return import_module(f"grace_fast.{name}")
+    raise AttributeError(f"module 'grace_fast' has no attribute {name!r}")
+
+
+def spec_of(module: str) -> ModuleSpec | None:
+    """Return how a module is found by its old name, None for a name that none had."""
+    within = module.removeprefix("grace_fast.")
+    head, _, rest = within.partition(".")
+    new = MODULES.get(within) or (rest and head in MODULES and f"{MODULES[head]}.{rest}")
+    if not new:
+        return None
+    there = find_spec(f"grace_fast.{new}")
+    return spec_from_file_location(
+        module,
+        None if there is None else there.origin,
+        loader=_Alias(f"grace_fast.{new}"),
+        submodule_search_locations=[] if within in PACKAGES else None,
+    )
+
+
+class _Alias(Loader):
+    """Loads a module by its old name: the module of the new name itself."""
+
+    def __init__(self, new: str) -> None:
+        self._new = new
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Return the module; a package as what looks its parts up by their old names, too."""
+        _warn(spec.name, self._new, 2)
+        module = import_module(self._new)
+        if spec.submodule_search_locations is None:
+            self._spec = module.__spec__
+            return module
+        package = ModuleType(spec.name, module.__doc__)
+        package.__path__ = []  # its parts are found here, and are none of their own
+        package.__dict__["__getattr__"] = lambda name: getattr(module, name)
+        return package
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: it was executed under its new name, whose spec it keeps."""
+        if module.__name__ == self._new:
+            module.__spec__ = self._spec
+
+    def get_code(self, _: str) -> Any:
+        """Return what `python -m` runs."""
+        spec = find_spec(self._new)
+        return spec.loader.get_code(self._new)  # type: ignore[union-attr]
+
+
+def _warn(old: str, new: str, stacklevel: int) -> None:
+    if old not in _warned:
+        _warned.add(old)
+        warnings.warn(
+            f"{old} is {new} now; the old name goes with the next version",
+            DeprecationWarning,
+            stacklevel=stacklevel + 1,
+        )

@@ -1,0 +1,91 @@
+"""The public names: what `from grace_fast import *` gives, and the old ones, warned of once."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import grace_fast as gf
+from grace_fast.compat import old_names
+
+ROOT = Path(__file__).parents[1]
+PAGES = "".join(
+    page.read_text() for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
+
+
+@pytest.fixture(autouse=True)
+def unwarned(monkeypatch):
+    monkeypatch.setattr(old_names, "_warned", set())
+
+
+def test_star_leaves_the_builtins_alone_and_gives_what_is_documented():
+    names: dict[str, object] = {}
+    exec("from grace_fast import *", names)  # as a notebook does
+    assert len(gf.__all__) <= 26
+    assert not set(gf.__all__) & set(dir(builtins))
+    assert set(gf.__all__) <= set(names)
+
+
+@pytest.mark.parametrize("name", sorted({*gf.__all__, *gf._COMPAT} - {"__version__"}))
+def test_a_public_name_is_in_the_documents(name):
+    assert re.search(rf"\b{name}\b", PAGES)
+    assert getattr(gf, name).__doc__
+
+
+@pytest.mark.parametrize("name", sorted(old_names.PUBLIC))
+def test_an_old_name_is_what_it_was_and_names_its_successor_once(name):
+    where, now = old_names.PUBLIC[name]
+    with pytest.warns(DeprecationWarning, match=re.escape(f"is grace_fast.{now} now")) as told:
+        found = getattr(gf, name)
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert getattr(gf, name) is found
+    successor: object = gf
+    for part in now.split("."):
+        if hasattr(successor, "__path__") and not hasattr(successor, part):
+            import_module(f"{successor.__name__}.{part}")
+        successor = getattr(successor, part)
+    assert successor is found or getattr(successor, "__name__", None) in (found.__name__, name)
+
+
+@pytest.mark.parametrize("old", sorted(old_names.MODULES))
+def test_a_module_is_found_by_its_old_name(old):
+    new = old_names.MODULES[old]
+    with pytest.warns(DeprecationWarning, match=re.escape(f"is grace_fast.{new} now")):
+        for name in [name for name in sys.modules if name == f"grace_fast.{old}"]:
+            del sys.modules[name]
+        found = import_module(f"grace_fast.{old}")
+    there = import_module(f"grace_fast.{new}")
+    if old in old_names.PACKAGES:
+        assert found.__doc__ == there.__doc__
+    else:
+        assert found is there
+        assert there.__spec__.name == f"grace_fast.{new}"
+
+
+def test_a_part_of_a_moved_package_is_the_one_there_is():
+    with pytest.warns(DeprecationWarning):
+        found = import_module("grace_fast.evaluate.records")
+    assert found is import_module("grace_fast.tools.evaluate.records")
+
+
+def test_the_command_line_runs_by_its_old_name():
+    command = [sys.executable, "-P", "-m", "grace_fast.cli", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == gf.__version__, done.stderr
+
+
+def test_what_never_was_is_not_there():
+    with pytest.raises(AttributeError, match="has no attribute 'never_was'"):
+        gf.never_was  # noqa: B018
+    with pytest.raises(ModuleNotFoundError, match=r"grace_fast\.never_was"):
+        import_module("grace_fast.never_was")
