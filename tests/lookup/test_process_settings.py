@@ -227,7 +227,7 @@ def test_flushed_denormals_make_no_hit_of_a_miss():
 MADE = {"zeros", "ones", "empty", "full", "rand", "randn", "randint", "randperm", "arange", "eye"}
 MADE |= {"linspace", "logspace", "tensor", "as_tensor", "asarray", "scalar_tensor"}
 OF_THE_DEFAULT = MADE - {"randint", "randperm", "arange", "as_tensor", "asarray"}
-PROGRAMS = ("demo", "evaluate", "quickbench.py", "largebench.py")  # processes of their own
+PROGRAMS = ("demo", "evaluate", "bench")  # processes of their own
 
 
 def test_every_tensor_of_ours_is_made_with_its_type_and_place():

@@ -99,7 +99,7 @@ def test_a_build_that_was_killed_goes_on_from_its_last_state(parts, tmp_path):
         from safetensors.torch import load_file
         from disk import blocks
         import grace_fast as gf
-        from grace_fast.store import stream
+        from grace_fast.store.large import stream
         stream.CHECKPOINT_BYTES = 2000 * 42 * 4
         parts = list(load_file({str(tmp_path / "parts")!r}).values())
         def dying():

@@ -399,7 +399,7 @@ class Absent:
         if name.split(".")[0] in {EXTRAS}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-sys.path[:0] = [{str(folder.parent)!r}, {str(folder)!r}]
+sys.path[:0] = {[str(each) for each in (folder.parent, folder, *folder.glob("*/"))]}
 import benchmarks.gpu
 for name in {[*named, "lookup"]}:
     __import__(f"test_{{name}}")
