@@ -27,20 +27,14 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.codebook.codebook import DTYPES, PAGE_ROWS, Codebook, Draft
+from grace_fast.errors import RankLost as RankLost
+from grace_fast.errors import ShardsDiffer as ShardsDiffer
 from grace_fast.lookup import lookup
 from grace_fast.lookup.lookup import Match, Nearest
 from grace_fast.semantics import Decision, Replacement, Rules
 
 NOBODY = 2**63 - 1  # what a rank claims that has not the nearest key
 _POSITIVE = 2**62 - 1  # numbers that are compared as they are and negated
-
-
-class RankLost(RuntimeError):
-    """A rank did not answer; the shards answer nothing from then on."""
-
-
-class ShardsDiffer(RuntimeError):
-    """Ranks hold different codebooks or versions, or ask with different queries."""
 
 
 class ShardedCodebook:

@@ -26,10 +26,11 @@ from typing import Any
 from grace_fast.codebook import printable
 from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.codebook.diff import Change, back
-from grace_fast.codebook.mapped import CodebookCorrupt
 from grace_fast.edits.edits import Emptied, Forgotten, History, Recorded, Step
+from grace_fast.errors import CodebookCorrupt
+from grace_fast.errors import CodebookLocked as CodebookLocked
+from grace_fast.errors import CodebookReadOnly as CodebookReadOnly
 from grace_fast.store import files, manifest
-from grace_fast.store.files import CodebookLocked as CodebookLocked
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import Version, redo
 
@@ -37,10 +38,6 @@ _log = logging.getLogger(__name__)
 
 LOCK = "lock"
 _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
-
-
-class CodebookReadOnly(OSError):
-    """A codebook that was opened to be read, or whose disk failed, was asked to be edited."""
 
 
 class Lock:
