@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.errors import BackendUnavailable as BackendUnavailable
 from grace_fast.index import certificate, segments
 from grace_fast.lookup.backends import cpu, cuda, faiss, reference, triton

@@ -24,8 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from grace_fast.codebook import printable
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.diff import Change, back
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edits import Emptied, Forgotten, History, Recorded, Step
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.errors import CodebookLocked as CodebookLocked
@@ -111,7 +112,7 @@ class Store:
     def _keep(self, journal: Journal, book: Codebook) -> None:
         self.journal = journal
         self._history().keeps_steps = True
-        book.keep(self)
+        book.retain(self)
 
     def begin(self, book: Codebook, write: Callable[[dict[str, Any]], None]) -> None:
         """Write a codebook as the base of a new journal.
