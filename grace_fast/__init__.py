@@ -10,19 +10,23 @@ from grace_fast.editor.grace import Explanation, Grace
 from grace_fast.edits.edits import Edit, Verification
 from grace_fast.hook.counters import Counters, LookupWarning
 from grace_fast.hook.selection import SelectionWarning, using
-from grace_fast.lookup.backends.faiss_index import FaissIndex
-from grace_fast.lookup.index_errors import IndexErrors, measure_indexes
-from grace_fast.lookup.lookup import (
+from grace_fast.lookup import (
     BackendUnavailable,
     Match,
     Nearest,
-    build_index,
-    drop_index,
+    Prepared,
     find,
     nearest,
+    prepare,
     replace,
 )
-from grace_fast.lookup.prepared import Prepared, prepare
+from grace_fast.lookup.faiss import (
+    FaissIndex,
+    IndexErrors,
+    build_index,
+    drop_index,
+    measure_indexes,
+)
 from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
 from grace_fast.store.files import CodebookCorrupt

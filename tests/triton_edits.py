@@ -182,7 +182,7 @@ def replays(codes_pay: bool) -> None:
     assert_replayed("after the codes were given up")
     append(torch.randn(3500, 24), 0.1)
     assert_replayed("across pages")
-    assert set(book._followers) == {backend.NAME}
+    assert set(book._listeners) == {backend.NAME}
 
 
 def replays_beside_a_writer() -> None:

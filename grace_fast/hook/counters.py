@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from grace_fast.codebook import forks, printable
 from grace_fast.errors import LookupWarning as LookupWarning
-from grace_fast.lookup.lookup import Match
+from grace_fast.lookup.match import Match
 
 # Upper bounds of the buckets in seconds, each inclusive; what takes longer is in one more. A proved
 # miss takes microseconds, and every key of a large codebook tens of milliseconds.

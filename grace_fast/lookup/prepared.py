@@ -21,9 +21,9 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.index.certificate import Certificate
 from grace_fast.index.native_view import View
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cpu
-from grace_fast.lookup.lookup import Match
+from grace_fast.lookup.match import Match
 from grace_fast.semantics import Replacement
 
 _books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
@@ -114,7 +114,7 @@ def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prep
     if wait:
         prepared.settle()
     if graphs:
-        lookup.keep_for_graphs(codebook)
+        dispatch.keep_for_graphs(codebook)
     return prepared
 
 

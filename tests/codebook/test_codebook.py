@@ -769,3 +769,15 @@ def test_a_codebook_is_not_copied_by_accident_and_says_what_to_do(copied):
     for each in (book, book.snapshot()):
         with pytest.raises(TypeError, match="save the codebook"):
             copied(each)
+
+
+def test_a_codebook_is_saved_opened_and_built_by_its_class(tmp_path):
+    book = filled(3)
+    book.save(tmp_path / "saved")
+    blocks = [(book.keys, book.values, book.radii)]
+    built = gf.Codebook.build(tmp_path / "built", blocks, progress=False)
+    for other in (gf.Codebook.open(tmp_path / "saved", verify=True), built):
+        assert isinstance(other, gf.Codebook)
+        assert torch.equal(other.keys, book.keys)
+        assert torch.equal(other.values, book.values)
+        assert torch.equal(other.radii, book.radii)

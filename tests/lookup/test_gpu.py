@@ -7,7 +7,7 @@ import torch
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends.workload import Workload
 
 pytestmark = [
@@ -54,7 +54,7 @@ def queries_of(book, batch, seed=1):
 
 def law(queries, book):
     snapshot = book.snapshot()
-    row, squared = lookup.BACKENDS["reference"].nearest(queries, snapshot)
+    row, squared = dispatch.BACKENDS["reference"].nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     return hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf)
 
@@ -71,7 +71,7 @@ def skip_unless_taken(backend, book, batch):
         return
     snapshot = book.snapshot()
     work = Workload("cuda", book.dtype, batch, snapshot.rows, book.key_dim)
-    if reason := lookup.BACKENDS[backend].why_not(work):
+    if reason := dispatch.BACKENDS[backend].why_not(work):
         pytest.skip(f"{backend}: {reason}")
 
 
