@@ -449,7 +449,7 @@ def test_an_index_that_another_thread_changes_is_built_anew_in_the_child(short_w
     book, keys = a_book()
     index = gf.FaissIndex("Flat")
     assert gf.find(keys[:2], book, backend=index).row.tolist() == [0, 1]
-    kept = faiss._kept(book.snapshot(), index)
+    kept = faiss.train(book, index)
 
     def work():
         assert gf.find(keys[:2], book, backend=index).row.tolist() == [0, 1]

@@ -363,9 +363,9 @@ MUTANTS = (
     Mutant(
         "CUDA's table is that of the version before",
         cuda,
-        "_keep",
-        "[_newest(snapshot, previous[0] if previous else None)]",
-        "previous or [_newest(snapshot, None)]",
+        "table_of",
+        "_tables.of(snapshot, _newest)",
+        "_tables.of(snapshot, lambda version, known: known or _newest(version, None))",
         "cuda",
     ),
     Mutant(

@@ -554,9 +554,9 @@ def test_an_index_is_moved_to_a_gpu_where_faiss_has_one(monkeypatch):
         monkeypatch.setattr(faiss_index, "placed_on", lambda snapshot: pretended)
         if description == "HNSW32":
             with pytest.raises(ValueError, match="cannot move the index 'HNSW32' to a GPU: this"):
-                kept.follow(snapshot)
+                kept.take_in(snapshot)
             continue
-        kept.follow(snapshot)
+        kept.take_in(snapshot)
         queries = case.queries.numpy() - kept.centre
         rough, _, unseen = kept.search(queries, 1, snapshot)
         if description == "Flat":
