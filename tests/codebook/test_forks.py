@@ -211,9 +211,9 @@ def test_what_is_made_while_a_process_forks_is_waited_for_too(monkeypatch):
         if not made:
             made.append(Owner())
             made[0].lock.acquire()
-            held, forks._held.locks = forks._held.locks, []
+            held, forks._taken.locks = forks._taken.locks, []
             forks.guard(made[0], "lock")
-            forks._held.locks = held
+            forks._taken.locks = held
             threading.Timer(0.1, give_back, made).start()
         real(lock, until)
 
@@ -474,7 +474,7 @@ def test_a_process_that_was_forked_without_python_knowing_is_mended_by_what_it_c
     with another_thread(book.held()):
 
         def work():
-            forks._held.locks.clear()
+            forks._taken.locks.clear()
             forks._in_child()
             book.append(keys[:1], torch.ones(1, 2), torch.ones(1))
 

@@ -1,4 +1,4 @@
-"""The law itself, in torch: on any device, for any shape, slow and the measure of the others."""
+"""The law itself, in torch: on any device, for any shape; slow, and the measure of the others."""
 
 from __future__ import annotations
 
