@@ -76,13 +76,10 @@ class Codebook(NotCopied):
         device: torch.device | str = "cpu",
         reserve_rows: int | None = None,
     ) -> None:
-        key_dim, value_dim = scalars.plain(key_dim), scalars.plain(value_dim)
-        reserve_rows = scalars.plain(reserve_rows)
-        for name, width in (("key_dim", key_dim), ("value_dim", value_dim)):
-            if not isinstance(width, int) or width < 1:
-                raise ValueError(f"{name} must be a whole number >= 1, got {width!r}")
-        if reserve_rows is not None and (not isinstance(reserve_rows, int) or reserve_rows < 1):
-            raise ValueError(f"reserve_rows must be a whole number >= 1, got {reserve_rows!r}")
+        key_dim = scalars.positive("key_dim", key_dim)
+        value_dim = scalars.positive("value_dim", value_dim)
+        if reserve_rows is not None:
+            reserve_rows = scalars.positive("reserve_rows", reserve_rows)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {DTYPES}, got {dtype}")
         self.key_dim, self.value_dim, self.dtype = key_dim, value_dim, dtype

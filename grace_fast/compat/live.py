@@ -145,7 +145,7 @@ class LiveCodebook(nn.Module):
 
     def _take(self, book: Codebook, parameter: nn.Parameter, labels: list[Tensor | None]) -> None:
         self._book, self._labels, self._assigned = book, labels, {}
-        self._find = prepare(book, wait=False)
+        self._find = prepare(book, build_index=False)
         parameter.data = book.snapshot().values
         self._parameters["values"] = parameter
         self._watch()

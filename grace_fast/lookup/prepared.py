@@ -9,6 +9,7 @@ change neither the graph nor its guards.
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from typing import cast
 
@@ -95,27 +96,44 @@ class Prepared:
             self._certificate.settle()
 
 
-def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prepared:
+def prepare(
+    codebook: Codebook,
+    build_index: bool = True,
+    cuda_graphs: bool = False,
+    *,
+    wait: bool | None = None,
+    graphs: bool | None = None,
+) -> Prepared:
     """Return `find` for one codebook with everything chosen once a version; it sees later edits.
 
-    wait: compute first what can be computed from the keys that are there; without, the first
-        look-ups may read all keys.
-    graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are captured
-        from now on see every edit once it was made; a stream that replays one and the stream of the
-        edit have to wait for each other, and a thread that does not edit replays within
-        `codebook.held()`.
+    build_index: compute first what can be computed from the keys that are there; without, the
+        first look-ups may read all keys.
+    cuda_graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are
+        captured from now on see every edit once it was made; a stream that replays one and the
+        stream of the edit have to wait for each other, and a thread that does not edit replays
+        within `codebook.locked()`.
+    wait, graphs: the former names of these two.
 
-    Raises: TypeError for no codebook; with `graphs` BackendUnavailable, or MemoryError where the
-    GPU cannot keep it so.
+    Raises: TypeError for no codebook; with `cuda_graphs` BackendUnavailable, or MemoryError where
+    the GPU cannot keep it so.
     """
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
+    if wait is not None:
+        build_index = _renamed("wait", "build_index", wait)
+    if graphs is not None:
+        cuda_graphs = _renamed("graphs", "cuda_graphs", graphs)
     prepared = Prepared(codebook)
-    if wait:
+    if build_index:
         prepared.settle()
-    if graphs:
+    if cuda_graphs:
         dispatch.keep_for_graphs(codebook)
     return prepared
+
+
+def _renamed(old: str, new: str, value: bool) -> bool:
+    warnings.warn(f"prepare({old}=) is now prepare({new}=)", DeprecationWarning, stacklevel=3)
+    return value
 
 
 @torch.library.custom_op("grace_fast::find", mutates_args=())

@@ -108,7 +108,7 @@ def test_a_child_makes_the_codes_itself_that_were_in_the_making(
     asked_before, stuck_build, tmp_path
 ):
     book, keys = a_book()
-    prepared = gf.prepare(book, wait=False)
+    prepared = gf.prepare(book, build_index=False)
     {"find": gf.find, "nearest": gf.nearest, "prepared": lambda q, _: prepared(q)}[asked_before](
         keys[:3], book
     )

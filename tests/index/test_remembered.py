@@ -35,7 +35,7 @@ def decides(queries, book):
     for query, row in zip(queries, rows, strict=True):
         assert gf.find(query[None], snapshot).row.tolist() == [row]
     if isinstance(book, gf.Codebook):
-        assert gf.prepare(book, wait=False)(queries).row.tolist() == rows
+        assert gf.prepare(book, build_index=False)(queries).row.tolist() == rows
     return rows
 
 

@@ -93,7 +93,7 @@ def test_random_codebooks(backend, shape, dtype):
 def test_a_captured_graph_sees_edits(backend):
     book = book_of(5000, 384)
     skip_unless_taken(backend, book, 4)
-    gf.prepare(book, graphs=True)
+    gf.prepare(book, cuda_graphs=True)
     queries = queries_of(book, 4)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -522,7 +522,7 @@ def test_the_triton_look_up_refuses_a_gpu_that_is_too_old(monkeypatch):
 def test_only_a_codebook_on_a_gpu_is_kept_for_graphs():
     book = gf.Codebook(4, 2)
     with pytest.raises(gf.BackendUnavailable, match="for graphs: cuda: keys are on cpu"):
-        gf.prepare(book, graphs=True)
+        gf.prepare(book, cuda_graphs=True)
     assert not book._listeners
 
 

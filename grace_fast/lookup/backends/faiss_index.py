@@ -56,11 +56,9 @@ class FaissIndex:
                 f"got {self.description!r}"
             )
         for name in ("nprobe", "ef_search", "candidates"):
-            number = scalars.plain(getattr(self, name))
-            object.__setattr__(self, name, number)
-            optional = name != "candidates"
-            if not (optional and number is None) and not (isinstance(number, int) and number > 0):
-                raise ValueError(f"{name} must be a whole number >= 1, got {number!r}")
+            number = getattr(self, name)
+            if number is not None or name == "candidates":
+                object.__setattr__(self, name, scalars.positive(name, number))
 
     def __str__(self) -> str:
         asked = {"nprobe": self.nprobe, "ef_search": self.ef_search}

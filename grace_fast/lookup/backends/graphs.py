@@ -55,7 +55,7 @@ def retained(snapshot: Snapshot, backend: str) -> Any:
     if listener is None or listener.version != snapshot.version:
         raise RuntimeError(
             "a graph captured now would not see later edits: first call "
-            "grace_fast.prepare(codebook, graphs=True), and look up in the codebook itself"
+            "grace_fast.prepare(codebook, cuda_graphs=True), and look up in the codebook itself"
         )
     return listener
 
