@@ -53,7 +53,7 @@ class Prepared:
         if (
             view is None
             or self._book.current is not self._snapshot
-            or self._certificate._state is not view.made_from  # type: ignore[union-attr]
+            or self._certificate.current is not view.made_from  # type: ignore[union-attr]
         ):
             view = self._renew()
         answer = None if view is None else view.version.ask(queries)

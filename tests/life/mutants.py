@@ -175,7 +175,7 @@ MUTANTS = (
     ),
     Mutant(
         "edits during a build are not taken in",
-        *(C, "_publish", "self._state, self._newest = now, snapshot", "self._state = now"),
+        *(C, "_publish", "self.current, self._newest = now, snapshot", "self.current = now"),
         quick=True,
     ),
     Mutant(
