@@ -25,7 +25,7 @@ import grace_fast as gf
 from benchmarks import machine
 from benchmarks.workloads import SYNTHETIC, median_spacing
 from grace_fast import semantics
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cuda, triton
 
 RESULTS = Path(__file__).parent / "results"
@@ -188,7 +188,7 @@ def wrong(call: Call, problem: Problem, checked: int) -> int:
     """Return how many of the first decisions are not the law's."""
     queries = problem.queries[:checked]
     snapshot = problem.book.snapshot()
-    row, squared = lookup.BACKENDS["reference"].nearest(queries, snapshot)
+    row, squared = dispatch.BACKENDS["reference"].nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     got_hit, got_row = call(problem.queries)
     differs = (got_hit[:checked] != hit) | (hit & got_hit[:checked] & (got_row[:checked] != row))

@@ -5,17 +5,29 @@ from importlib import import_module
 from typing import Any
 
 from grace_fast.codebook.codebook import Codebook
-from grace_fast.editor.attach import CodebookMismatch, attach, from_pretrained
-from grace_fast.editor.edit_warnings import GraceWarning
+from grace_fast.editor.attach import attach, from_pretrained
 from grace_fast.editor.grace import Explanation, Grace
 from grace_fast.edits.edits import Edit, Verification
 from grace_fast.edits.settings import Settings
+from grace_fast.errors import (
+    BackendUnavailable,
+    CodebookCorrupt,
+    CodebookLocked,
+    CodebookMismatch,
+    CodebookReadOnly,
+    GraceWarning,
+)
 from grace_fast.hook.counters import Counters
 from grace_fast.hook.selection import using
-from grace_fast.lookup.lookup import BackendUnavailable, Match, Nearest, find, nearest, replace
-from grace_fast.lookup.prepared import Prepared, prepare
-from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
-from grace_fast.store.files import CodebookCorrupt
+from grace_fast.lookup import (
+    Match,
+    Nearest,
+    Prepared,
+    find,
+    nearest,
+    prepare,
+    replace,
+)
 
 __version__ = "0.1.0"
 

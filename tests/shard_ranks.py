@@ -113,8 +113,8 @@ def agree() -> None:
     assert 300 < shards.version <= 500  # an edit that changes no key is no version
     for row in range(0, shards.rows, 17):
         radius, label = shards.ball_of(row)
-        assert radius == alone.snapshot().radius_of(row)
-        known = alone.snapshot().label_of(row)
+        assert radius == alone.snapshot().row(row).radius
+        known = alone.snapshot().row(row).label
         assert (label is None) == (known is None)
         assert label is None or torch.equal(label, known)
     with pytest.raises(IndexError, match=r"row must be in \[0, "):

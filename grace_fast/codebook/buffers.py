@@ -135,10 +135,7 @@ class ReservedRows:
         fresh = self.address + self.committed_bytes
         size = grown - self.committed_bytes
         if _libc.mprotect(fresh, size, mmap.PROT_READ | mmap.PROT_WRITE):
-            reason = os.strerror(ctypes.get_errno())
-            raise MemoryError(
-                f"could not commit {size} bytes for row {rows} of the codebook: {reason}"
-            )
+            raise _refused(f"commit {size} bytes for row {rows} of the codebook")
         self.committed_bytes = grown
 
 
@@ -159,14 +156,12 @@ class MappedRows(ReservedRows):
         flags = mmap.MAP_PRIVATE | _MAP_FIXED
         found = _libc.mmap(self.address, size, mmap.PROT_READ, flags, descriptor, offset)
         if found == _MAP_FAILED:
-            reason = os.strerror(ctypes.get_errno())
-            raise MemoryError(f"could not map {size} bytes of a codebook's file: {reason}")
+            raise _refused(f"map {size} bytes of a codebook's file")
         # Survivors are a row here and a row there: what lies beside one will not be asked for.
         _libc.madvise(self.address, size, mmap.MADV_RANDOM)
         last_page = self.address + size - mmap.PAGESIZE
         if _libc.mprotect(last_page, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE):
-            reason = os.strerror(ctypes.get_errno())
-            raise MemoryError(f"could not make room behind a codebook's file: {reason}")
+            raise _refused("make room behind a codebook's file")
 
 
 class GrowingRows:
@@ -218,6 +213,11 @@ class FixedArrays:
         return self._rows[name].tensor[: shape[0]].view(shape)
 
 
+def _refused(what: str) -> MemoryError:
+    """Return the error for a call that failed just now."""
+    return MemoryError(f"could not {what}: {os.strerror(ctypes.get_errno())}")
+
+
 def _fair_share() -> int:
     """Return how many bytes of address space an array without a stated size may take."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -237,7 +237,6 @@ def _reserve_address_space(wanted: int) -> tuple[int, int]:
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     address = _libc.mmap(None, size, _PROT_NONE, flags, -1, 0)
     if address == _MAP_FAILED:
-        reason = os.strerror(ctypes.get_errno())
-        raise MemoryError(f"could not reserve {size} bytes of address space: {reason}")
+        raise _refused(f"reserve {size} bytes of address space")
     _libc.madvise(address, size, mmap.MADV_HUGEPAGE)  # refused where there are none: no matter
     return address, size

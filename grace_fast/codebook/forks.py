@@ -1,4 +1,4 @@
-"""What a forked child finds: locks that nobody holds, nothing half done, nobody to wait for.
+"""Forks: a child finds locks that nobody holds, nothing half done, nobody to wait for.
 
 A fork copies the memory and one thread, the one that forks. A lock that another thread held is held
 in the child for ever, by nobody. So every lock of the package is taken before a fork and given back
@@ -63,14 +63,14 @@ _is_child = False
 _forking = threading.Lock()  # two threads may fork at once
 
 
-class _Held(threading.local):
+class _Taken(threading.local):
     """What a thread took before it forks, in the order of that."""
 
     def __init__(self) -> None:
         self.locks: list[Any] = []
 
 
-_held = _Held()
+_taken = _Taken()
 _ending: list[int] = []  # threads that have done their work, by the system's number
 
 
@@ -96,7 +96,7 @@ def guard(
     mend: called in the child with the owner, and whether the lock could be had: else what it guards
         may be half done. Those whose locks are taken last are called first.
     """
-    if not _held.locks:  # else this thread forks
+    if not _taken.locks:  # else this thread forks
         _may_guard.wait()
     number = next(_numbers)
     gone = weakref.ref(owner, lambda _: _guarded.pop(number, None))
@@ -166,7 +166,7 @@ def _before() -> None:
 
 def _take(lock: Any, until: float) -> None:
     if lock.acquire(timeout=max(0.0, until - time.monotonic())):
-        _held.locks.append(lock)
+        _taken.locks.append(lock)
 
 
 def _in_parent() -> None:
@@ -176,8 +176,8 @@ def _in_parent() -> None:
 
 
 def _let_go() -> None:
-    while _held.locks:
-        _held.locks.pop().release()
+    while _taken.locks:
+        _taken.locks.pop().release()
 
 
 def _in_child() -> None:

@@ -1,4 +1,4 @@
-"""What a caller's modes of torch may not do to tensors that outlive the call."""
+"""Inference mode, left for tensors that outlive the call which makes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attributes that are computed when they are first asked for, without a lock.
+"""Cached properties without a lock.
 
 `functools.cached_property` of Python 3.11 holds one lock for all objects of a class while it
 computes. Who asks of one object waits for another, and a forked child waits for ever where a thread

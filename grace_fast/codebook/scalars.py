@@ -39,6 +39,17 @@ def number(name: str, value: Any) -> int | float:
         raise ValueError(f"{name} must be a number, got {value!r}") from None
 
 
+def positive(name: str, value: Any) -> int:
+    """Return a whole number of at least 1 as Python's.
+
+    Raises: ValueError for anything else.
+    """
+    value = plain(value)
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number >= 1, got {value!r}")
+    return value
+
+
 def whole(name: str, value: Any) -> int:
     """Return a whole number as Python's.
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Draft, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.compat.live import LiveCodebook, home
 from grace_fast.compat.method import Method
 from grace_fast.lookup import lookup
@@ -266,7 +268,7 @@ class Adaptor(LiveCodebook):
         row, squared = int(near.row[0]), float(near.squared_distance[0])
         radius, same = 0.0, False
         if row >= 0:
-            radius, known = before.radius_of(row), self._label_compared(row)
+            radius, known = before.row(row).radius, self._label_compared(row)
             same = known is not None and semantics.same_label(rules, label, known)
         decision = semantics.decide(rules, squared, radius, same)
         if decision.outcome in ("added", "split"):
@@ -279,7 +281,7 @@ class Adaptor(LiveCodebook):
             draft.set_radius(row, decision.nearest_radius)
             return Change(decision, made, row)
         if decision.moves_key:
-            draft.set_key(row, (before.key_of(row).double() + query.double()) / 2)
+            draft.set_key(row, (before.row(row).key.double() + query.double()) / 2)
         if decision.radius != radius:
             draft.set_radius(row, decision.radius)
         return Change(decision, row)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from grace_fast import errors
 from grace_fast import semantics as law
-from grace_fast.codebook.codebook import Draft
+from grace_fast.codebook.draft import Draft
 from grace_fast.compat.adaptor import Adaptor, Change
 from grace_fast.compat.method import number, read_method, read_steps
 from grace_fast.compat.reference import Editor
@@ -182,17 +182,17 @@ class GRACEAdapter(Adaptor):
     def _enact(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Change:
         change = super()._enact(draft, query, label, fresh)
         after = draft.snapshot()
-        ball = (after.key_of(change.row).clone(), after.radius_of(change.row))
+        ball = (after.row(change.row).key.clone(), after.row(change.row).radius)
         made = Touch(self.edit_id, *ball)
         if change.decision.outcome in ("added", "split"):
             self._touches.append([made])
         else:
             newest = next(t for t in reversed(self._touches[change.row]) if t.guest is None)
-            newest.value = after.value_of(change.row).clone()
+            newest.value = after.row(change.row).value.clone()
             self._touches[change.row].append(made)
         if change.neighbour is not None:
             near = change.neighbour
-            ball = (after.key_of(near).clone(), after.radius_of(near))
+            ball = (after.row(near).key.clone(), after.row(near).radius)
             guest = self._touches[change.row]
             self._touches[near].append(Touch(self.edit_id, *ball, guest=guest))
         return change

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.hook.wrappers import place
 from grace_fast.lookup.prepared import Prepared, prepare
 
@@ -143,7 +145,7 @@ class LiveCodebook(nn.Module):
 
     def _take(self, book: Codebook, parameter: nn.Parameter, labels: list[Tensor | None]) -> None:
         self._book, self._labels, self._assigned = book, labels, {}
-        self._find = prepare(book, wait=False)
+        self._find = prepare(book, build_index=False)
         parameter.data = book.snapshot().values
         self._parameters["values"] = parameter
         self._watch()

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.codebook.ascending import Ascending
-from grace_fast.codebook.codebook import MAX_COUNTER, Codebook, Draft, Snapshot, require_room
+from grace_fast.codebook.checks import MAX_COUNTER, require_room
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.lazy_table import Kept
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Outcome, Rules
 
@@ -338,7 +341,7 @@ class History:
         row, squared = int(near.row[0]), float(near.squared_distance[0])
         radius, same = 0.0, False
         if row >= 0:
-            radius, known = before.radius_of(row), _label_compared(rules, before, row)
+            radius, known = before.row(row).radius, _label_compared(rules, before, row)
             same = known is not None and semantics.same_label(rules, label, known)
         decision = semantics.decide(rules, squared, radius, same)
         if decision.radius > rules.max_radius:
@@ -351,9 +354,9 @@ class History:
         if decision.outcome in ("added", "split"):
             made = self._add(draft, decision, row, query, label, fresh_value, edit)
             return Enacted(made, decision.outcome, distance, decision.radius, None)
-        slot = before.value_slot_of(row)
+        slot = before.row(row).value_slot
         self._touch(draft, decision, row, query, label, edit)
-        return Enacted(row, decision.outcome, distance, draft.snapshot().radius_of(row), slot)
+        return Enacted(row, decision.outcome, distance, draft.snapshot().row(row).radius, slot)
 
     def _add(
         self,
@@ -372,7 +375,7 @@ class History:
             draft.set_radius(neighbour, decision.nearest_radius)
         after = draft.snapshot()
         for changed in (row,) if decision.nearest_radius is None else (row, neighbour):
-            ball = (after.radius_of(changed), after.key_slot_of(changed))
+            ball = (after.row(changed).radius, after.row(changed).key_slot)
             self.add_event(Event(edit, changed, *ball, lasts_with=row))
         return row
 
@@ -388,21 +391,21 @@ class History:
         before = draft.snapshot()
         self._keep_base(before, row)
         if decision.moves_key:
-            draft.set_key(row, (before.key_of(row).double() + query.double()) / 2)
-        if decision.radius != before.radius_of(row):
+            draft.set_key(row, (before.row(row).key.double() + query.double()) / 2)
+        if decision.radius != before.row(row).radius:
             draft.set_radius(row, decision.radius)
         if decision.outcome == "replaced":
             draft.set_label(row, label)
         after = draft.snapshot()
-        ball = (after.radius_of(row), after.key_slot_of(row))
-        if ball != (before.radius_of(row), before.key_slot_of(row)):
+        ball = (after.row(row).radius, after.row(row).key_slot)
+        if ball != (before.row(row).radius, before.row(row).key_slot):
             self.add_event(Event(edit, row, *ball, lasts_with=-1))
 
     def _keep_base(self, snapshot: Snapshot, row: int) -> None:
         """Keep what a row held before its first edit, where no edit made it."""
         if not self._life(row).events:
-            self.set_base(row, Base(snapshot.value_slot_of(row), snapshot.label_slot_of(row)))
-            ball = (snapshot.radius_of(row), snapshot.key_slot_of(row))
+            self.set_base(row, Base(snapshot.row(row).value_slot, snapshot.row(row).label_slot))
+            ball = (snapshot.row(row).radius, snapshot.row(row).key_slot)
             self.add_event(Event(NO_EDIT, row, *ball, lasts_with=row))
 
     def undo(self, draft: Draft, edit_id: int) -> Edit:
@@ -448,9 +451,9 @@ class History:
 
     def _restore_ball(self, draft: Draft, row: int) -> None:
         now, newest = draft.snapshot(), self.rows[row].events[-1]
-        if now.radius_of(row) != newest.radius:
+        if now.row(row).radius != newest.radius:
             draft.set_radius(row, newest.radius)
-        if now.key_slot_of(row) != newest.key_slot:
+        if now.row(row).key_slot != newest.key_slot:
             draft.point_key(row, newest.key_slot)
 
     def _restore_value(self, draft: Draft, row: int) -> None:
@@ -461,9 +464,9 @@ class History:
             assert life.base is not None
             value, label = life.base.value_slot, life.base.label_slot
         now = draft.snapshot()
-        if now.value_slot_of(row) != value:
+        if now.row(row).value_slot != value:
             draft.point_value(row, value)
-        if now.label_slot_of(row) != label:
+        if now.row(row).label_slot != label:
             draft.point_label(row, label)
 
     def verify(self, book: Codebook | Snapshot, rules: Rules) -> Verification:
@@ -523,9 +526,9 @@ _UNTOUCHED = RowLife()
 def _label_compared(rules: Rules, snapshot: Snapshot, row: int) -> Tensor | None:
     """Return the label that an edit near a live row is compared with."""
     if rules.semantics != "easyedit":
-        return snapshot.label_of(row)
+        return snapshot.row(row).label
     live = snapshot.live.nonzero()[:, 0].tolist()
-    return snapshot.label_of(live[semantics.label_row(rules, live.index(row), len(live))])
+    return snapshot.row(live[semantics.label_row(rules, live.index(row), len(live))]).label
 
 
 def _answers_alike(rules: Rules, edit: Edit, newest: Edit) -> bool:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Draft, Snapshot
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edits import Enacted, History
 from grace_fast.hook.trial import Tokens
 from grace_fast.lookup import lookup
@@ -104,7 +105,7 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     answered_by = lookup.nearest(proposal.queries, decided).row.tolist()
     members: dict[int, list[int]] = {}
     for at, done in enumerate(enacted):
-        label = decided.label_of(done.row)
+        label = decided.row(done.row).label
         alike = label is not None and semantics.same_label(rules, proposal.labels[at], label)
         alike |= rules.semantics == "easyedit"  # which compares with another row's label
         if alike and (answered_by[at] == done.row or len(enacted) == 1):
@@ -112,7 +113,7 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     trainings = [
         Training(
             row,
-            decided.value_of(row).clone(),
+            decided.row(row).value.clone(),
             tuple(picked),
             _tokens(proposal, row, picked, decided),
         )

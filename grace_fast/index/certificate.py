@@ -41,7 +41,9 @@ import torch
 
 from grace_fast import _native
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import PAGE_ROWS, Page, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.pages import PAGE_ROWS, Page
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import quantizer, segments
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State, View, plan_of
@@ -59,15 +61,13 @@ def of(snapshot: Snapshot) -> Certificate | None:
     """Return the certificate of a published version's codebook, None without the extension."""
     if _native.cpu is None:
         return None
-    return snapshot.derived(  # type: ignore[no-any-return]
-        "certificate", lambda _, previous: previous or Certificate(_native.cpu)
-    )
+    return _certificates.of(snapshot, lambda _, previous: previous or Certificate(_native.cpu))
 
 
 def restore(snapshot: Snapshot, state: State) -> None:
     """Let a codebook that nobody has asked yet begin with codes that are known of a version."""
     if _native.cpu is not None:
-        snapshot.derived("certificate", lambda *_: Certificate(_native.cpu, snapshot, state))
+        _certificates.put(snapshot, Certificate(_native.cpu, snapshot, state))
 
 
 # Takes seconds of a million keys, and no lock of a library's: a fork need not wait for it.
@@ -105,7 +105,7 @@ class Certificate:
     ) -> None:
         self._cpu = cpu
         self._lock = threading.RLock()
-        self._state = state
+        self.current = state  # what was published last, of the newest version seen
         self._newest = snapshot  # that was asked; the state was told of it
         self._older: weakref.WeakSet[Snapshot] = weakref.WeakSet()  # that it was told of, too
         self._wait: Callable[[], None] | None = None  # for what is being built
@@ -122,7 +122,7 @@ class Certificate:
             self._take_in(snapshot)
             view = View(self._cpu, snapshot, other)
             view.widest = snapshot.counts.widest
-            state = view.made_from = self._state
+            state = view.made_from = self.current
             if state is not None and self._is_told_of(snapshot):
                 view.plan = plan_of(self._cpu, state, snapshot.rows, view.widest)
                 view.holds = (state, state.tail)
@@ -135,16 +135,11 @@ class Certificate:
         """Give what is known of a version's keys by now, unchanged meanwhile; None if nothing."""
         with self._lock:
             self._take_in(snapshot)
-            yield self._state if self._is_told_of(snapshot) else None
-
-    @property
-    def current(self) -> State | None:
-        """What was published last, of the newest version seen."""
-        return self._state
+            yield self.current if self._is_told_of(snapshot) else None
 
     def is_current(self, view: View) -> bool:
         """Tell whether a new view of the same version would say no more."""
-        return view.made_from is self._state
+        return view.made_from is self.current
 
     def build(self, snapshot: Snapshot) -> None:
         """Have all codes of a version that can be had, before returning."""
@@ -164,7 +159,7 @@ class Certificate:
     @property
     def nbytes(self) -> int:
         """The memory that the codes take."""
-        state = self._state
+        state = self.current
         return sum(part.nbytes for part in (*state.runs, state.tail)) if state else 0
 
     # What a look-up takes in itself.
@@ -179,7 +174,7 @@ class Certificate:
             return
         if newest is None or _order(snapshot) > _order(newest):
             if newest is not None and snapshot.era != newest.era:
-                self._state = None
+                self.current = None
             self._take_changes_in(snapshot)
             if newest is not None:
                 self._older.add(newest)
@@ -191,7 +186,7 @@ class Certificate:
 
     def _can_be_told_of(self, snapshot: Snapshot) -> bool:
         """Tell whether a version is not from before the state."""
-        state, newest = self._state, self._newest
+        state, newest = self.current, self._newest
         assert newest is not None
         return state is None or (snapshot.version >= state.oldest and snapshot.era == newest.era)
 
@@ -202,7 +197,7 @@ class Certificate:
 
     def _take_changes_in(self, snapshot: Snapshot) -> None:
         """Tell the state what a version has otherwise than the newest that it was told of."""
-        state, newest = self._state, self._newest
+        state, newest = self.current, self._newest
         if state is None:
             return
         assert newest is not None, "a state is of some version"
@@ -242,7 +237,7 @@ class Certificate:
         radii = snapshot.radii_of(torch.from_numpy(rows)).cpu().numpy()
         added = segments.append(state.tail, made, rows, radii, state.floor)
         if added is None:  # a key the codes cannot hold: start anew, without them until then
-            self._state = None
+            self.current = None
         else:
             state.tail = added
         for part in state.runs:
@@ -260,7 +255,7 @@ class Certificate:
     # What happens in the background.
 
     def _build_if_needed(self) -> None:
-        newest, state = self._newest, self._state
+        newest, state = self._newest, self.current
         if newest is None or self._wait is not None or self._cancelled:
             return
         rows = min(newest.rows, segments.MOST_ROWS)
@@ -322,7 +317,7 @@ class Certificate:
         """Put a run in the place of what it was made from; edits meanwhile are kept."""
         state, snapshot, newest = build.state, build.snapshot, self._newest
         assert newest is not None
-        given_up = state is not None and state is not self._state
+        given_up = state is not None and state is not self.current
         if given_up or snapshot.era != newest.era:
             return self._build_if_needed()
         now = State(build.phi, build.fitted_rows, build.floor)
@@ -339,7 +334,7 @@ class Certificate:
             now.tail = segments.append_codes(now.tail, near, far, rows, radii, now.floor)
             now.covered = max(state.covered, build.rows)
         # It knows the version it was made from; the newest is taken in, others when they are asked.
-        self._state, self._newest = now, snapshot
+        self.current, self._newest = now, snapshot
         self._older = weakref.WeakSet()
         self._take_in(newest)
         self._build_if_needed()
@@ -365,7 +360,7 @@ def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
     """
     was_making, certificate._wait = certificate._wait is not None, None
     if not whole:
-        certificate._state, certificate._older = None, weakref.WeakSet()
+        certificate.current, certificate._older = None, weakref.WeakSet()
     if was_making or not whole:
         certificate._was_forked = True
         view = None if certificate._handed is None else certificate._handed()
@@ -373,4 +368,5 @@ def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
             view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
 
 
+_certificates: Cache[Certificate] = Cache("certificate")
 _FORKED: Any = object()

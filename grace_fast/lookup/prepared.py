@@ -9,6 +9,7 @@ change neither the graph nor its guards.
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from typing import cast
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.index.certificate import Certificate
 from grace_fast.index.native_view import View
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cpu
-from grace_fast.lookup.lookup import Match
+from grace_fast.lookup.match import Match
 from grace_fast.semantics import Replacement
 
 _books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
@@ -50,8 +52,8 @@ class Prepared:
         view = self._view
         if (
             view is None
-            or self._book._current is not self._snapshot
-            or self._certificate._state is not view.made_from  # type: ignore[union-attr]
+            or self._book.current is not self._snapshot
+            or self._certificate.current is not view.made_from  # type: ignore[union-attr]
         ):
             view = self._renew()
         answer = None if view is None else view.version.ask(queries)
@@ -94,27 +96,44 @@ class Prepared:
             self._certificate.settle()
 
 
-def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prepared:
+def prepare(
+    codebook: Codebook,
+    build_index: bool = True,
+    cuda_graphs: bool = False,
+    *,
+    wait: bool | None = None,
+    graphs: bool | None = None,
+) -> Prepared:
     """Return `find` for one codebook with everything chosen once a version; it sees later edits.
 
-    wait: compute first what can be computed from the keys that are there; without, the first
-        look-ups may read all keys.
-    graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are captured
-        from now on see every edit once it was made; a stream that replays one and the stream of the
-        edit have to wait for each other, and a thread that does not edit replays within
-        `codebook.held()`.
+    build_index: compute first what can be computed from the keys that are there; without, the
+        first look-ups may read all keys.
+    cuda_graphs: keep the codebook at fixed addresses of its GPU, so that CUDA graphs that are
+        captured from now on see every edit once it was made; a stream that replays one and the
+        stream of the edit have to wait for each other, and a thread that does not edit replays
+        within `codebook.locked()`.
+    wait, graphs: the former names of these two.
 
-    Raises: TypeError for no codebook; with `graphs` BackendUnavailable, or MemoryError where the
-    GPU cannot keep it so.
+    Raises: TypeError for no codebook; with `cuda_graphs` BackendUnavailable, or MemoryError where
+    the GPU cannot keep it so.
     """
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
+    if wait is not None:
+        build_index = _renamed("wait", "build_index", wait)
+    if graphs is not None:
+        cuda_graphs = _renamed("graphs", "cuda_graphs", graphs)
     prepared = Prepared(codebook)
-    if wait:
+    if build_index:
         prepared.settle()
-    if graphs:
-        lookup.keep_for_graphs(codebook)
+    if cuda_graphs:
+        dispatch.keep_for_graphs(codebook)
     return prepared
+
+
+def _renamed(old: str, new: str, value: bool) -> bool:
+    warnings.warn(f"prepare({old}=) is now prepare({new}=)", DeprecationWarning, stacklevel=3)
+    return value
 
 
 @torch.library.custom_op("grace_fast::find", mutates_args=())

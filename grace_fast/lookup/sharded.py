@@ -26,21 +26,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import DTYPES, PAGE_ROWS, Codebook, Draft
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.pages import PAGE_ROWS
+from grace_fast.errors import RankLost as RankLost
+from grace_fast.errors import ShardsDiffer as ShardsDiffer
 from grace_fast.lookup import lookup
 from grace_fast.lookup.lookup import Match, Nearest
 from grace_fast.semantics import Decision, Replacement, Rules
 
 NOBODY = 2**63 - 1  # what a rank claims that has not the nearest key
 _POSITIVE = 2**62 - 1  # numbers that are compared as they are and negated
-
-
-class RankLost(RuntimeError):
-    """A rank did not answer; the shards answer nothing from then on."""
-
-
-class ShardsDiffer(RuntimeError):
-    """Ranks hold different codebooks or versions, or ask with different queries."""
 
 
 class ShardedCodebook:
@@ -347,8 +344,8 @@ class ShardedCodebook:
         label: Tensor | None = None
         if (local := self._local(row)) is not None:
             snapshot = self.codebook.snapshot()
-            label = snapshot.label_of(local)
-            ball = torch.tensor([snapshot.radius_of(local)], dtype=torch.float64, device="cpu")
+            label = snapshot.row(local).label
+            ball = torch.tensor([snapshot.row(local).radius], dtype=torch.float64, device="cpu")
             told[:1] = ball.view(torch.int64)
             told[1] = 0 if label is None else 1 + len(label)
         told = told.to(self.codebook.device)
@@ -472,7 +469,7 @@ class ShardDraft:
         """Move the key of one row half-way to a query."""
         self._shards._digest("half-way", row, query)
         if (local := self._shards._local(row)) is not None:
-            key = self._local.snapshot().key_of(local)
+            key = self._local.snapshot().row(local).key
             self._local.set_key(local, (key.double() + query.double()) / 2)
 
     def set_value(self, row: int, value: Tensor) -> None:

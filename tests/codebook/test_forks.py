@@ -20,7 +20,7 @@ import torch
 import grace_fast as gf
 from grace_fast import _native
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.editor import training
 from grace_fast.hook import compile
 from grace_fast.index import certificate
@@ -108,7 +108,7 @@ def test_a_child_makes_the_codes_itself_that_were_in_the_making(
     asked_before, stuck_build, tmp_path
 ):
     book, keys = a_book()
-    prepared = gf.prepare(book, wait=False)
+    prepared = gf.prepare(book, build_index=False)
     {"find": gf.find, "nearest": gf.nearest, "prepared": lambda q, _: prepared(q)}[asked_before](
         keys[:3], book
     )
@@ -211,9 +211,9 @@ def test_what_is_made_while_a_process_forks_is_waited_for_too(monkeypatch):
         if not made:
             made.append(Owner())
             made[0].lock.acquire()
-            held, forks._held.locks = forks._held.locks, []
+            held, forks._taken.locks = forks._taken.locks, []
             forks.guard(made[0], "lock")
-            forks._held.locks = held
+            forks._taken.locks = held
             threading.Timer(0.1, give_back, made).start()
         real(lock, until)
 
@@ -449,7 +449,7 @@ def test_an_index_that_another_thread_changes_is_built_anew_in_the_child(short_w
     book, keys = a_book()
     index = gf.FaissIndex("Flat")
     assert gf.find(keys[:2], book, backend=index).row.tolist() == [0, 1]
-    kept = faiss._kept(book.snapshot(), index)
+    kept = faiss.train(book, index)
 
     def work():
         assert gf.find(keys[:2], book, backend=index).row.tolist() == [0, 1]
@@ -474,7 +474,7 @@ def test_a_process_that_was_forked_without_python_knowing_is_mended_by_what_it_c
     with another_thread(book.held()):
 
         def work():
-            forks._held.locks.clear()
+            forks._taken.locks.clear()
             forks._in_child()
             book.append(keys[:1], torch.ones(1, 2), torch.ones(1))
 

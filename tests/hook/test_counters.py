@@ -18,9 +18,9 @@ import grace_fast as gf
 from grace_fast.edits.edits import History
 from grace_fast.hook.counters import BOUNDS, Tally
 from grace_fast.index import certificate
-from grace_fast.lookup import lookup
-from grace_fast.lookup.backends import graphs
-from grace_fast.lookup.lookup import Match
+from grace_fast.lookup import dispatch, lookup
+from grace_fast.lookup.backends import cpu, graphs
+from grace_fast.lookup.match import Match
 
 WIDTH, KEYS, RADIUS = 64, 4096, 0.5
 
@@ -82,7 +82,7 @@ def test_nothing_was_asked_at_first(grace):
 
 def test_hits_misses_and_keys_read_are_those_of_the_look_up(grace):
     known, far = hit_by(grace, [3, 9, 3]), 40 + torch.randn(5, WIDTH)
-    assert lookup.way_of(grace.codebook).startswith("certified")
+    assert cpu.view_of(grace.codebook.snapshot()).keys_pay  # by codes
     assert (ask(grace, torch.cat([known, far])) == 7).all(dim=1).tolist() == [True] * 3 + [
         False
     ] * 5
@@ -152,11 +152,11 @@ def test_what_a_back_end_does_not_tell_is_none(grace, monkeypatch):
     ask(grace, hit_by(grace, [0]))
     monkeypatch.setattr(lookup.cpu, "_cpu", None)
     monkeypatch.setattr(lookup.cpu, "ask", lambda queries, snapshot: None)
-    lookup._choose.cache_clear(), lookup.choose.cache_clear()
+    dispatch._choose.cache_clear(), dispatch.choose.cache_clear()
     try:
         ask(grace, hit_by(grace, [1, 2]))
     finally:
-        lookup._choose.cache_clear(), lookup.choose.cache_clear()
+        dispatch._choose.cache_clear(), dispatch.choose.cache_clear()
     counters = grace.counters
     assert (counters.calls, counters.queries, counters.hits) == (2, 3, 3)
     assert counters.certified_misses is None

@@ -75,14 +75,14 @@ def _find_strided(life: Life, queries: torch.Tensor, told: Answers) -> None:
 def _prepared_before(life: Life, queries: torch.Tensor, told: Answers) -> None:
     """A call that was prepared before the edits."""
     if life.prepared is None:
-        life.prepared = gf.prepare(life.book, wait=False)
+        life.prepared = gf.prepare(life.book, build_index=False)
     found = life.prepared(queries)
     life.check("prepared before", queries, told, wrong_finds(told, *fields(found)))
 
 
 @way("prepared now", 0.25)
 def _prepared_now(life: Life, queries: torch.Tensor, told: Answers) -> None:
-    prepared = gf.prepare(life.book, wait=bool(life.rng.random() < 0.1))
+    prepared = gf.prepare(life.book, build_index=bool(life.rng.random() < 0.1))
     life.check("prepared now", queries, told, wrong_finds(told, *fields(prepared(queries))))
     if life.rng.random() < 0.3:
         life.prepared = prepared
@@ -92,7 +92,7 @@ def _prepared_now(life: Life, queries: torch.Tensor, told: Answers) -> None:
 def _compiled_op(life: Life, queries: torch.Tensor, told: Answers) -> None:
     """What a compiled graph calls: the codebook by its number."""
     if life.prepared is None:
-        life.prepared = gf.prepare(life.book, wait=False)
+        life.prepared = gf.prepare(life.book, build_index=False)
     hit, row, squared = torch.ops.grace_fast.find(queries, life.prepared._handle)
     found = (row.numpy(), squared.numpy(), hit.numpy())
     life.check("compiled op", queries, told, wrong_finds(told, *found))

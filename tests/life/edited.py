@@ -152,7 +152,7 @@ class Edited:
         book = grace.codebook
         prepared, of = self.prepared.get(who, (None, None))
         if of is not book:  # a reader of a compacted directory has another one
-            prepared = gf.prepare(book, wait=False)
+            prepared = gf.prepare(book, build_index=False)
             self.prepared[who] = (prepared, book)
         near = gf.nearest(queries, book, within=0.7)
         wrong = {

@@ -373,4 +373,4 @@ def test_a_captured_look_up_sees_every_edit_before_it_is_published(module, monke
         book.append(queries[number : number + 1] + 0.01, torch.zeros(1, 2), torch.full((1,), 0.1))
         if number == 3:
             known = certificate.of(book.snapshot())
-            known._state, known._build_if_needed = None, lambda: None
+            known.current, known._build_if_needed = None, lambda: None

@@ -15,7 +15,8 @@ from hypothesis import given
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.lookup import index_errors, lookup
+from grace_fast.lookup import dispatch
+from grace_fast.lookup import faiss as door
 from grace_fast.lookup.backends import faiss, faiss_bounds, faiss_index
 from grace_fast.lookup.backends.workload import Workload
 
@@ -430,7 +431,7 @@ def test_faiss_says_why_it_cannot_take_a_call(monkeypatch, module, asked, text):
     monkeypatch.setattr(faiss_index, "library", lambda: module)
     for backend in ("faiss", gf.FaissIndex("HNSW32")):
         with pytest.raises(gf.BackendUnavailable, match=text):
-            lookup.choose.__wrapped__(asked, backend)
+            dispatch.choose.__wrapped__(asked, backend)
     if module is None:
         with pytest.raises(gf.BackendUnavailable, match=text):
             gf.build_index(drawn(9, 4, 1).book(), gf.FaissIndex("HNSW8"))
@@ -439,10 +440,10 @@ def test_faiss_says_why_it_cannot_take_a_call(monkeypatch, module, asked, text):
 def test_faiss_is_chosen_by_name_only():
     for rows in (10, 10**5, 10**9):
         asked = workload(rows=rows)
-        assert lookup.choose.__wrapped__(asked, "auto") is not faiss
-        assert lookup.choose.__wrapped__(asked, "faiss") is faiss
-        assert lookup.choose.__wrapped__(asked, gf.FaissIndex("HNSW32")) is faiss
-    assert all(faiss not in modules for modules in lookup.AUTOMATIC.values())
+        assert dispatch.choose.__wrapped__(asked, "auto") is not faiss
+        assert dispatch.choose.__wrapped__(asked, "faiss") is faiss
+        assert dispatch.choose.__wrapped__(asked, gf.FaissIndex("HNSW32")) is faiss
+    assert all(faiss not in modules for modules in dispatch.AUTOMATIC.values())
 
 
 # What is measured of an index
@@ -466,7 +467,7 @@ def test_an_index_is_measured_against_the_law():
     for exact in (all_, flat):
         assert (exact.wrong, exact.certified) == (0, 200)
     assert min(few.us, all_.us, flat.us) > 0
-    head, _, first, *_ = index_errors.as_table([few, all_, flat]).splitlines()
+    head, _, first, *_ = door.as_table([few, all_, flat]).splitlines()
     assert head.startswith("| index | one query | wrong decisions |")
     assert f"| {few.wrong} / 200 ({few.rate:.2%}) | {few.lost} / {few.hits} |" in first
     assert first.startswith("| IVF40,Flat nprobe=1 | ")
@@ -553,9 +554,9 @@ def test_an_index_is_moved_to_a_gpu_where_faiss_has_one(monkeypatch):
         monkeypatch.setattr(faiss_index, "placed_on", lambda snapshot: pretended)
         if description == "HNSW32":
             with pytest.raises(ValueError, match="cannot move the index 'HNSW32' to a GPU: this"):
-                kept.follow(snapshot)
+                kept.take_in(snapshot)
             continue
-        kept.follow(snapshot)
+        kept.take_in(snapshot)
         queries = case.queries.numpy() - kept.centre
         rough, _, unseen = kept.search(queries, 1, snapshot)
         if description == "Flat":

@@ -7,7 +7,7 @@ import torch
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends.workload import Workload
 
 pytestmark = [
@@ -54,7 +54,7 @@ def queries_of(book, batch, seed=1):
 
 def law(queries, book):
     snapshot = book.snapshot()
-    row, squared = lookup.BACKENDS["reference"].nearest(queries, snapshot)
+    row, squared = dispatch.BACKENDS["reference"].nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     return hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf)
 
@@ -71,7 +71,7 @@ def skip_unless_taken(backend, book, batch):
         return
     snapshot = book.snapshot()
     work = Workload("cuda", book.dtype, batch, snapshot.rows, book.key_dim)
-    if reason := lookup.BACKENDS[backend].why_not(work):
+    if reason := dispatch.BACKENDS[backend].why_not(work):
         pytest.skip(f"{backend}: {reason}")
 
 
@@ -93,7 +93,7 @@ def test_random_codebooks(backend, shape, dtype):
 def test_a_captured_graph_sees_edits(backend):
     book = book_of(5000, 384)
     skip_unless_taken(backend, book, 4)
-    gf.prepare(book, graphs=True)
+    gf.prepare(book, cuda_graphs=True)
     queries = queries_of(book, 4)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

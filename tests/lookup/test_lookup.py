@@ -16,7 +16,7 @@ from torch import Tensor
 import grace_fast as gf
 from grace_fast import _native, semantics
 from grace_fast.edits.edits import History
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch
 from grace_fast.lookup.backends import cpu, cuda, reference, triton
 from grace_fast.lookup.backends.workload import Workload
 
@@ -36,7 +36,7 @@ def device_for(backend: ModuleType, case: Case) -> str:
     pytest.skip(f"{backend.NAME}: {'; '.join(reasons)}")
 
 
-@pytest.fixture(params=lookup.BACKENDS.values(), ids=lookup.BACKENDS.keys())
+@pytest.fixture(params=dispatch.BACKENDS.values(), ids=dispatch.BACKENDS.keys())
 def backend(request: pytest.FixtureRequest) -> ModuleType:
     module: ModuleType = request.param
     return module
@@ -54,7 +54,7 @@ def assert_lawful(case: Case, backend: str, device: str) -> None:
     expected = case.expected()
     book, queries = case.book(device), case.queries.to(device)
     narrow = np.sqrt(np.asarray(expected.squared)).astype(np.float32)
-    if hasattr(lookup.BACKENDS[backend], "nearest"):
+    if hasattr(dispatch.BACKENDS[backend], "nearest"):
         near = gf.nearest(queries, book, backend=backend)
         assert near.row.tolist() == expected.row
         assert near.squared_distance.tolist() == expected.squared  # bit for bit: the order is law
@@ -105,7 +105,7 @@ def test_the_case_of_permuted_coordinates_is_lost_by_other_orders():
 @given(case=codebooks())
 def test_drawn_codebooks_are_decided_by_the_law(case):
     for name in ("cpu", "reference"):
-        if lookup.BACKENDS[name].why_not(Workload("cpu", case.keys.dtype, 1, 1, 1)) is None:
+        if dispatch.BACKENDS[name].why_not(Workload("cpu", case.keys.dtype, 1, 1, 1)) is None:
             assert_lawful(case, name, "cpu")
 
 
@@ -359,7 +359,7 @@ def machine(monkeypatch):
     """Make `choose` see a machine where only the named parts are there."""
 
     def pretend(*parts: str) -> None:
-        lookup.choose.cache_clear()
+        dispatch.choose.cache_clear()
         monkeypatch.setattr(cpu, "_cpu", object() if "compiled" in parts else None)
         monkeypatch.setattr(_native, "missing", "the extension was not built")
         missing = None if "triton" in parts else "triton cannot be imported"
@@ -367,7 +367,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(triton, "_interpreted", lambda: "interpreter" in parts)
 
     yield pretend
-    lookup.choose.cache_clear()
+    dispatch.choose.cache_clear()
 
 
 def workload(device: str) -> Workload:
@@ -393,7 +393,7 @@ CHOICES = {
 )
 def test_the_back_end_is_chosen_from_the_workload_alone(machine, device, parts, asked, chosen):
     machine(*parts)
-    assert lookup.choose(workload(device), asked) is chosen
+    assert dispatch.choose(workload(device), asked) is chosen
 
 
 REFUSALS = {
@@ -411,7 +411,7 @@ REFUSALS = {
 def test_a_named_back_end_never_falls_back(machine, device, parts, asked, reason):
     machine(*parts)
     with pytest.raises(gf.BackendUnavailable) as refusal:
-        lookup.choose(workload(device), asked)
+        dispatch.choose(workload(device), asked)
     assert reason in str(refusal.value)
     assert "reference" not in str(refusal.value)
 
@@ -419,9 +419,9 @@ def test_a_named_back_end_never_falls_back(machine, device, parts, asked, reason
 def test_a_refusal_lists_the_reason_of_every_back_end(machine, monkeypatch):
     machine()
     monkeypatch.setattr(reference, "why_not", lambda workload: "on holiday")
-    monkeypatch.setitem(lookup.AUTOMATIC, "cpu", (cpu, triton, reference))
+    monkeypatch.setitem(dispatch.AUTOMATIC, "cpu", (cpu, triton, reference))
     with pytest.raises(gf.BackendUnavailable) as refusal:
-        lookup.choose(workload("cpu"))
+        dispatch.choose(workload("cpu"))
     for reason in (
         "cpu: the extension was not built",
         "triton: triton cannot be imported",
@@ -430,41 +430,20 @@ def test_a_refusal_lists_the_reason_of_every_back_end(machine, monkeypatch):
         assert reason in str(refusal.value)
 
 
-WAYS = {
-    "a handful of keys": (lookup.Holding(47, 6144), "dense"),
-    "codes are not made yet": (lookup.Holding(10**6, 6144), "dense"),
-    "codes of a thousand keys": (lookup.Holding(1000, 6144, 20e3), "certified, linear"),
-    "the last size without an order": (lookup.Holding(4095, 6144, 90e3), "certified, linear"),
-    "codes in order": (lookup.Holding(4096, 6144, 20e3), "certified, in order"),
-    "a million keys": (lookup.Holding(10**6, 6144, 50e3), "certified, in order"),
-    "codes that do not pay": (lookup.Holding(10**4, 64, 10**4 * 64), "dense"),
-    "faiss by name": (lookup.Holding(10**6, 6144, 50e3, "faiss"), "faiss"),
-    "an index": (lookup.Holding(10**9, 6144, 50e3, gf.FaissIndex("HNSW32")), "faiss"),
-    "several ranks": (lookup.Holding(10**9, 6144, 50e3, ranks=4), "row shards"),
-}
-
-
-@pytest.mark.parametrize(("held", "name"), WAYS.values(), ids=WAYS.keys())
-def test_how_keys_are_gone_through_is_one_table(held, name):
-    assert lookup.way(held) == name
-
-
-def test_the_table_says_what_is_done():
+def test_few_keys_are_all_read_more_by_their_codes_and_many_by_codes_in_order():
     if cpu.why_not(workload("cpu")) is not None:
         pytest.skip("the extension was not built")
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(40, 64, generator=generator)
-    for rows, name in ((40, "dense"), (900, "certified, linear"), (5000, "certified, in order")):
+    for rows, by_codes, in_order in ((40, False, False), (900, True, False), (5000, True, True)):
         keys = base[torch.arange(rows) % 40] * 5 + torch.randn(rows, 64, generator=generator)
         book = gf.Codebook(64, 2)
         book.append(keys, torch.zeros(rows, 2), torch.full((rows,), 0.3))
         gf.prepare(book)
         view = cpu.view_of(book.snapshot())
-        done = "dense" if not view.keys_pay else "certified, linear"
-        if view.keys_pay and any(part.leaf_boxes is not None for part in view.holds[0].runs):
-            done = "certified, in order"
-        assert lookup.way_of(book) == done == name
-        assert lookup.way_of(book, "faiss") == "faiss"
+        assert view.keys_pay is by_codes
+        if by_codes:
+            assert any(part.leaf_boxes is not None for part in view.holds[0].runs) is in_order
 
 
 def test_a_look_up_without_the_compiled_part_is_the_same(machine):
@@ -525,7 +504,7 @@ def test_the_cuda_look_up_says_why_it_refuses(monkeypatch):
     monkeypatch.setattr(cuda, "_cuda", None)
     monkeypatch.setattr(cuda, "_missing", "the extension was not built")
     with pytest.raises(gf.BackendUnavailable, match="cuda: the extension was not built"):
-        lookup.choose.__wrapped__(workload("cuda"), "cuda")
+        dispatch.choose.__wrapped__(workload("cuda"), "cuda")
     cuda._device.cache_clear()
 
 
@@ -543,14 +522,14 @@ def test_the_triton_look_up_refuses_a_gpu_that_is_too_old(monkeypatch):
 def test_only_a_codebook_on_a_gpu_is_kept_for_graphs():
     book = gf.Codebook(4, 2)
     with pytest.raises(gf.BackendUnavailable, match="for graphs: cuda: keys are on cpu"):
-        gf.prepare(book, graphs=True)
-    assert not book._followers
+        gf.prepare(book, cuda_graphs=True)
+    assert not book._listeners
 
 
 def test_what_cannot_follow_an_edit_refuses_it():
     book = gf.Codebook(4, 2)
     followed = []
-    book.tell("a device", lambda snapshot: followed.append(snapshot.version))
+    book.subscribe("a device", lambda snapshot: followed.append(snapshot.version))
     book.append(torch.ones(1, 4), torch.ones(1, 2), torch.ones(1))
     assert followed == [0, 1]
 
@@ -558,7 +537,7 @@ def test_what_cannot_follow_an_edit_refuses_it():
         if snapshot.rows > 1:
             raise MemoryError("the device has no more")
 
-    book.tell("a device", out_of_memory)
+    book.subscribe("a device", out_of_memory)
     with pytest.raises(MemoryError, match="no more"):
         book.append(torch.zeros(1, 4), torch.ones(1, 2), torch.ones(1))
     assert len(book) == 1

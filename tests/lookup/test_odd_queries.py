@@ -11,13 +11,13 @@ from cases import DTYPES, Case, above, below, drawn, oracle
 from torch import nn
 
 import grace_fast as gf
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch
 from grace_fast.lookup.backends.workload import Workload
 
 INF = math.inf
 HOST = [
     name
-    for name, backend in lookup.BACKENDS.items()
+    for name, backend in dispatch.BACKENDS.items()
     if backend.why_not(Workload("cpu", torch.float32, 1, 1, 1)) is None
 ]
 

@@ -113,3 +113,11 @@ def test_an_output_that_autograd_needs_is_not_written():
     output = torch.zeros(1, 2, 3, requires_grad=True)
     with pytest.raises(ValueError, match="cannot be written in place; use replace"):
         gf.prepare(book).replace_(output, book.keys[:1])
+
+
+@pytest.mark.parametrize(("old", "new"), [("wait", "build_index"), ("graphs", "cuda_graphs")])
+def test_a_former_name_still_works_and_names_the_new_one(old, new):
+    book = gf.Codebook(4, 2)
+    with pytest.warns(DeprecationWarning, match=rf"prepare\({old}=\) is now prepare\({new}=\)"):
+        find = gf.prepare(book, **{old: False})
+    assert not find(torch.zeros(1, 4)).hit.any()

@@ -12,7 +12,7 @@ from models import FAMILIES
 
 import grace_fast as gf
 from grace_fast import _native
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch
 from grace_fast.lookup.backends.workload import Workload
 
 PAGE_FIELDS = ("radius", "live", "key_slot", "value_slot", "label_slot")
@@ -21,7 +21,7 @@ HOOKS = [name for name in vars(torch.nn.Linear(1, 1)) if "hooks" in name]
 
 def on_this_host():
     """The back ends that take keys on the host, and of the compiled one every instruction set."""
-    for name, backend in lookup.BACKENDS.items():
+    for name, backend in dispatch.BACKENDS.items():
         if backend.why_not(Workload("cpu", torch.float32, 1, 1, 1)) is not None:
             continue
         if name != "cpu":
@@ -50,13 +50,15 @@ def digest(book):
     tensors = [
         snapshot.key_slots[: used.keys],
         snapshot.value_slots[: used.values],
-        snapshot._ids[: used.rows],
+        snapshot.id_slots[: used.rows],
         *(getattr(page, field) for page in snapshot.pages for field in PAGE_FIELDS),
-        *(label for label in snapshot.stored_labels() if label is not None),
+        *(label for label in snapshot.label_slots.between(0, used.labels) if label is not None),
     ]
     for tensor in tensors:
         found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    found.update(repr((snapshot.version, used, len(book._label_slots), book._next_id)).encode())
+    found.update(
+        repr((snapshot.version, used, len(book._slots.labels), book._slots.next_id)).encode()
+    )
     return found.hexdigest()
 
 
@@ -79,7 +81,7 @@ def test_a_look_up_changes_no_byte_of_the_codebook(case, backend):
     odd = torch.full_like(case.queries[:1], torch.nan)
     for queries in (case.queries, case.queries[:1], odd, case.queries[:0]):
         gf.find(queries, book, backend=backend)
-        if hasattr(lookup.BACKENDS[backend], "nearest"):
+        if hasattr(dispatch.BACKENDS[backend], "nearest"):
             gf.nearest(queries, book, backend=backend)
         output = torch.ones(len(queries), 3, 2, dtype=case.keys.dtype)
         gf.replace(output, queries, book, mode="replace_all", backend=backend)

@@ -22,7 +22,7 @@ from triton_compile import NVIDIA, compiled, dumped, instructions, resources, ta
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.lookup import lookup
+from grace_fast.lookup import dispatch
 from grace_fast.lookup.backends import triton as backend
 from grace_fast.lookup.backends.workload import Workload
 
@@ -262,13 +262,13 @@ def test_the_kernel_equals_the_law_bit_for_bit(found, name):
 
 def test_keys_on_the_host_are_never_given_to_triton_unasked():
     workload = Workload("cpu", torch.float32, 1, 1, 1)
-    assert backend not in lookup.AUTOMATIC["cpu"]
-    assert lookup.choose(workload).NAME != "triton"
+    assert backend not in dispatch.AUTOMATIC["cpu"]
+    assert dispatch.choose(workload).NAME != "triton"
 
 
 def test_keys_on_a_gpu_are_given_to_triton():
     skip_unless_importable()
-    assert lookup.choose(Workload("cuda", torch.bfloat16, 8, 1000, 4096)) is backend
+    assert dispatch.choose(Workload("cuda", torch.bfloat16, 8, 1000, 4096)) is backend
 
 
 def test_a_refusal_names_the_device_and_the_way_out():

@@ -1,4 +1,4 @@
-"""Ways to look up, each a stateless module with `NAME`, `why_not`, and `nearest` or `find`.
+"""Back ends, each a stateless module with `NAME`, `why_not`, and `nearest` or `find`.
 
 `why_not(workload)` says in words why the back end cannot take a call, or None where it can.
 `nearest(queries, snapshot)` returns the nearest live row [B] int64 (-1 where there is none) and its

@@ -11,13 +11,18 @@ did not read. HNSW, product quantisation and whatever else FAISS knows find but 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends import faiss_index
 from grace_fast.lookup.backends.faiss_bounds import Array, norms
 from grace_fast.lookup.backends.faiss_index import INT32, MISSING, FaissIndex, Filled
@@ -60,11 +65,8 @@ def nearest(
     finite = queries.isfinite().all(dim=1)
     if len(snapshot) and finite.any():
         asked = queries[finite]
-        kept = _kept(snapshot, index)
-        # An index may not change while it is searched, nor between what is asked of it.
-        with kept.lock:
-            _follow(kept, snapshot, index)
-            answers = _Search(kept, asked, snapshot, within).answers()
+        with _filled(snapshot, index) as filled:
+            answers = _Search(filled, asked, snapshot, within).answers()
         here = finite.cpu()
         row[here], squared[here], proved[here] = answers
         row, squared = semantics.not_beyond(within, row, squared)
@@ -85,89 +87,82 @@ def train(codebook: Codebook, index: FaissIndex) -> Filled:
 
     Raises: ValueError for an index that FAISS does not know or cannot train.
     """
-    snapshot = codebook.snapshot()
-    kept = _kept(snapshot, index)
-    with kept.lock:
-        _follow(kept, snapshot, index)
-    return kept
+    with _filled(codebook.snapshot(), index) as filled:
+        return filled
 
 
 def drop(codebook: Codebook, index: FaissIndex) -> None:
     """Forget an index and give its memory back; the next look-up builds it again."""
-    codebook._derived.pop(_name(index), None)
+    _cache(index.description).invalidate(codebook.snapshot())
 
 
-def _kept(snapshot: Snapshot, index: FaissIndex) -> Filled:
-    """Return the index of a version's codebook, as it is."""
-    published = _published(snapshot)
-    kept: Filled = published.derived(_name(index), lambda _, known: known or Filled(index))
-    return kept
+@contextmanager
+def _filled(snapshot: Snapshot, index: FaissIndex) -> Iterator[Filled]:
+    """Give the index of a version's codebook with its keys in it, but for a draft's own.
+
+    An index may not change while it is searched, nor between what is asked of it.
+    """
+    # A draft may yet be dropped: what it changes was published.
+    published = snapshot if snapshot.base is None else snapshot.base
+    filled = _cache(index.description).of(published, lambda _, known: known or Filled(index))
+    assert filled is not None
+    with filled.lock:
+        filled.ask_as(index)
+        if len(published):
+            filled.take_in(published)
+        yield filled
 
 
-def _name(index: FaissIndex) -> str:
+@cache
+def _cache(description: str) -> Cache[Filled]:
     # How it is searched makes no other index.
-    return f"{NAME} {index.description}"
-
-
-def _follow(kept: Filled, snapshot: Snapshot, index: FaissIndex) -> None:
-    published = _published(snapshot)
-    kept.ask_as(index)
-    if len(published):
-        kept.follow(published)
-
-
-def _published(snapshot: Snapshot) -> Snapshot:
-    """Return the version itself, or the one that a draft changes: a draft may yet be dropped."""
-    if not snapshot.is_draft:
-        return snapshot
-    assert snapshot.base is not None
-    return snapshot.base
+    return Cache(f"{NAME} {description}")
 
 
 class _Search:
     """Finite queries [B, D] put to an index that holds a version's keys, but for a draft's own."""
 
-    def __init__(self, kept: Filled, queries: Tensor, snapshot: Snapshot, within: float) -> None:
-        self._kept, self._queries, self._snapshot = kept, queries, snapshot
+    def __init__(self, filled: Filled, queries: Tensor, snapshot: Snapshot, within: float) -> None:
+        self._filled, self._queries, self._snapshot = filled, queries, snapshot
         self._within = within
         self._owners = _Owners(snapshot)
         used = faiss_index.used_slots(snapshot)
-        self._own = np.flatnonzero(used & ~kept.holds(len(used)))  # a draft's, in no index
+        self._own = np.flatnonzero(used & ~filled.holds(len(used)))  # a draft's, in no index
         batch = len(queries)
         self._row, self._squared = np.full(batch, -1), np.full(batch, math.inf)
         self._proved = np.zeros(batch, bool)
 
     def answers(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return row, S, and whether they are proved."""
-        kept = self._kept
-        numbers: tuple[int, ...] = (kept.asked.candidates,)
-        exhaustive = kept.count > 0 and kept.bounds.is_exhaustive
+        filled = self._filled
+        numbers: tuple[int, ...] = (filled.asked.candidates,)
+        exhaustive = filled.count > 0 and filled.bounds.is_exhaustive
         if exhaustive:
             # That the nearest is outside of every ball is proved by its distance alone.
             numbers = (1 if self._within < math.inf else 4, *MORE)
-        if kept.count:
+        if filled.count:
             asked = self._queries.float().cpu().numpy()
             with np.errstate(over="ignore", invalid="ignore"):
-                moved = np.ascontiguousarray(asked - kept.centre)
-                safe = kept.bounds.is_safe(norms(moved))
+                moved = np.ascontiguousarray(asked - filled.centre)
+                safe = filled.bounds.is_safe(norms(moved))
             for number in numbers:
                 left = np.flatnonzero(safe & ~self._proved)
                 if len(left):
                     self._ask(left, moved[left], number)
-        if exhaustive or not kept.count:
+        if exhaustive or not filled.count:
             for at in np.flatnonzero(~self._proved).tolist():
                 self._read_every_key(at)
         return tuple(map(torch.from_numpy, (self._row, self._squared, self._proved)))  # type: ignore[return-value]
 
     def _ask(self, left: Array, moved: Array, number: int) -> None:
         """Take the answers of some queries from their `number` nearest vectors."""
-        kept, within = self._kept, self._within
-        rough, vectors, unseen = kept.search(moved, number, self._snapshot)
+        filled, within = self._filled, self._within
+        rough, vectors, unseen = filled.search(moved, number, self._snapshot)
         worth = vectors >= 0
-        if kept.bounds.is_faithful:
-            worth &= kept.bounds.least_distances(rough, norms(moved)) <= within
+        if filled.bounds.is_faithful:
+            worth &= filled.bounds.least_distances(rough, norms(moved)) <= within
         at, place = np.nonzero(worth)
-        slots = kept.slots_of(vectors[at, place])
+        slots = filled.slots[vectors[at, place]]
         if len(self._own):
             at = np.concatenate([at, np.repeat(np.arange(len(left)), len(self._own))])
             slots = np.concatenate([slots, np.tile(self._own, len(left))])

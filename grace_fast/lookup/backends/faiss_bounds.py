@@ -1,4 +1,4 @@
-"""What a search in a FAISS index proves about the keys that it does not return.
+"""Bounds on the keys that a search in a FAISS index does not return.
 
 FAISS works in float32 on the keys less a centre, perhaps behind a linear map; each step rounds. A
 bound is turned back step by step: what FAISS says, less what its sums can be off, before the map

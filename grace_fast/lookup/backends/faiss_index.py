@@ -14,7 +14,8 @@ import math
 import re
 import threading
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 from grace_fast.codebook import forks, scalars
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends.faiss_bounds import LARGEST_SQUARES, Array, Bounds, norms
 
 INT32 = 2**31 - 1
@@ -55,11 +56,9 @@ class FaissIndex:
                 f"got {self.description!r}"
             )
         for name in ("nprobe", "ef_search", "candidates"):
-            number = scalars.plain(getattr(self, name))
-            object.__setattr__(self, name, number)
-            optional = name != "candidates"
-            if not (optional and number is None) and not (isinstance(number, int) and number > 0):
-                raise ValueError(f"{name} must be a whole number >= 1, got {number!r}")
+            number = getattr(self, name)
+            if number is not None or name == "candidates":
+                object.__setattr__(self, name, scalars.positive(name, number))
 
     def __str__(self) -> str:
         asked = {"nprobe": self.nprobe, "ef_search": self.ef_search}
@@ -92,7 +91,7 @@ class Filled:
         self._version = -1  # that it was built for
         self._trained_on = 0
         self._inside = np.zeros(0, bool)  # by slot
-        self._slots = np.zeros(0, np.int64)  # by vector
+        self.slots = np.zeros(0, np.int64)  # by vector
         self._selected: tuple[Snapshot, Any, Any, int] | None = None
         self.count = 0
         self.centre: Array
@@ -105,7 +104,7 @@ class Filled:
 
     # What the rows of a version become.
 
-    def follow(self, snapshot: Snapshot) -> None:
+    def take_in(self, snapshot: Snapshot) -> None:
         """Take in the keys of a published version.
 
         Raises: ValueError with FAISS's own words for an index it does not know or cannot train.
@@ -130,10 +129,6 @@ class Filled:
         inside[:known] = self._inside[:known]
         return inside
 
-    def slots_of(self, vectors: Array) -> Array:
-        """Return the key slots of vectors by their numbers."""
-        return np.asarray(self._slots[vectors])
-
     @property
     def nbytes(self) -> int:
         """The memory that the index takes, as long as it would be if it were written to a file."""
@@ -151,12 +146,8 @@ class Filled:
 
     def _build(self, snapshot: Snapshot, used: Array) -> None:
         faiss, asked = library(), self.asked
-        try:
+        with _explained(f"FAISS does not know the index {asked.description!r}"):
             index = faiss.index_factory(snapshot.key_dim, asked.description)
-        except RuntimeError as error:
-            raise ValueError(
-                f"FAISS does not know the index {asked.description!r}: {said(error)}"
-            ) from None
         self._set_parameters(index)
         self._needs_training = not index.is_trained
         cells = faiss.try_extract_index_ivf(index)
@@ -165,10 +156,11 @@ class Filled:
         slots = slots[:: max(1, len(slots) // wanted)]
         sample = _keys(snapshot, slots)
         centre = sample.mean(axis=0, dtype=np.float64).astype(np.float32)
+        untrained = f"the index {asked.description!r} is not trained: "
         if cells is not None and len(sample) < cells.nlist:
             raise ValueError(
-                f"the index {asked.description!r} is not trained: its {cells.nlist} cells need at "
-                f"least as many keys, and the codebook has {len(sample)}"
+                f"{untrained}its {cells.nlist} cells need at least as many keys, and the codebook "
+                f"has {len(sample)}"
             )
         if self._needs_training:
             moved = _less(sample, centre)
@@ -176,30 +168,21 @@ class Filled:
             # FAISS ends the process where a squared distance overflows as it looks for centroids.
             if _has_centroids(faiss, index) and not squares < LARGEST_SQUARES:
                 raise ValueError(
-                    f"the index {asked.description!r} is not trained: squared distances of the "
-                    "codebook's keys overflow float32; use the index 'Flat', or none"
+                    f"{untrained}squared distances of the codebook's keys overflow float32; use "
+                    "the index 'Flat', or none"
                 )
-            try:
+            with _explained(f"{untrained}FAISS cannot train it on {len(sample)} keys"):
                 index.train(moved)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"the index {asked.description!r} is not trained: FAISS cannot train it on "
-                    f"{len(sample)} keys: {said(error)}"
-                ) from None
         place = placed_on(snapshot)
         bounds = Bounds(faiss, index, place.type == "cuda")
         if place.type == "cuda":
             self._resources = faiss.StandardGpuResources()
-            try:
+            with _explained(f"FAISS cannot move the index {asked.description!r} to a GPU"):
                 index = faiss.index_cpu_to_gpu(self._resources, place.index or 0, index)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"FAISS cannot move the index {asked.description!r} to a GPU: {said(error)}"
-                ) from None
         self._index, self._set_to = index, asked
         self.centre, self.bounds = centre, bounds
         self._version, self._trained_on = snapshot.version, len(snapshot)
-        self._inside, self._slots = np.zeros(0, bool), np.zeros(0, np.int64)
+        self._inside, self.slots = np.zeros(0, bool), np.zeros(0, np.int64)
         self.count = 0
         self._selected = None
 
@@ -221,29 +204,24 @@ class Filled:
         space = faiss.GpuParameterSpace() if on_gpu else faiss.ParameterSpace()
         wanted = (("nprobe", asked.nprobe, 1), ("efSearch", asked.ef_search, 16))
         for name, number, default in wanted:
-            try:
+            with (
+                suppress(RuntimeError)
+                if number is None
+                else _explained(f"the index {asked.description!r} takes no {name}")
+            ):
                 space.set_index_parameter(index, name, default if number is None else number)
-            except RuntimeError as error:
-                if number is not None:
-                    raise ValueError(
-                        f"the index {asked.description!r} takes no {name}: {said(error)}"
-                    ) from None
 
     def _add(self, snapshot: Snapshot, slots: Array) -> None:
         moved = _less(_keys(snapshot, slots), self.centre)
         longest = max(self.bounds.longest, float(norms(moved).max()))
-        try:
+        with _explained(f"FAISS cannot add keys to the index {self.asked.description!r}"):
             self._index.add(moved)
-        except RuntimeError as error:
-            raise ValueError(
-                f"FAISS cannot add keys to the index {self.asked.description!r}: {said(error)}"
-            ) from None
         if slots[-1] >= len(self._inside):
             inside = np.zeros(max(int(slots[-1]) + 1, 2 * len(self._inside)), bool)
             inside[: len(self._inside)] = self._inside
             self._inside = inside
         self._inside[slots] = True
-        self._slots = np.concatenate([self._slots, slots])
+        self.slots = np.concatenate([self.slots, slots])
         self.bounds.longest = longest
         self.count += len(slots)
 
@@ -312,8 +290,8 @@ class Filled:
             return known[1]
         faiss = library()
         used = used_slots(snapshot)
-        inside = self._slots < len(used)
-        inside[inside] = used[self._slots[inside]]
+        inside = self.slots < len(used)
+        inside[inside] = used[self.slots[inside]]
         bits = np.packbits(inside, bitorder="little")
         selector = faiss.IDSelectorBitmap(bits)
         parameters = self._parameters(self._index, selector)
@@ -324,11 +302,11 @@ class Filled:
         """Return a selector as a kind of index takes it; None where it takes none."""
         faiss = library()
         index = faiss.downcast_index(index)
-        if isinstance(index, faiss.IndexPreTransform) and self.bounds.cells is None:
-            inner = self._parameters(index.index, selector)
-            return inner and faiss.SearchParametersPreTransform(index_params=inner)
         if isinstance(index, faiss.IndexPreTransform):
-            return self._parameters(index.index, selector)
+            inner = self._parameters(index.index, selector)
+            if inner is None or self.bounds.cells is not None:
+                return inner
+            return faiss.SearchParametersPreTransform(index_params=inner)
         if isinstance(index, faiss.IndexIVF):
             return faiss.SearchParametersIVF(sel=selector, nprobe=min(index.nprobe, index.nlist))
         if isinstance(index, faiss.IndexHNSW):
@@ -372,6 +350,11 @@ def _less(keys: Array, centre: Array) -> Array:
         return np.asarray(keys - centre)
 
 
-def said(error: BaseException) -> str:
-    """Return what FAISS says in an error, without where in its source it says so."""
-    return re.sub(r"^Error in .*? at \S+:\d+: ", "", str(error).strip(), flags=re.DOTALL)
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Raise ValueError with FAISS's own words, without where in its source it says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"^Error in .*? at \S+:\d+: ", "", str(error).strip(), flags=re.DOTALL)
+        raise ValueError(f"{what}: {text}") from None

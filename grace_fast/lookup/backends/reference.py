@@ -1,4 +1,4 @@
-"""The law itself, in torch: on any device, for any shape, slow and the measure of the others."""
+"""The law itself, in torch: on any device, for any shape; slow, and the measure of the others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends.workload import Workload
 
 NAME = "reference"

@@ -1,4 +1,4 @@
-"""A call in a few words, so that the choice of a back end can be tested without the hardware."""
+"""A call in a few words: what the choice of a back end goes by, testable without the hardware."""
 
 from __future__ import annotations
 

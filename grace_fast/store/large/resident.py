@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import MappedFile
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.store import columns, files
 from grace_fast.store.durable import Lock
@@ -29,14 +30,7 @@ _CHUNK_BYTES = 1 << 24
 
 
 def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> None:
-    """Save a codebook to a directory, its codes too, so that opening it computes nothing.
-
-    hmac_key: at least 16 random bytes that the manifest is signed with; see `open`.
-
-    Raises: OSError where it cannot be written, and what was there before stays valid then;
-    FileExistsError where the directory holds a model's edits or an unfinished build;
-    CodebookLocked where another process saves or edits there.
-    """
+    """Save a codebook to a directory; see `Codebook.save`."""
     if not isinstance(book, Codebook):
         raise TypeError(f"book must be a Codebook, got {type(book).__name__}")
     folder = files.absolute(path)
@@ -156,18 +150,7 @@ def open(
     hmac_key: bytes | None = None,
     max_radius: float | None = None,
 ) -> Codebook:
-    """Open a codebook where it lies: what is resident is read and checked, the rest is mapped.
-
-    It is a codebook like any other. Edits are in memory, the files are not written; `save` keeps
-    them. A directory of `save_pretrained` or `attach(path=)` opens too, all of it in memory, as its
-    newest version.
-
-    verify: read every block of keys and values too, rather than when it is first fetched.
-    hmac_key: the key that the manifest must have been signed with.
-    max_radius: no ball may be wider.
-
-    Raises: FileNotFoundError, CodebookCorrupt naming the file or tensor that is not what was saved.
-    """
+    """Open a codebook where it lies; see `Codebook.open`."""
     folder = files.absolute(path)
     return files.steadily(folder, lambda: _open(folder, verify, hmac_key, max_radius))
 

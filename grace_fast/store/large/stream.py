@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import _native
-from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot, checked_radii, checked_rows
+from grace_fast.codebook.checks import DTYPES, checked_radii, checked_rows
+from grace_fast.codebook.codebook import Block, Blocks, Codebook
 from grace_fast.codebook.mapped import (
     BLOCK_BYTES,
     HEADER_BYTES,
@@ -38,6 +39,7 @@ from grace_fast.codebook.mapped import (
     open_regular,
     refuse_special,
 )
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State
 from grace_fast.index.quantizer import Codes
@@ -49,8 +51,6 @@ from grace_fast.store.row_file import RowWriter, Written
 from grace_fast.store.write_behind import behind
 
 STREAMED = (*files.MAPPED, "radii")
-Block = tuple[Any, Any, Any]  # keys [M, D], values [M, V], radii [M]; tensors or arrays
-Blocks = Iterable[Block] | Callable[[int], Iterable[Block]]
 STATE = "state.json"
 FORMAT = 2  # of the state
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -68,21 +68,7 @@ def build(
     threads: int | None = None,
     progress: bool | None = None,
 ) -> Codebook:
-    """Make a codebook of a stream in a directory, in bounded memory, and open it.
-
-    An interrupted build goes on when it is called again with the same stream: rows that were
-    written are compared and passed over. It takes about 100 bytes of memory for each key.
-
-    blocks: (keys [M, D], values [M, V], radii [M]) again and again, of any M; or a function of the
-        first row that is wanted, which returns them from there on.
-    rows: how many there will be, for the progress bar.
-    threads: that encode and sort; by default as many as torch uses.
-    progress: show a bar; by default where there is a terminal, if tqdm is installed.
-
-    Raises: ValueError and TypeError as `Codebook.append`, naming the row; ValueError where the
-    stream is not the one that was begun with; OSError where it cannot be written, FileExistsError
-    where the directory holds a model's edits. What the directory held before stays valid.
-    """
+    """Make a codebook of a stream in a directory; see `Codebook.build`."""
     folder = files.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     resident.refuse_taken(folder)

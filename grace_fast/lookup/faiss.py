@@ -1,4 +1,10 @@
-"""How often an approximate index is wrong: measured against the law before it is relied on."""
+"""FAISS indexes of a codebook: made, dropped, and measured against the law before they serve.
+
+index = FaissIndex("IVF1024,Flat", nprobe=16)   # as faiss.index_factory reads it
+build_index(book, index)                        # else the first look-up does
+find(queries, book, backend=index)              # Match.certified: which answers are proved
+measure_indexes(queries, book, [index])         # how often the others are wrong
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,23 @@ import torch
 from torch import Tensor
 
 from grace_fast.codebook.codebook import Codebook
-from grace_fast.lookup import lookup
-from grace_fast.lookup.backends.faiss_index import FaissIndex
+from grace_fast.lookup import dispatch, lookup
+from grace_fast.lookup.backends import faiss as backend
+from grace_fast.lookup.backends.faiss_index import FaissIndex as FaissIndex
+
+
+def build_index(codebook: Codebook, index: FaissIndex) -> None:
+    """Train and fill a FAISS index of a codebook now, so that no look-up waits for it.
+
+    Raises: BackendUnavailable, ValueError for an index that FAISS does not know or cannot train.
+    """
+    dispatch.chosen(codebook.snapshot(), backend=index)
+    backend.train(codebook, index)
+
+
+def drop_index(codebook: Codebook, index: FaissIndex) -> None:
+    """Forget a FAISS index of a codebook and give its memory back."""
+    backend.drop(codebook, index)
 
 
 @dataclass(frozen=True)
@@ -47,7 +68,7 @@ def measure_indexes(
     measured = []
     for asked in indexes:
         index = FaissIndex(asked) if isinstance(asked, str) else asked
-        lookup.build_index(codebook, index)
+        build_index(codebook, index)
         start = time.perf_counter()
         found = [lookup.find(some, snapshot, index) for some in torch.split(queries, batch)]
         took = time.perf_counter() - start

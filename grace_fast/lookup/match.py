@@ -1,0 +1,80 @@
+"""Answers: what `find` and `nearest` return for a batch of queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grace_fast.lookup.backends import cpu
+
+
+class Match:
+    """The answer of `find` for a batch of queries; a field is made when it is read."""
+
+    __slots__ = ("_answers", "_certified", "_fields", "hits")
+
+    def __init__(
+        self,
+        hits: int | None,
+        answers: bytearray | None = None,
+        fields: tuple[Tensor, Tensor, Tensor] | None = None,
+        certified: Tensor | None = None,
+    ) -> None:
+        self.hits = hits  # how many hit; None where a device has yet to say
+        self._answers = answers
+        self._certified = certified
+        self._fields: dict[torch.dtype, Tensor] | None = None  # those that were read
+        if fields is not None:
+            self._fields = dict(zip((torch.bool, torch.int64, torch.float64), fields, strict=True))
+
+    def _field(self, dtype: torch.dtype) -> Tensor:
+        if self._fields is None:
+            self._fields = {}
+        if dtype not in self._fields:
+            self._fields[dtype] = cpu.unpack(self._answers, dtype)
+        return self._fields[dtype]
+
+    @property
+    def hit(self) -> Tensor:
+        """[B] bool, the query is in the ball of its nearest key."""
+        return self._field(torch.bool)
+
+    @property
+    def row(self) -> Tensor:
+        """[B] int64, the row that hit, the lowest on a tie; -1 where missed."""
+        return self._field(torch.int64)
+
+    @property
+    def squared_distance(self) -> Tensor:
+        """[B] float64, S of that row in the canonical order; inf where missed."""
+        return self._field(torch.float64)
+
+    @property
+    def distance(self) -> Tensor:
+        """[B] float32, to that row; inf where missed."""
+        return self.squared_distance.sqrt().float()
+
+    @property
+    def certified(self) -> Tensor:
+        """[B] bool, the answer is R64's; False where a FAISS index found it and proved nothing."""
+        return torch.ones_like(self.hit) if self._certified is None else self._certified
+
+    @property
+    def effort(self) -> tuple[int, int] | None:
+        """Misses proved without reading a key, and keys read; None where a back end is silent."""
+        return None if self._answers is None else cpu.effort(self._answers)
+
+    def __repr__(self) -> str:
+        return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """The answer of `nearest` for a batch of queries."""
+
+    row: Tensor  # [B] int64, the lowest row on a tie; -1 where no key is within, or no finite query
+    distance: Tensor  # [B] float32; inf where row is -1
+    squared_distance: Tensor  # [B] float64, S in the canonical order
+    certified: Tensor  # [B] bool; False where a FAISS index found the row and proved nothing
