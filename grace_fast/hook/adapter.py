@@ -43,7 +43,7 @@ from grace_fast.hook.counters import LookupWarning, Tally
 from grace_fast.hook.generation import Generation, Source
 from grace_fast.hook.positions import Call, Query
 from grace_fast.hook.seat import Seat
-from grace_fast.hook.trial import Trial
+from grace_fast.hook.training_override import TrainingOverride
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
@@ -96,7 +96,7 @@ class _Run(threading.local):
     frame: _Frame | None = None  # None outside a call
     given: Tensor | None = None  # [B], set by the caller, before any rule
     given_length: int | None = None  # T of the tokens that these are counted in
-    trial: Trial | None = None
+    trial: TrainingOverride | None = None
     observing: list[Observation] | None = None
 
     def __init__(self) -> None:
@@ -581,7 +581,7 @@ class Adapter:
         self.tally.fail(self.layer_name, error)
 
     def _try(
-        self, trial: Trial, hidden: Tensor, output: Tensor, call: Call | None
+        self, trial: TrainingOverride, hidden: Tensor, output: Tensor, call: Call | None
     ) -> tuple[Tensor, Tensor]:
         return trial.write(output, self._prompt_ends(hidden, call), self.replacement)
 
@@ -699,7 +699,7 @@ class Adapter:
             self._run.observing = None
 
     @contextmanager
-    def trying(self, trial: Trial) -> Iterator[None]:
+    def trying(self, trial: TrainingOverride) -> Iterator[None]:
         """Let every row of this thread's calls hit a value that is being trained."""
         self._run.trial = trial
         try:

@@ -17,7 +17,7 @@ import grace_fast as gf
 from grace_fast import semantics
 from grace_fast.compat import easyedit
 from grace_fast.compat.easyedit import GRACE, GRACEAdapter, GraceHyperParams, apply_grace_to_model
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 
 FAMILY = FAMILIES["gpt2"]
 YAML = """
@@ -100,7 +100,7 @@ def test_attached_with_easyedit_s_semantics_an_edit_meets_the_label_of_another_r
         book.append(keys, torch.zeros(3, 1), torch.ones(3), labels)
         with book.writing() as draft:
             query = torch.tensor([0.5])
-            done = history.enact(draft, rules, query, torch.tensor([3]), torch.zeros(1), 0)
+            done = history.apply(draft, rules, query, torch.tensor([3]), torch.zeros(1), 0)
         outcomes[name] = done.outcome
     assert outcomes == {"reference": "split", "easyedit": "reused"}
 
@@ -113,7 +113,7 @@ def test_a_removed_row_has_no_part_in_easyedit_s_order():
     rules = semantics.Rules(1.0, semantics="easyedit")
     with book.writing() as draft:
         query = torch.tensor([10.5])
-        done = History().enact(draft, rules, query, torch.tensor([2]), torch.zeros(1), 0)
+        done = History().apply(draft, rules, query, torch.tensor([2]), torch.zeros(1), 0)
     assert done.outcome == "reused"
 
 

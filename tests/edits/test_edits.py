@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grace_fast as gf
-from grace_fast.edits.edits import Edit, History
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
+from grace_fast.edits.verify import verify
 from grace_fast.semantics import Rules
 
 WIDTH = 16
@@ -27,7 +29,7 @@ class Stream:
         number = self.history.next_id
         query, label = torch.as_tensor(query).float(), torch.tensor([label])
         with self.book.writing() as draft:
-            done = self.history.enact(
+            done = self.history.apply(
                 draft, self.rules, query, label, torch.full((4,), -1.0), number
             )
             draft.set_value(done.row, torch.full((4,), float(number)))
@@ -51,7 +53,7 @@ class Stream:
             return self.history.undo(draft, edit_id)
 
     def verify(self):
-        return self.history.verify(self.book, self.rules)
+        return verify(self.history, self.book, self.rules)
 
     def live_rows(self):
         live = self.book.live
@@ -311,7 +313,7 @@ def test_edits_whose_draft_was_dropped_leave_no_trace_in_the_history(rules, plac
     with pytest.raises(OSError, match="disk full"), attempt, stream.book.writing() as draft:  # noqa: PT012
         for number, (x, y, label) in enumerate(places[kept:], start=len(places[:kept])):
             query, value = torch.tensor([0.3 * x, 0.3 * y]), torch.full((4,), float(number))
-            done = stream.history.enact(draft, rules, query, torch.tensor([label]), value, number)
+            done = stream.history.apply(draft, rules, query, torch.tensor([label]), value, number)
             slot = draft.snapshot().value_slot_of(done.row)
             stream.history.record(
                 Edit(
@@ -357,7 +359,7 @@ def test_the_mean_of_two_large_keys_does_not_overflow(dtype):
     with book.writing() as draft:
         for number, query in enumerate((near, far)):
             value = torch.zeros(1, dtype=dtype)
-            done = history.enact(draft, rules, query[None], torch.tensor([1]), value, number)
+            done = history.apply(draft, rules, query[None], torch.tensor([1]), value, number)
             draft.set_radius(0, 0.0)  # so that the second one is outside, and moves the key
     assert done.outcome == "expanded"
     assert bool(book.keys.isfinite().all())
