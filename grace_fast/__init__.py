@@ -7,7 +7,8 @@ from grace_fast.editor.attach import CodebookMismatch, attach, from_pretrained
 from grace_fast.editor.calibrate import CalibrationEdit
 from grace_fast.editor.edit_warnings import GraceWarning
 from grace_fast.editor.grace import Explanation, Grace
-from grace_fast.edits.edits import Edit, Verification
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.verify import Verification
 from grace_fast.hook.counters import Counters, LookupWarning
 from grace_fast.hook.selection import SelectionWarning, using
 from grace_fast.lookup.backends.faiss_index import FaissIndex

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import grace_fast as gf
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
 from grace_fast.semantics import Rules
 
@@ -80,7 +80,7 @@ def agree() -> None:
                 query = query + 0.1 * torch.randn(WIDTH, generator=generator)
             label = torch.tensor([step % 4])
             with alone.writing() as draft:
-                done = history.enact(draft, rules, query, label, value, step)
+                done = history.apply(draft, rules, query, label, value, step)
             made, decision = shards.enact(rules, query, label, value)
             outcomes.add(done.outcome)
             assert (made, decision.outcome) == (done.row, done.outcome)

@@ -18,7 +18,7 @@ from grace_fast.editor import calibrate
 from grace_fast.editor.calibrate import CalibrationEdit, Labelled
 from grace_fast.editor.fingerprint import differences, fingerprint, usual_settings
 from grace_fast.editor.grace import Grace
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
 from grace_fast.hook.adapter import has_adapter
 from grace_fast.hook.positions import Query

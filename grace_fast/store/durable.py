@@ -27,7 +27,8 @@ from grace_fast.codebook import printable
 from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.codebook.diff import Change, back
 from grace_fast.codebook.mapped import CodebookCorrupt
-from grace_fast.edits.edits import Emptied, Forgotten, History, Recorded, Step
+from grace_fast.edits.edit import EditRecorded, Reset, Step, Undone
+from grace_fast.edits.history import History
 from grace_fast.store import files, manifest
 from grace_fast.store.files import CodebookLocked as CodebookLocked
 from grace_fast.store.journal import Entry, Journal
@@ -215,7 +216,7 @@ class Store:
 
 
 def _kind(steps: list[Step]) -> str:
-    kinds = {Emptied: "checkout", Recorded: "edit", Forgotten: "undo"}
+    kinds = {Reset: "checkout", EditRecorded: "edit", Undone: "undo"}
     present = {type(step) for step in steps}
     return next((kind for step, kind in kinds.items() if step in present), "rows")
 
