@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grace_fast as gf
+from grace_fast.edits.apply import apply
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.history import History
 from grace_fast.edits.verify import verify
@@ -240,6 +241,35 @@ def test_an_unknown_id_is_refused_with_the_known_ones():
     stream.edit(zero(), 1)
     with pytest.raises(KeyError, match="no edit has the id 3; there remain the ids 0 to 0"):
         stream.undo(3)
+
+
+BORDER = {  # epsilon, radius and the query's distance along two axes, squared to a hair over theirs
+    "split": (0.5, 0.5, (1.0, 2.0**-26), 2),
+    "expanded": (0.5, 0.5, (1.0, 2.0**-26), 1),
+    "split, far from the origin of radii": (0.25, 3.75, (4.0, 2.0**-24), 2),
+    "added, a float32 beyond": (0.5, 0.5, (1.0 + 2.0**-23, 0.0), 2),
+}
+
+
+@pytest.mark.parametrize("where", ["a codebook", "a codebook of many rows"])
+@pytest.mark.parametrize("case", list(BORDER))
+def test_a_query_on_the_border_of_a_ball_and_epsilon_meets_the_key_however_s_is_rounded(
+    case, where
+):
+    """The distance is epsilon and radius, and S is the next float64 after its square."""
+    epsilon, radius, offset, label = BORDER[case]
+    squared = sum(part * part for part in offset)
+    assert squared > (epsilon + radius) ** 2
+    assert (math.sqrt(squared) == epsilon + radius) == (not case.startswith("added"))
+    book = gf.Codebook(WIDTH, 4)
+    book.append(zero()[None], torch.zeros(1, 4), torch.tensor([radius]), [torch.tensor([1])])
+    if where == "a codebook of many rows":  # of which the codes prove what is far
+        others = 100 + 10 * torch.randn(3000, WIDTH, generator=torch.Generator().manual_seed(0))
+        book.append(others, torch.zeros(3000, 4), torch.full((3000,), min(radius, 0.1)))
+    rules = Rules(epsilon, margin=1e-5)
+    with book.writing() as draft:
+        done = apply(draft, rules, zero(*offset), torch.tensor([label]), torch.ones(4))
+    assert done.outcome == case.split(",")[0]
 
 
 PLACES = st.tuples(st.integers(-8, 8), st.integers(-3, 3), st.integers(0, 2))
