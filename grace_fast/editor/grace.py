@@ -43,6 +43,7 @@ from grace_fast.hook.training_override import TrainingOverride
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.lookup import lookup
+from grace_fast.lookup.sharded import ShardedCodebook
 from grace_fast.semantics import Rules
 from grace_fast.store import files, manifest
 from grace_fast.store.durable import (
@@ -417,6 +418,8 @@ class Grace:
 
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
+        if isinstance(self.codebook, ShardedCodebook):
+            raise self.codebook.unsaved("save_pretrained")
         key = self._hmac_key if hmac_key is None else hmac_key
         path = files.absolute(path)
         if self._store is not None and self.path is not None and _is_same(self.path, path):

@@ -17,6 +17,7 @@ from torch import Tensor
 from grace_fast import semantics
 from grace_fast.codebook.codebook import Snapshot
 from grace_fast.lookup import lookup
+from grace_fast.lookup.sharded import ShardedSnapshot
 from grace_fast.semantics import Outcome, Rules
 
 # A key farther than epsilon and the widest radius has no ball within epsilon of the query. A
@@ -27,7 +28,7 @@ ROUNDING = 1e-6
 class Editable(Protocol):
     """A next version of a codebook, as `Draft` and `ShardDraft` are."""
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot | ShardedSnapshot:
         """Return what has been drafted so far."""
 
     def append(
@@ -43,6 +44,18 @@ class Editable(Protocol):
 
     def set_label(self, row: int, label: Tensor | None) -> None:
         """Give one row another label."""
+
+    def remove(self, row: int) -> None:
+        """Take one live row out."""
+
+    def point_key(self, row: int, slot: int) -> None:
+        """Let one row's key be that of a slot in use."""
+
+    def point_value(self, row: int, slot: int) -> None:
+        """Let one row's value be that of a slot in use."""
+
+    def point_label(self, row: int, slot: int) -> None:
+        """Let one row's label be that of a slot in use."""
 
 
 class RowState(NamedTuple):
@@ -134,7 +147,7 @@ def apply(
     )
 
 
-def _state_of(snapshot: Snapshot, row: int) -> RowState:
+def _state_of(snapshot: Snapshot | ShardedSnapshot, row: int) -> RowState:
     return RowState(
         snapshot.radius_of(row),
         snapshot.key_slot_of(row),
@@ -144,7 +157,7 @@ def _state_of(snapshot: Snapshot, row: int) -> RowState:
 
 
 def _label_compared(
-    rules: Rules, snapshot: Snapshot, row: int, labels: list[Tensor | None] | None
+    rules: Rules, snapshot: Snapshot | ShardedSnapshot, row: int, labels: list[Tensor | None] | None
 ) -> Tensor | None:
     """Return the label that an edit near a live row is compared with."""
     if rules.semantics == "easyedit":

@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from grace_fast.codebook.codebook import MAX_COUNTER, Draft, require_room
+from grace_fast.codebook.codebook import MAX_COUNTER, require_room
 from grace_fast.codebook.lazy_table import Kept
 from grace_fast.edits import apply as engine
-from grace_fast.edits.apply import Applied, RowState
+from grace_fast.edits.apply import Applied, Editable, RowState
 from grace_fast.edits.edit import (
     NO_EDIT,
     Base,
@@ -177,7 +177,7 @@ class History:
 
     def apply(
         self,
-        draft: Draft,
+        draft: Editable,
         rules: Rules,
         query: Tensor,
         label: Tensor,
@@ -200,7 +200,7 @@ class History:
             if owner is not None or now.ball != applied.before[row].ball:
                 self.add_event(Event(edit, row, *now.ball, owner_row=owner))
 
-    def undo(self, draft: Draft, edit_id: int) -> Edit:
+    def undo(self, draft: Editable, edit_id: int) -> Edit:
         """Take one edit back in a draft and in the history; return it.
 
         Raises: KeyError where no remaining edit has the id.

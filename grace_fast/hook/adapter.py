@@ -574,9 +574,11 @@ class Adapter:
         """Count a look-up that failed; the caller goes on with the layer's own output.
 
         Raises: the error where that would be worse: a captured graph would go on unedited for ever,
-        and the processes of a layer that is split (width is not D then) with different outputs.
+        and the processes of a layer that is split (width is not D then) or of row shards with
+        different outputs.
         """
-        if width != snapshot.key_dim or graphs.is_capturing(snapshot):
+        is_shared = width != snapshot.key_dim or isinstance(snapshot, lookup.Distributed)
+        if is_shared or graphs.is_capturing(snapshot):
             raise error
         self.tally.fail(self.layer_name, error)
 

@@ -147,6 +147,18 @@ class Nearest:
     certified: Tensor  # [B] bool; False where a FAISS index found the row and proved nothing
 
 
+class Distributed:
+    """A codebook, or a version of one, that answers look-ups itself: its rows are on many ranks."""
+
+    def find(self, queries: Tensor, backend: str | FaissIndex) -> Match:
+        """Return what `find` does."""
+        raise NotImplementedError
+
+    def nearest(self, queries: Tensor, within: float, backend: str | FaissIndex) -> Nearest:
+        """Return what `nearest` does."""
+        raise NotImplementedError
+
+
 @lru_cache(maxsize=4096)
 def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType:
     """Return the back end that takes a call.
@@ -173,7 +185,7 @@ def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType
 
 def nearest(
     queries: Tensor,
-    codebook: Codebook | Snapshot,
+    codebook: Codebook | Snapshot | Distributed,
     backend: str | FaissIndex = "auto",
     within: float = math.inf,
 ) -> Nearest:
@@ -186,6 +198,8 @@ def nearest(
     """
     if not within >= 0:
         raise ValueError(f"within must be a distance of at least 0, got {within}")
+    if isinstance(codebook, Distributed):
+        return codebook.nearest(queries, within, backend)
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
     module = chosen(snapshot, len(queries), backend, "nearest")
@@ -200,7 +214,9 @@ def nearest(
 
 
 def find(
-    queries: Tensor, codebook: Codebook | Snapshot, backend: str | FaissIndex = "auto"
+    queries: Tensor,
+    codebook: Codebook | Snapshot | Distributed,
+    backend: str | FaissIndex = "auto",
 ) -> Match:
     """Return which queries are inside the ball of their nearest key, and of which.
 
@@ -210,6 +226,8 @@ def find(
     Raises: TypeError for no tensor, ValueError for another width, element type or device, or an
     index that FAISS does not know or cannot train, BackendUnavailable.
     """
+    if isinstance(codebook, Distributed):
+        return codebook.find(queries, backend)
     snapshot = _snapshot(codebook)
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
         return Match(*answer)
