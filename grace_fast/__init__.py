@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 # The references' surfaces are read when they are asked for; nothing else looks at them.
-_COMPAT = {"GRACE": "reference", "accelerate": "handover"}
+_COMPAT = {"GRACE": "reference", "accelerate": "takeover"}
 
 
 def __getattr__(name: str) -> Any:

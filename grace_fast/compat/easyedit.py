@@ -24,8 +24,8 @@ from grace_fast import errors
 from grace_fast.codebook.codebook import Draft
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import number, read_method, read_steps
-from grace_fast.compat.reference import Editor
-from grace_fast.compat.rollback import Rollback, nothing
+from grace_fast.compat.reference import Editor, put
+from grace_fast.compat.rollback import Rollback
 from grace_fast.compat.teaching import prompt_end
 from grace_fast.editor.attach import find_layer
 from grace_fast.edits.apply import Applied
@@ -117,7 +117,7 @@ class GRACEAdapter(Adaptor):
         self.config = config
         self.edit_id: Any = None
         self._semantics = semantics
-        self._rollback = nothing()
+        self._rollback = Rollback()
 
     @property
     def edit_ids(self) -> list[Any]:
@@ -146,7 +146,7 @@ class GRACEAdapter(Adaptor):
         super().load(keys, values, epsilons, labels)
         if len(ids) != len(keys):
             ids = [None] * len(keys)
-        self._rollback = Rollback(self.keys, self.epsilons.reshape(-1).tolist(), ids)
+        self._rollback = Rollback.of(self.keys, self.epsilons.reshape(-1).tolist(), ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GRACEAdapter:
         kept = self._rollback
@@ -168,13 +168,8 @@ class GRACEAdapter(Adaptor):
 
     @contextmanager
     def _attempting(self) -> Iterator[None]:
-        rows = len(self._rollback.rows)
-        try:
-            with super()._attempting(), self._rollback.history.attempting():
-                yield
-        except BaseException:
-            self._rollback.truncate(rows)
-            raise
+        with super()._attempting(), self._rollback.history.attempting():
+            yield
 
     def delete_key(self, edit_id: Any) -> None:
         """Take back every edit of an id: a key goes with its last edit, and its split with it.
@@ -256,7 +251,7 @@ class GRACE(Editor):
 
     def reset_layer(self) -> None:
         """Put the original layer back."""
-        self.put(self.adaptor.layer)
+        put(self.model, self.layer, self.adaptor.layer)
 
 
 def apply_grace_to_model(

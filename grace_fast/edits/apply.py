@@ -7,17 +7,16 @@ a `History` keeps, and what undo goes back to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.codebook import Draft, Snapshot
 from grace_fast.lookup import lookup
-from grace_fast.lookup.sharded import ShardedSnapshot
+from grace_fast.lookup.sharded import ShardDraft, ShardedSnapshot
 from grace_fast.semantics import Outcome, Rules
 
 # A key farther than epsilon and the widest radius has no ball within epsilon of the query. A
@@ -25,37 +24,7 @@ from grace_fast.semantics import Outcome, Rules
 ROUNDING = 1e-6
 
 
-class Editable(Protocol):
-    """A next version of a codebook, as `Draft` and `ShardDraft` are."""
-
-    def snapshot(self) -> Snapshot | ShardedSnapshot:
-        """Return what has been drafted so far."""
-
-    def append(
-        self, keys: Tensor, values: Tensor, radii: Tensor, labels: Sequence[Tensor | None] | None
-    ) -> range:
-        """Add rows [M] at the end; return their numbers."""
-
-    def set_radius(self, row: int, radius: float) -> None:
-        """Give one row another radius."""
-
-    def set_key(self, row: int, key: Tensor) -> None:
-        """Move the key of one row."""
-
-    def set_label(self, row: int, label: Tensor | None) -> None:
-        """Give one row another label."""
-
-    def remove(self, row: int) -> None:
-        """Take one live row out."""
-
-    def point_key(self, row: int, slot: int) -> None:
-        """Let one row's key be that of a slot in use."""
-
-    def point_value(self, row: int, slot: int) -> None:
-        """Let one row's value be that of a slot in use."""
-
-    def point_label(self, row: int, slot: int) -> None:
-        """Let one row's label be that of a slot in use."""
+Editable = Draft | ShardDraft  # a next version of a codebook
 
 
 class RowState(NamedTuple):

@@ -508,13 +508,6 @@ class ShardedCodebook(Distributed):
         mask = semantics.replacement_mask(mode, positions, output.shape[1])
         return semantics.replace(output, match.hit, now.values_of(match.row), mask)
 
-    def ball_of(self, row: int) -> tuple[float, Tensor | None]:
-        """Return the radius and the label of a row, from the rank that owns it.
-
-        Raises: IndexError where there is no such row, RankLost.
-        """
-        return self._current.radius_of(row), self._current.label_of(row)
-
     # Editing
 
     @contextmanager
