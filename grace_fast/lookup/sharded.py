@@ -55,7 +55,7 @@ class Shared(NamedTuple):
     widest: float = -1.0  # at least every radius
     digest: bytes = b""  # of all that was done
 
-    def noted(self, name: str, *given: Tensor | float) -> Shared:
+    def noted(self, name: str, *given: Tensor | float | None) -> Shared:
         """Return this with something done that ranks compare."""
         state = hashlib.blake2b(self.digest, digest_size=16)
         state.update(name.encode())
@@ -65,7 +65,7 @@ class Shared(NamedTuple):
                 state.update(str((plain.dtype, tuple(plain.shape))).encode())
                 state.update(plain.reshape(-1).view(torch.uint8).numpy().data)
             else:
-                state.update(float(thing).hex().encode())
+                state.update(repr(None if thing is None else float(thing)).encode())
         return self._replace(digest=state.digest())
 
 
@@ -382,7 +382,7 @@ class ShardedCodebook(Distributed):
             shared = shared.noted("row", whole.keys[rows], whole.values[rows])
         labels = whole.labels
         for label in labels:
-            shared = shared.noted("label", *(() if label is None else (label,)))
+            shared = shared.noted("label", label)
         shards._check_founding(shared)
         mine = shards.group.turns(0, whole.rows)
         if len(mine):
@@ -419,22 +419,17 @@ class ShardedCodebook(Distributed):
             "contents": self.number_of(shared),
         }
         gathered = self.group.gather(list(facts.values()), "comparing codebooks")
-        for place, name in enumerate(facts):
-            seen = [numbers[place] for numbers in gathered]
-            for rank, number in enumerate(seen):
-                if number != seen[0]:
-                    told: tuple[Any, ...] = (seen[0], number)
-                    if name == "dtype":
-                        told = tuple(DTYPES[number] for number in told)
-                    if name == "contents":
-                        raise ShardsDiffer(
-                            "ranks hold different codebooks: keys, values, radii or labels of "
-                            f"rank {rank} are not those of rank 0; open the same one on each"
-                        )
-                    raise ShardsDiffer(
-                        f"ranks hold different codebooks: {name} is {told[0]} on rank 0 and "
-                        f"{told[1]} on rank {rank}; open the same one on each"
-                    )
+        for rank, numbers in enumerate(gathered):
+            for name, number, first in zip(facts, numbers, gathered[0], strict=True):
+                if number == first:
+                    continue
+                told = [DTYPES[each] if name == "dtype" else each for each in (first, number)]
+                odd = f"{name} is {told[0]} on rank 0 and {told[1]} on rank {rank}"
+                if name == "contents":
+                    odd = f"keys, values, radii or labels of rank {rank} are not those of rank 0"
+                raise ShardsDiffer(
+                    f"ranks hold different codebooks: {odd}; open the same one on each"
+                )
 
     def number_of(self, shared: Shared) -> int:
         """Return what ranks of one history share; another where the part was edited alone."""
@@ -620,8 +615,7 @@ class ShardDraft:
     ) -> range:
         """Add rows at the end, each on the rank whose turn it is; return their numbers."""
         first, added = self.shared.rows, len(keys)
-        given = (x for x in labels or () if x is not None)
-        self.shared = self.shared.noted("append", keys, values, radii, *given)
+        self.shared = self.shared.noted("append", keys, values, radii, *(labels or ()))
         mine = self._shards.group.turns(first, added)
         if len(mine):
             listed = None if labels is None else [labels[at] for at in mine.tolist()]
@@ -636,49 +630,41 @@ class ShardDraft:
 
     def remove(self, row: int) -> None:
         """Take one live row out."""
-        if (local := self._noted("remove", row)) is not None:
-            self._local.remove(local)
+        self._change("remove", row)
         self.shared = self.shared._replace(live=self.shared.live - 1)
 
     def set_radius(self, row: int, radius: float) -> None:
         """Give one row another radius."""
-        local = self._noted("radius", row, radius)
+        self._change("set_radius", row, radius)
         stored = ctypes.c_float(radius).value  # float32 may be more, of a denormal number much more
         self.shared = self.shared._replace(widest=max(self.shared.widest, stored))
-        if local is not None:
-            self._local.set_radius(local, radius)
 
     def set_key(self, row: int, key: Tensor) -> None:
         """Move the key of one row."""
-        if (local := self._noted("key", row, key)) is not None:
-            self._local.set_key(local, key)
+        self._change("set_key", row, key)
 
     def set_value(self, row: int, value: Tensor) -> None:
         """Give one row another value."""
-        if (local := self._noted("value", row, value)) is not None:
-            self._local.set_value(local, value)
+        self._change("set_value", row, value)
 
     def set_label(self, row: int, label: Tensor | None) -> None:
         """Give one row another label."""
-        if (local := self._noted("label", row, *(() if label is None else (label,)))) is not None:
-            self._local.set_label(local, label)
+        self._change("set_label", row, label)
 
     def point_key(self, row: int, slot: int) -> None:
         """Let one row's key be that of a slot of the rank that owns it."""
-        if (local := self._noted("key slot", row, slot)) is not None:
-            self._local.point_key(local, slot)
+        self._change("point_key", row, slot)
 
     def point_value(self, row: int, slot: int) -> None:
         """Let one row's value be that of a slot of the rank that owns it."""
-        if (local := self._noted("value slot", row, slot)) is not None:
-            self._local.point_value(local, slot)
+        self._change("point_value", row, slot)
 
     def point_label(self, row: int, slot: int) -> None:
         """Let one row's label be that of a slot of the rank that owns it."""
-        if (local := self._noted("label slot", row, slot)) is not None:
-            self._local.point_label(local, slot)
+        self._change("point_label", row, slot)
 
-    def _noted(self, name: str, row: int, *given: Tensor | float) -> int | None:
-        """Digest a change of a row; return where it is on this rank, None where another has it."""
+    def _change(self, name: str, row: int, *given: Any) -> None:
+        """Digest a change of a row, and make it where that is this rank's."""
         self.shared = self.shared.noted(name, row, *given)
-        return self._shards.group.local(row, self.shared.rows)
+        if (local := self._shards.group.local(row, self.shared.rows)) is not None:
+            getattr(self._local, name)(local, *given)
