@@ -15,7 +15,7 @@ import torch.distributed as dist
 from faults import workload
 
 import grace_fast as gf
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.apply import apply
 from grace_fast.edits.history import History
 from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardedSnapshot, ShardsDiffer
@@ -118,13 +118,13 @@ def agree() -> None:
     assert shards.rows == alone.snapshot().rows
     assert 300 < shards.version <= 500
     for row in range(0, shards.rows, 17):
-        label = shards.snapshot().label_of(row)
-        assert shards.snapshot().radius_of(row) == alone.snapshot().radius_of(row)
-        known = alone.snapshot().label_of(row)
+        label = shards.snapshot().row(row).label
+        assert shards.snapshot().row(row).radius == alone.snapshot().row(row).radius
+        known = alone.snapshot().row(row).label
         assert (label is None) == (known is None)
         assert label is None or torch.equal(label, known)
     with pytest.raises(IndexError, match=r"row must be in \[0, "):
-        shards.snapshot().radius_of(shards.rows)
+        shards.snapshot().row(shards.rows)
 
 
 def split() -> None:
@@ -236,7 +236,7 @@ def _attached_alike(rows: int, settings: dict[str, Any]) -> tuple[gf.Grace, gf.G
 
 def _edit_alike(alone: gf.Grace, shared: gf.Grace) -> None:
     outcomes, undone = set(), 0
-    asked = torch.randn(16, 1, workload.WIDTH, generator=torch.Generator().manual_seed(5))
+    asked = torch.randn(8, 1, workload.WIDTH, generator=torch.Generator().manual_seed(5))
     for step, operation in enumerate(workload.operations(60, seed=2)):
         if operation[0] == "undo":
             if operation[1] not in {edit.id for edit in alone.edits()}:
@@ -258,7 +258,7 @@ def _edit_alike(alone: gf.Grace, shared: gf.Grace) -> None:
             for one, other in zip(*made, strict=True):
                 _assert_same_edit(one, other)
                 outcomes.add(one.outcome)
-            asked[step % 16] = query[0] + 0.1 * (step % 3)
+            asked[step % 8] = query[0] + 0.1 * (step % 3)
         answers = [grace.model(inputs_embeds=asked).logits for grace in (alone, shared)]
         assert torch.equal(answers[0].view(torch.uint8), answers[1].view(torch.uint8))
         assert alone.hits == shared.hits
@@ -286,10 +286,10 @@ def _assert_same_rows(shared: ShardedSnapshot, alone: Snapshot) -> None:
     assert torch.equal(shared.live, alone.live)
     assert (shared.rows, len(shared)) == (alone.rows, len(alone))
     for row in range(alone.rows):
-        assert shared.radius_of(row) == alone.radius_of(row)
-        assert torch.equal(shared.key_of(row), alone.key_of(row))
-        assert torch.equal(shared.value_of(row), alone.value_of(row))
-        labels = shared.label_of(row), alone.label_of(row)
+        assert shared.row(row).radius == alone.row(row).radius
+        assert torch.equal(shared.row(row).key, alone.row(row).key)
+        assert torch.equal(shared.row(row).value, alone.row(row).value)
+        labels = shared.row(row).label, alone.row(row).label
         assert str(labels[0]) == str(labels[1])
 
 

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Draft, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.compat.live import LiveCodebook, home
 from grace_fast.compat.method import Method
 from grace_fast.edits.apply import Applied, apply

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import errors
-from grace_fast.codebook.codebook import Draft
+from grace_fast.codebook.draft import Draft
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import number, read_method, read_steps
 from grace_fast.compat.reference import Editor, put

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.apply import Applied, RowState
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.history import History
@@ -50,7 +50,7 @@ class Rollback:
         """Note an edit that was done to rows, by position, and is to be trained."""
         if applied.row in applied.before:
             newest = self.history.rows[[*self.history.rows][applied.row]].edits[-1]
-            self._values[newest] = after.value_of(applied.row).clone()
+            self._values[newest] = after.row(applied.row).value.clone()
         self._add(applied, name, after.keys)
 
     def _add(self, applied: Applied, name: Any, keys: Tensor) -> None:

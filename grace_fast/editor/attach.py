@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import nn
 
-from grace_fast.codebook import printable, scalars
+from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor import calibrate
 from grace_fast.editor.calibrate import CalibrationEdit, Labelled
@@ -20,6 +20,7 @@ from grace_fast.editor.fingerprint import differences, fingerprint, usual_settin
 from grace_fast.editor.grace import Grace
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
+from grace_fast.errors import CodebookMismatch as CodebookMismatch
 from grace_fast.hook.adapter import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
@@ -31,13 +32,6 @@ from grace_fast.store.durable import Lock
 from grace_fast.store.journal import Journal
 from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
-
-
-class CodebookMismatch(ValueError):
-    """A codebook was made for another model than it is attached to."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable.spelt(message))  # it quotes what the codebook remembers
 
 
 def attach(

@@ -22,8 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import forks, scalars
-from grace_fast.codebook.codebook import DTYPES, Codebook, Draft, Snapshot
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.modes import lasting
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.editor import batches, calibrate, edit_warnings, heads, prompts, unfit
 from grace_fast.editor.batches import Batch, Prompt, Target
 from grace_fast.editor.fingerprint import fingerprint
@@ -340,7 +343,7 @@ class Grace:
             newest = [life.edits[-1] if life and life.edits else None for life in lives]
         explained = []
         for at, row in enumerate(near.row.tolist()):
-            radius = snapshot.radius_of(row) if row >= 0 else math.nan
+            radius = snapshot.row(row).radius if row >= 0 else math.nan
             explained.append(
                 Explanation(
                     fires=bool(match.hit[at]),
@@ -564,14 +567,14 @@ class Grace:
                 query=proposal.queries[at].clone(),
                 label=proposal.labels[at],
                 value_before=done.value_before,
-                value_after=after.value_slot_of(done.row),
+                value_after=after.row(done.row).value_slot,
                 loss=math.nan if result is None else result.loss,
                 steps=0 if result is None else result.steps,
                 correct=result is not None and result.correct,
                 prompt=batches.prompt_checksum(batch, at, self.kind),
                 text=text,
             )
-            self._history.record(edit, after.label_slot_of(done.row))
+            self._history.record(edit, after.row(done.row).label_slot)
             edits.append(edit)
         return edits
 

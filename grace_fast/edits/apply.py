@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Draft, Snapshot
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup import lookup
 from grace_fast.lookup.sharded import ShardDraft, ShardedSnapshot
 from grace_fast.semantics import Outcome, Rules
@@ -75,7 +76,7 @@ def apply(
     row, squared = int(near.row[0]), float(near.squared_distance[0])
     radius, same = 0.0, False
     if row >= 0:
-        radius, known = before.radius_of(row), _label_compared(rules, before, row, labels)
+        radius, known = before.row(row).radius, _label_compared(rules, before, row, labels)
         same = known is not None and semantics.same_label(rules, label, known)
     decision = semantics.decide(rules, squared, radius, same)
     if decision.radius > rules.max_radius:
@@ -97,7 +98,7 @@ def apply(
         touched = [made, *touched]
     else:
         if decision.moves_key:
-            draft.set_key(row, (before.key_of(row).double() + query.double()) / 2)
+            draft.set_key(row, (before.row(row).key.double() + query.double()) / 2)
         if decision.radius != radius:
             draft.set_radius(row, decision.radius)
         if decision.outcome == "replaced":
@@ -116,13 +117,9 @@ def apply(
     )
 
 
-def _state_of(snapshot: Snapshot | ShardedSnapshot, row: int) -> RowState:
-    return RowState(
-        snapshot.radius_of(row),
-        snapshot.key_slot_of(row),
-        snapshot.value_slot_of(row),
-        snapshot.label_slot_of(row),
-    )
+def _state_of(snapshot: Snapshot | ShardedSnapshot, number: int) -> RowState:
+    row = snapshot.row(number)
+    return RowState(row.radius, row.key_slot, row.value_slot, row.label_slot)
 
 
 def _label_compared(
@@ -132,4 +129,4 @@ def _label_compared(
     if rules.semantics == "easyedit":
         live = snapshot.live.nonzero()[:, 0].tolist()
         row = live[semantics.label_row(rules, live.index(row), len(live))]
-    return snapshot.label_of(row) if labels is None else labels[row]
+    return snapshot.row(row).label if labels is None else labels[row]

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from grace_fast.codebook.codebook import MAX_COUNTER, require_room
+from grace_fast.codebook.checks import MAX_COUNTER, require_room
 from grace_fast.codebook.lazy_table import Kept
 from grace_fast.edits import apply as engine
 from grace_fast.edits.apply import Applied, Editable, RowState
@@ -206,19 +206,20 @@ class History:
         Raises: KeyError where no remaining edit has the id.
         """
         edit, restored = self.take_back(edit_id)
-        now = draft.snapshot()
+        before = draft.snapshot()
         for row, held in restored.items():
+            now = before.row(row)
             if held is None:
-                if bool(now.live[row]):  # else it was removed by its key's id
+                if now.live:  # else it was removed by its key's id
                     draft.remove(row)
                 continue
-            if now.radius_of(row) != held.radius:
+            if now.radius != held.radius:
                 draft.set_radius(row, held.radius)
-            if now.key_slot_of(row) != held.key_slot:
+            if now.key_slot != held.key_slot:
                 draft.point_key(row, held.key_slot)
-            if row == edit.row and now.value_slot_of(row) != held.value_slot:
+            if row == edit.row and now.value_slot != held.value_slot:
                 draft.point_value(row, held.value_slot)
-            if row == edit.row and now.label_slot_of(row) != held.label_slot:
+            if row == edit.row and now.label_slot != held.label_slot:
                 draft.point_label(row, held.label_slot)
         return edit
 

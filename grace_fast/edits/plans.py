@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Draft, Snapshot
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.apply import Applied
 from grace_fast.edits.history import History
 from grace_fast.hook.training_override import Tokens, TrainingOverride
@@ -95,7 +96,7 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     answered_by = lookup.nearest(proposal.queries, decided).row.tolist()
     members: dict[int, list[int]] = {}
     for at, done in enumerate(applied):
-        label = decided.label_of(done.row)
+        label = decided.row(done.row).label
         alike = label is not None and semantics.same_label(rules, proposal.labels[at], label)
         alike |= rules.semantics == "easyedit"  # which compares with another row's label
         if alike and (answered_by[at] == done.row or len(applied) == 1):
@@ -103,7 +104,7 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     trainings = [
         TrainingOverride(
             row,
-            decided.value_of(row).clone(),
+            decided.row(row).value.clone(),
             tuple(picked),
             _tokens(proposal, row, picked, decided),
         )

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import NO_EDIT, Edit
 from grace_fast.edits.history import History
 from grace_fast.lookup import lookup

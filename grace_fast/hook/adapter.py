@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.hook import (
     compile,
     entrances,

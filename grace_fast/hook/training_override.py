@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.hook.answers import write_values
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Replacement

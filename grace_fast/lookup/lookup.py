@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import BackendUnavailable as BackendUnavailable
 from grace_fast.index import certificate, segments
 from grace_fast.lookup.backends import cpu, cuda, faiss, reference, triton
 from grace_fast.lookup.backends.faiss_index import FaissIndex
@@ -71,10 +73,6 @@ def way_of(codebook: Codebook, backend: str | FaissIndex = "auto") -> str:
     predicted = math.inf if view is None or view.plan is None else view.predicted_bytes
     key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
     return way(Holding(snapshot.rows, key_bytes, predicted, backend))
-
-
-class BackendUnavailable(RuntimeError):
-    """No back end can take the call; the message lists every reason."""
 
 
 class Match:

@@ -27,7 +27,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import DTYPES, MAX_NUMBER, PAGE_ROWS, Codebook, Draft, Snapshot
+from grace_fast.codebook.checks import DTYPES, MAX_NUMBER
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.pages import PAGE_ROWS
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import RankLost as RankLost
+from grace_fast.errors import ShardsDiffer as ShardsDiffer
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends.faiss_index import FaissIndex
@@ -36,14 +42,6 @@ from grace_fast.semantics import Replacement
 
 NOBODY = 2**63 - 1  # what a rank claims that has not the nearest key
 _POSITIVE = 2**62 - 1  # numbers that are compared as they are and negated
-
-
-class RankLost(RuntimeError):
-    """A rank did not answer; the shards answer nothing from then on."""
-
-
-class ShardsDiffer(RuntimeError):
-    """Ranks hold different codebooks or versions, or ask with different queries."""
 
 
 class Shared(NamedTuple):
@@ -67,16 +65,6 @@ class Shared(NamedTuple):
             else:
                 state.update(repr(None if thing is None else float(thing)).encode())
         return self._replace(digest=state.digest())
-
-
-class _Row(NamedTuple):
-    """What the rank that owns a row tells of it."""
-
-    radius: float
-    key_slot: int
-    value_slot: int
-    label_slot: int
-    label_ids: int  # 1 + how many; 0 where it has no label
 
 
 class _Group:
@@ -160,7 +148,7 @@ class ShardedSnapshot(Distributed):
     local: Snapshot  # this rank's rows
     shared: Shared
     is_draft: bool = False
-    _rows: dict[int, _Row] = field(default_factory=dict)
+    _rows: dict[int, ShardRow] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
         if name in ("dtype", "device", "key_dim", "value_dim"):  # as on every rank
@@ -270,51 +258,35 @@ class ShardedSnapshot(Distributed):
 
     def values_of(self, rows: Tensor) -> Tensor:
         """Return the values of rows [B] from the ranks that own them, [B, V]; zeros for -1."""
-        return self._fetched(rows, self.local.value_dim, self.local.values_of, "fetching values")
+        return self.fetched(rows, self.local.value_dim, self.local.values_of, "fetching values")
 
-    def value_of(self, row: int) -> Tensor:
-        """Return the value of one row, [V]."""
-        return self.values_of(self._listed(row))[0]
+    def row(self, number: int) -> ShardRow:
+        """Return one row, as the rank that owns it tells.
 
-    def key_of(self, row: int) -> Tensor:
-        """Return the key of one row, [D]."""
-        local = self.local
-        return self._fetched(self._listed(row), local.key_dim, local.keys_at, "reading a row")[0]
+        Raises: IndexError where there is no such row, RankLost.
+        """
+        if number not in self._rows:
+            self._rows[number] = self._read(number)
+        return self._rows[number]
 
-    def radius_of(self, row: int) -> float:
-        """Return the radius of one row."""
-        return self._row(row).radius
+    def _read(self, number: int) -> ShardRow:
+        group = self.shards.group
+        numbers = torch.zeros(6, dtype=torch.int64, device="cpu")
+        if (local := group.local(number, self.shared.rows)) is not None:
+            row = self.local.row(local)
+            ball = torch.tensor([row.radius], dtype=torch.float64, device="cpu")
+            numbers[:1] = ball.view(torch.int64)
+            label_ids = -1 if row.label is None else len(row.label)
+            told = (int(row.live), row.key_slot, row.value_slot, row.label_slot, label_ids)
+            numbers[1:] = torch.tensor(told, dtype=torch.int64, device="cpu")
+        numbers = group.brought(numbers.to(self.local.device), "reading a row").cpu()
+        radius, (live, *slots) = float(numbers[:1].view(torch.float64)), numbers[1:].tolist()
+        return ShardRow(self, number, radius, bool(live), *slots)
 
-    def label_of(self, row: int) -> Tensor | None:
-        """Return the label of one row."""
-        length = self._row(row).label_ids - 1
-        if length < 0:
-            return None
-        group, local = self.shards.group, self.shards.group.local(row, self.shared.rows)
-        label = None if local is None else self.local.label_of(local)
-        none = torch.zeros(length, dtype=torch.int64, device="cpu")
-        ids = (none if label is None else label.clone()).to(self.local.device)
-        return group.brought(ids, "reading a row").cpu()
-
-    def key_slot_of(self, row: int) -> int:
-        """Return the slot of one row's key on the rank that owns it."""
-        return self._row(row).key_slot
-
-    def value_slot_of(self, row: int) -> int:
-        """Return the slot of one row's value on the rank that owns it."""
-        return self._row(row).value_slot
-
-    def label_slot_of(self, row: int) -> int:
-        """Return the slot of one row's label on the rank that owns it."""
-        return self._row(row).label_slot
-
-    def _listed(self, row: int) -> Tensor:
-        self.shards.group.local(row, self.shared.rows)  # there is such a row
-        return torch.tensor([row], dtype=torch.int64, device=self.local.device)
-
-    def _fetched(
+    def fetched(
         self, rows: Tensor, width: int, read: Callable[[Tensor], Tensor], doing: str
     ) -> Tensor:
+        """Return what the ranks that own rows [B] read of them, [B, width]; zeros for -1."""
         group = self.shards.group
         mine = (rows >= 0) & (rows % group.ranks == group.rank)
         found = self.local.key_slots.new_zeros(len(rows), width)
@@ -322,22 +294,49 @@ class ShardedSnapshot(Distributed):
             found[mine] = read(torch.div(rows[mine], group.ranks, rounding_mode="floor"))
         return group.brought(found, doing)
 
-    def _row(self, row: int) -> _Row:
-        if row in self._rows:
-            return self._rows[row]
-        group, snapshot = self.shards.group, self.local
-        told = torch.zeros(5, dtype=torch.int64, device="cpu")
-        if (local := group.local(row, self.shared.rows)) is not None:
-            label = snapshot.label_of(local)
-            ball = torch.tensor([snapshot.radius_of(local)], dtype=torch.float64, device="cpu")
-            told[:1] = ball.view(torch.int64)
-            told[1], told[2] = snapshot.key_slot_of(local), snapshot.value_slot_of(local)
-            told[3] = snapshot.label_slot_of(local)
-            told[4] = 0 if label is None else 1 + len(label)
-        told = group.brought(told.to(snapshot.device), "reading a row").cpu()
-        radius = float(told[:1].view(torch.float64))
-        self._rows[row] = _Row(radius, *told[1:].tolist())
-        return self._rows[row]
+
+@dataclass(frozen=True, eq=False)
+class ShardRow:
+    """One row of a version, with the fields of `Row`; slots are of the rank that owns it."""
+
+    _of: ShardedSnapshot
+    _number: int
+    radius: float
+    live: bool
+    key_slot: int
+    value_slot: int
+    label_slot: int
+    _label_ids: int  # -1 where it has no label
+
+    @property
+    def key(self) -> Tensor:
+        """The key, [D]."""
+        local = self._of.local
+        return self._of.fetched(self._listed, local.key_dim, local.keys_at, "reading a row")[0]
+
+    @property
+    def value(self) -> Tensor:
+        """The value, [V]."""
+        return self._of.values_of(self._listed)[0]
+
+    @property
+    def label(self) -> Tensor | None:
+        """The label, [L] int64; None where there is none."""
+        if self._label_ids < 0:
+            return None
+        group, rows = self._of.shards.group, self._of.local
+        local = group.local(self._number, self._of.rows)
+        known = None if local is None else rows.row(local).label
+        ids = (
+            torch.zeros(self._label_ids, dtype=torch.int64, device="cpu")
+            if known is None
+            else known
+        )
+        return group.brought(ids.to(rows.device, copy=True), "reading a row").cpu()
+
+    @property
+    def _listed(self) -> Tensor:
+        return torch.tensor([self._number], dtype=torch.int64, device=self._of.local.device)
 
 
 class ShardedCodebook(Distributed):

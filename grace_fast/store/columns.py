@@ -15,9 +15,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.labels import Labels
 from grace_fast.codebook.mapped import MappedFile
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.semantics import Outcome
 from grace_fast.store import manifest
 from grace_fast.store.files import CodebookCorrupt
@@ -50,7 +52,7 @@ def pack_labels(lengths: Tensor, ids: Tensor) -> dict[str, Tensor]:
 
 def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
     """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
-    return pack_labels(*snapshot.label_columns()) | {
+    return pack_labels(*snapshot.label_slots.columns(snapshot.counts.labels)) | {
         "rows.id": snapshot.ids,
         "rows.radius": snapshot.radii,
         "rows.live": snapshot.live,

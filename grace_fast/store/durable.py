@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from grace_fast.codebook import printable
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.diff import Change, back
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import EditRecorded, Reset, Step, Undone
 from grace_fast.edits.history import History
+from grace_fast.errors import CodebookCorrupt
+from grace_fast.errors import CodebookLocked as CodebookLocked
+from grace_fast.errors import CodebookReadOnly as CodebookReadOnly
 from grace_fast.store import files, manifest
-from grace_fast.store.files import CodebookLocked as CodebookLocked
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.records import Version, redo
 
@@ -38,10 +40,6 @@ _log = logging.getLogger(__name__)
 
 LOCK = "lock"
 _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
-
-
-class CodebookReadOnly(OSError):
-    """A codebook that was opened to be read, or whose disk failed, was asked to be edited."""
 
 
 class Lock:
@@ -115,7 +113,7 @@ class Store:
     def _keep(self, journal: Journal, book: Codebook) -> None:
         self.journal = journal
         self._history().keeps_steps = True
-        book.keep(self)
+        book.retain(self)
 
     def begin(self, book: Codebook, write: Callable[[dict[str, Any]], None]) -> None:
         """Write a codebook as the base of a new journal.

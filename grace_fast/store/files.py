@@ -28,9 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from grace_fast.codebook import forks, printable
-from grace_fast.codebook.mapped import CodebookCorrupt as CodebookCorrupt
+from grace_fast.codebook import forks
 from grace_fast.codebook.mapped import MappedFile, Shape, open_regular
+from grace_fast.errors import CodebookCorrupt as CodebookCorrupt
+from grace_fast.errors import CodebookLocked as CodebookLocked
 from grace_fast.store import headers, manifest, side_files
 from grace_fast.store.headers import Described
 from grace_fast.store.manifest import CONFIG as CONFIG
@@ -154,15 +155,6 @@ def store(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, A
         raise error if isinstance(error, OSError) else OSError(f"{file}: {error}") from error
     synchronise(folder)
     return {"file": file.name, "sha256": sums}
-
-
-class CodebookLocked(OSError):
-    """Another process, or another editor of this one, edits the codebook of a directory."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(
-            printable.spelt(message)
-        )  # it quotes what the lock's file says of its holder
 
 
 class Claim:

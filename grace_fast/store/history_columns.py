@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grace_fast.codebook.ascending import Ascending
-from grace_fast.codebook.codebook import Snapshot
 from grace_fast.codebook.labels import Labels
 from grace_fast.codebook.lazy_table import Filed, Kept
 from grace_fast.codebook.once import cached_property
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import NO_EDIT, Base, Edit, Event, RowLife
 from grace_fast.edits.history import History
 from grace_fast.store.columns import (
@@ -359,7 +359,7 @@ def unpack_history(
     ids = past.edits["id"]
     _check_next_id(past, next_id)
     queries = _checked_queries(tensors, snapshot, len(ids)).to(snapshot.device)
-    edits: Filed[Edit] = _Edits(past, queries, snapshot.labels_by_slot, texts)
+    edits: Filed[Edit] = _Edits(past, queries, snapshot.label_slots, texts)
     return History(Kept(edits), Kept(_Lives(past)), Kept(_LabelSlots(past)), next_id)
 
 

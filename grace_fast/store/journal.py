@@ -26,7 +26,7 @@ from typing import Any
 from urllib.parse import quote
 
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import MAX_COUNTER
+from grace_fast.codebook.checks import MAX_COUNTER
 from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import side_files
 from grace_fast.store.files import ChangedMeanwhile, synchronise

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Draft, Snapshot
 from grace_fast.codebook.diff import Change
+from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.labels import columns_of
 from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import Base, BaseRecorded, Edit, EditRecorded, Event, Reset, Step, Undone
 from grace_fast.edits.history import History
 from grace_fast.store import files, headers, manifest
@@ -230,7 +231,7 @@ def _steps(columns: _Columns, now: Snapshot, texts: Any) -> Iterator[Step]:
         if kind < 4 and at >= counted[kind]:
             raise CodebookCorrupt("order names more steps than there are")
         if kind == 0:
-            label = now.labels_by_slot[listed[0][at][5]]
+            label = now.label_slots[listed[0][at][5]]
             yield _edit(listed[0][at], numbers[at].tolist(), queries[at], label, texts)
         elif kind == 1:
             edit, row, slot, lasts_with = listed[1][at]

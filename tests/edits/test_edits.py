@@ -44,9 +44,9 @@ class Stream:
             query=query,
             label=label,
             value_before=done.value_before,
-            value_after=after.value_slot_of(done.row),
+            value_after=after.row(done.row).value_slot,
         )
-        self.history.record(edit, after.label_slot_of(done.row))
+        self.history.record(edit, after.row(done.row).label_slot)
         return edit
 
     def undo(self, edit_id):
@@ -186,10 +186,10 @@ def test_edits_undone_in_any_order_leave_what_the_remaining_ones_say(asked, orde
         snapshot = stream.book.snapshot()
         for row in rows:
             newest = [edit for edit in remaining if edit.row == row][-1]
-            assert snapshot.value_of(row)[0] == newest.id
+            assert snapshot.row(row).value[0] == newest.id
             event = stream.history.rows[row].events[-1]
-            assert snapshot.radius_of(row) == event.radius
-            assert snapshot.key_slot_of(row) == event.key_slot
+            assert snapshot.row(row).radius == event.radius
+            assert snapshot.row(row).key_slot == event.key_slot
     assert len(stream.book) == 0
     assert stream.history.rows == {}
 
@@ -344,7 +344,7 @@ def test_edits_whose_draft_was_dropped_leave_no_trace_in_the_history(rules, plac
         for number, (x, y, label) in enumerate(places[kept:], start=len(places[:kept])):
             query, value = torch.tensor([0.3 * x, 0.3 * y]), torch.full((4,), float(number))
             done = stream.history.apply(draft, rules, query, torch.tensor([label]), value, number)
-            slot = draft.snapshot().value_slot_of(done.row)
+            slot = draft.snapshot().row(done.row).value_slot
             stream.history.record(
                 Edit(
                     number,
@@ -357,7 +357,7 @@ def test_edits_whose_draft_was_dropped_leave_no_trace_in_the_history(rules, plac
                     done.value_before,
                     slot,
                 ),
-                draft.snapshot().label_slot_of(done.row),
+                draft.snapshot().row(done.row).label_slot,
             )
         raise OSError("disk full")
     assert same(stream.live_rows(), before)

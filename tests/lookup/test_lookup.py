@@ -550,7 +550,7 @@ def test_only_a_codebook_on_a_gpu_is_kept_for_graphs():
 def test_what_cannot_follow_an_edit_refuses_it():
     book = gf.Codebook(4, 2)
     followed = []
-    book.tell("a device", lambda snapshot: followed.append(snapshot.version))
+    book.subscribe("a device", lambda snapshot: followed.append(snapshot.version))
     book.append(torch.ones(1, 4), torch.ones(1, 2), torch.ones(1))
     assert followed == [0, 1]
 
@@ -558,7 +558,7 @@ def test_what_cannot_follow_an_edit_refuses_it():
         if snapshot.rows > 1:
             raise MemoryError("the device has no more")
 
-    book.tell("a device", out_of_memory)
+    book.subscribe("a device", out_of_memory)
     with pytest.raises(MemoryError, match="no more"):
         book.append(torch.zeros(1, 4), torch.ones(1, 2), torch.ones(1))
     assert len(book) == 1

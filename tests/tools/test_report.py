@@ -56,8 +56,8 @@ def book_of(
         text = None if told is None else told[at]
         history.add_event(Event(at, at, float(balls[at]), at, at))
         edit = Edit(
-            at, "added", at, math.inf, float(balls[at]), keys[at], now.label_of(at), None, at, 0.25,
-            7, True, at, text,
+            at, "added", at, math.inf, float(balls[at]), keys[at], now.row(at).label, None, at,
+            0.25, 7, True, at, text,
         )  # fmt: skip
         history.record(edit, at)
     described = {
@@ -307,7 +307,7 @@ def test_the_trade_off_is_that_of_codebooks_made_of_the_other_folds(tmp_path):
             match = lookup.find(keys[held], book)
             for at, row in zip(held.tolist(), match.row.tolist(), strict=True):
                 if row >= 0:
-                    alike = int(book.snapshot().label_of(row)) == labels[at]
+                    alike = int(book.snapshot().row(row).label) == labels[at]
                     own, another = own + alike, another + (not alike)
         assert (each.own, each.another) == pytest.approx((own / 45, another / 45)), each.epsilon
 

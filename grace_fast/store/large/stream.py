@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import _native
-from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot, checked_radii, checked_rows
+from grace_fast.codebook.checks import DTYPES, checked_radii, checked_rows
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import (
     BLOCK_BYTES,
     HEADER_BYTES,
@@ -38,6 +39,7 @@ from grace_fast.codebook.mapped import (
     open_regular,
     refuse_special,
 )
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State
 from grace_fast.index.quantizer import Codes
