@@ -148,13 +148,19 @@ class Nearest:
 class Distributed:
     """A codebook, or a version of one, that answers look-ups itself: its rows are on many ranks."""
 
-    def find(self, queries: Tensor, backend: str | FaissIndex) -> Match:
+    def find(self, queries: Tensor) -> Match:
         """Return what `find` does."""
         raise NotImplementedError
 
-    def nearest(self, queries: Tensor, within: float, backend: str | FaissIndex) -> Nearest:
+    def nearest(self, queries: Tensor, within: float) -> Nearest:
         """Return what `nearest` does."""
         raise NotImplementedError
+
+    def without(self, backend: str | FaissIndex) -> Distributed:
+        """Return this; raise ValueError where a back end is asked for."""
+        if backend != "auto":
+            raise ValueError(f"row shards take no backend, got {backend!r}")
+        return self
 
 
 @lru_cache(maxsize=4096)
@@ -197,7 +203,7 @@ def nearest(
     if not within >= 0:
         raise ValueError(f"within must be a distance of at least 0, got {within}")
     if isinstance(codebook, Distributed):
-        return codebook.nearest(queries, within, backend)
+        return codebook.without(backend).nearest(queries, within)
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
     module = chosen(snapshot, len(queries), backend, "nearest")
@@ -225,7 +231,7 @@ def find(
     index that FAISS does not know or cannot train, BackendUnavailable.
     """
     if isinstance(codebook, Distributed):
-        return codebook.find(queries, backend)
+        return codebook.without(backend).find(queries)
     snapshot = _snapshot(codebook)
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
         return Match(*answer)

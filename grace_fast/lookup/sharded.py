@@ -36,7 +36,6 @@ from grace_fast.errors import RankLost as RankLost
 from grace_fast.errors import ShardsDiffer as ShardsDiffer
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
-from grace_fast.lookup.backends.faiss_index import FaissIndex
 from grace_fast.lookup.lookup import Distributed, Match, Nearest
 from grace_fast.semantics import Replacement
 
@@ -52,6 +51,7 @@ class Shared(NamedTuple):
     live: int = 0
     widest: float = -1.0  # at least every radius
     digest: bytes = b""  # of all that was done
+    values: int = MAX_NUMBER  # slots: each rank numbers its own
 
     def noted(self, name: str, *given: Tensor | float | None) -> Shared:
         """Return this with something done that ranks compare."""
@@ -137,8 +137,55 @@ class _Group:
             raise RankLost(self._lost) from error
 
 
+class _Shards(Distributed):
+    """The look-ups of a codebook that is on many ranks, or of one version of it."""
+
+    def snapshot(self) -> ShardedSnapshot:
+        """Return the version that is asked."""
+        raise NotImplementedError
+
+    def find(self, queries: Tensor) -> Match:
+        """Return what `lookup.find` returns of the whole codebook, on every rank.
+
+        Raises: as `lookup.find`, RankLost, ShardsDiffer.
+        """
+        now = self.snapshot()
+        row, squared, hit = now.decide(queries, now.widest)
+        fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, math.inf))
+        return Match(int(hit.sum()), fields=fields)
+
+    def nearest(self, queries: Tensor, within: float = math.inf) -> Nearest:
+        """Return what `lookup.nearest` returns of the whole codebook, on every rank.
+
+        Raises: as `find`.
+        """
+        row, squared, _ = self.snapshot().decide(queries, within)
+        certified = torch.ones_like(row, dtype=torch.bool)
+        return Nearest(row, squared.sqrt().float(), squared, certified)
+
+    def replace(
+        self,
+        output: Tensor,
+        queries: Tensor,
+        positions: Tensor | None = None,
+        mode: Replacement = "replace_prompt",
+    ) -> Tensor:
+        """Return what `lookup.replace` returns of the whole codebook, on every rank.
+
+        Raises: as `lookup.replace`, RankLost, ShardsDiffer.
+        """
+        now = self.snapshot()
+        lookup.check_replacement(output, queries, now.local, positions, mode)
+        match = now.find(queries)
+        if not match.hits:
+            return output
+        positions = lookup.query_positions(positions, output)
+        mask = semantics.replacement_mask(mode, positions, output.shape[1])
+        return semantics.replace(output, match.hit, now.values_of(match.row), mask)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
-class ShardedSnapshot(Distributed):
+class ShardedSnapshot(_Shards):
     """The codebook of all ranks at one version, for look-ups and single rows as in a `Snapshot`.
 
     What it tells of a row comes from the rank that owns it: every rank asks.
@@ -175,31 +222,11 @@ class ShardedSnapshot(Distributed):
         mine[group.rank :: group.ranks] = self.local.live
         return group.brought(mine, "reading rows")
 
-    def find(self, queries: Tensor, backend: str | FaissIndex = "auto") -> Match:
-        """Return what `lookup.find` returns of the whole codebook, on every rank.
+    def snapshot(self) -> ShardedSnapshot:
+        """Return this."""
+        return self
 
-        Raises: as `lookup.find`, RankLost, ShardsDiffer, ValueError for a backend.
-        """
-        if backend != "auto":
-            raise ValueError(f"row shards take no backend, got {backend!r}")
-        row, squared, hit = self._decide(queries, self.widest)
-        fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, math.inf))
-        return Match(int(hit.sum()), fields=fields)
-
-    def nearest(
-        self, queries: Tensor, within: float = math.inf, backend: str | FaissIndex = "auto"
-    ) -> Nearest:
-        """Return what `lookup.nearest` returns of the whole codebook, on every rank.
-
-        Raises: as `find`.
-        """
-        if backend != "auto":
-            raise ValueError(f"row shards take no backend, got {backend!r}")
-        row, squared, _ = self._decide(queries, within)
-        certified = torch.ones_like(row, dtype=torch.bool)
-        return Nearest(row, squared.sqrt().float(), squared, certified)
-
-    def _decide(self, queries: Tensor, within: float) -> tuple[Tensor, Tensor, Tensor]:
+    def decide(self, queries: Tensor, within: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return the nearest row of all ranks [B], its S [B] and whether it hit [B]."""
         group, snapshot = self.shards.group, self.local
         group.check()
@@ -339,7 +366,7 @@ class ShardRow:
         return torch.tensor([self._number], dtype=torch.int64, device=self._of.local.device)
 
 
-class ShardedCodebook(Distributed):
+class ShardedCodebook(_Shards):
     """A codebook over the ranks of a process group; every rank makes every call.
 
     timeout: seconds that a rank waits for the others before it raises `RankLost`.
@@ -464,44 +491,6 @@ class ShardedCodebook(Distributed):
             "edits that are to be kept in one process"
         )
 
-    # Look-ups
-
-    def find(self, queries: Tensor, backend: str | FaissIndex = "auto") -> Match:
-        """Return what `lookup.find` returns of the whole codebook, on every rank.
-
-        Raises: as `lookup.find`, RankLost, ShardsDiffer.
-        """
-        return self._current.find(queries, backend)
-
-    def nearest(
-        self, queries: Tensor, within: float = math.inf, backend: str | FaissIndex = "auto"
-    ) -> Nearest:
-        """Return what `lookup.nearest` returns of the whole codebook, on every rank.
-
-        Raises: as `lookup.nearest`, RankLost, ShardsDiffer.
-        """
-        return self._current.nearest(queries, within, backend)
-
-    def replace(
-        self,
-        output: Tensor,
-        queries: Tensor,
-        positions: Tensor | None = None,
-        mode: Replacement = "replace_prompt",
-    ) -> Tensor:
-        """Return what `lookup.replace` returns of the whole codebook, on every rank.
-
-        Raises: as `lookup.replace`, RankLost, ShardsDiffer.
-        """
-        now = self._current
-        lookup.check_replacement(output, queries, now.local, positions, mode)
-        match = now.find(queries)
-        if not match.hits:
-            return output
-        positions = lookup.query_positions(positions, output)
-        mask = semantics.replacement_mask(mode, positions, output.shape[1])
-        return semantics.replace(output, match.hit, now.values_of(match.row), mask)
-
     # Editing
 
     @contextmanager
@@ -519,7 +508,7 @@ class ShardedCodebook(Distributed):
             return
         with self.codebook.writing() as local, self._drafting(local, self._current.shared) as draft:
             yield draft
-        self._publish(draft.shared._replace(version=self._current.shared.version + 1))
+        self._publish(draft.counts._replace(version=self._current.shared.version + 1))
 
     @contextmanager
     def sketching(self) -> Iterator[ShardDraft]:
@@ -528,7 +517,7 @@ class ShardedCodebook(Distributed):
         Raises: as `writing`.
         """
         self.group.check()
-        shared = self._current.shared if self._draft is None else self._draft.shared
+        shared = self._current.shared if self._draft is None else self._draft.counts
         with self.codebook.sketching() as local, self._drafting(local, shared) as draft:
             yield draft
 
@@ -543,7 +532,7 @@ class ShardedCodebook(Distributed):
             raise
         finally:
             self._draft = outer
-            self._agree(draft.shared, refused)
+            self._agree(draft.counts, refused)
 
     def _agree(self, shared: Shared, refused: bool) -> None:
         gathered = self.group.gather([int(refused), self.number_of(shared)], "editing")
@@ -583,27 +572,15 @@ class ShardedCodebook(Distributed):
             draft.remove(row)
 
 
-class _Counts(NamedTuple):
-    """How many rows and slots of values there are, for those who tell new ones from old ones."""
-
-    rows: int
-    values: int = MAX_NUMBER  # each rank numbers its own
-
-
 class ShardDraft:
     """Changes by global row; each rank makes those of its own rows and digests all."""
 
     def __init__(self, shards: ShardedCodebook, local: Draft, shared: Shared) -> None:
-        self._shards, self._local, self.shared = shards, local, shared
-
-    @property
-    def counts(self) -> _Counts:
-        """The number of rows of all ranks."""
-        return _Counts(self.shared.rows)
+        self._shards, self._local, self.counts = shards, local, shared
 
     def snapshot(self) -> ShardedSnapshot:
         """Return what has been drafted so far, to look up in before it is published."""
-        return ShardedSnapshot(self._shards, self._local.snapshot(), self.shared, is_draft=True)
+        return ShardedSnapshot(self._shards, self._local.snapshot(), self.counts, is_draft=True)
 
     def append(
         self,
@@ -613,30 +590,30 @@ class ShardDraft:
         labels: Sequence[Tensor | None] | None = None,
     ) -> range:
         """Add rows at the end, each on the rank whose turn it is; return their numbers."""
-        first, added = self.shared.rows, len(keys)
-        self.shared = self.shared.noted("append", keys, values, radii, *(labels or ()))
+        first, added = self.counts.rows, len(keys)
+        self.counts = self.counts.noted("append", keys, values, radii, *(labels or ()))
         mine = self._shards.group.turns(first, added)
         if len(mine):
             listed = None if labels is None else [labels[at] for at in mine.tolist()]
             self._shards.codebook.append(keys[mine], values[mine], radii[mine], listed)
-        widest = max(self.shared.widest, float(radii.float().max())) if added else -1.0
-        self.shared = self.shared._replace(
+        widest = max(self.counts.widest, float(radii.float().max())) if added else -1.0
+        self.counts = self.counts._replace(
             rows=first + added,
-            live=self.shared.live + added,
-            widest=max(self.shared.widest, widest),
+            live=self.counts.live + added,
+            widest=max(self.counts.widest, widest),
         )
         return range(first, first + added)
 
     def remove(self, row: int) -> None:
         """Take one live row out."""
         self._change("remove", row)
-        self.shared = self.shared._replace(live=self.shared.live - 1)
+        self.counts = self.counts._replace(live=self.counts.live - 1)
 
     def set_radius(self, row: int, radius: float) -> None:
         """Give one row another radius."""
         self._change("set_radius", row, radius)
         stored = ctypes.c_float(radius).value  # float32 may be more, of a denormal number much more
-        self.shared = self.shared._replace(widest=max(self.shared.widest, stored))
+        self.counts = self.counts._replace(widest=max(self.counts.widest, stored))
 
     def set_key(self, row: int, key: Tensor) -> None:
         """Move the key of one row."""
@@ -664,6 +641,6 @@ class ShardDraft:
 
     def _change(self, name: str, row: int, *given: Any) -> None:
         """Digest a change of a row, and make it where that is this rank's."""
-        self.shared = self.shared.noted(name, row, *given)
-        if (local := self._shards.group.local(row, self.shared.rows)) is not None:
+        self.counts = self.counts.noted(name, row, *given)
+        if (local := self._shards.group.local(row, self.counts.rows)) is not None:
             getattr(self._local, name)(local, *given)
