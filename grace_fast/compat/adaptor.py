@@ -23,6 +23,7 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.compat.live import LiveCodebook, home
 from grace_fast.compat.method import Method
 from grace_fast.edits.apply import Applied, apply
+from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Rules, Semantics
 
@@ -311,9 +312,8 @@ def widths(layer: nn.Module, transpose: bool) -> tuple[int, int]:
     """
     if isinstance(layer, Adaptor):
         raise ValueError("the layer has an adaptor already; a layer takes one")
-    key_dim = getattr(layer, "in_features", getattr(layer, "nx", None))
-    value_dim = getattr(layer, "out_features", getattr(layer, "nf", None))
-    if isinstance(key_dim, int) and isinstance(value_dim, int):
+    key_dim, value_dim = declared_widths(layer)
+    if key_dim is not None and value_dim is not None:
         return key_dim, value_dim
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.Embedding) or not isinstance(weight, Tensor) or weight.ndim != 2:
