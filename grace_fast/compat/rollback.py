@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.edits.apply import Applied, RowState
+from grace_fast.edits.apply import Applied, Ball
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.history import History
 
@@ -34,8 +34,8 @@ class Rollback:
         """Return that of rows which were there, each taken for an edit of its own."""
         made = Rollback()
         for at, (radius, name) in enumerate(zip(radii, names, strict=True)):
-            state = RowState(radius, at, at, 0)
-            made._add(Applied(at, "added", math.inf, radius, None, {}, {at: state}), name, keys)
+            ball = Ball(radius, at)
+            made._add(Applied(at, "added", math.inf, radius, None, {}, {at: ball}), name, keys)
         return made
 
     def row_names(self) -> list[Any]:
@@ -61,8 +61,8 @@ class Rollback:
             row, was, slot = rows[position], applied.before.get(position), len(self._keys)
             if was is not None:
                 held = self.history.rows[row].events[-1].key_slot
-                before[row] = was._replace(key_slot=held)
-                slot = held if now.key_slot == was.key_slot else slot
+                before[row] = was._replace(ball=was.ball._replace(key_slot=held))
+                slot = held if now.key_slot == was.ball.key_slot else slot
             if slot == len(self._keys):
                 self._keys.append(keys[position].clone())
             after[row] = now._replace(key_slot=slot)
@@ -80,7 +80,10 @@ class Rollback:
             undone, restored = history.take_back(number)
             for row, held in restored.items():
                 if held is not None:
-                    keys[there[row]], radii[there[row]] = self._keys[held.key_slot], held.radius
+                    keys[there[row]], radii[there[row]] = (
+                        self._keys[held.ball.key_slot],
+                        held.ball.radius,
+                    )
                 if held is not None and row == undone.row and number == newest:
                     values[there[row]] = self._values.pop(held.value_slot)
         return [there[row] for row in history.rows]

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.codebook.draft import Draft
-from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.codebook.snapshot import Row, Snapshot
 from grace_fast.lookup import lookup
-from grace_fast.lookup.sharded import ShardDraft, ShardedSnapshot
+from grace_fast.lookup.sharded import ShardDraft, ShardedSnapshot, ShardRow
 from grace_fast.semantics import Outcome, Rules
 
 # A key farther than epsilon and the widest radius has no ball within epsilon of the query. A
@@ -28,18 +28,19 @@ ROUNDING = 1e-6
 Editable = Draft | ShardDraft  # a next version of a codebook
 
 
-class RowState(NamedTuple):
-    """What one row holds: its radius, and the slots of the rest."""
+class Ball(NamedTuple):
+    """Where a row hits."""
 
     radius: float
     key_slot: int
+
+
+class RowState(NamedTuple):
+    """What one row holds."""
+
+    ball: Ball
     value_slot: int
     label_slot: int
-
-    @property
-    def ball(self) -> tuple[float, int]:
-        """What an event keeps."""
-        return self[:2]
 
 
 @dataclass
@@ -52,7 +53,7 @@ class Applied:
     radius: float  # of its row, after it
     value_before: int | None  # slot of the row's value before it; None where it made the row
     before: dict[int, RowState]  # of each row that was there, and is edited or split
-    after: dict[int, RowState]  # of each row that is made, edited or split
+    after: dict[int, Ball]  # of each row that is made, edited or split
 
 
 def apply(
@@ -86,7 +87,7 @@ def apply(
             "a smaller epsilon or a larger max_radius"
         )
     touched = [] if decision.outcome == "added" else [row]
-    states = {each: _state_of(before, each) for each in touched}
+    states = {each: _state_of(before.row(each)) for each in touched}
     if decision.outcome in ("added", "split"):
         ball = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
         listed = [label] if labels is None else None
@@ -105,21 +106,24 @@ def apply(
             draft.set_label(row, label)
     after = draft.snapshot()
     lives_on, is_made = touched[0], touched[0] not in states
-    now = {each: _state_of(after, each) for each in touched}
+    balls = {each: _ball_of(after.row(each)) for each in touched}
     return Applied(
         row=lives_on,
         outcome=decision.outcome,
         distance=math.inf if decision.outcome == "added" else float(near.distance[0]),
-        radius=decision.radius if is_made else now[lives_on].radius,
+        radius=decision.radius if is_made else balls[lives_on].radius,
         value_before=None if is_made else states[lives_on].value_slot,
         before=states,
-        after=now,
+        after=balls,
     )
 
 
-def _state_of(snapshot: Snapshot | ShardedSnapshot, number: int) -> RowState:
-    row = snapshot.row(number)
-    return RowState(row.radius, row.key_slot, row.value_slot, row.label_slot)
+def _ball_of(row: Row | ShardRow) -> Ball:
+    return Ball(row.radius, row.key_slot)
+
+
+def _state_of(row: Row | ShardRow) -> RowState:
+    return RowState(_ball_of(row), row.value_slot, row.label_slot)
 
 
 def _label_compared(

@@ -17,7 +17,7 @@ from torch import Tensor
 from grace_fast.codebook.checks import MAX_COUNTER, require_room
 from grace_fast.codebook.lazy_table import Kept
 from grace_fast.edits import apply as engine
-from grace_fast.edits.apply import Applied, Editable, RowState
+from grace_fast.edits.apply import Applied, Ball, Editable, RowState
 from grace_fast.edits.edit import (
     NO_EDIT,
     Base,
@@ -197,8 +197,8 @@ class History:
                 self.add_event(Event(NO_EDIT, row, *was.ball, owner_row=row))
         owner = None if applied.row in applied.before else applied.row
         for row, now in applied.after.items():
-            if owner is not None or now.ball != applied.before[row].ball:
-                self.add_event(Event(edit, row, *now.ball, owner_row=owner))
+            if owner is not None or now != applied.before[row].ball:
+                self.add_event(Event(edit, row, *now, owner_row=owner))
 
     def undo(self, draft: Editable, edit_id: int) -> Edit:
         """Take one edit back in a draft and in the history; return it.
@@ -213,10 +213,10 @@ class History:
                 if now.live:  # else it was removed by its key's id
                     draft.remove(row)
                 continue
-            if now.radius != held.radius:
-                draft.set_radius(row, held.radius)
-            if now.key_slot != held.key_slot:
-                draft.point_key(row, held.key_slot)
+            if now.radius != held.ball.radius:
+                draft.set_radius(row, held.ball.radius)
+            if now.key_slot != held.ball.key_slot:
+                draft.point_key(row, held.ball.key_slot)
             if row == edit.row and now.value_slot != held.value_slot:
                 draft.point_value(row, held.value_slot)
             if row == edit.row and now.label_slot != held.label_slot:
@@ -244,12 +244,12 @@ class History:
     def _held(self, row: int) -> RowState:
         """Return what a row holds by its newest remaining event and edit."""
         life = self.rows[row]
-        ball = (life.events[-1].radius, life.events[-1].key_slot)
+        ball = Ball(life.events[-1].radius, life.events[-1].key_slot)
         if life.edits:
             newest = life.edits[-1]
-            return RowState(*ball, self.edits[newest].value_after, self.label_slots[newest])
+            return RowState(ball, self.edits[newest].value_after, self.label_slots[newest])
         assert life.base is not None, "a row has edits, or was there before them"
-        return RowState(*ball, life.base.value_slot, life.base.label_slot)
+        return RowState(ball, life.base.value_slot, life.base.label_slot)
 
     def _forget(self, edit_id: int) -> Edit:
         """Take one edit out, its row too where it was the last one there, and what it caused."""
