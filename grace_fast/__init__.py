@@ -7,8 +7,9 @@ from typing import Any
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor.attach import attach, from_pretrained
 from grace_fast.editor.grace import Explanation, Grace
-from grace_fast.edits.edits import Edit, Verification
+from grace_fast.edits.edit import Edit
 from grace_fast.edits.settings import Settings
+from grace_fast.edits.verify import Verification
 from grace_fast.errors import (
     BackendUnavailable,
     CodebookCorrupt,
@@ -59,7 +60,7 @@ __all__ = [
 ]
 
 # The references' surfaces are read when they are asked for; nothing else looks at them.
-_COMPAT = {"GRACE": "reference", "accelerate": "handover"}
+_COMPAT = {"GRACE": "reference", "accelerate": "takeover"}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,13 +14,14 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends import cpu, cuda, faiss, triton
 from grace_fast.lookup.backends.faiss_index import FaissIndex
 from grace_fast.lookup.dispatch import chosen
+from grace_fast.lookup.match import Distributed as Distributed
 from grace_fast.lookup.match import Match as Match
 from grace_fast.lookup.match import Nearest as Nearest
 
 
 def nearest(
     queries: Tensor,
-    codebook: Codebook | Snapshot,
+    codebook: Codebook | Snapshot | Distributed,
     backend: str | FaissIndex = "auto",
     within: float = math.inf,
 ) -> Nearest:
@@ -33,6 +34,8 @@ def nearest(
     """
     if not within >= 0:
         raise ValueError(f"within must be a distance of at least 0, got {within}")
+    if isinstance(codebook, Distributed):
+        return codebook.without(backend).nearest(queries, within)
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
     module = chosen(snapshot, len(queries), backend, "nearest")
@@ -47,7 +50,9 @@ def nearest(
 
 
 def find(
-    queries: Tensor, codebook: Codebook | Snapshot, backend: str | FaissIndex = "auto"
+    queries: Tensor,
+    codebook: Codebook | Snapshot | Distributed,
+    backend: str | FaissIndex = "auto",
 ) -> Match:
     """Return which queries are inside the ball of their nearest key, and of which.
 
@@ -57,6 +62,8 @@ def find(
     Raises: TypeError for no tensor, ValueError for another width, element type or device, or an
     index that FAISS does not know or cannot train, BackendUnavailable.
     """
+    if isinstance(codebook, Distributed):
+        return codebook.without(backend).find(queries)
     snapshot = _snapshot(codebook)
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
         return Match(*answer)

@@ -78,3 +78,21 @@ class Nearest:
     distance: Tensor  # [B] float32; inf where row is -1
     squared_distance: Tensor  # [B] float64, S in the canonical order
     certified: Tensor  # [B] bool; False where a FAISS index found the row and proved nothing
+
+
+class Distributed:
+    """A codebook, or a version of one, that answers look-ups itself: its rows are on many ranks."""
+
+    def find(self, queries: Tensor) -> Match:
+        """Return what `find` does."""
+        raise NotImplementedError
+
+    def nearest(self, queries: Tensor, within: float) -> Nearest:
+        """Return what `nearest` does."""
+        raise NotImplementedError
+
+    def without(self, backend: object) -> Distributed:
+        """Return this; raise ValueError where a back end is asked for."""
+        if backend != "auto":
+            raise ValueError(f"row shards take no backend, got {backend!r}")
+        return self

@@ -117,6 +117,11 @@ def prepare(
     Raises: TypeError for no codebook; with `cuda_graphs` BackendUnavailable, or MemoryError where
     the GPU cannot keep it so.
     """
+    if isinstance(codebook, lookup.Distributed):
+        raise TypeError(
+            "row shards cannot be prepared, nor kept for CUDA graphs: a look-up is a call of all "
+            "ranks; ask shards.find, or attach them to a model that runs without graphs"
+        )
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
     if wait is not None:

@@ -27,7 +27,8 @@ from grace_fast.codebook import printable
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.diff import Change, back
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.edits.edits import Emptied, Forgotten, History, Recorded, Step
+from grace_fast.edits.edit import EditRecorded, Reset, Step, Undone
+from grace_fast.edits.history import History
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.errors import CodebookLocked as CodebookLocked
 from grace_fast.errors import CodebookReadOnly as CodebookReadOnly
@@ -213,7 +214,7 @@ class Store:
 
 
 def _kind(steps: list[Step]) -> str:
-    kinds = {Emptied: "checkout", Recorded: "edit", Forgotten: "undo"}
+    kinds = {Reset: "checkout", EditRecorded: "edit", Undone: "undo"}
     present = {type(step) for step in steps}
     return next((kind for step, kind in kinds.items() if step in present), "rows")
 

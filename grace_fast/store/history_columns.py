@@ -22,7 +22,8 @@ from grace_fast.codebook.labels import Labels
 from grace_fast.codebook.lazy_table import Filed, Kept
 from grace_fast.codebook.once import cached_property
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.edits.edits import NO_EDIT, Base, Edit, Event, History, RowLife
+from grace_fast.edits.edit import NO_EDIT, Base, Edit, Event, RowLife
+from grace_fast.edits.history import History
 from grace_fast.store.columns import (
     OUTCOMES,
     check_finite,
@@ -232,7 +233,7 @@ class _Lives:
         by = _places(made, np.array([row]))[0]
         ids, changes = (
             past.edits["id"][past.edits_by_row[edits]].tolist(),
-            [*starmap(Event, listed)],
+            [*starmap(Event.read, listed)],
         )
         return RowLife(
             edits=Ascending(ids, ids),

@@ -19,21 +19,12 @@ from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.labels import columns_of
 from grace_fast.codebook.mapped import CodebookCorrupt
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.edits.edits import (
-    Base,
-    Edit,
-    Emptied,
-    Event,
-    Forgotten,
-    Founded,
-    History,
-    Recorded,
-    Step,
-)
+from grace_fast.edits.edit import Base, BaseRecorded, Edit, EditRecorded, Event, Reset, Step, Undone
+from grace_fast.edits.history import History
 from grace_fast.store import files, headers, manifest
 from grace_fast.store.columns import OUTCOMES, ascends, check_slots, pack_labels, unpack_labels
 
-_KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)
+_KINDS: tuple[type[Step], ...] = (EditRecorded, Event, BaseRecorded, Undone, Reset)
 _NO_SLOT = -1
 
 
@@ -57,21 +48,21 @@ class Version:
             "order": torch.tensor(
                 [_KINDS.index(type(s)) for s in self.steps], dtype=torch.uint8, device="cpu"
             ),
-            **_recorded([step for step in self.steps if isinstance(step, Recorded)]),
+            **_recorded([step for step in self.steps if isinstance(step, EditRecorded)]),
         }
         events = [step for step in self.steps if isinstance(step, Event)]
-        bases = [step for step in self.steps if isinstance(step, Founded)]
+        bases = [step for step in self.steps if isinstance(step, BaseRecorded)]
         tensors["events"] = _integers([(e.edit, e.row, e.key_slot, e.lasts_with) for e in events])
         tensors["events.radius"] = torch.tensor(
             [e.radius for e in events], dtype=torch.float64, device="cpu"
         )
         tensors["bases"] = _integers([(b.row, b.base.value_slot, b.base.label_slot) for b in bases])
-        gone = [step.edit for step in self.steps if isinstance(step, Forgotten)]
+        gone = [step.edit for step in self.steps if isinstance(step, Undone)]
         tensors["forgotten"] = _integers(gone)
         texts = {
             str(step.edit.id): step.edit.text
             for step in self.steps
-            if isinstance(step, Recorded) and step.edit.text is not None
+            if isinstance(step, EditRecorded) and step.edit.text is not None
         }
         full = {name: each.contiguous() for name, each in tensors.items() if each.numel()}
         return files.serialised(full, {"texts": json.dumps(texts)} if texts else None)
@@ -81,7 +72,7 @@ def _integers(rows: Sequence[Any]) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
-def _recorded(steps: Sequence[Recorded]) -> dict[str, Tensor]:
+def _recorded(steps: Sequence[EditRecorded]) -> dict[str, Tensor]:
     edits = [step.edit for step in steps]
     if not edits:
         return {}
@@ -128,8 +119,8 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
     now = draft.snapshot()
     for step in _steps(columns, now, texts):
         try:
-            if isinstance(step, Recorded | Event | Founded):
-                row = step.edit.row if isinstance(step, Recorded) else step.row
+            if isinstance(step, EditRecorded | Event | BaseRecorded):
+                row = step.edit.row if isinstance(step, EditRecorded) else step.row
                 if not 0 <= row < now.rows:
                     raise CodebookCorrupt(f"a step is on row {row} of {now.rows}")
             history.follow(step)
@@ -244,12 +235,12 @@ def _steps(columns: _Columns, now: Snapshot, texts: Any) -> Iterator[Step]:
             yield _edit(listed[0][at], numbers[at].tolist(), queries[at], label, texts)
         elif kind == 1:
             edit, row, slot, lasts_with = listed[1][at]
-            yield Event(edit, row, float(radii[at]), slot, lasts_with)
+            yield Event.read(edit, row, float(radii[at]), slot, lasts_with)
         elif kind == 2:
             row, value, label = listed[2][at]
-            yield Founded(row, Base(value, label))
+            yield BaseRecorded(row, Base(value, label))
         else:
-            yield Forgotten(forgotten[at]) if kind == 3 else Emptied()
+            yield Undone(forgotten[at]) if kind == 3 else Reset()
 
 
 def _edit(
@@ -258,7 +249,7 @@ def _edit(
     query: Tensor,
     label: Tensor | None,
     texts: Any,
-) -> Recorded:
+) -> EditRecorded:
     number, outcome, row, before, after, label_slot, steps, correct, prompt = fields
     distance, radius, loss = numbers
     text = texts.get(str(number))
@@ -278,4 +269,4 @@ def _edit(
         prompt=prompt,
         text=None if text is None else (str(text[0]), str(text[1])),
     )
-    return Recorded(edit, label_slot)
+    return EditRecorded(edit, label_slot)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile, open_regular
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.store import columns as layout
 from grace_fast.store import files, history_columns, saved, side_files
 from grace_fast.store.damaged_rows import Given

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from grace_fast.edits.edits import NO_EDIT
+from grace_fast.edits.edit import NO_EDIT
 from grace_fast.store import manifest
 from grace_fast.store.columns import OUTCOMES
 

@@ -13,7 +13,7 @@ import torch
 from grace_fast.codebook.buffers import memory_errors
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
 from grace_fast.store import columns, files, history_columns
 from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay

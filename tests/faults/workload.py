@@ -23,7 +23,7 @@ from torch import nn
 import grace_fast as gf
 from faults import shim
 from grace_fast.codebook.pages import COLUMNS
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 
 WIDTH, CLASSES = 6, 4
 Operation = tuple[Any, ...]

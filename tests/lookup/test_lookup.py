@@ -15,7 +15,7 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast import _native, semantics
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.lookup import dispatch
 from grace_fast.lookup.backends import cpu, cuda, reference, triton
 from grace_fast.lookup.backends.workload import Workload
@@ -164,7 +164,7 @@ def test_expanded_edits_beyond_25_keys_are_all_found_where_the_reference_loses_t
     with book.writing() as draft:
         for edit, query in enumerate(torch.cat((centres, queries))):
             label, value = torch.zeros(1).long(), torch.zeros(2)
-            done = history.enact(draft, rules, query, label, value, edit)
+            done = history.apply(draft, rules, query, label, value, edit)
         assert done.outcome == "expanded"
     assert len(book) == keys
     match = gf.find(queries, book)

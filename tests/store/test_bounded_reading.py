@@ -18,7 +18,7 @@ from test_changed_files import change_config, replace_tensor
 import grace_fast as gf
 from grace_fast.codebook.checks import MAX_COUNTER, MAX_NUMBER
 from grace_fast.compat import easyedit
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.store import archive, files, headers, manifest
 from grace_fast.store.large import resident
 from grace_fast.store.records import redo

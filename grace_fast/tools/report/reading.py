@@ -14,7 +14,8 @@ from torch import Tensor
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.once import cached_property
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.edits.edits import Edit, History
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
 from grace_fast.semantics import Rules, label_mean, scores_of
 from grace_fast.store.saved import Saved, read_newest
 
