@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grace_fast.codebook import printable, scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor import calibrate
 from grace_fast.editor.calibrate import CalibrationEdit, Labelled
+from grace_fast.editor.context import EditContext
 from grace_fast.editor.fingerprint import differences, fingerprint, usual_settings
 from grace_fast.editor.grace import Grace
+from grace_fast.editor.training import frozen
 from grace_fast.edits.edits import History
 from grace_fast.edits.settings import Settings, ValueInit
 from grace_fast.hook.adapter import has_adapter
@@ -146,9 +148,9 @@ def attach(
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
     lock = None if path is None else Lock(path)
     try:
-        grace = Grace(model, module, settings, tokenizer, path, name, hmac_key, lock)
+        context = EditContext(model, module, settings, tokenizer, path, name, hmac_key, lock)
         if codebook is not None:
-            grace.take(codebook, History())
+            context.take(codebook, History())
     except BaseException:
         if lock is not None:
             lock.close()
@@ -156,15 +158,12 @@ def attach(
     try:
         if auto:
             assert calibration_inputs is not None
-            if calibration_edits is None:
-                grace.calibrate(calibration_inputs)
-            else:
-                _calibrate(grace, list(calibration_edits), list(calibration_inputs))
-        grace.begin()
+            _calibrate(context, calibration_inputs, calibration_edits)
+        context.directory.begin(context.adapter.book)
     except BaseException:
-        grace.unload()
+        context.unload()
         raise
-    return grace
+    return Grace(context)
 
 
 def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
@@ -178,36 +177,51 @@ def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
 
 
 def _calibrate(
-    grace: Grace, edits: Sequence[CalibrationEdit], unrelated: Sequence[Mapping[str, Any] | str]
+    context: EditContext,
+    inputs: Iterable[Mapping[str, Any] | str],
+    edits: Iterable[CalibrationEdit] | None,
 ) -> None:
-    """Set epsilon from a sample of edits, their paraphrases and unrelated inputs.
+    """Set epsilon from how far apart unrelated inputs are, and paraphrases of a sample of edits.
 
-    Raises: ValueError for fewer than 8 unrelated inputs, or no edit.
+    Raises: ValueError for fewer than 8 inputs, no edit, or inputs that the layer cannot tell apart.
     """
-    if len(unrelated) < calibrate.CALIBRATION_INPUTS:
+    unrelated = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
+    least = calibrate.CALIBRATION_INPUTS
+    if edits is None and not unrelated:
         raise ValueError(
-            f'epsilon="auto" needs at least {calibrate.CALIBRATION_INPUTS} unrelated '
-            f"calibration_inputs, got {len(unrelated)}"
+            f"calibration_inputs must hold at least {least} unrelated inputs, got none"
         )
-    paraphrases = [(text, edit) for edit in edits for text in edit.paraphrases]
-    measured = calibrate.measure(
-        grace.settings.layer,
-        _labelled(grace, [(edit.prompt, edit.target, edit.prompt) for edit in edits]),
-        _labelled(grace, [(text, edit.target, edit.prompt) for text, edit in paraphrases]),
-        _labelled(grace, [(text, None, at) for at, text in enumerate(unrelated)]),
-    )
-    rules = grace.settings.rules(grace.codebook.dtype)
-    epsilon = calibrate.recommend([measured], rules).epsilon
-    grace.settings = replace(grace.settings, epsilon=epsilon)
+    if edits is not None and len(unrelated) < least:
+        raise ValueError(
+            f'epsilon="auto" needs at least {least} unrelated calibration_inputs, '
+            f"got {len(unrelated)}"
+        )
 
+    def queries(prompts: Sequence[Any]) -> Tensor:
+        found = [context.query_of(context.batch_of(prompt)) for prompt in prompts]
+        none = torch.empty(0, 0, dtype=torch.float32, device="cpu")
+        return torch.cat(found) if found else none
 
-def _labelled(grace: Grace, asked: Sequence[tuple[Any, Hashable, Hashable]]) -> Labelled:
-    queries = [grace.query_of(prompt) for prompt, _, _ in asked]
-    return Labelled(
-        torch.cat(queries) if queries else torch.empty(0, 0, dtype=torch.float32, device="cpu"),
-        [label for _, label, _ in asked],
-        [about for _, _, about in asked],
-    )
+    with frozen(context.model):
+        if edits is None:
+            epsilon = calibrate.epsilon_from(queries(unrelated))
+        else:
+            sample = list(edits)
+            again = [(text, edit) for edit in sample for text in edit.paraphrases]
+            rules = context.settings.rules(context.codebook.dtype)
+            prompts, targets = [edit.prompt for edit in sample], [edit.target for edit in sample]
+            measured = calibrate.measure(
+                context.settings.layer,
+                Labelled(queries(prompts), targets, prompts),
+                Labelled(
+                    queries([text for text, _ in again]),
+                    [edit.target for _, edit in again],
+                    [edit.prompt for _, edit in again],
+                ),
+                Labelled(queries(unrelated), [None] * len(unrelated), range(len(unrelated))),
+            )
+            epsilon = calibrate.recommend([measured], rules).epsilon
+    context.settings = replace(context.settings, epsilon=epsilon)
 
 
 def from_pretrained(
@@ -287,18 +301,19 @@ def _attach_saved(
 ) -> Grace:
     saved = opened.saved
     kept = saved.path if lock is not None or follow else None
-    grace = Grace(model, opened.module, saved.settings, tokenizer, kept, name, saved.hmac_key, lock)
-    grace.hits.update(saved.hits)
+    key = saved.hmac_key
+    context = EditContext(model, opened.module, saved.settings, tokenizer, kept, name, key, lock)
+    context.adapter.hits.update(saved.hits)
+    context.take(opened.book, opened.history)
     if follow:
-        grace.read(opened.book, opened.history, opened.journal)
-        return grace
-    grace.take(opened.book, opened.history)
+        context.directory.follow(opened.journal)
+        return Grace(context)
     try:
-        grace.begin(opened.journal)
+        context.directory.begin(opened.book, opened.journal)
     except BaseException:
-        grace.unload()
+        context.unload()
         raise
-    return grace
+    return Grace(context)
 
 
 def _refuse_other_widths(name: str, layer: str, module: nn.Module, book: Codebook) -> None:
