@@ -20,6 +20,7 @@ from grace_fast.editor import batches, checks, heads
 from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
+from grace_fast.editor.prefix_cache import PrefixCache
 from grace_fast.editor.training import Trained, frozen, require_differentiable, train
 from grace_fast.edits import plans
 from grace_fast.edits.edits import Edit
@@ -48,14 +49,16 @@ def edit(context: EditContext, batch: Batch, text: tuple[str, str] | None = None
     batches.check(batch, kind, head, heads.classes_of(host.model, kind))
     checks.refuse_unknown_labels(host, batch, head)
     require_differentiable(context.model)
-    with lasting(), frozen(context.model):
-        seen = context.observe(batch)
+    prefix = PrefixCache(context.model, context.adapter.layer)
+    with lasting(), frozen(context.model), prefix:
+        with prefix.step():
+            seen = context.observe(batch)
         checks.check_tokens(context, batch, seen)
         queries = seen.queries.to(context.book_for(seen).dtype)
         checks.check_query(context, queries, seen)
         book = context.own_book(seen)
         proposal = _proposal(context, batch, head, queries, seen)
-        session = _Session(context, batch, head, seen, proposal, text)
+        session = _Session(context, batch, head, seen, proposal, prefix, text)
         for _ in range(TRAININGS):
             try:
                 return session.train_and_publish(book)
@@ -72,6 +75,7 @@ class _Session:
     head: Head
     seen: Observation
     proposal: Proposal
+    prefix: PrefixCache
     text: tuple[str, str] | None
 
     def train_and_publish(self, book: Codebook) -> list[Edit]:
@@ -101,6 +105,8 @@ class _Session:
         adapter, kind = context.adapter, context.kind
         index = torch.tensor(picked, dtype=torch.int64, device=self.seen.positions.device)
         where = self.seen.positions[index]
+        if len(picked) < len(self.proposal.queries):
+            self.prefix.restart()
         trial = Trial(training.start, training.row, training.tokens)
         part = batches.rows(self.batch, picked)
         targets = heads.targets_of(part, head, len(picked))
@@ -109,7 +115,7 @@ class _Session:
 
         def attempt(value: Tensor) -> tuple[Tensor, bool]:
             trial.value = value
-            with adapter.asking_at(where), adapter.trying(trial):
+            with adapter.asking_at(where), adapter.trying(trial), self.prefix.step():
                 answer = context.call(asked)
             loss, logits = getattr(answer, "loss", None), heads.prediction_of(answer, head)
             if loss is None or logits is None:

@@ -67,7 +67,7 @@ def book():
 def grace(book):
     """An editor of its own on a codebook that no test changes."""
     made = editor(keys=0)
-    made.take(book, History())
+    made._context.take(book, History())
     yield made
     made.unload()
 
