@@ -191,8 +191,10 @@ class EditContext:
             return dict(batch)
         return batches.from_text(batch, target, self.tokenizer, self.host.model, self.kind, joint)
 
-    def observe(self, batch: Batch) -> Observation:
+    def observe(self, batch: Batch, in_training: bool = False) -> Observation:
         """Run the model once and return what the layer sees; nothing is replaced.
+
+        in_training: in the mode of a training's steps, which go on with what it computes.
 
         Raises: ValueError for a layer that does not run once, or tokens that the model lacks.
         """
@@ -206,7 +208,7 @@ class EditContext:
         asked = batches.runnable(batch, self.kind, self.host.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name not in heads.TARGETS}
-        still = torch.no_grad(), frozen(self.model)
+        still = torch.set_grad_enabled(in_training), frozen(self.model)
         with still[0], still[1], adapter.asking_at(where, length), adapter.observing() as seen:
             try:
                 self.call(asked)

@@ -1,12 +1,13 @@
-"""Cache of what the layers below an edited layer return, for the steps of one training.
+"""Cache of what an edited layer and those below it return, for the steps of one training.
 
 The weights are frozen and the tokens stay, so every module that ends before the edited layer begins
 returns the same tensors at each step: bit for bit what it would compute, without computing it. That
-is not assumed. Two calls in a row have to agree in every such module, bit for bit, and leave no
-trace: no number drawn, no attribute or buffer of the model changed, nothing written to what was
-given. Where anything else takes part (hooks, patched, compiled or offloaded modules, dropout,
-caches and other objects handed on, checkpoints, modes of torch, other processes) all of it runs.
-No call is made that would not be made otherwise.
+is not taken on trust. The call that is watched must leave no trace: no number drawn, no attribute
+or buffer of the model changed, nothing written to what was given. The first step that is spared
+them must give each what it was given. And two calls must agree bit for bit where a class is not of
+torch or transformers, which may draw from anywhere. Where anything else takes part (hooks, patched,
+compiled or offloaded modules, dropout, caches and other objects handed on, checkpoints, modes of
+torch, other processes), all of it runs. No call is made that would not be made otherwise.
 
 Other threads use the same model meanwhile: what is cached is returned in the thread that trains,
 and only within its steps.
@@ -34,26 +35,56 @@ WATCHED = 3  # calls at most, until two in a row agree
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+_KNOWN = ("torch.nn.", "transformers.")
 
 Forward = Callable[..., Any]
 
 
-class _Returned(NamedTuple):
-    """What a module returned: its output, the tensors in it, and their versions."""
+class _Parts(NamedTuple):
+    """What a module was given or returned: the tensors in it, their versions, and all else."""
 
-    output: Any
     tensors: list[Tensor]
     versions: list[int]
+    rest: list[Any]
+
+    @staticmethod
+    def of(value: Any) -> _Parts | None:
+        """Take apart what is made of tensors and what never changes; None for anything else."""
+        parts = _Parts([], [], [])
+        return parts if parts.take(value) else None
+
+    def take(self, value: Any) -> bool:
+        """Add a value; False where it may change unseen."""
+        if type(value) is Tensor and value.layout == torch.strided and not value.is_inference():
+            self.tensors.append(value)
+            self.versions.append(value._version)
+            value = Tensor
+        elif isinstance(value, tuple):
+            self.rest.append(len(value))
+            return all(map(self.take, value))
+        elif not (value is None or isinstance(value, _PLAIN)):
+            return False
+        self.rest.append(value)
+        return True
 
     def is_unchanged(self) -> bool:
         """Tell whether nobody wrote to it since."""
         return [each._version for each in self.tensors] == self.versions
 
-    def is_same(self, other: _Returned) -> bool:
-        return len(self.tensors) == len(other.tensors) and all(
+    def is_same(self, other: _Parts) -> bool:
+        """Tell whether it is the same as something else, bit for bit."""
+        return self.rest == other.rest and all(
             one.dtype == two.dtype and one.stride() == two.stride() and torch.equal(one, two)
             for one, two in zip(self.tensors, other.tensors, strict=True)
         )
+
+
+class _Run(NamedTuple):
+    """One call of a module."""
+
+    given: _Parts
+    output: Any
+    made: _Parts
 
 
 class _Watched:
@@ -62,7 +93,7 @@ class _Watched:
     def __init__(self, held: list[Any]) -> None:
         self.drawn, self.held = _drawn(), held
         self.calls: dict[nn.Module, int] = {}
-        self.returned: dict[nn.Module, _Returned] = {}  # of the layer, and of what ended before it
+        self.runs: dict[nn.Module, _Run] = {}  # of the layer, and of what ended before it
         self.is_reached = False  # the layer
         self.is_odd = False  # others take part
         self.is_traceless = False  # nothing in the model was changed until the layer
@@ -103,7 +134,7 @@ class PrefixCache:
     """A layer of a model and the modules that run before it; for a `with` block, of one thread.
 
     adaptor: the module in the layer's place that writes values, where there is one; looks: the
-    calls that have to agree.
+    calls that have to agree where classes are not known; 1 as the references' users have it.
     """
 
     def __init__(
@@ -131,8 +162,9 @@ class PrefixCache:
 
     def restart(self) -> None:
         """Forget what was returned: what follows is given other tokens."""
-        self._kept: dict[nn.Module, _Returned] | None = None
-        self._last: dict[nn.Module, _Returned] | None = None
+        self._kept: dict[nn.Module, _Run] | None = None
+        self._is_proved = False  # that the modules are given what they were given
+        self._last: dict[nn.Module, _Run] | None = None
         self._watched: _Watched | None = None
         self._left = WATCHED
 
@@ -162,6 +194,7 @@ class PrefixCache:
         try:
             if self._kept is not None:
                 yield
+                self._is_proved = True
                 return
             seen = self._watched = _Watched(self._held())
             yield
@@ -172,23 +205,24 @@ class PrefixCache:
     def _settle(self, seen: _Watched) -> None:
         """Keep what a call returned, where it left no trace and returned what the last did."""
         self._left -= 1
-        returned = {
-            module: each
-            for module, each in seen.returned.items()
-            if seen.calls[module] == 1 and each.is_unchanged()
+        runs = {
+            module: run
+            for module, run in seen.runs.items()
+            if seen.calls[module] == 1 and run.made.is_unchanged()
         }
-        before, self._last = self._last, returned
+        before, self._last = self._last, runs
         if seen.calls.get(self._layer) != 1 or seen.is_odd or seen.drawn != _drawn():
             self._left = 0
         elif seen.is_traceless and (
             self._looks == 1
+            or all(map(_is_known, runs))
             or (
                 before is not None
-                and before.keys() == returned.keys()
-                and all(each.is_same(before[module]) for module, each in returned.items())
+                and before.keys() == runs.keys()
+                and all(run.made.is_same(before[module].made) for module, run in runs.items())
             )
         ):
-            self._kept = returned
+            self._kept = runs
         if self._kept is not None or not self._left:
             self._last = None
 
@@ -196,7 +230,12 @@ class PrefixCache:
         """Run a module in a step, or return what it returned before."""
         if self._kept is not None:
             kept = self._kept.get(module)
-            return own(*args, **kwargs) if kept is None or not kept.is_unchanged() else kept.output
+            if kept is None or not kept.made.is_unchanged():
+                return own(*args, **kwargs)
+            if not self._is_proved and not _is_given(kept, args, kwargs):
+                self._kept, self._left = None, 0
+                return own(*args, **kwargs)
+            return kept.output
         seen = self._watched
         if seen is None:
             return own(*args, **kwargs)
@@ -205,15 +244,15 @@ class PrefixCache:
         if is_layer and not seen.is_reached:
             seen.is_odd |= self._is_odd(seen)
             seen.is_traceless = _is_as_before(seen.held, self._held())
-        before = not seen.is_reached
+        is_before = not seen.is_reached
         seen.is_reached |= is_layer
-        given = _returned((*args, *kwargs.values())) if before else None
+        given = _Parts.of((args, *kwargs, *kwargs.values())) if is_before else None
         output = own(*args, **kwargs)
         if given is None or not given.is_unchanged() or (seen.is_reached and not is_layer):
             return output
-        made = _returned(output)
+        made = _Parts.of(output)
         if made is not None and not any(each.requires_grad for each in made.tensors):
-            seen.returned[module] = made
+            seen.runs[module] = _Run(given, output, made)
             seen.is_odd |= _is_saving_otherwise()
         return output
 
@@ -225,7 +264,7 @@ class PrefixCache:
             return True
         if any(isinstance(each, _GENERATORS) for each in seen.held):
             return True
-        ran = [inner for module in seen.returned for inner in module.modules()]
+        ran = [inner for module in seen.runs for inner in module.modules()]
         ran += [inner for inner in self._layer.modules() if inner is not self._layer]
         # What the layer returns is seen by the adaptors' hooks, which run at each step.
         return _is_used_by_others(self._layer, _HOOKS[1:]) or any(
@@ -301,23 +340,14 @@ def _is_saving_otherwise() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-def _returned(output: Any) -> _Returned | None:
-    """Return what is made of tensors and what never changes; None for anything else."""
-    found: list[Tensor] = []
-    if not _collect(output, found):
-        return None
-    return _Returned(output, found, [each._version for each in found])
+def _is_known(module: nn.Module) -> bool:
+    """Tell whether a module is made of classes that return the same for the same."""
+    return all(type(each).__module__.startswith(_KNOWN) for each in module.modules())
 
 
-def _collect(part: Any, found: list[Tensor]) -> bool:
-    if part is None or isinstance(part, _PLAIN):
-        return True
-    if isinstance(part, tuple):
-        return all(_collect(each, found) for each in part)
-    if type(part) is not Tensor or part.layout != torch.strided or part.is_inference():
-        return False
-    found.append(part)
-    return True
+def _is_given(run: _Run, args: Any, kwargs: Any) -> bool:
+    given = _Parts.of((args, *kwargs, *kwargs.values()))
+    return given is not None and run.given.is_unchanged() and given.is_same(run.given)
 
 
 def _drawn() -> Any:
@@ -337,20 +367,19 @@ def _held(modules: Iterable[nn.Module]) -> list[Any]:
     held: list[Any] = []
     for module in modules:
         for value in vars(module).values():
-            if isinstance(value, _PLAIN) or id(value) in seen:
-                held.append(value)
-                continue
-            seen.add(id(value))
-            inner: Any = ()
+            held.append(value)
+            inner: Any = None
             if isinstance(value, dict | list | set):
                 inner = value
-            elif not (isinstance(value, Tensor | nn.Module) or callable(value)):
-                inner = getattr(value, "__dict__", ())
-            for each in (value, *(inner.values() if isinstance(inner, dict) else inner)):
-                held.append(each)
-                if isinstance(each, Tensor) and not each.is_inference():
-                    held.append(each._version)
-    return held
+            elif not (isinstance(value, (Tensor, nn.Module, *_PLAIN)) or callable(value)):
+                inner = getattr(value, "__dict__", None)
+            if inner and id(inner) not in seen:
+                seen.add(id(inner))
+                held += inner.values() if isinstance(inner, dict) else inner
+    versions = [
+        each._version for each in held if isinstance(each, Tensor) and not each.is_inference()
+    ]
+    return held + versions
 
 
 def _is_as_before(before: list[Any], after: list[Any]) -> bool:

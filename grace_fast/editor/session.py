@@ -52,7 +52,7 @@ def edit(context: EditContext, batch: Batch, text: tuple[str, str] | None = None
     prefix = PrefixCache(context.model, context.adapter.layer)
     with lasting(), frozen(context.model), prefix:
         with prefix.step():
-            seen = context.observe(batch)
+            seen = context.observe(batch, in_training=True)
         checks.check_tokens(context, batch, seen)
         queries = seen.queries.to(context.book_for(seen).dtype)
         checks.check_query(context, queries, seen)

@@ -87,5 +87,5 @@ def test_old_words_are_understood_for_one_version(word, means, tmp_path):
     again.unload()
     again = gf.from_pretrained(grace.model, tmp_path, **{word: True})  # told once in a process
     assert (again._context.directory.store is None) == means
-    with pytest.raises(TypeError, match="unexpected keyword argument 'folow'"):
-        gf.from_pretrained(grace.model, tmp_path, folow=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'writable'"):
+        gf.from_pretrained(grace.model, tmp_path, writable=True)

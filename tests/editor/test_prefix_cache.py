@@ -252,6 +252,18 @@ def with_hidden_generator(toy):
     noisy(lambda _: torch.rand((), generator=draws))(toy)
 
 
+def noisy_between(toy):
+    draws = torch.Generator().manual_seed(3)
+
+    def below(self, ids):
+        hidden = self.embed(ids)
+        return nn.functional.linear(hidden + torch.rand((), generator=draws), self.one.inner.weight)
+
+    toy.one, toy.two = nn.Identity(), nn.Identity()  # all that is kept is known
+    toy.one.inner = nn.Linear(4, 4)
+    toy.__class__ = of(below=below)
+
+
 SPOILT = {
     "a hook on a block": lambda toy: toy.two.register_forward_hook(stateful_hook()),
     "a hook before a block": lambda toy: toy.two.register_forward_pre_hook(stateful_pre_hook()),
@@ -268,6 +280,7 @@ SPOILT = {
     "a draw of numpy's": noisy(lambda _: np.random.rand()),  # noqa: NPY002
     "a generator of its own": with_generator,
     "a generator that nobody sees": with_hidden_generator,
+    "noise between the blocks": noisy_between,
     "a block that counts": counted,
     "a buffer that counts": in_a_buffer,
     "what blocks leave with the model": collected,
@@ -332,6 +345,19 @@ def test_what_lies_below_runs_for_the_look_and_the_first_step_alone():
     below, layer, above = calls_of(toy.one), calls_of(toy.edited), calls_of(toy.head)
     edit_of(grace)
     assert (len(below), len(layer), len(above)) == (2, 2, 2 + QUICK["iterations"])
+
+
+def test_what_lies_below_in_a_model_of_transformers_runs_for_the_look_alone(monkeypatch):
+    model, family, calls = models.build("gpt2"), FAMILIES["gpt2"], []
+    block = type(model.transformer.h[0])
+    forward = block.forward
+    monkeypatch.setattr(
+        block, "forward", lambda self, *a, **k: (calls.append(self), forward(self, *a, **k))[1]
+    )
+    grace = gf.attach(model, family.layer, family.epsilon, replacement="replace_all", **QUICK)
+    grace.edit(models.edit_batch(family, models.prompts(1), [[10, 20]]))
+    below, _, above = [calls.count(one) for one in model.transformer.h]
+    assert (below, above) == (1, 2 + QUICK["iterations"])
 
 
 def test_an_edit_of_several_values_looks_twice_at_each_ones_rows():
