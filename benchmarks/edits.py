@@ -1,9 +1,10 @@
 """Measure edits and edited forwards: `python -m benchmarks.edits [--quick]`.
 
-An edit of tiny GPT-2s through `grace_fast.GRACE` against the reference's algorithm, with as many
-keys and steps; and the forward of a model of MiniLM's size with the adaptor against the one
-without. Decisions are compared with the law's before anything is timed; where ours decides
-otherwise no speed is reported and the command fails. Results go to `benchmarks/results/`.
+An edit of small GPT-2s through `grace.edit` and the drop-in `grace_fast.GRACE` against the
+reference's algorithm, with as many keys and steps; and the forward of a model of MiniLM's size with
+the adaptor against the one without. Decisions are compared with the law's before anything is timed;
+where ours decides otherwise no speed is reported and the command fails. Results go to
+`benchmarks/results/`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,9 @@ TINY = (
     Tiny(64, 2, "transformer.h.1.mlp.c_fc"),
     Tiny(128, 4, "transformer.h.2.mlp.c_fc"),
 )
+SMALL = Tiny(384, 8, "transformer.h.5.mlp.c_fc")  # six of the eight blocks run below the edit
+FEW = 0  # keys at first; the edits that are timed make some tens
+OURS = {"grace.edit": "native", "the drop-in": "ours"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,8 @@ class Row:
     ratio_most: float | None = None
 
 
-def edit_row(tiny: Tiny, keys: int, steps: int, rounds: int, budget_s: float) -> Row:
-    """Compare the edits of one tiny model."""
+def edit_rows(tiny: Tiny, keys: int, steps: int, rounds: int, budget_s: float) -> list[Row]:
+    """Compare the edits of one model, of both surfaces with the reference's algorithm."""
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCABULARY,
@@ -88,35 +92,40 @@ def edit_row(tiny: Tiny, keys: int, steps: int, rounds: int, budget_s: float) ->
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=0.15,
-        loss_type="ForCausalLM",
     )
     model = GPT2LMHeadModel(config).eval()
-    queries = _layer_inputs(model, tiny.layer, keys)
+    model.loss_type = "ForCausalLM"
+    queries = _layer_inputs(model, tiny.layer, max(keys, 1000))
     epsilon = _spacing(queries) / 4
-    ours, exact, plain = (
-        _editor(kind, copy.deepcopy(model), tiny.layer, epsilon, steps, queries)
-        for kind in ("ours", "exact", "cdist")
+    exact, plain, *ours = (
+        _editor(kind, copy.deepcopy(model), tiny.layer, epsilon, steps, queries[:keys])
+        for kind in ("exact", "cdist", *OURS.values())
     )
-    checked, wrong, differs = 0, 0, 0
+    checked, differs, wrong = 0, 0, [0] * len(ours)
     tokens = _tokens(torch.Generator().manual_seed(1))
     for at, batch in enumerate(_repeating(tokens, CHECKED)):
-        for editor in (ours, exact, plain):
+        for editor in (exact, plain, *ours):
             torch.manual_seed(at)
             _edit(editor, batch, 1)
         checked += 1
-        wrong += not _alike(ours.adaptor, exact.adaptor)
-        differs += not _alike(plain.adaptor, exact.adaptor)
-    work = f"edit, {steps} steps: {tiny}"
-    if wrong:
-        return Row(work, keys, checked, wrong, differs)
-    base, other = pairs(
-        lambda batch: _edit(ours, batch, steps),
-        lambda batch: _edit(plain, batch, steps),
+        wrong = [count + (not _alike(one, exact)) for count, one in zip(wrong, ours, strict=True)]
+        differs += not _alike(plain, exact)
+    works = [f"{name}, {steps} steps: {tiny}" for name in OURS]
+    if any(wrong):
+        return [
+            Row(work, keys, checked, count, differs)
+            for work, count in zip(works, wrong, strict=True)
+        ]
+    runs = turns(
+        [lambda batch, editor=editor: _edit(editor, batch, steps) for editor in (plain, *ours)],
         [next(tokens) for _ in range(64)],
         rounds,
         budget_s,
     )
-    return _row(work, keys, checked, differs, base, other)
+    return [
+        _row(work, keys, checked, differs, run, runs[0])
+        for work, run in zip(works, runs[1:], strict=True)
+    ]
 
 
 def forward_rows(keys: int, rounds: int, budget_s: float) -> list[Row]:
@@ -153,9 +162,8 @@ def forward_rows(keys: int, rounds: int, budget_s: float) -> list[Row]:
         if wrong:
             rows.append(Row(work, keys, len(batches), wrong, None))
             continue
-        without, with_it = pairs(
-            lambda batch: run(layer, batch),
-            lambda batch: run(adaptor, batch),
+        without, with_it = turns(
+            [lambda batch: run(layer, batch), lambda batch: run(adaptor, batch)],
             batches,
             rounds,
             budget_s,
@@ -164,25 +172,25 @@ def forward_rows(keys: int, rounds: int, budget_s: float) -> list[Row]:
     return rows
 
 
-def pairs(one: Call, other: Call, batches: list[Any], rounds: int, budget_s: float) -> list[Run]:
-    """Time two calls on the same batches, one right after the other and each first in turn.
+def turns(calls: list[Call], batches: list[Any], rounds: int, budget_s: float) -> list[Run]:
+    """Time calls on the same batches, one right after the other and each first in turn.
 
-    What a busy machine does to one it does to the other; and a time is what the process computed,
+    What a busy machine does to one it does to the others; and a time is what the process computed,
     all its threads together, so that waiting for a core does not count.
     """
-    calls = (one, other)
     first = [cpu_us(call, batches[0]) for call in calls]
     each = sum(cpu_us(call, batches[1]) for call in calls) / 1e6
     count = max(1, round(budget_s / rounds / each))
     stream = cycle(batches)
-    taken: list[list[Any]] = [[], []]
+    taken: list[list[Any]] = [[] for _ in calls]
     for _ in range(rounds):
-        times: list[list[float]] = [[], []]
+        times: list[list[float]] = [[] for _ in calls]
         for at, batch in enumerate(islice(stream, count)):
-            for which in (0, 1) if at % 2 else (1, 0):
+            order = [(which + at) % len(calls) for which in range(len(calls))]
+            for which in order if at % 2 else reversed(order):
                 times[which].append(cpu_us(calls[which], batch))
-        for which in (0, 1):
-            taken[which].append(np.array(times[which]))
+        for which, each_time in enumerate(times):
+            taken[which].append(np.array(each_time))
     return [Run(tuple(rounds_of), start) for rounds_of, start in zip(taken, first, strict=True)]
 
 
@@ -210,6 +218,17 @@ def _config(layer: str, task: str, epsilon: float, steps: int) -> dict[str, Any]
 
 
 def _editor(kind: str, model: Any, layer: str, epsilon: float, steps: int, queries: Tensor) -> Any:
+    if kind == "native":
+        return gf.attach(
+            model,
+            layer,
+            epsilon,
+            semantics="reference",
+            replacement="replace_all",
+            expand_margin=0.0,
+            iterations=steps,
+            codebook=_book(model.get_submodule(layer), queries, epsilon),
+        )
     if kind == "ours":
         config = _config(layer, "hallucination", epsilon, steps)
         ours = gf.GRACE(config, SimpleNamespace(model=model, tokenizer=None))
@@ -217,36 +236,64 @@ def _editor(kind: str, model: Any, layer: str, epsilon: float, steps: int, queri
         return ours
     distances = {"distances": exact_distances} if kind == "exact" else {}
     adaptor = PlainAdaptor(model.get_submodule(layer), epsilon, "replace_all", **distances)
-    editor = PlainEditor(model, layer, adaptor, at_labels=True)
     _load(adaptor, queries, epsilon)
-    return editor
+    return PlainEditor(model, layer, adaptor, at_labels=True)
+
+
+def _rows_of(layer: Any, keys: Tensor, epsilon: float) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Return values, radii and labels for keys."""
+    width = layer.nf if hasattr(layer, "nf") else layer.out_features
+    values = torch.rand(len(keys), width, generator=torch.Generator().manual_seed(3))
+    labels = [torch.tensor([[-at]]) for at in range(len(keys))]
+    return values, torch.full((len(keys),), epsilon), labels
+
+
+def _book(layer: Any, keys: Tensor, epsilon: float) -> gf.Codebook:
+    values, radii, labels = _rows_of(layer, keys, epsilon)
+    book = gf.Codebook(keys.shape[1], values.shape[1])
+    if len(keys):
+        book.append(keys, values, radii, [label.flatten() for label in labels])
+        gf.prepare(book)
+    return book
 
 
 def _load(adaptor: Any, keys: Tensor, epsilon: float) -> None:
-    draw = torch.Generator().manual_seed(3)
-    adaptor.keys = keys.clone()
-    width = adaptor.layer.nf if hasattr(adaptor.layer, "nf") else adaptor.layer.out_features
-    adaptor.values = nn.Parameter(torch.rand(len(keys), width, generator=draw))
-    adaptor.epsilons = torch.full((len(keys), 1), epsilon)
-    adaptor.key_labels = [torch.tensor([[-at]]) for at in range(len(keys))]
+    if not len(keys):
+        return
+    values, radii, labels = _rows_of(adaptor.layer, keys, epsilon)
+    adaptor.keys, adaptor.values = keys.clone(), nn.Parameter(values)
+    adaptor.epsilons, adaptor.key_labels = radii[:, None], labels
     if isinstance(adaptor, GRACEAdapter):
         adaptor._settle()
         gf.prepare(adaptor._book)  # as it is once the codebook has been there for a while
 
 
 def _edit(editor: Any, batch: dict[str, Tensor], steps: int) -> None:
-    if isinstance(editor, gf.GRACE):
+    if isinstance(editor, gf.Grace):
+        context = editor._context
+        context.settings = replace(context.settings, iterations=steps)
+        editor.edit(batch)
+    elif isinstance(editor, gf.GRACE):
         editor.edit({"editor": {"n_iter": steps, "edit_lr": 1.0}}, batch, None)
     else:
         editor.edit(batch, steps, 1.0)
 
 
+def _decided(editor: Any) -> tuple[Tensor, Tensor, int]:
+    """Return the keys and radii of an editor, and the row nearest to its last edit's query."""
+    if isinstance(editor, gf.Grace):
+        now, query = editor.codebook.snapshot(), editor.edits()[-1].query
+        return now.keys, now.radii, int(gf.nearest(query[None], now).row)
+    adaptor = editor.adaptor
+    return adaptor.keys, adaptor.epsilons.reshape(-1), int(adaptor.chosen_key)
+
+
 def _alike(one: Any, other: Any) -> bool:
+    (keys, radii, row), (its_keys, its_radii, its_row) = _decided(one), _decided(other)
     return (
-        one.keys.shape == other.keys.shape
-        and torch.equal(one.keys, other.keys)
-        and torch.allclose(one.epsilons, other.epsilons, rtol=1e-6, atol=1e-7)
-        and torch.equal(one.chosen_key, other.chosen_key)
+        torch.equal(keys, its_keys)
+        and torch.allclose(radii, its_radii, rtol=1e-6, atol=1e-7)
+        and row == its_row
     )
 
 
@@ -324,7 +371,7 @@ def markdown(described: dict[str, Any], command: str, date: str, load: str, rows
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; return its exit code, 1 where a decision of ours was wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the first model only")
+    parser.add_argument("--quick", action="store_true", help="the first tiny model only")
     parser.add_argument("--keys", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=100, help="of Adam, in each edit")
     parser.add_argument("--rounds", type=int, default=15)
@@ -338,9 +385,13 @@ def main(arguments: list[str] | None = None) -> int:
     command = machine.command("benchmarks.edits", words)
     load = f"{os.getloadavg()[0]:.1f}"
     rows = []
-    for tiny in TINY[:1] if given.quick else TINY:
-        rows.append(edit_row(tiny, given.keys, given.steps, given.rounds, given.budget))
-        print(rows[-1])
+    compared = [(tiny, given.keys) for tiny in (TINY[:1] if given.quick else TINY)]
+    if not given.quick:
+        compared += [(SMALL, keys) for keys in (FEW, 1000, given.keys)]
+    for tiny, keys in compared:
+        for row in edit_rows(tiny, keys, given.steps, given.rounds, given.budget):
+            rows.append(row)
+            print(row, flush=True)
     rows += forward_rows(given.keys, given.rounds, given.budget)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     page = markdown(described, command, today, load, rows)

@@ -84,4 +84,4 @@ class _OldModules:
 
 
 if not any(getattr(finder, "__name__", "") == "_OldModules" for finder in sys.meta_path):
-    sys.meta_path.append(_OldModules)  # type: ignore[arg-type]
+    sys.meta_path.append(_OldModules)

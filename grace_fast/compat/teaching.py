@@ -8,8 +8,7 @@ Nothing is published before the last step.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import Steps
-from grace_fast.compat.prefix import Prefix
+from grace_fast.editor.prefix_cache import PrefixCache
+from grace_fast.editor.training import frozen, train
+from grace_fast.edits.settings import Schedule
 from grace_fast.semantics import IGNORED_LABEL
 
 
@@ -59,28 +60,27 @@ def teach(
 def _train(
     adaptor: Adaptor, model: nn.Module, asked: dict[str, Any], labels: Tensor, steps: Steps
 ) -> Taught:
-    losses = []
-    adam: torch.optim.Optimizer | None = None
-    still = without_weight_gradients(model)
-    with still, torch.enable_grad(), adaptor.editing(labels), ExitStack() as later_steps:
-        prefix = Prefix(model, adaptor)
-        for step in range(steps.n_iter):
-            adaptor.iter = step
-            with nullcontext() if step else prefix.keeping():
-                loss: Any = getattr(model(**asked), "loss", None)
-            if not isinstance(loss, Tensor):
-                raise TypeError("the model must return an object with .loss when given labels")
-            losses.append(loss.detach().float().cpu().numpy()[()])
-            trained = adaptor.trained
-            if trained is None:
-                raise RuntimeError("the edited layer did not run in the model's forward call")
-            if adam is None:
-                later_steps.enter_context(prefix.returning())
-                adam = torch.optim.Adam([trained], lr=steps.edit_lr)
-            # A mode that replaces no token here leaves the loss without a gradient.
-            (gradient,) = torch.autograd.grad(loss, [trained], allow_unused=True)
-            trained.grad = torch.zeros_like(trained) if gradient is None else gradient
-            adam.step()
+    loss: Any = None
+    losses: list[Any] = []
+    prefix = PrefixCache(model, adaptor.layer, adaptor, looks=1)
+    schedule = Schedule(steps.n_iter, steps.edit_lr, None, keep_best=False, judges_last=False)
+
+    def attempt(_: Tensor | None = None) -> tuple[Tensor, bool]:
+        nonlocal loss
+        adaptor.iter = len(losses)
+        with prefix.step():
+            loss = getattr(model(**asked), "loss", None)
+        if not isinstance(loss, Tensor):
+            raise TypeError("the model must return an object with .loss when given labels")
+        losses.append(loss.detach().float().cpu().numpy()[()])
+        return loss, False
+
+    still = frozen(model, with_modes=False)
+    with still, torch.enable_grad(), adaptor.editing(labels), prefix:
+        first = attempt()
+        if adaptor.trained is None:
+            raise RuntimeError("the edited layer did not run in the model's forward call")
+        train(adaptor.trained, attempt, schedule, first)
     return Taught(losses, loss.detach())
 
 
@@ -94,16 +94,3 @@ def prompt_end(labels: Tensor) -> int | Tensor:
     if len(labels) == 1 or labels.ndim < 2:
         return int(ignored.sum()) - 1
     return (~ignored).int().argmax(dim=1) - 1
-
-
-@contextmanager
-def without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    """Freeze the parameters of a model in the block; its modes stay as they are."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in learning:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)

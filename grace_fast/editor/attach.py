@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import re
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor import calibrate
 from grace_fast.editor.calibrate import CalibrationEdit, Labelled
+from grace_fast.editor.context import EditContext
 from grace_fast.editor.fingerprint import differences, fingerprint, usual_settings
 from grace_fast.editor.grace import Grace
+from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
 from grace_fast.errors import CodebookMismatch as CodebookMismatch
@@ -34,30 +39,37 @@ from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
 
 
+class Fields(TypedDict, total=False):
+    """What `attach` takes by keyword: the fields of `Settings`, and what epsilon is measured on."""
+
+    semantics: Semantics
+    replacement: Replacement
+    iterations: int
+    learning_rate: float
+    expand: Expand
+    expand_margin: float | None
+    value_init: ValueInit
+    query: Query
+    stop_loss: float | None
+    store_text: bool
+    max_radius: float | None
+    calibration_inputs: Iterable[Mapping[str, Any] | str] | None
+    calibration_edits: Iterable[CalibrationEdit] | None
+
+
 def attach(
     model: nn.Module,
-    layer: str,
-    epsilon: float | Literal["auto"] = 1.0,
+    layer: str | None = None,
+    epsilon: float | Literal["auto"] | None = None,
     tokenizer: Any = None,
     *,
-    semantics: Semantics = "paper",
-    replacement: Replacement = "replace_prompt",
-    iterations: int = 100,
-    learning_rate: float = 1.0,
-    expand: Expand = "coverage",
-    expand_margin: float | None = None,
-    value_init: ValueInit = "cold",
-    query: Query = "prompt_end",
-    name: str | None = None,
-    stop_loss: float | None = None,
-    calibration_inputs: Iterable[Mapping[str, Any] | str] | None = None,
-    calibration_edits: Iterable[CalibrationEdit] | None = None,
+    settings: Settings | None = None,
     codebook: Codebook | ShardedCodebook | None = None,
     path: str | Path | None = None,
-    store_text: bool = False,
-    max_radius: float | None = None,
-    hmac_key: bytes | None = None,
     read_only: bool = False,
+    name: str | None = None,
+    hmac_key: bytes | None = None,
+    **fields: Unpack[Fields],
 ) -> Grace:
     """Put a codebook on one layer of a model, which answers as before until it is edited.
 
@@ -65,21 +77,11 @@ def attach(
         model in them that makes a loss is edited.
     layer: the dotted name of a linear layer, as in `model.named_modules()`; it has to see one
         vector for each token.
-    epsilon: the radius of a new key, in the units of the layer's input; "auto" measures it on
-        `calibration_inputs`, at least 8 unrelated batches or texts, and where there are any on
-        `calibration_edits`, a sample of what will be edited: see `calibrate`.
-    replacement: the tokens that a hit replaces: `replace_prompt` (those before the query token),
-        `replace_last` (the query token) or `replace_all`. A decoder beside an encoder asks at its
-        start token, which has none before it: there `replace_prompt` becomes `replace_last`.
-    query: which token asks: `prompt_end` (once a sequence, at the end of its prompt), `every_step`
-        (the newest token of each forward call) or `every_token` (each for itself, and it is what a
-        hit replaces).
-    name: several codebooks fit on one layer where their names differ; a named one answers within
-        `using(name)` only.
-    expand_margin: m in radius = distance * (1 + m) of an expanded ball; by default what the element
-        type needs for the same prompt in another batch.
-    stop_loss: training stops below this loss once the prediction is right; .1 by default, never in
-        `reference` semantics.
+    epsilon: the radius of a new key, in the units of the layer's input, by default 1; "auto"
+        measures it on `calibration_inputs`, at least 8 unrelated batches or texts, and where there
+        are any on `calibration_edits`, a sample of what will be edited: see `calibrate`.
+    tokenizer: for prompts that are given as text.
+    settings: all of it at once; what is given beside it counts instead of its fields.
     codebook: the one to put there, by default an empty one; `gf.open` gives one that stays on the
         disk, of millions of keys, and a `ShardedCodebook` is spread over processes, which then
         make the same calls of model and editor. Its rows answer at once; they are no edits, and
@@ -88,19 +90,45 @@ def attach(
         that is there already is opened, with the settings it was made with. One editor at a time
         has it, until it is unloaded.
     read_only: open `path` to be read, beside whoever edits it; see `refresh`.
-    store_text: keep prompts and targets of edits made by text, for `info`; they may be personal
-    data.
-    max_radius: an edit whose ball would be wider is refused, and so is a stored one.
+    name: several codebooks fit on one layer where their names differ; a named one answers within
+        `using(name)` only.
     hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
         A directory that was not signed with it, or changed afterwards, is refused.
 
+    The other fields of `Settings`:
+
+    semantics="paper": by whose rules edits are decided; "reference" or "easyedit" reproduce old
+        results.
+    replacement="replace_prompt": the tokens that a hit replaces: `replace_prompt` (those before the
+        query token), `replace_last` (the query token) or `replace_all`. A decoder beside an encoder
+        asks at its start token, which has none before it: there it becomes `replace_last`.
+    iterations=100, learning_rate=1.0: of the training of a value, by Adam.
+    stop_loss: it stops below this loss once the prediction is right; .1 by default, never in
+        `reference` semantics.
+    value_init="cold": a value starts at random, or "warm" as the layer's own output.
+    expand="coverage": how a ball grows, or "moving_average".
+    expand_margin: m in radius = distance * (1 + m) of an expanded ball; by default what the element
+        type needs for the same prompt in another batch.
+    max_radius: an edit whose ball would be wider is refused, and so is a stored one.
+    query="prompt_end": which token asks: `prompt_end` (once a sequence, at the end of its prompt),
+        `every_step` (the newest token of each forward call) or `every_token` (each for itself, and
+        it is what a hit replaces).
+    store_text=False: keep prompts and targets of edits made by text, for `info`; they may be
+        personal data.
+
     Raises: ValueError for an unknown layer (naming the nearest), a layer that has an adaptor or
     sees something else than tokens, or a setting that does not exist; TypeError for what is no
-    module; CodebookMismatch for a codebook of another model.
+    module, or an unknown keyword (naming the nearest); CodebookMismatch for a codebook of another
+    model.
     """
+    _refuse_unknown(fields)
+    inputs = fields.pop("calibration_inputs", None)
+    sample = fields.pop("calibration_edits", None)
     if path is not None:
         path = files.absolute(path)
-    found, module = find_layer(model, layer)
+    if layer is None and settings is None:
+        raise TypeError("attach() needs the name of a layer, or settings=")
+    found, module = find_layer(model, settings.layer if layer is None and settings else str(layer))
     _refuse_second(found, module, name)
     if codebook is not None:
         _refuse_unfit(codebook, found, module, path)
@@ -109,58 +137,61 @@ def attach(
     if read_only or (path is not None and files.holds_codebook(path)):
         if path is None:
             raise ValueError("read_only=True needs the path of a codebook that is read")
+        widest = fields.get("max_radius", None if settings is None else settings.max_radius)
         return from_pretrained(
             model,
             path,
             tokenizer,
-            durable=not read_only,
+            read_only=read_only,
             name=name,
-            max_radius=max_radius,
+            max_radius=widest,
             hmac_key=hmac_key,
-            follow=read_only,
         )
     auto = isinstance(epsilon, str) and epsilon == "auto"
     if isinstance(epsilon, str) and not auto:
         raise ValueError(f'epsilon must be a number or "auto", got {epsilon!r}')
-    settings = Settings(
-        layer=found,
-        epsilon=1.0 if auto else float(scalars.number("epsilon", epsilon)),
-        semantics=semantics,
-        replacement=replacement,
-        iterations=iterations,
-        learning_rate=learning_rate,
-        expand=expand,
-        expand_margin=expand_margin,
-        value_init=value_init,
-        query=query,
-        stop_loss=stop_loss,
-        store_text=store_text,
-        max_radius=max_radius,
-    )
+    if epsilon is None or auto:
+        radius = 1.0 if settings is None else settings.epsilon
+    else:
+        radius = float(scalars.number("epsilon", epsilon))
+    chosen = {} if settings is None else vars(settings)
+    settings = Settings(**{**chosen, **fields, "layer": found, "epsilon": radius})
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
-    if auto and calibration_inputs is None:
+    if auto and inputs is None:
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
     lock = None if path is None else Lock(path)
     try:
-        grace = Grace(model, module, settings, tokenizer, path, name, hmac_key, lock)
+        context = EditContext(model, module, settings, tokenizer, path, name, hmac_key, lock)
         if codebook is not None:
-            grace.take(cast(Codebook, codebook), History())
+            context.take(cast(Codebook, codebook), History())
     except BaseException:
         if lock is not None:
             lock.close()
         raise
     try:
         if auto:
-            assert calibration_inputs is not None
-            if calibration_edits is None:
-                grace.calibrate(calibration_inputs)
-            else:
-                _calibrate(grace, list(calibration_edits), list(calibration_inputs))
-        grace.begin()
+            assert inputs is not None
+            _calibrate(context, inputs, sample)
+        context.directory.begin(context.adapter.book)
     except BaseException:
-        grace.unload()
+        context.unload()
         raise
-    return grace
+    return Grace(context)
+
+
+def _refuse_unknown(fields: Mapping[str, Any]) -> None:
+    """Refuse keywords that `attach` does not take.
+
+    Raises: TypeError naming the nearest that it does.
+    """
+    known = [*Fields.__annotations__, *inspect.signature(attach).parameters]
+    known.remove("fields")
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise TypeError(
+                f"attach() got an unexpected keyword argument {name!r}; the nearest is {near[0]!r}"
+            )
 
 
 def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
@@ -174,36 +205,51 @@ def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
 
 
 def _calibrate(
-    grace: Grace, edits: Sequence[CalibrationEdit], unrelated: Sequence[Mapping[str, Any] | str]
+    context: EditContext,
+    inputs: Iterable[Mapping[str, Any] | str],
+    edits: Iterable[CalibrationEdit] | None,
 ) -> None:
-    """Set epsilon from a sample of edits, their paraphrases and unrelated inputs.
+    """Set epsilon from how far apart unrelated inputs are, and paraphrases of a sample of edits.
 
-    Raises: ValueError for fewer than 8 unrelated inputs, or no edit.
+    Raises: ValueError for fewer than 8 inputs, no edit, or inputs that the layer cannot tell apart.
     """
-    if len(unrelated) < calibrate.CALIBRATION_INPUTS:
+    unrelated = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
+    least = calibrate.CALIBRATION_INPUTS
+    if edits is None and not unrelated:
         raise ValueError(
-            f'epsilon="auto" needs at least {calibrate.CALIBRATION_INPUTS} unrelated '
-            f"calibration_inputs, got {len(unrelated)}"
+            f"calibration_inputs must hold at least {least} unrelated inputs, got none"
         )
-    paraphrases = [(text, edit) for edit in edits for text in edit.paraphrases]
-    measured = calibrate.measure(
-        grace.settings.layer,
-        _labelled(grace, [(edit.prompt, edit.target, edit.prompt) for edit in edits]),
-        _labelled(grace, [(text, edit.target, edit.prompt) for text, edit in paraphrases]),
-        _labelled(grace, [(text, None, at) for at, text in enumerate(unrelated)]),
-    )
-    rules = grace.settings.rules(grace.codebook.dtype)
-    epsilon = calibrate.recommend([measured], rules).epsilon
-    grace.settings = replace(grace.settings, epsilon=epsilon)
+    if edits is not None and len(unrelated) < least:
+        raise ValueError(
+            f'epsilon="auto" needs at least {least} unrelated calibration_inputs, '
+            f"got {len(unrelated)}"
+        )
 
+    def queries(prompts: Sequence[Any]) -> Tensor:
+        found = [context.query_of(context.batch_of(prompt)) for prompt in prompts]
+        none = torch.empty(0, 0, dtype=torch.float32, device="cpu")
+        return torch.cat(found) if found else none
 
-def _labelled(grace: Grace, asked: Sequence[tuple[Any, Hashable, Hashable]]) -> Labelled:
-    queries = [grace.query_of(prompt) for prompt, _, _ in asked]
-    return Labelled(
-        torch.cat(queries) if queries else torch.empty(0, 0, dtype=torch.float32, device="cpu"),
-        [label for _, label, _ in asked],
-        [about for _, _, about in asked],
-    )
+    with frozen(context.model):
+        if edits is None:
+            epsilon = calibrate.epsilon_from(queries(unrelated))
+        else:
+            sample = list(edits)
+            again = [(text, edit) for edit in sample for text in edit.paraphrases]
+            rules = context.settings.rules(context.codebook.dtype)
+            prompts, targets = [edit.prompt for edit in sample], [edit.target for edit in sample]
+            measured = calibrate.measure(
+                context.settings.layer,
+                Labelled(queries(prompts), targets, prompts),
+                Labelled(
+                    queries([text for text, _ in again]),
+                    [edit.target for _, edit in again],
+                    [edit.prompt for _, edit in again],
+                ),
+                Labelled(queries(unrelated), [None] * len(unrelated), range(len(unrelated))),
+            )
+            epsilon = calibrate.recommend([measured], rules).epsilon
+    context.settings = replace(context.settings, epsilon=epsilon)
 
 
 def from_pretrained(
@@ -211,30 +257,43 @@ def from_pretrained(
     path: str | Path,
     tokenizer: Any = None,
     *,
-    durable: bool = False,
+    read_only: bool | None = None,
     name: str | None = None,
     max_radius: float | None = None,
     hmac_key: bytes | None = None,
-    follow: bool = False,
+    **old: bool,
 ) -> Grace:
     """Attach a saved codebook to its model.
 
-    durable: every further edit goes to the same directory, which is the editor's until it is
-    unloaded; follow: nothing is edited here, and `refresh` takes up what others edit; name,
-    max_radius, hmac_key: as in `attach`, max_radius in place of the one that was saved.
+    read_only: as in `attach(path=, read_only=)`. False: every further edit goes to the same
+        directory, which is the editor's until it is unloaded; True: nothing is edited here, and
+        `refresh` takes up what others edit. By default it is a copy in memory: it may be edited,
+        and the directory stays as it is.
+    max_radius: in place of the one that was saved; name, hmac_key: as in `attach`.
 
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
+    for word, means in (("durable", False), ("follow", True)):
+        if word in old:
+            _warn_of_old(f"from_pretrained({word}=True)", f"read_only={means}")
+            read_only = means if old.pop(word) else read_only
+    if old:
+        raise TypeError(f"from_pretrained() got an unexpected keyword argument {next(iter(old))!r}")
     path = files.absolute(path)
-    lock = Lock(path) if durable else None
+    lock = Lock(path) if read_only is False else None
     try:
         opened = files.steadily(path, lambda: _open(model, path, name, max_radius, hmac_key, lock))
-        return _attach_saved(model, opened, tokenizer, name, lock, follow)
+        return _attach_saved(model, opened, tokenizer, name, lock, bool(read_only))
     except BaseException:
         if lock is not None:
             lock.close()
         raise
+
+
+@functools.cache  # once in a process
+def _warn_of_old(old: str, new: str) -> None:
+    warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -283,18 +342,19 @@ def _attach_saved(
 ) -> Grace:
     saved = opened.saved
     kept = saved.path if lock is not None or follow else None
-    grace = Grace(model, opened.module, saved.settings, tokenizer, kept, name, saved.hmac_key, lock)
-    grace.hits.update(saved.hits)
+    key = saved.hmac_key
+    context = EditContext(model, opened.module, saved.settings, tokenizer, kept, name, key, lock)
+    context.adapter.hits.update(saved.hits)
+    context.take(opened.book, opened.history)
     if follow:
-        grace.read(opened.book, opened.history, opened.journal)
-        return grace
-    grace.take(opened.book, opened.history)
+        context.directory.follow(opened.journal)
+        return Grace(context)
     try:
-        grace.begin(opened.journal)
+        context.directory.begin(opened.book, opened.journal)
     except BaseException:
-        grace.unload()
+        context.unload()
         raise
-    return grace
+    return Grace(context)
 
 
 def _refuse_other_widths(

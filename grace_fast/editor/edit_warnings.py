@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 from grace_fast.codebook import printable
@@ -58,5 +59,7 @@ def warn_of_nothing_learnt(
 
 
 def _warn(message: str) -> None:
-    # The line of the caller's `edit`, past warn_of_*, and the steps of the edit.
-    warnings.warn(printable.spelt(message), GraceWarning, stacklevel=7)
+    frame, level = sys._getframe(), 1  # the line of the caller's `edit`, past the steps of the edit
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(__package__ + "."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(printable.spelt(message), GraceWarning, stacklevel=level)

@@ -204,14 +204,14 @@ def is_correct(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens
             return bool(((said > 0) == (wanted > 0.5)).all())
         room = SCORE_TOLERANCE * wanted.abs().clamp(min=1)
         return bool(((said - wanted).abs() <= room).all())
-    predicted = logits.argmax(dim=-1)
-    if predicted.ndim == targets.ndim == 2:
-        predicted = predicted[:, -targets.shape[1] :]
-    if kind == "decoder" and predicted.ndim == 2:
-        predicted, targets = predicted[:, :-1], targets[:, 1:]
-    targets = targets.to(predicted.device)
+    if logits.ndim == 3 and targets.ndim == 2:
+        logits = logits[:, -targets.shape[1] :]
+    if kind == "decoder" and logits.ndim == 3:
+        logits, targets = logits[:, :-1], targets[:, 1:]
+    targets = targets.to(logits.device)
     asked = targets != IGNORED_LABEL
-    return bool((predicted.reshape(targets.shape) == targets)[asked].all())
+    predicted = logits.reshape(*targets.shape, logits.shape[-1])[asked].argmax(dim=-1)
+    return bool((predicted == targets[asked]).all())
 
 
 def label_from_text(target: Any, model: nn.Module) -> Tensor:

@@ -54,6 +54,13 @@ def one_prompt(prompt: Any) -> Prompt:
     )
 
 
+def as_text(prompt: Any, target: Any) -> tuple[str, str]:
+    """Return a prompt and a target as texts to keep: of a chat its last message."""
+    asked = one_prompt(prompt)
+    said = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
+    return said, str(one_target(target))
+
+
 def _parts(prompt: Any) -> list[Any] | None:
     """Return what a list, a tuple, an array or a column of a table holds; None of anything else."""
     if isinstance(prompt, Sequence | np.ndarray | Set):

@@ -20,6 +20,8 @@ from grace_fast.edits.settings import Schedule
 # Why there is nothing to learn: no change of the value changes the loss, or there is no number.
 Stuck = Literal["no gradient", "not finite"]
 
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
+
 # The loss and whether the model's own prediction is right, with this value [V] in place.
 Attempt = Callable[[Tensor], tuple[Tensor, bool]]
 
@@ -35,8 +37,31 @@ class Trained:
     stuck: Stuck | None = None  # why it was given up
 
 
-def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
-    """Return the best value that Adam finds from a start [V].
+class Adam:
+    """Adam on one tensor, with the defaults of torch's and its numbers, without its overhead."""
+
+    def __init__(self, value: Tensor, learning_rate: float) -> None:
+        self._value, self._rate, self._steps = value, learning_rate, 0
+        self._mean, self._square = torch.zeros_like(value), torch.zeros_like(value)
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor) -> None:
+        """Move the value, in place."""
+        self._steps += 1
+        self._mean.lerp_(gradient, 1 - BETAS[0])
+        self._square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        rate = self._rate / (1 - BETAS[0] ** self._steps)
+        root = (1 - BETAS[1] ** self._steps) ** 0.5
+        self._value.addcdiv_(self._mean, (self._square.sqrt() / root).add_(EPSILON), value=-rate)
+
+
+def train(
+    start: Tensor, attempt: Attempt, schedule: Schedule, first: tuple[Tensor, bool] | None = None
+) -> Trained:
+    """Return the best value that Adam finds from a start, [V] or several [R, V].
+
+    start: one that requires a gradient is trained in place; first: what the attempt with the start
+    said, where it was made already.
 
     Every loss is that of the value as it will be stored, in the codebook's element type; a right
     prediction beats a low loss.
@@ -47,27 +72,27 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
 
     Raises: ValueError where the loss has no gradient at all.
     """
-    master = start.detach().float().clone().requires_grad_()
-    adam = torch.optim.Adam([master], lr=schedule.learning_rate)
+    master = start if start.requires_grad else start.detach().float().clone().requires_grad_()
+    adam = Adam(master.detach(), schedule.learning_rate)
     kept: Trained | None = None
     stuck: Stuck | None = None
-    for step in range(schedule.iterations + 1):
+    for step in range(schedule.iterations + schedule.judges_last):
         last = step == schedule.iterations
         with torch.set_grad_enabled(not last):
-            loss, correct = attempt(master.to(start.dtype))
-        seen = Trained(
-            master.detach().to(start.dtype, copy=True), float(loss.detach()), step, correct
-        )
-        if kept is None or not schedule.keep_best or _better(seen, kept):
-            kept = seen
-        done = schedule.stop_loss is not None and correct and seen.loss < schedule.stop_loss
+            loss, correct = attempt(master.to(start.dtype)) if step or first is None else first
+        reached = float(loss.detach())
+        if kept is None or not schedule.keep_best or _better((correct, reached), kept):
+            value = master.detach().to(start.dtype, copy=True)
+            kept = Trained(value, reached, step, correct)
+        done = schedule.stop_loss is not None and correct and reached < schedule.stop_loss
         if not (last or done):
-            master.grad = _gradient(loss, master)
-            stuck = stuck or _stuck(step, seen, master.grad)
+            gradient = _gradient(loss, master)
+            stuck = stuck or _stuck(step, correct, reached, gradient)
         if last or done or (stuck and schedule.keep_best):
             return replace(kept, steps=step, stuck=stuck)
-        adam.step()
-    raise AssertionError("unreachable: the last step returns")
+        adam.step(gradient)
+    assert kept is not None, "a schedule that does not judge the last value has a step"
+    return replace(kept, value=master.detach(), steps=schedule.iterations, stuck=stuck)
 
 
 def _gradient(loss: Tensor, value: Tensor) -> Tensor:
@@ -103,27 +128,28 @@ def _depends(loss: Tensor, value: Tensor) -> bool:
     return False
 
 
-def _stuck(step: int, seen: Trained, gradient: Tensor) -> Stuck | None:
-    if not math.isfinite(seen.loss) and not gradient.isfinite().all():
+def _stuck(step: int, correct: bool, loss: float, gradient: Tensor) -> Stuck | None:
+    if not math.isfinite(loss) and not gradient.isfinite().all():
         return "not finite"
-    return "no gradient" if step == 0 and not seen.correct and not gradient.any() else None
+    return "no gradient" if step == 0 and not correct and not gradient.any() else None
 
 
-def _better(one: Trained, other: Trained) -> bool:
-    if one.correct != other.correct:
-        return one.correct
-    return one.loss < other.loss  # False for NaN: a value that breaks the model is not kept
+def _better(one: tuple[bool, float], other: Trained) -> bool:
+    correct, loss = one
+    if correct != other.correct:
+        return correct
+    return loss < other.loss  # False for NaN: a value that breaks the model is not kept
 
 
 class _Frozen:
     """What was taken out of a model, and how many want it so."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, with_modes: bool) -> None:
         self.wanted: list[int] = []  # by which threads
         # One that was made in inference mode would not take its gradient back outside of it.
         own = [one for one in model.parameters() if not one.is_inference()]
         self.learning = [one for one in own if one.requires_grad]
-        self.training = [module for module in model.modules() if module.training]
+        self.training = [each for each in model.modules() if each.training] if with_modes else []
 
     def set(self, active: bool) -> None:
         for parameter in self.learning:
@@ -133,7 +159,10 @@ class _Frozen:
 
 
 _freezing = threading.Lock()
-_frozen: WeakKeyDictionary[nn.Module, _Frozen] = WeakKeyDictionary()
+# By whether the modes of the modules are taken out, too.
+_frozen: dict[bool, WeakKeyDictionary[nn.Module, _Frozen]] = {
+    with_modes: WeakKeyDictionary() for with_modes in (True, False)
+}
 
 
 def require_differentiable(model: nn.Module) -> None:
@@ -147,15 +176,18 @@ def require_differentiable(model: nn.Module) -> None:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, with_modes: bool = True) -> Iterator[None]:
     """Take the gradients and the dropout out of a model, and put them back as they were.
+
+    with_modes: else dropout and whatever else a module does in training stays.
 
     The model is every thread's: the first who wants it frozen freezes it, the last puts it back.
     """
+    known = _frozen[with_modes]
     with _freezing:
-        state = _frozen.get(model)
+        state = known.get(model)
         if state is None:
-            state = _frozen[model] = _Frozen(model)
+            state = known[model] = _Frozen(model, with_modes)
             state.set(False)
         me = threading.get_ident()
         state.wanted.append(me)
@@ -164,21 +196,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         with _freezing:
             state.wanted.remove(me)
-            _thaw_if_unwanted(model, state)
-
-
-def _thaw_if_unwanted(model: nn.Module, state: _Frozen) -> None:
-    if not state.wanted:
-        del _frozen[model]
-        state.set(True)
+            if not state.wanted:
+                del known[model]
+                state.set(True)
 
 
 def _thaw_in_child(*_: object) -> None:
     """Put back in a forked child what threads froze that it has not."""
     me = threading.get_ident()
-    for model, state in list(_frozen.items()):
-        state.wanted[:] = [thread for thread in state.wanted if thread == me]
-        _thaw_if_unwanted(model, state)
+    for known in _frozen.values():
+        for model, state in list(known.items()):
+            state.wanted[:] = [thread for thread in state.wanted if thread == me]
+            if not state.wanted:
+                del known[model]
+                state.set(True)
 
 
 forks.guard(sys.modules[__name__], "_freezing", mend=_thaw_in_child)

@@ -11,7 +11,7 @@ import torch
 from models import FAMILIES
 
 import grace_fast as gf
-from grace_fast.editor import grace as editor
+from grace_fast.editor import session as editor
 
 FAMILY = FAMILIES["gpt2"]
 PATIENCE = 60  # seconds after which a test gives up on a thread
@@ -126,7 +126,7 @@ def test_who_asks_while_a_value_is_trained_gets_what_is_published_and_never_that
             assert asked_enough.wait(PATIENCE)
 
     # Behind the edited layer: the value in training is written already.
-    handle = grace._layer.register_forward_hook(stop_in_the_midst)
+    handle = grace._adapter.layer.register_forward_hook(stop_in_the_midst)
     go = threading.Event()
     with thread(lambda: go.wait() and grace.edit(batch_of(1))) as trainer:
         go.set()

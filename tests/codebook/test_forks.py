@@ -372,8 +372,8 @@ def test_an_edit_that_another_thread_is_in_the_middle_of_is_none_in_the_child(sh
 
     @contextmanager
     def undoing():
-        with grace._noting(grace.codebook) as draft:
-            grace._history.undo(draft, 0)
+        with grace._context.noting() as draft:
+            grace._context.history.undo(draft, 0)
             yield
 
     def work():
@@ -585,13 +585,13 @@ def test_a_child_follows_with_a_connection_of_its_own(tmp_path):
     grace = attach(tmp_path)
     grace.edit(batch_of(0))
     reader = attach(tmp_path, read_only=True)
-    theirs = reader._reads._connection
+    theirs = reader._context.directory.followed._connection
     grace.edit(batch_of(1))
 
     def work():
         assert reader.refresh()
         assert len(reader.edits()) == 2
-        assert reader._reads._connection is not theirs
+        assert reader._context.directory.followed._connection is not theirs
         reader.unload()
 
     assert forked(work) == 0

@@ -13,13 +13,14 @@ from torch import nn
 from grace_fast.compat import teaching
 from grace_fast.compat.method import Steps
 from grace_fast.compat.reference import GRACEAdapter
+from grace_fast.editor.prefix_cache import PrefixCache
 
 
-class Nothing:
+class Nothing(PrefixCache):
     """Every step runs the whole model."""
 
-    def __init__(self, *_):
-        self.keeping = self.returning = nullcontext
+    def step(self):
+        return nullcontext()
 
 
 def calls_of(module):
@@ -48,7 +49,7 @@ def test_the_layers_before_the_edit_run_once_and_nothing_else_changes(name, monk
         ours.edit(ours.config, edits.batch(at), None)
         assert (len(first), len(last)) == (at + 1, (at + 1) * STEPS)
         with monkeypatch.context() as plain:
-            plain.setattr(teaching, "Prefix", Nothing)
+            plain.setattr(teaching, "PrefixCache", Nothing)
             torch.manual_seed(at)
             whole.edit(whole.config, edits.batch(at), None)
         assert ours.losses == whole.losses
@@ -98,8 +99,8 @@ class Small(nn.Module):
 
 def test_an_output_that_its_caller_writes_to_is_computed_again(monkeypatch):
     taught, tokens = [], {"x": torch.ones(1, 2, 4), "labels": torch.tensor([[7]])}
-    for kind in (teaching.Prefix, Nothing):
-        monkeypatch.setattr(teaching, "Prefix", kind)
+    for kind in (PrefixCache, Nothing):
+        monkeypatch.setattr(teaching, "PrefixCache", kind)
         model = Small().eval()
         model.edited = GRACEAdapter(config("edited", "qa", 1.0, "replace_all"), model.edited)
         torch.manual_seed(1)

@@ -355,7 +355,7 @@ def test_every_edit_is_on_the_disk_before_the_call_returns(tmp_path):
     again = attach(model, family, path=tmp_path)
     assert [edit.id for edit in again.edits()] == [0, 1]
     # Not one page more: what SQLite answers then is what it answers where the disk is full.
-    file = again._store.journal._file
+    file = again._context.directory.store.journal._file
     file.execute("PRAGMA max_page_count=1")
     before = live_rows(again.codebook)
     with pytest.raises(OSError, match="is full"):
@@ -479,7 +479,7 @@ def test_an_edit_that_breaks_half_way_leaves_no_trace(monkeypatch):
     grace.edit(batch_of(family, 1))
     rows, edits = live_rows(grace.codebook), [edit.id for edit in grace.edits()]
     monkeypatch.setattr(
-        "grace_fast.editor.grace.train",
+        "grace_fast.editor.session.train",
         lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")),
     )
     with pytest.raises(RuntimeError, match="out of memory"):

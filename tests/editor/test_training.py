@@ -13,7 +13,7 @@ from models import FAMILIES
 from torch import nn
 
 import grace_fast as gf
-from grace_fast.editor.training import Schedule, train
+from grace_fast.editor.training import Adam, Schedule, train
 
 BOTH = {"kept best": True, "kept last": False}
 
@@ -166,3 +166,32 @@ def test_a_value_that_is_no_number_is_never_stored():
         grace.edit({"input_ids": torch.tensor([[3, 4, 5]]), "labels": torch.tensor([1])})
     assert len(grace.codebook) == 0
     assert grace.edits() == []
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_a_value_that_breaks_the_model_never_replaces_one_that_does_not(correct):
+    losses = iter([3.0, math.nan, 2.0, math.nan])
+
+    def attempt(value):
+        return (value * 0).sum() + value.sum() * 1e-3 + next(losses), correct
+
+    done = train(torch.zeros(3), attempt, Schedule(iterations=3, stop_loss=None))
+    assert done.loss == pytest.approx(2.0, abs=0.1)
+    assert done.value.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 129)], ids=str)
+@pytest.mark.parametrize("rate", [1.0, 0.013])
+def test_adam_steps_as_that_of_torch_does_bit_for_bit(shape, rate):
+    draw = torch.Generator().manual_seed(0)
+    ours = torch.rand(shape, generator=draw)
+    theirs = ours.clone().requires_grad_()
+    adam, other = Adam(ours, rate), torch.optim.Adam([theirs], rate)
+    for step in range(60):
+        gradient = torch.randn(shape, generator=draw) * 10.0 ** (step % 9 - 6)
+        if step % 7 == 3:
+            gradient.zero_()
+        theirs.grad = gradient.clone()
+        adam.step(gradient)
+        other.step()
+        assert torch.equal(ours, theirs.detach())

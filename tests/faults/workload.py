@@ -98,7 +98,7 @@ def do(grace: gf.editor.Grace, operation: Operation) -> None:
 
 def state(grace: gf.editor.Grace) -> str:
     """Return a checksum of everything a codebook and its history hold."""
-    book, history = grace.codebook.snapshot(), grace._history
+    book, history = grace.codebook.snapshot(), grace._context.history
     edits = [
         [
             each.tolist() if isinstance(each, torch.Tensor) else repr(each)
@@ -183,7 +183,8 @@ def perform(request: dict[str, Any]) -> None:
     published = state(grace)
     for number, operation in enumerate(request["run"], start=request.get("first", 1)):
         if "pages" in request:  # of whichever journal there is now
-            grace._store.journal._file.execute(f"PRAGMA max_page_count={request['pages']}")
+            file = grace._context.directory.store.journal._file
+            file.execute(f"PRAGMA max_page_count={request['pages']}")
         try:
             do(grace, operation)
         except (OSError, KeyError) as error:

@@ -67,7 +67,7 @@ def book():
 def grace(book):
     """An editor of its own on a codebook that no test changes."""
     made = editor(keys=0)
-    made.take(book, History())
+    made._context.take(book, History())
     yield made
     made.unload()
 
@@ -278,7 +278,7 @@ def test_a_block_of_a_mapped_file_that_was_changed_fails_open(book, tmp_path):
     for name in ("keys", "values"):
         opened = gf.open(tmp_path / "book")
         grace = gf.attach(Model().eval(), "layer", replacement="replace_last")
-        grace.take(opened, History())
+        grace._context.take(opened, History())
         with grace.disable_adapter():
             own = ask(grace, queries)
         file = next(path for path in (tmp_path / "book").iterdir() if path.name.startswith(name))
@@ -308,7 +308,7 @@ def test_errors_of_the_caller_still_raise(grace):
     with gf.using(["one", None]), pytest.raises(ValueError, match="using"):
         ask(named, hit_by(grace, [0, 1, 2]))
     assert named.counters.failures == {}
-    grace.take(gf.Codebook(WIDTH * 2, 8), History())
+    grace._context.take(gf.Codebook(WIDTH * 2, 8), History())
     grace.codebook.append(torch.randn(1, 2 * WIDTH), torch.ones(1, 8), torch.ones(1))
     with pytest.raises(ValueError, match="takes 128 numbers a token and was given 64"):
         ask(grace, torch.randn(1, WIDTH))

@@ -370,7 +370,7 @@ def test_an_edit_whose_ball_would_be_wider_than_allowed_changes_nothing():
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [edit.id for edit in grace.edits()] == [0]
     assert grace.edit("1", 1).id == 1
-    grace.settings = Settings(**{**vars(grace.settings), "max_radius": 0.4})
+    grace._context.settings = Settings(**{**vars(grace.settings), "max_radius": 0.4})
     with pytest.raises(ValueError, match=r"it would be 0\.5 \(added\); edit a nearer prompt, or"):
         grace.edit("14", 1)
     assert len(grace.codebook) == 2
@@ -516,7 +516,7 @@ def assert_serves_in_any_order(data, book, history):
 def test_drawn_columns_are_refused_or_make_a_codebook_that_serves(data):
     snapshot = EDITOR.codebook.snapshot()
     tensors = columns.pack_codebook(snapshot) | history_columns.pack_history(
-        EDITOR._history, snapshot
+        EDITOR._context.history, snapshot
     )
     tensors = changed(data, tensors)
     try:

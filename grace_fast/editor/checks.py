@@ -1,0 +1,115 @@
+"""Checks of one edit: what cannot be edited is refused, what is unlikely to serve warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from grace_fast.editor import batches, edit_warnings, unfit
+from grace_fast.editor.batches import Batch
+from grace_fast.editor.context import EditContext
+from grace_fast.editor.heads import Head
+from grace_fast.editor.training import Trained
+from grace_fast.edits.plans import Plan
+from grace_fast.edits.settings import Settings
+from grace_fast.hook.adapter import Observation
+from grace_fast.hook.wrappers import Host
+from grace_fast.semantics import Rules
+
+
+def refuse_unknown_labels(host: Host, batch: Batch, head: Head) -> None:
+    """Refuse a label a token where a wrapper reads them, which may be one token ahead or not.
+
+    Raises: ValueError.
+    """
+    if not host.is_wrapper or head != "classes" or batch["labels"].ndim < 2:
+        return
+    raise ValueError(
+        f"{type(host.called).__name__} makes a loss of its own around another model, and "
+        "nothing says whether it predicts the label of each token in place or one token "
+        "ahead; attach to a model that makes its own loss"
+    )
+
+
+def check_tokens(context: EditContext, batch: Batch, seen: Observation) -> None:
+    """Refuse a layer that does not see the tokens, or as many vectors by chance alone.
+
+    One for each prompt are as many as there are tokens where a prompt has one; the encoder's
+    states may be as many as the decoder's tokens. A first edit looks again with other lengths.
+
+    Raises: ValueError.
+    """
+    if context.tokens_are_checked:
+        return
+    length, decoded = batches.token_count(batch), batches.decoder_length(batch)
+    if not context.adapter.first_token:
+        if length == 1:
+            context.observe(batches.with_more_tokens(batch))
+    elif decoded is not None:
+        given = seen.hidden.shape[1]
+        if given == decoded and length in (None, decoded):
+            decoded += 1 if decoded == 1 else -1  # a model may take no more
+            start = batches.start_of(context.host.model)
+            other = batches.with_decoder_of(batch, decoded, start)
+            given = context.observe(other).hidden.shape[1]
+        if given != decoded:
+            raise ValueError(
+                f"{context.settings.layer} must see one vector for each of the decoder's "
+                f"{decoded} tokens, it was given {given}{unfit.ELSEWHERE}"
+            )
+    context.tokens_are_checked = True
+
+
+def check_query(context: EditContext, queries: Tensor, seen: Observation) -> None:
+    """Refuse queries [B, D] that no codebook may hold, or that the mode writes nothing for.
+
+    Raises: ValueError naming the row.
+    """
+    settings = context.settings
+    if not queries.isfinite().all():
+        row = int((~queries.isfinite().all(dim=1)).nonzero()[0])
+        raise ValueError(
+            f"the query of row {row} must be finite, got NaN or infinity at {settings.layer}"
+        )
+    if settings.replacement == "replace_prompt" and bool((seen.positions == 0).any()):
+        raise ValueError(
+            "replace_prompt replaces the tokens before the query, and there are none in a "
+            "prompt of one token; attach with replacement='replace_last' or 'replace_all'"
+        )
+    if not context.scale_is_checked:
+        context.scale_is_checked = True
+        edit_warnings.warn_of_scale(settings.layer, settings.epsilon, seen)
+
+
+def warn_of_shared_queries(context: EditContext, batch: Batch, plan: Plan, rules: Rules) -> None:
+    """Warn where the edits of the nearest key all came from other prompts."""
+    history = context.history
+    for at, done in enumerate(plan.applied):
+        if done.distance > rules.repeat_distance:
+            continue
+        near = history.rows[done.row]
+        if not near.edits and near.neighbour >= 0:
+            near = history.rows[near.neighbour]
+        stored = [history.edits[edit] for edit in near.edits]
+        prompt = batches.prompt_checksum(batch, at, context.kind)
+        if stored and all(edit.prompt != prompt for edit in stored):
+            layer = context.settings.layer
+            edit_warnings.warn_of_shared_query(layer, stored[0], done.distance)
+
+
+def warn_of_nothing_learnt(settings: Settings, plan: Plan, results: Sequence[Trained]) -> None:
+    """Warn of values whose training was given up.
+
+    Raises: ValueError for a value that is not finite, which no codebook may hold.
+    """
+    for one, result in zip(plan.trainings, results, strict=True):
+        at, layer = one.picked[0], settings.layer
+        if not result.value.isfinite().all():
+            raise ValueError(
+                f"the value of row {at} of the batch must be finite, and its training at "
+                f"{layer} ended in NaN or infinity; attach with a lower learning_rate"
+            )
+        if result.stuck is not None:
+            how = (settings.replacement, result.stuck, result.loss, result.steps)
+            edit_warnings.warn_of_nothing_learnt(layer, at, *how)
