@@ -20,7 +20,7 @@ from grace_fast.editor.fingerprint import differences, fingerprint, usual_settin
 from grace_fast.editor.grace import Grace
 from grace_fast.edits.edits import History
 from grace_fast.edits.settings import Settings, ValueInit
-from grace_fast.hook.adapter import has_adapter
+from grace_fast.hook.attachment import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.hook.wrappers import host_of, place, uncompiled

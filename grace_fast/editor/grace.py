@@ -37,6 +37,7 @@ from grace_fast.hook import compile, positions
 from grace_fast.hook.adapter import Adapter, Observation
 from grace_fast.hook.counters import Counters
 from grace_fast.hook.generation import Generation
+from grace_fast.hook.seat import Site
 from grace_fast.hook.trial import Trial
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
@@ -115,11 +116,10 @@ class Grace:
         self._history = History()
         self._making = threading.Lock()
         self._scale_is_checked = self._tokens_are_checked = False
-        self._adapter = Adapter(
+        site = Site(
             model=base,
             layer=layer,
             stack=stack,
-            book=declared_codebook(layer),
             replacement=settings.replacement,
             query=settings.query,
             decoder_only=self.kind == "decoder",
@@ -130,6 +130,7 @@ class Grace:
             seat_name=self._host.layer,
             virtual=Virtual.of(self._host.called, base),
         )
+        self._adapter = Adapter(site, declared_codebook(layer))
         if self.path is not None and lock is not None:
             self._store = Store(self.path, lock, lambda: self._history, hmac_key)
         compile.forget_compiled_code()

@@ -1,4 +1,4 @@
-"""What the queries of one call found, and how it is written into the layer's output.
+"""Look-up answers: what the queries of one call found, written into the layer's output.
 
 An answer outlives its call: `generate` holds it for the steps that follow, and a checkpointed
 layer that runs again in the backward pass writes what it wrote before.
@@ -17,7 +17,7 @@ from grace_fast.semantics import Replacement
 
 
 @dataclass(frozen=True)
-class Answer:
+class LookupAnswer:
     """Which of Q queries hit, of which row, and where in their sequences they were asked.
 
     A query is a row of the batch, or with an `owner` one of several in a row.
@@ -33,7 +33,7 @@ class Answer:
         """Tell whether this was decided for the rows of a batch of this size."""
         return self.owner is None and len(self.position) == batch
 
-    def for_batch(self, batch: int) -> Answer | None:
+    def for_batch(self, batch: int) -> LookupAnswer | None:
         """Return this for a batch whose rows may be several for each of these; None if not."""
         if self.fits(batch):
             return self
@@ -45,7 +45,7 @@ class Answer:
             for one in (self.position, self.hit, self.row)
         ]
         assert each[0] is not None
-        return Answer(each[0], self.snapshot, each[1], each[2])
+        return LookupAnswer(each[0], self.snapshot, each[1], each[2])
 
     def values(self) -> Tensor | None:
         """Return the value of each query's row [Q, V], None where nothing hit.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from grace_fast.hook.answers import Answer
+from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.positions import CACHES, Call, last_unmasked
 
 OTHERS = 8  # sequences beside those of one `generate` that are held at once
@@ -53,7 +53,7 @@ class Generation:
     """Sequences in progress: where their prompts end, and what was decided there."""
 
     positions: Tensor | None = None  # [B], counted from the first token of the row
-    answer: Answer | None = None
+    answer: LookupAnswer | None = None
     is_draft: bool = False  # an assistant's, whose calls continue those of an earlier `generate`
     prompt: Tensor | None = None  # [B, T] or [B, T, E], where it is known before the first call
     tokens: Tensor | None = None  # [B, T] or [B, T, E], of the first call

@@ -256,14 +256,14 @@ def asked_op(dtype=torch.float32, replacement="replace_prompt"):
     grace = gf.attach(layer, "0", replacement=replacement, iterations=0)
     hidden = torch.randn(2, 5, 4)
     grace.codebook.append(hidden[:1, -1], torch.ones(1, 3), torch.ones(1) * 0.1)
-    arguments = (hidden.to(dtype), None, grace._adapter._number)
+    arguments = (hidden.to(dtype), None, grace._adapter.graphs.numbers[0])
     return grace, arguments, torch.randn(2, 5, 3, dtype=dtype)
 
 
 def test_the_ops_keep_their_schema():
     grace, arguments, output = asked_op()
     ids = torch.zeros(2, 5, dtype=torch.long)
-    call = (ids, ids, None, ids, None, None, 0, False, grace._adapter._number)
+    call = (ids, ids, None, ids, None, None, 0, False, grace._adapter.graphs.numbers[0])
     torch.library.opcheck(torch.ops.grace_fast.enter, call)
     torch.library.opcheck(torch.ops.grace_fast.adapt, (output, *arguments))
     torch.library.opcheck(torch.ops.grace_fast.adapt, (output.requires_grad_(), *arguments))
@@ -400,7 +400,7 @@ def test_a_checkpoint_of_a_forward_that_was_forgotten_says_so():
     model, grace, batch = in_training(family)
     checkpoint(model)
     loss = model(**batch, use_cache=False).loss
-    grace._adapter._memory.asked.clear()
+    grace._adapter._recomputed.asked.clear()
     with pytest.raises(RuntimeError, match="run forward and backward in turn"):
         loss.backward()
 
