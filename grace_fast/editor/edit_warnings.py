@@ -7,7 +7,7 @@ import warnings
 from grace_fast.codebook import printable
 from grace_fast.editor.training import Stuck
 from grace_fast.edits.edits import Edit
-from grace_fast.hook.adapter import Observation
+from grace_fast.hook.modes import Observation
 from grace_fast.semantics import Replacement
 
 

@@ -34,10 +34,11 @@ from grace_fast.edits.edits import Edit, History, Verification
 from grace_fast.edits.plans import Plan, Proposal, Training
 from grace_fast.edits.settings import Settings
 from grace_fast.hook import compile, positions
-from grace_fast.hook.adapter import Adapter, Observation
+from grace_fast.hook.adapter import Adapter
+from grace_fast.hook.attachment import Site
 from grace_fast.hook.counters import Counters
 from grace_fast.hook.generation import Generation
-from grace_fast.hook.seat import Site
+from grace_fast.hook.modes import Observation
 from grace_fast.hook.trial import Trial
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -26,43 +25,20 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.hook import calls, generation, selection, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
-from grace_fast.hook.attachment import Attachment
+from grace_fast.hook.attachment import Attachment, Site
 from grace_fast.hook.counters import Tally
 from grace_fast.hook.generation import Generation
-from grace_fast.hook.graph_calls import GraphCalls
-from grace_fast.hook.locate import Locator, Queries, vectors_at
-from grace_fast.hook.modes import Asked, Modes
+from grace_fast.hook.locate import Locator, Queries
+from grace_fast.hook.modes import Asked, Modes, Observation, Observations
+from grace_fast.hook.ops import GraphCalls
 from grace_fast.hook.positions import Call
+from grace_fast.hook.reading import Reader
 from grace_fast.hook.recompute import RecomputeCache
-from grace_fast.hook.seat import Site
 from grace_fast.hook.trial import Trial
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.lookup import Match
 from grace_fast.lookup.prepared import Prepared
-
-
-@dataclass
-class Observation:
-    """What the layer saw: taken while the adaptor watches and writes nothing."""
-
-    hidden: Tensor  # [B, T, D], the layer's input
-    output: Tensor  # [B, T, V]
-    positions: Tensor  # [B]
-
-    @property
-    def queries(self) -> Tensor:
-        """[B, D], the input at each row's query position."""
-        return vectors_at(self.hidden, self.positions)
-
-    @property
-    def outputs(self) -> Tensor:
-        """[B, V], the layer's own output at each row's query position."""
-        return vectors_at(self.output, self.positions)
-
-
-class _Observations(list[Observation]):
-    """The mode in which the layer is only watched."""
 
 
 class _Answers(NamedTuple):
@@ -80,18 +56,17 @@ class Adapter:
     """
 
     def __init__(self, site: Site, book: Codebook | None = None) -> None:
+        self.book = book  # first: who copies a module with our hooks is told that this cannot be
+        self._with_keys: Snapshot | None = None  # a version that was seen to have some
         self.site, self.model, self.stack = site, site.model, site.stack
-        self.name, self.first_token = site.name, site.first_token
+        self.first_token = site.first_token
         self.hits: Counter[int] = Counter()  # by row; with `tally`, all that is written
         self.tally = Tally()
         self._modes, self._recomputed = Modes(), RecomputeCache()
-        self._attachment = Attachment(site, self, self._at_layer)
-        self.seat = self._attachment.seat
-        parts = (self, site, self._attachment, self._modes, self._recomputed)
-        self._locator = Locator(*parts)
-        self.graphs = GraphCalls(self, self._locator)
-        self._with_keys: Snapshot | None = None  # a version that was seen to have some
-        self.book = book
+        self.attachment = Attachment(site, self, self._at_layer)
+        self._reader = Reader(self, site, self._modes)
+        self._locator = Locator(self, site, self._reader, self._modes, self._recomputed)
+        self.graphs = GraphCalls(self, self._reader)
 
     @property
     def layer(self) -> nn.Module:
@@ -101,12 +76,13 @@ class Adapter:
     @property
     def is_lost(self) -> bool:
         """Whether the layer left the model, and nothing like it is in its place."""
-        return self._attachment.is_lost
+        return self.attachment.is_lost
 
     @property
     def book(self) -> Codebook | None:
         """The codebook that answers: anything that finds queries, and values of rows."""
-        return self._answers.book
+        book: Codebook | None = self._answers.book
+        return book
 
     @book.setter
     def book(self, book: Any) -> None:
@@ -119,16 +95,16 @@ class Adapter:
 
     def install(self) -> None:
         """Put the hooks in."""
-        self._attachment.install()
+        self.attachment.install()
 
     def remove(self) -> None:
         """Take the hooks out; the model is as it was."""
-        self._attachment.remove()
+        self.attachment.remove()
         self.graphs.forget()
 
     def look_after_layer(self) -> None:
         """Follow the layer where other libraries moved it or put another module in its place."""
-        self._attachment.look_after_layer()
+        self.attachment.look_after_layer()
 
     # In the forward call
 
@@ -162,11 +138,11 @@ class Adapter:
 
     def _is_idle(self) -> bool:
         """Tell whether no row of this thread's calls is answered, nor looked at for an edit."""
-        if self._modes.newest(Trial) is not None or self._modes.newest(_Observations) is not None:
+        if self._modes.newest(Trial) is not None or self._modes.newest(Observations) is not None:
             return False
         if self._modes.disabled or not self._has_keys(self._answers.now()):
             return True
-        return selection.is_idle(self.name)
+        return selection.is_idle(self.site.name)
 
     def _has_keys(self, now: Any) -> bool:
         if now is None or not len(now):
@@ -188,9 +164,9 @@ class Adapter:
         now = version()
         if modes.thread.stack and self._is_watched():
             return self._show_edit(hidden, output)
-        if (modes.disabled or self.name is not None) and self._is_idle():
+        if (modes.disabled or self.site.name is not None) and self._is_idle():
             return None
-        if now is not self._with_keys and not self._has_keys(now):
+        if now is None or (now is not self._with_keys and not self._has_keys(now)):
             return None
         if not hidden.numel():
             return None  # a batch without rows, or rows without tokens
@@ -199,7 +175,8 @@ class Adapter:
             return None
         if queries.known is not None:
             return self._write(queries.known, hidden, output, queries.cached)
-        asked, match, answer, answered = queries.rows, None, None, 0
+        asked, match, answer = queries.rows, None, None
+        answered: int | None = 0
         if asked.shape[1] != book.key_dim:
             asked = tensor_parallel.whole(asked, self.layer, book.key_dim)
         began = perf_counter()
@@ -210,6 +187,7 @@ class Adapter:
             if match.hits != 0 and version() is not now:  # another version than `now` answered
                 match = lookup.find(asked, now)
         except Exception as error:  # no caller's: types and widths are those of the codebook
+            match = None
             self._fail_open(error, now, queries.rows.shape[1])
         seconds = perf_counter() - began
         if match is not None:
@@ -221,13 +199,11 @@ class Adapter:
             self._remember(queries, answer or nothing)
         return None if answer is None else self._write(answer, hidden, output, queries.cached)
 
-    def _chosen(
-        self, queries: Queries, match: Match, now: Any
-    ) -> tuple[LookupAnswer, int | None]:
+    def _chosen(self, queries: Queries, match: Match, now: Any) -> tuple[LookupAnswer, int | None]:
         """Return what hit among the rows that this codebook answers, and how many, if known."""
         hit, row, where = match.hit, match.row, queries.position
         batch = len(queries.rows) if queries.batch is None else queries.batch
-        chosen = selection.chosen_rows(self.name, batch)
+        chosen = selection.chosen_rows(self.site.name, batch)
         if chosen is not None:
             if (owner := queries.owner) is not None:
                 chosen = chosen.repeat_interleave(len(owner) // len(chosen))
@@ -280,13 +256,13 @@ class Adapter:
     # What an edit sees and tries
 
     def _is_watched(self) -> bool:
-        return any(self._modes.newest(kind) is not None for kind in (Trial, _Observations))
+        return any(self._modes.newest(kind) is not None for kind in (Trial, Observations))
 
     def _show_edit(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
         """Let an edit see the layer's input and output, or write the value that it tries."""
         if not hidden.numel():
             return None
-        locator, seen = self._locator, self._modes.newest(_Observations)
+        locator, seen = self._locator, self._modes.newest(Observations)
         hidden, shaped = locator.shaped(hidden.detach()), locator.shaped(output)
         if seen is not None or self.site.query != "every_token":
             locator.refuse_other_tokens(hidden)
@@ -302,7 +278,7 @@ class Adapter:
 
     def read(self, arguments: Mapping[str, Any]) -> Call:
         """Return what the arguments of a forward call say of its tokens."""
-        return self._locator.read(arguments)
+        return self._reader.read(arguments)
 
     def refuse_hidden_padding(self, call: Call) -> None:
         """Refuse prompts of a decoder that end in padding which no mask shows.
@@ -328,7 +304,7 @@ class Adapter:
 
     def observing(self) -> AbstractContextManager[list[Observation]]:
         """Collect what the layer sees in this thread's calls, and write nothing."""
-        return self._modes.on(_Observations())
+        return self._modes.on(Observations())
 
     def trying(self, trial: Trial) -> AbstractContextManager[Trial]:
         """Let every row of this thread's calls hit a value that is being trained."""

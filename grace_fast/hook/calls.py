@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,32 +27,8 @@ from torch.utils.hooks import RemovableHandle
 from grace_fast.hook import compile, positions
 from grace_fast.hook.generation import Generation, Source, cache_of
 from grace_fast.hook.positions import CACHES, Call
-from grace_fast.hook.seat import Seat
 
 Forward = Callable[..., Any]
-
-
-class Tracer(Protocol):
-    """What is told of the calls that are being compiled."""
-
-    def is_traced(self) -> bool:
-        """Tell whether the call that is being compiled has been told already."""
-
-    def trace(self, arguments: Mapping[str, Any], depth: int) -> None:
-        """Tell of a call that is being compiled."""
-
-    def end_trace(self) -> None:
-        """Tell that the call that was being compiled is over."""
-
-
-class Listener(Protocol):
-    """An adaptor that reads the calls of a module."""
-
-    seat: Seat
-    graphs: Tracer
-
-    def look_after_layer(self) -> None:
-        """Follow the layer to where it is now."""
 
 
 class Frame:
@@ -113,26 +89,26 @@ class _Listeners:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self.adaptors: tuple[tuple[Listener, int], ...] = ()  # how deep in each one's model it lies
-        self.depths: dict[Listener, int] = {}  # the same; neither is changed itself
+        self.adaptors: tuple[tuple[Any, int], ...] = ()  # how deep in each one's model it lies
+        self.depths: dict[Any, int] = {}  # the same; neither is changed itself
         self.had_its_own = "forward" in vars(module)
         self.names = tuple(inspect.signature(module.forward).parameters)
         self._hook: RemovableHandle | None = None
 
-    def add(self, listener: Listener, depth: int) -> None:
+    def add(self, adaptor: Any, depth: int) -> None:
         """Take one more; look at the module's calls, too, before its `forward` runs."""
-        self._set((*self.adaptors, (listener, depth)))
+        self._set((*self.adaptors, (adaptor, depth)))
         if self._hook is None:
             self._hook = self._module.register_forward_pre_hook(self._before, with_kwargs=True)
 
-    def discard(self, listener: Listener) -> None:
+    def discard(self, adaptor: Any) -> None:
         """Take one away; without any, look no more."""
-        self._set(tuple(pair for pair in self.adaptors if pair[0] is not listener))
+        self._set(tuple(pair for pair in self.adaptors if pair[0] is not adaptor))
         if not self.adaptors and self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def _set(self, adaptors: tuple[tuple[Listener, int], ...]) -> None:
+    def _set(self, adaptors: tuple[tuple[Any, int], ...]) -> None:
         self.adaptors, self.depths = adaptors, dict(adaptors)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -144,23 +120,23 @@ class _Listeners:
                     one.graphs.trace({**dict(zip(self.names, args, strict=False)), **kwargs}, depth)
 
 
-def listen(module: nn.Module, listener: Listener, depth: int) -> None:
+def listen(module: nn.Module, adaptor: Any, depth: int) -> None:
     """Note every call of a module that lies so deep in an adaptor's model, 0 outermost."""
     forward: Forward = module.forward
     listeners: _Listeners | None = getattr(forward, "grace_adaptors", None)
     if listeners is None:
         listeners = _Listeners(module)
         module.__dict__["forward"] = _announcing(forward, listeners)
-    listeners.add(listener, depth)
+    listeners.add(adaptor, depth)
 
 
-def stop_listening(module: nn.Module, listener: Listener) -> None:
+def stop_listening(module: nn.Module, adaptor: Any) -> None:
     """Take an adaptor off; with the last one `forward` is the module's own again."""
     wrapper = vars(module).get("forward")
     listeners: _Listeners | None = getattr(wrapper, "grace_adaptors", None)
     if wrapper is None or listeners is None:
         return
-    listeners.discard(listener)
+    listeners.discard(adaptor)
     if listeners.adaptors or wrapper.grace_wrapper is not wrapper:
         return  # another library has wrapped it since: it passes calls on
     if listeners.had_its_own:
@@ -173,9 +149,7 @@ def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
     @functools.wraps(forward)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         # Every call of the model comes through here: what is usual calls no function of ours.
-        arguments = (
-            {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
-        )
+        arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
         if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and is_recorded()):
             return _traced(forward, args, kwargs, arguments, listeners)
         if not compile.sees_hooks and "torch._dynamo" in sys.modules:
@@ -186,7 +160,7 @@ def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
         stack = in_progress.stack
         for one, depth in listeners.adaptors:
             if depth == 0 or not stack or one not in stack[-1].depths:
-                for modules, name, module in one.seat.steps:
+                for modules, name, module in one.attachment.seat.steps:
                     if modules.get(name) is not module:
                         one.look_after_layer()
                         break

@@ -7,21 +7,19 @@ labels, caches, sequences in progress, positions that the caller names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grace_fast.hook import calls, generation, positions, recompute, tensor_parallel
+from grace_fast.hook import calls, positions, recompute, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
-from grace_fast.hook.attachment import Attachment
-from grace_fast.hook.calls import Entered, Frame
-from grace_fast.hook.generation import Generation, Source
+from grace_fast.hook.attachment import Site
+from grace_fast.hook.generation import Generation
 from grace_fast.hook.modes import Asked, Modes
 from grace_fast.hook.positions import CACHES, Call
+from grace_fast.hook.reading import Reader
 from grace_fast.hook.recompute import RecomputeCache
-from grace_fast.hook.seat import Site
 
 # What else than ids and a mask says where a prompt ends.
 _TELLING = frozenset((*CACHES, "inputs_embeds", "labels", "position_ids", "cu_seq_lens_q"))
@@ -54,16 +52,13 @@ class Locator:
         self,
         adaptor: Any,
         site: Site,
-        attachment: Attachment,
+        reader: Reader,
         modes: Modes,
         recomputed: RecomputeCache,
     ) -> None:
-        self._adaptor, self._site, self._attachment = adaptor, site, attachment
+        self._adaptor, self._site, self._reader = adaptor, site, reader
         self._modes, self._recomputed = modes, recomputed
-        self._continues = site.decoder_only or site.first_token or site.finds_padding
-        config = getattr(site.model, "config", None)
-        self._padding = positions.Padding.of(config)
-        self._lengthens = positions.lengthens(config)
+        self._lengthens = positions.lengthens(getattr(site.model, "config", None))
         self._rows_second = False  # the layer's tensors are [T, B, width]
         self._asks_last = site.query != "every_token" and not site.first_token
         self._needs_mask = site.decoder_only or site.finds_padding  # to tell padding by
@@ -107,75 +102,18 @@ class Locator:
                     return Queries(rows[:, -1], length=shape[1])
         return self._read(hidden.detach(), output)
 
-    def read(self, arguments: Mapping[str, Any], in_cache: int | Tensor | None = None) -> Call:
-        """Return what the arguments of a forward call say of its tokens."""
-        site = self._site
-        call = positions.read(arguments, site.decoder_only, in_cache)
-        if site.virtual is not None:
-            call = site.virtual.without(call, self._modes.newest(Generation) is not None)
-        return self._padding.shown(call) if site.finds_padding else call
-
-    def frame(self) -> Frame | None:
-        """Return what the call in progress says, with those around it; None outside of any."""
-        found: Frame | None = None
-        for entered in calls.in_progress.stack:
-            depth = entered.depths.get(self._adaptor)
-            if depth is None:
-                continue
-            if entered.frames is None:
-                entered.frames = {}
-            if self._adaptor not in entered.frames:
-                entered.frames[self._adaptor] = self._frame_of(entered, depth, found)
-            found = entered.frames[self._adaptor]
-        return found
-
-    def _frame_of(self, entered: Entered, depth: int, outer: Frame | None) -> Frame:
-        given = entered.arguments
-        if outer is None or outer.depth >= depth:  # the model may run itself, in a hook
-            source = Source.of(given, self._continues)
-            return Frame(self.read(given, entered.cached), source, depth, entered)
-        said, source = outer.call, outer.source  # mostly it has said it all
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        if (
-            said.tokens is not None
-            and isinstance(tokens, Tensor)
-            and tokens.shape[:2] == said.tokens.shape[:2]
-            and given.get("attention_mask") is said.mask
-            and given.get("past_key_values") is source.cache
-        ):
-            return outer
-        call = self.read(given, entered.cached)
-        if not self._site.first_token:
-            call = positions.within(said, call)
-        elif call.tokens is None:
-            call = said
-        if source.cache is None:
-            source = Source.of(given, self._continues)
-        return Frame(call, source, depth, None)
-
-    def _sequences(self, frame: Frame | None) -> Generation | None:
-        """Return what is held of the sequences that a call is of."""
-        held = self._modes.all(Generation)
-        if frame is None:
-            return held[-1] if held else None
-        if frame.sequences is None and held:
-            frame.sequences = generation.of_call(held, frame.call, frame.source)
-        return frame.sequences
-
     def _read(self, hidden: Tensor, output: Tensor) -> Queries | None:
         """Do what `locate` does where it cannot be told from the arguments as they are."""
-        site, frame = self._site, self.frame()
-        call = None if frame is None else frame.call
+        site, call = self._site, self._reader.call()
         hidden, _ = self.shaped(hidden), self.shaped(output)
         if site.query == "every_token":
             return self._of_tokens(hidden)
         self.refuse_other_tokens(hidden)
         if call is None and recompute.is_in_backward():
             return Queries(hidden, known=self._recomputed.recall(hidden))
-        held = self._sequences(frame)
-        if call is None and self._attachment.knows_tokens and not self._is_told(hidden, held):
-            self._refuse_untold(hidden)
+        held = self._reader.sequences()
+        if call is None and self._adaptor.attachment.knows_tokens:
+            self._refuse_untold(hidden, held)
         if site.query == "every_step":
             return self._of_newest(hidden, call)
         return self._of_prompts(hidden, call, held)
@@ -191,7 +129,7 @@ class Locator:
             self.refuse_hidden_padding(call)
         is_named = call is not None and not self._site.first_token
         where = _within(positions.prompt_end(call) if is_named and call else None, hidden)
-        return Queries(vectors_at(hidden, where), where)
+        return Queries(positions.vectors_at(hidden, where), where)
 
     def _of_prompts(
         self, hidden: Tensor, call: Call | None, held: Generation | None
@@ -206,7 +144,12 @@ class Locator:
         ends = None if held is None else held.positions_for(batch)
         if ends is None and cached and (length == 1 or self._site.first_token or is_draft):
             return None  # a decoding step: the prompt's end was in an earlier call
-        if ends is None and call is not None and not self._site.first_token and not self._given():
+        if (
+            ends is None
+            and call is not None
+            and not self._site.first_token
+            and self._given() is None
+        ):
             if not cached:
                 self.refuse_hidden_padding(call)
             if (packed := positions.packed(call)) is not None:
@@ -215,13 +158,13 @@ class Locator:
                 return Queries(flat, packed.position, owner=owner, batch=batch, cached=before)
         if ends is None and not cached:
             ends = self.prompt_ends(hidden)
-            return Queries(vectors_at(hidden, ends), ends, cached=before, holder=held)
+            return Queries(positions.vectors_at(hidden, ends), ends, cached=before, holder=held)
         ends = self.prompt_ends(hidden) + cached if ends is None else ends.to(hidden.device)
         inside = self._inside(ends - cached, cached, length, is_draft)
         if inside is not None and not inside.any():
             return None
         here, holder = (ends - cached).clamp(0, length - 1), held if inside is None else None
-        rows = vectors_at(hidden, here)
+        rows = positions.vectors_at(hidden, here)
         return Queries(rows, ends, here=here, counts=inside, cached=before, holder=holder)
 
     def _inside(self, where: Tensor, cached: int, length: int, is_draft: bool) -> Tensor | None:
@@ -243,38 +186,27 @@ class Locator:
 
     def prompt_ends(self, hidden: Tensor) -> Tensor:
         """Return the position of each row's query in this call, [B]; hidden: [B, T, D]."""
-        frame, asked = self.frame(), self._given()
-        call = None if frame is None else frame.call
-        if asked is not None and asked.where is not None:
-            where = _within(asked.where, hidden)
-            if asked.length is not None and call is not None and call.tokens is not None:
+        call, given = self._reader.call(), self._given()
+        if given is not None:
+            where, asked = _within(given, hidden), self._modes.newest(Asked)
+            if asked and asked.length is not None and call and call.tokens is not None:
                 where = where + max(call.tokens.shape[1] - asked.length, 0)  # what stands before
             return where.clamp(max=hidden.shape[1] - 1)
         if self._site.first_token:
             return torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
         return _within(None if call is None else positions.prompt_end(call), hidden)
 
-    def _given(self) -> Asked | None:
-        """Return what the caller says of where prompts end."""
+    def _given(self) -> Tensor | None:
+        """Return where the caller says that prompts end, [B]."""
         asked = self._modes.newest(Asked)
-        return None if asked is None or asked.where is None else asked
-
-    def _is_told(self, hidden: Tensor, held: Generation | None) -> bool:
-        """Tell whether the caller has named where prompts end in a layer's input [B, T, D]."""
-        if held is not None:
-            known = held.positions_for(len(hidden))
-        else:
-            asked = self._given()
-            known = None if asked is None else asked.where
-        is_inside = known is not None and int(known.max()) < hidden.shape[1]
-        return self._site.first_token or is_inside
+        return None if asked is None else asked.where
 
     # The shape of a layer's tensors
 
     def shaped(self, tensor: Tensor) -> Tensor:
         """Return a layer's tensor as [B, T, width]; a model may have it as [B*T] or [T, B], too."""
-        frame = self.frame()
-        tokens = None if frame is None else frame.call.tokens
+        call = self._reader.call()
+        tokens = None if call is None else call.tokens
         if tensor.ndim == 3:
             # A call in which T is not B tells them apart. An edit is such a call: it has one row.
             if tokens is not None:
@@ -282,8 +214,7 @@ class Locator:
                 if first != second and rows in (first, second):
                     self._rows_second = rows == second
             return tensor.transpose(0, 1) if self._rows_second else tensor
-        asked = self._given()
-        known = tokens if tokens is not None or asked is None else asked.where
+        known = self._given() if tokens is None else tokens
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
 
@@ -300,8 +231,7 @@ class Locator:
 
         Raises: ValueError.
         """
-        frame = self.frame()
-        call = None if frame is None else frame.call
+        call = self._reader.call()
         if call is None or call.tokens is None or not isinstance(call.cached, int) or call.cached:
             return  # what goes on from a cache may be given all tokens, and compute the newest
         given, wanted = hidden.shape[:2], call.tokens.shape[:2]
@@ -321,10 +251,17 @@ class Locator:
         Raises: ValueError.
         """
         if self._site.decoder_only:
-            positions.refuse_hidden_padding(call, self._padding)
+            positions.refuse_hidden_padding(call, self._reader.padding)
 
-    def _refuse_untold(self, hidden: Tensor) -> None:
+    def _refuse_untold(self, hidden: Tensor, held: Generation | None) -> None:
+        """Refuse a call of the layer [B, T, D] alone, where nobody has named the prompts' ends.
+
+        Raises: ValueError.
+        """
         site = self._site
+        known = self._given() if held is None else held.positions_for(len(hidden))
+        if site.first_token or (known is not None and int(known.max()) < hidden.shape[1]):
+            return
         # What is wrong first, if so.
         tensor_parallel.whole(hidden, site.layer, self._adaptor.book.key_dim)
         raise ValueError(
@@ -354,8 +291,3 @@ def _within(known: Tensor | None, hidden: Tensor) -> Tensor:
 def _last(rows: Tensor, length: int) -> Tensor:
     """Return the position of each row's last token, [B]."""
     return torch.full((len(rows),), length - 1, dtype=torch.int64, device=rows.device)
-
-
-def vectors_at(tensor: Tensor, where: Tensor) -> Tensor:
-    """Return the tokens of a tensor [B, T, width] at one position a row, [B, width]."""
-    return tensor[torch.arange(len(tensor), device=tensor.device), where.to(tensor.device)]

@@ -16,6 +16,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from grace_fast.codebook import forks
+from grace_fast.hook.positions import vectors_at
 
 Mode = TypeVar("Mode")
 
@@ -26,6 +27,29 @@ class Asked:
 
     where: Tensor | None  # [B]
     length: int | None = None  # T of the tokens that these are counted in
+
+
+@dataclass
+class Observation:
+    """What the layer saw: taken while the adaptor watches and writes nothing."""
+
+    hidden: Tensor  # [B, T, D], the layer's input
+    output: Tensor  # [B, T, V]
+    positions: Tensor  # [B]
+
+    @property
+    def queries(self) -> Tensor:
+        """[B, D], the input at each row's query position."""
+        return vectors_at(self.hidden, self.positions)
+
+    @property
+    def outputs(self) -> Tensor:
+        """[B, V], the layer's own output at each row's query position."""
+        return vectors_at(self.output, self.positions)
+
+
+class Observations(list[Observation]):
+    """That the layer is watched, and nothing written; what it saw."""
 
 
 class _On:

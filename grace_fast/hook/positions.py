@@ -288,3 +288,8 @@ def refuse_hidden_padding(call: Call, padding: Padding) -> None:
             "no attention_mask, so the end of its prompt is unknown; give the attention_mask, or "
             "pad on the left"
         )
+
+
+def vectors_at(tensor: Tensor, where: Tensor) -> Tensor:
+    """Return the tokens of a tensor [B, T, width] at one position a row, [B, width]."""
+    return tensor[torch.arange(len(tensor), device=tensor.device), where.to(tensor.device)]
