@@ -23,7 +23,7 @@ from grace_fast.edits.settings import Settings, ValueInit
 from grace_fast.hook.attachment import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
-from grace_fast.hook.wrappers import host_of, place, uncompiled
+from grace_fast.hook.wrappers import host_of, layer_device_dtype, uncompiled
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.store import files, manifest
 from grace_fast.store.durable import Lock
@@ -269,7 +269,7 @@ def _open(
     odd = differences(saved.fingerprint, fingerprint(bare, module), usual_settings(bare))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
-    placed = place(module)
+    placed = layer_device_dtype(module)
     book, history, journal = saved.open(
         "cpu" if placed is None else placed[0], read_only=not durable
     )
@@ -314,7 +314,7 @@ def _refuse_unfit(book: Codebook, layer: str, module: nn.Module, path: str | Pat
     if not isinstance(book, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(book).__name__}")
     _refuse_other_widths("the codebook", layer, module, book)
-    wanted, given = place(module), (book.device, book.dtype)
+    wanted, given = layer_device_dtype(module), (book.device, book.dtype)
     if wanted is not None and wanted != given:
         raise CodebookMismatch(
             f"the codebook holds {given[1]} on {given[0]}, "

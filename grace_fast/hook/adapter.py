@@ -13,7 +13,7 @@ asks here when it runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -65,8 +65,10 @@ class Adapter:
         self._modes, self._recomputed = Modes(), RecomputeCache()
         self.attachment = Attachment(site, self, self._at_layer)
         self._reader = Reader(self, site, self._modes)
-        self._locator = Locator(self, site, self._reader, self._modes, self._recomputed)
-        self.graphs = GraphCalls(self, self._reader)
+        self._locator = Locator(self._reader, self._recomputed)
+        self.graphs = GraphCalls(self._reader)
+        self.read = self._reader.read
+        self.refuse_hidden_padding = self._reader.refuse_hidden_padding
 
     @property
     def layer(self) -> nn.Module:
@@ -195,8 +197,7 @@ class Adapter:
                 answer, answered = self._chosen(queries, match, now)
             self.tally.add(match, len(asked), answered, seconds)
         if queries.holder is not None or self.site.layer.training:
-            nothing = LookupAnswer(queries.position, now, None, None, queries.owner)
-            self._remember(queries, answer or nothing)
+            self._remember(queries, answer, now)
         return None if answer is None else self._write(answer, hidden, output, queries.cached)
 
     def _chosen(self, queries: Queries, match: Match, now: Any) -> tuple[LookupAnswer, int | None]:
@@ -218,8 +219,9 @@ class Adapter:
             answered = len(rows)
         return LookupAnswer(where, now, hit, row, queries.owner), answered
 
-    def _remember(self, queries: Queries, answer: LookupAnswer) -> None:
+    def _remember(self, queries: Queries, answer: LookupAnswer | None, now: Any) -> None:
         """Keep what was found for the calls that go on with it, or run the layer again."""
+        answer = answer or LookupAnswer(queries.position, now, None, None, queries.owner)
         if self.site.layer.training and self.site.query != "every_token":
             here = queries.position if queries.here is None else queries.here
             self._recomputed.keep(queries.rows, here, answer)
@@ -238,8 +240,8 @@ class Adapter:
             return None
         # Not guarded: autograd's hooks may end a checkpoint's second run by an exception from here.
         shaped = self._locator.shaped(output)
-        written, replaced = answer.write(shaped, values, self.site.replacement, cached)
-        return self._locator.unshaped(written, output), self._locator.unshaped(replaced, output)
+        written = answer.write(shaped, values, self.site.replacement, cached)
+        return self._locator.unshaped(written, output)
 
     def _fail_open(self, error: Exception, now: Any, width: int) -> None:
         """Count a look-up that failed; the caller goes on with the layer's own output.
@@ -273,19 +275,7 @@ class Adapter:
             return None
         trial = self._modes.newest(Trial)
         assert trial is not None, "else nothing is shown"
-        written, replaced = trial.write(shaped, ends, self.site.replacement)
-        return locator.unshaped(written, output), locator.unshaped(replaced, output)
-
-    def read(self, arguments: Mapping[str, Any]) -> Call:
-        """Return what the arguments of a forward call say of its tokens."""
-        return self._reader.read(arguments)
-
-    def refuse_hidden_padding(self, call: Call) -> None:
-        """Refuse prompts of a decoder that end in padding which no mask shows.
-
-        Raises: ValueError.
-        """
-        self._locator.refuse_hidden_padding(call)
+        return locator.unshaped(trial.write(shaped, ends, self.site.replacement), output)
 
     # For a while
 

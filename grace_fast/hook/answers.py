@@ -29,17 +29,13 @@ class LookupAnswer:
     row: Tensor | None  # [Q] int64
     owner: Tensor | None = None  # [B*T] int64, the query that decides for each token
 
-    def fits(self, batch: int) -> bool:
-        """Tell whether this was decided for the rows of a batch of this size."""
-        return self.owner is None and len(self.position) == batch
-
     def for_batch(self, batch: int) -> LookupAnswer | None:
         """Return this for a batch whose rows may be several for each of these; None if not."""
-        if self.fits(batch):
-            return self
         count = len(self.position)
-        if self.owner is not None or not count or batch % count:
+        if self.owner is not None or (count != batch and (not count or batch % count)):
             return None
+        if count == batch:
+            return self
         each = [
             None if one is None else one.repeat_interleave(batch // count)
             for one in (self.position, self.hit, self.row)

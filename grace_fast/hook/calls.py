@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ class Frame:
 class Entered:
     """A call in progress; made in every call, and without `__init__` in half the time."""
 
-    depths: Mapping[Any, int]  # of the module in the models of the adaptors that it concerns
+    depths: MutableMapping[Any, int]  # of the module in the models of the adaptors that it concerns
     arguments: Mapping[str, Any]
     cached: int | Tensor = 0  # tokens in its cache as it began, or UNCOUNTED
-    frames: dict[Any, Frame] | None = None  # by adaptor, as far as it was read
+    frames: MutableMapping[Any, Frame] | None = None  # by adaptor, as far as it was read
 
 
 class _InProgress(threading.local):

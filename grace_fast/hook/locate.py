@@ -7,16 +7,15 @@ labels, caches, sequences in progress, positions that the caller names.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grace_fast.hook import calls, positions, recompute, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
-from grace_fast.hook.attachment import Site
 from grace_fast.hook.generation import Generation
-from grace_fast.hook.modes import Asked, Modes
+from grace_fast.hook.modes import Asked
 from grace_fast.hook.positions import CACHES, Call
 from grace_fast.hook.reading import Reader
 from grace_fast.hook.recompute import RecomputeCache
@@ -48,16 +47,10 @@ class Queries(NamedTuple):
 class Locator:
     """Where the queries of one adaptor are in the calls of a thread."""
 
-    def __init__(
-        self,
-        adaptor: Any,
-        site: Site,
-        reader: Reader,
-        modes: Modes,
-        recomputed: RecomputeCache,
-    ) -> None:
-        self._adaptor, self._site, self._reader = adaptor, site, reader
-        self._modes, self._recomputed = modes, recomputed
+    def __init__(self, reader: Reader, recomputed: RecomputeCache) -> None:
+        self._reader, self._recomputed = reader, recomputed
+        self._adaptor, self._modes = reader.adaptor, reader.modes
+        self._site = site = reader.site
         self._lengthens = positions.lengthens(getattr(site.model, "config", None))
         self._rows_second = False  # the layer's tensors are [T, B, width]
         self._asks_last = site.query != "every_token" and not site.first_token
@@ -70,25 +63,28 @@ class Locator:
 
         Raises: ValueError where the prompts' ends are not told, or were computed already.
         """
-        stack = calls.in_progress.stack
-        if stack and self._asks_last and not self._rows_second and not self._modes.thread.stack:
-            given = stack[0].arguments
+        stack, at = calls.in_progress.stack, 0
+        while at < len(stack) and self._adaptor not in stack[at].depths:
+            at += 1  # a call of another model, around those of this one
+        is_usual = self._asks_last and not self._rows_second and not self._modes.thread.stack
+        if is_usual and at < len(stack):
+            given = stack[at].arguments
             tokens, mask, shape = given.get("input_ids"), given.get("attention_mask"), hidden.shape
             if (
-                self._adaptor in stack[0].depths
-                and _TELLING.isdisjoint(given)
+                _TELLING.isdisjoint(given)
                 and isinstance(tokens, Tensor)
                 and len(shape) == 3
                 and tokens.shape == shape[:2]
                 and (
                     not self._needs_mask
                     if mask is None
-                    else mask.shape == tokens.shape
-                    and mask.device.type == "cpu"
+                    else isinstance(mask, Tensor)
+                    and mask.shape == tokens.shape
+                    and mask.is_cpu
                     and 0 not in mask[:, -1].tolist()
                 )
             ):
-                for entered in stack[1:]:
+                for entered in stack[at + 1 :]:
                     said, depth = entered.arguments, entered.depths.get(self._adaptor)
                     if depth is not None and (
                         depth == 0
@@ -100,34 +96,27 @@ class Locator:
                 else:
                     rows = hidden.detach() if hidden.requires_grad else hidden
                     return Queries(rows[:, -1], length=shape[1])
-        return self._read(hidden.detach(), output)
+        return self._of_calls(hidden.detach(), output)
 
-    def _read(self, hidden: Tensor, output: Tensor) -> Queries | None:
+    def _of_calls(self, hidden: Tensor, output: Tensor) -> Queries | None:
         """Do what `locate` does where it cannot be told from the arguments as they are."""
         site, call = self._site, self._reader.call()
         hidden, _ = self.shaped(hidden), self.shaped(output)
         if site.query == "every_token":
-            return self._of_tokens(hidden)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            token = torch.arange(len(rows), device=rows.device)
+            return Queries(rows, token, owner=token, batch=len(hidden))
         self.refuse_other_tokens(hidden)
         if call is None and recompute.is_in_backward():
             return Queries(hidden, known=self._recomputed.recall(hidden))
         held = self._reader.sequences()
         if call is None and self._adaptor.attachment.knows_tokens:
             self._refuse_untold(hidden, held)
-        if site.query == "every_step":
-            return self._of_newest(hidden, call)
-        return self._of_prompts(hidden, call, held)
-
-    def _of_tokens(self, hidden: Tensor) -> Queries:
-        """Ask for each token [B*T] by itself."""
-        rows = hidden.reshape(-1, hidden.shape[-1])
-        token = torch.arange(len(rows), device=rows.device)
-        return Queries(rows, token, owner=token, batch=len(hidden))
-
-    def _of_newest(self, hidden: Tensor, call: Call | None) -> Queries:
+        if site.query == "prompt_end":
+            return self._of_prompts(hidden, call, held)
         if call is not None and hidden.shape[1] > 1:
-            self.refuse_hidden_padding(call)
-        is_named = call is not None and not self._site.first_token
+            self._reader.refuse_hidden_padding(call)
+        is_named = call is not None and not site.first_token
         where = _within(positions.prompt_end(call) if is_named and call else None, hidden)
         return Queries(positions.vectors_at(hidden, where), where)
 
@@ -151,7 +140,7 @@ class Locator:
             and self._given() is None
         ):
             if not cached:
-                self.refuse_hidden_padding(call)
+                self._reader.refuse_hidden_padding(call)
             if (packed := positions.packed(call)) is not None:
                 flat = hidden.reshape(-1, hidden.shape[-1])[packed.position]
                 owner = packed.owner
@@ -218,11 +207,11 @@ class Locator:
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)
         return tensor.reshape(batch, -1, tensor.shape[-1])
 
-    def unshaped(self, tensor: Tensor, output: Tensor) -> Tensor:
-        """Return what is [B, T, ...] with the shape of a layer's output, but for the last size."""
-        if output.ndim == 3:
-            return tensor.transpose(0, 1) if self._rows_second else tensor
-        return tensor.reshape(len(output), *tensor.shape[2:])
+    def unshaped(self, written: tuple[Tensor, Tensor], output: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is [B, T, V] and [B, T] in the shape of a layer's output."""
+        if output.ndim == 3 and self._rows_second:
+            return written[0].transpose(0, 1), written[1].transpose(0, 1)
+        return written[0].view(output.shape), written[1].view(output.shape[:-1])
 
     # What is refused
 
@@ -244,14 +233,6 @@ class Locator:
             f"tokens to be edited, it was given {list(given)}; attach to a linear layer in a block "
             "of the language model, as the last of its MLP"
         )
-
-    def refuse_hidden_padding(self, call: Call) -> None:
-        """Refuse prompts of a decoder that end in padding which no mask shows.
-
-        Raises: ValueError.
-        """
-        if self._site.decoder_only:
-            positions.refuse_hidden_padding(call, self._reader.padding)
 
     def _refuse_untold(self, hidden: Tensor, held: Generation | None) -> None:
         """Refuse a call of the layer [B, T, D] alone, where nobody has named the prompts' ends.

@@ -86,10 +86,7 @@ class Modes:
 
     def newest(self, kind: type[Mode]) -> Mode | None:
         """Return this thread's newest mode of a kind."""
-        for entry in reversed(self.thread.stack):
-            if isinstance(entry.mode, kind):
-                return entry.mode
-        return None
+        return next(reversed(self.all(kind)), None)
 
     def all(self, kind: type[Mode]) -> list[Mode]:
         """Return this thread's modes of a kind, the newest last."""

@@ -25,7 +25,7 @@ from grace_fast.hook.reading import Reader
 
 
 class _Told(Entered):
-    """A call that a graph tells of."""
+    """A call that a graph tells of; where that is broken off it may outlive its adaptor."""
 
 
 _responders: weakref.WeakValueDictionary[int, GraphCalls] = weakref.WeakValueDictionary()
@@ -47,8 +47,8 @@ def _responder(number: int) -> GraphCalls | None:
 class GraphCalls:
     """The graphs that ask one adaptor: of the whole model, or of a module within it."""
 
-    def __init__(self, adaptor: Any, reader: Reader) -> None:
-        self.adaptor, self._reader = adaptor, reader
+    def __init__(self, reader: Reader) -> None:
+        self.adaptor, self._reader = reader.adaptor, reader
         self._order: Tensor | None = None  # of the ops in the graph that is being made
         # By depth, as the ops name them. Drawn from the system, so that a graph exported by another
         # process finds no other's.
@@ -64,7 +64,8 @@ class GraphCalls:
         depth, stack = self.numbers.index(number), calls.in_progress.stack
         # A graph that was broken off has not told of none; one around this goes on.
         while stack and isinstance(stack[-1], _Told):
-            if stack[-1].depths.get(self.adaptor, -1) < depth:
+            known = stack[-1].depths
+            if known and known.get(self.adaptor, -1) < depth:
                 break
             stack.pop()
             if call is None:
@@ -77,8 +78,9 @@ class GraphCalls:
         else:
             call, source = positions.within(outer.call, call), outer.source
         told = _Told()
-        told.depths, told.arguments = {self.adaptor: depth}, {}
-        told.frames = {self.adaptor: Frame(call, source, depth, None)}
+        told.depths, told.frames = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
+        told.depths[self.adaptor], told.arguments = depth, {}
+        told.frames[self.adaptor] = Frame(call, source, depth, None)
         stack.append(told)
 
     def is_traced(self) -> bool:

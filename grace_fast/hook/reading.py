@@ -19,30 +19,30 @@ class Reader:
     """What the calls of a thread say to one adaptor; nothing is read before it is asked for."""
 
     def __init__(self, adaptor: Any, site: Site, modes: Modes) -> None:
-        self._adaptor, self._site, self._modes = adaptor, site, modes
+        self.adaptor, self.site, self.modes = adaptor, site, modes
         self._continues = site.decoder_only or site.first_token or site.finds_padding
-        self.padding = positions.Padding.of(getattr(site.model, "config", None))
+        self._padding = positions.Padding.of(getattr(site.model, "config", None))
 
     def read(self, arguments: Mapping[str, Any], in_cache: int | Tensor | None = None) -> Call:
         """Return what the arguments of a forward call say of its tokens."""
-        site = self._site
+        site = self.site
         call = positions.read(arguments, site.decoder_only, in_cache)
         if site.virtual is not None:
-            call = site.virtual.without(call, self._modes.newest(Generation) is not None)
-        return self.padding.shown(call) if site.finds_padding else call
+            call = site.virtual.without(call, self.modes.newest(Generation) is not None)
+        return self._padding.shown(call) if site.finds_padding else call
 
     def frame(self) -> Frame | None:
         """Return what the call in progress says, with those around it; None outside of any."""
         found: Frame | None = None
         for entered in calls.in_progress.stack:
-            depth = entered.depths.get(self._adaptor)
+            depth = entered.depths.get(self.adaptor)
             if depth is None:
                 continue
             if entered.frames is None:
                 entered.frames = {}
-            if self._adaptor not in entered.frames:
-                entered.frames[self._adaptor] = self._frame_of(entered, depth, found)
-            found = entered.frames[self._adaptor]
+            if self.adaptor not in entered.frames:
+                entered.frames[self.adaptor] = self._frame_of(entered, depth, found)
+            found = entered.frames[self.adaptor]
         return found
 
     def call(self) -> Call | None:
@@ -67,7 +67,7 @@ class Reader:
         ):
             return outer
         call = self.read(given, entered.cached)
-        if not self._site.first_token:
+        if not self.site.first_token:
             call = positions.within(said, call)
         elif call.tokens is None:
             call = said
@@ -77,9 +77,17 @@ class Reader:
 
     def sequences(self) -> Generation | None:
         """Return what is held of the sequences that the call in progress is of."""
-        held, frame = self._modes.all(Generation), self.frame()
+        held, frame = self.modes.all(Generation), self.frame()
         if frame is None:
             return held[-1] if held else None
         if frame.sequences is None and held:
             frame.sequences = generation.of_call(held, frame.call, frame.source)
         return frame.sequences
+
+    def refuse_hidden_padding(self, call: Call) -> None:
+        """Refuse prompts of a decoder that end in padding which no mask shows.
+
+        Raises: ValueError.
+        """
+        if self.site.decoder_only:
+            positions.refuse_hidden_padding(call, self._padding)

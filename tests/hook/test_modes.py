@@ -34,9 +34,9 @@ def adapter():
     grace.unload()
 
 
-def run(adapter, tokens=torch.ones(1, 3, WIDTH)):
+def run(adapter):
     with torch.no_grad():
-        return adapter.model(tokens)[0]
+        return adapter.model(torch.ones(1, 3, WIDTH))[0]
 
 
 def at(where):
@@ -91,10 +91,9 @@ def test_a_block_that_raises_leaves_nothing_on(adapter):
         with pytest.raises(KeyboardInterrupt), mode:
             raise KeyboardInterrupt
         assert is_bare(adapter)
-    with pytest.raises(KeyboardInterrupt), adapter.asking_at(at(0)):
-        for mode in every_mode(adapter):
-            mode.__enter__()  # and its block is given up, with nobody to leave it
-        raise KeyboardInterrupt
+    for mode in every_mode(adapter):
+        mode.__enter__()  # and its block is given up, with nobody to leave it
+    assert not is_bare(adapter)
     del mode
     gc.collect()
     assert is_bare(adapter)
