@@ -140,7 +140,7 @@ class Adapter:
 
     def _is_idle(self) -> bool:
         """Tell whether no row of this thread's calls is answered, nor looked at for an edit."""
-        if self._modes.newest(Trial) is not None or self._modes.newest(Observations) is not None:
+        if self._modes.newest(Trial, Observations) is not None:
             return False
         if self._modes.disabled or not self._has_keys(self._answers.now()):
             return True
@@ -164,8 +164,8 @@ class Adapter:
         """
         modes, (book, find, version) = self._modes, self._answers
         now = version()
-        if modes.thread.stack and self._is_watched():
-            return self._show_edit(hidden, output)
+        if modes.thread.stack and (watching := modes.newest(Trial, Observations)) is not None:
+            return self._show_edit(watching, hidden, output)
         if (modes.disabled or self.site.name is not None) and self._is_idle():
             return None
         if now is None or (now is not self._with_keys and not self._has_keys(now)):
@@ -257,25 +257,22 @@ class Adapter:
 
     # What an edit sees and tries
 
-    def _is_watched(self) -> bool:
-        return any(self._modes.newest(kind) is not None for kind in (Trial, Observations))
-
-    def _show_edit(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _show_edit(
+        self, watching: Trial | Observations, hidden: Tensor, output: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
         """Let an edit see the layer's input and output, or write the value that it tries."""
         if not hidden.numel():
             return None
-        locator, seen = self._locator, self._modes.newest(Observations)
+        locator = self._locator
         hidden, shaped = locator.shaped(hidden.detach()), locator.shaped(output)
-        if seen is not None or self.site.query != "every_token":
+        if isinstance(watching, Observations) or self.site.query != "every_token":
             locator.refuse_other_tokens(hidden)
         ends = locator.prompt_ends(hidden)
-        if seen is not None:
-            whole = tensor_parallel.whole(hidden, self.layer)
-            seen.append(Observation(whole, shaped.detach(), ends))
-            return None
-        trial = self._modes.newest(Trial)
-        assert trial is not None, "else nothing is shown"
-        return locator.unshaped(trial.write(shaped, ends, self.site.replacement), output)
+        if isinstance(watching, Trial):
+            return locator.unshaped(watching.write(shaped, ends, self.site.replacement), output)
+        whole = tensor_parallel.whole(hidden, self.layer)
+        watching.append(Observation(whole, shaped.detach(), ends))
+        return None
 
     # For a while
 

@@ -19,6 +19,7 @@ from grace_fast.codebook import forks
 from grace_fast.hook.positions import vectors_at
 
 Mode = TypeVar("Mode")
+Other = TypeVar("Other")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +85,13 @@ class Modes:
         finally:
             stack.remove(entry)  # at once: another thread may collect the generator that holds it
 
-    def newest(self, kind: type[Mode]) -> Mode | None:
-        """Return this thread's newest mode of a kind."""
-        return next(reversed(self.all(kind)), None)
+    def newest(self, kind: type[Mode], or_kind: type[Other] | None = None) -> Mode | Other | None:
+        """Return this thread's newest mode of a kind, or of either of two."""
+        kinds = (kind,) if or_kind is None else (kind, or_kind)
+        for entry in reversed(self.thread.stack):
+            if isinstance(entry.mode, kinds):
+                return entry.mode
+        return None
 
     def all(self, kind: type[Mode]) -> list[Mode]:
         """Return this thread's modes of a kind, the newest last."""
