@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grace_fast.codebook.checks import DTYPES
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.hook.wrappers import place
+from grace_fast.hook.wrappers import layer_device_dtype
 from grace_fast.lookup.prepared import Prepared, prepare
 
 CODEBOOK = ("keys", "values", "epsilons", "key_labels")
@@ -266,7 +266,7 @@ def _labels_in(ids: Any, sizes: Any) -> list[Tensor | None]:
 
 def home(layer: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return where the codebook of a layer is and in which element type, whatever its weights."""
-    return place(layer) or (torch.device("cpu"), torch.float32)
+    return layer_device_dtype(layer) or (torch.device("cpu"), torch.float32)
 
 
 def as_epsilons(radii: Tensor) -> Tensor:

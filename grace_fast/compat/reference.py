@@ -17,7 +17,7 @@ from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import Read, Steps, Task, one_of, read_method, read_steps
 from grace_fast.compat.teaching import prompt_end, teach
 from grace_fast.editor.attach import find_layer
-from grace_fast.hook.adapter import has_adapter
+from grace_fast.hook.attachment import has_adapter
 
 _NAMES = {
     "editor": "eps, replacement, val_init, eps_expand, n_iter and edit_lr",

@@ -26,10 +26,10 @@ from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
 from grace_fast.errors import CodebookMismatch as CodebookMismatch
-from grace_fast.hook.adapter import has_adapter
+from grace_fast.hook.attachment import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
-from grace_fast.hook.wrappers import host_of, place, uncompiled
+from grace_fast.hook.wrappers import host_of, layer_device_dtype, uncompiled
 from grace_fast.lookup.sharded import ShardedCodebook
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.store import files, manifest
@@ -324,7 +324,7 @@ def _open(
     odd = differences(saved.fingerprint, fingerprint(bare, module), usual_settings(bare))
     if odd:
         raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
-    placed = place(module)
+    placed = layer_device_dtype(module)
     book, history, journal = saved.open(
         "cpu" if placed is None else placed[0], read_only=not durable
     )
@@ -374,7 +374,7 @@ def _refuse_unfit(
     if not isinstance(book, Codebook | ShardedCodebook):
         raise TypeError(f"codebook must be a Codebook, got {type(book).__name__}")
     _refuse_other_widths("the codebook", layer, module, book)
-    wanted, given = place(module), (book.device, book.dtype)
+    wanted, given = layer_device_dtype(module), (book.device, book.dtype)
     if wanted is not None and wanted != given:
         raise CodebookMismatch(
             f"the codebook holds {given[1]} on {given[0]}, "

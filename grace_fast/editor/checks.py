@@ -13,7 +13,7 @@ from grace_fast.editor.heads import Head
 from grace_fast.editor.training import Trained
 from grace_fast.edits.plans import Plan
 from grace_fast.edits.settings import Settings
-from grace_fast.hook.adapter import Observation
+from grace_fast.hook.modes import Observation
 from grace_fast.hook.wrappers import Host
 from grace_fast.semantics import Rules
 

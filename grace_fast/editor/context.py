@@ -25,7 +25,9 @@ from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
 from grace_fast.hook import compile, positions
-from grace_fast.hook.adapter import Adapter, Observation
+from grace_fast.hook.adapter import Adapter
+from grace_fast.hook.attachment import Site
+from grace_fast.hook.modes import Observation
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.store import manifest
@@ -59,11 +61,10 @@ class EditContext:
         self.history = History()
         self.tokens_are_checked = self.scale_is_checked = False
         self._making = threading.Lock()
-        self.adapter = Adapter(
+        site = Site(
             model=base,
             layer=layer,
             stack=stack,
-            book=declared_codebook(layer),
             replacement=settings.replacement,
             query=settings.query,
             decoder_only=self.kind == "decoder",
@@ -74,6 +75,7 @@ class EditContext:
             seat_name=self.host.layer,
             virtual=Virtual.of(self.host.called, base),
         )
+        self.adapter = Adapter(site, declared_codebook(layer))
         self.directory = Directory(path, lock, hmac_key, lambda: self.history, self._described)
         compile.forget_compiled_code()
         self.adapter.install()

@@ -9,7 +9,7 @@ from grace_fast.codebook import printable
 from grace_fast.editor.training import Stuck
 from grace_fast.edits.edit import Edit
 from grace_fast.errors import GraceWarning as GraceWarning
-from grace_fast.hook.adapter import Observation
+from grace_fast.hook.modes import Observation
 from grace_fast.semantics import Replacement
 
 

@@ -54,7 +54,7 @@ class Grace:
     def __init__(self, context: EditContext) -> None:
         self._context, self._adapter = context, context.adapter
         self.model, self.tokenizer = context.model, context.tokenizer
-        self.name, self.path = context.adapter.name, context.directory.path
+        self.name, self.path = context.adapter.site.name, context.directory.path
 
     def __repr__(self) -> str:
         book = self._adapter.book

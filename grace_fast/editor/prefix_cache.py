@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grace_fast.codebook import forks
-from grace_fast.hook import entrances
+from grace_fast.hook import calls
 
 WATCHED = 3  # calls at most, until two in a row agree
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
@@ -314,7 +314,7 @@ def _is_used_by_others(module: nn.Module, hooks_at: Sequence[str] = _HOOKS) -> b
     hooks = [hook for name in hooks_at for hook in (own.get(name) or {}).values()]
     return (
         not is_own
-        or any(getattr(hook, "__module__", "") != entrances.__name__ for hook in hooks)
+        or any(getattr(hook, "__module__", "") != calls.__name__ for hook in hooks)
         or own.get("_compiled_call_impl") is not None
         or "_orig_mod" in own.get("_modules", {})
         or isinstance(module, torch.jit.ScriptModule)

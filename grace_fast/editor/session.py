@@ -26,7 +26,7 @@ from grace_fast.editor.training import Trained, frozen, require_differentiable, 
 from grace_fast.edits import plans
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.plans import Plan, Proposal
-from grace_fast.hook.adapter import Observation
+from grace_fast.hook.modes import Observation
 from grace_fast.hook.training_override import TrainingOverride
 
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it

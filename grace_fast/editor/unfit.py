@@ -13,7 +13,7 @@ from torch import nn
 
 from grace_fast.editor.heads import Kind
 from grace_fast.hook.positions import Query
-from grace_fast.hook.wrappers import Host, around, parameters_of, stack_of
+from grace_fast.hook.wrappers import Host, around, half_around, parameters_of, stack_of
 
 ELSEWHERE = "; attach to a linear layer in a block of the language model, as the last of its MLP"
 _TOKENS = {"input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds"}
@@ -59,17 +59,11 @@ def _by_place(host: Host, layer: nn.Module, query: Query, kind: Kind) -> str | N
     # The encoder beside a decoder reads the prompt, whatever that is: sound, an image.
     if not readers or (kind == "seq2seq" and stack_of(host.model, layer)[0] is readers[-1]):
         return None
-    if kind == "seq2seq" and _is_in_decoder(host.model, layer):
+    if kind == "seq2seq" and half_around(host.model, "get_decoder", layer) is not None:
         return None
     if (given := _given_instead_of_tokens(readers[-1])) is not None:
         return f"{type(readers[-1]).__name__} around it takes {given}, no tokens"
     return None
-
-
-def _is_in_decoder(model: Any, layer: nn.Module) -> bool:
-    find = getattr(model, "get_decoder", None)
-    decoder = None if find is None else find()
-    return isinstance(decoder, nn.Module) and any(one is layer for one in decoder.modules())
 
 
 def _keeps_some(model: Any, layer: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""What the queries of one call found, and how it is written into the layer's output.
+"""Look-up answers: what the queries of one call found, written into the layer's output.
 
 An answer outlives its call: `generate` holds it for the steps that follow, and a checkpointed
 layer that runs again in the backward pass writes what it wrote before.
@@ -17,7 +17,7 @@ from grace_fast.semantics import Replacement
 
 
 @dataclass(frozen=True)
-class Answer:
+class LookupAnswer:
     """Which of Q queries hit, of which row, and where in their sequences they were asked.
 
     A query is a row of the batch, or with an `owner` one of several in a row.
@@ -29,23 +29,19 @@ class Answer:
     row: Tensor | None  # [Q] int64
     owner: Tensor | None = None  # [B*T] int64, the query that decides for each token
 
-    def fits(self, batch: int) -> bool:
-        """Tell whether this was decided for the rows of a batch of this size."""
-        return self.owner is None and len(self.position) == batch
-
-    def for_batch(self, batch: int) -> Answer | None:
+    def for_batch(self, batch: int) -> LookupAnswer | None:
         """Return this for a batch whose rows may be several for each of these; None if not."""
-        if self.fits(batch):
-            return self
         count = len(self.position)
-        if self.owner is not None or not count or batch % count:
+        if self.owner is not None or (count != batch and (not count or batch % count)):
             return None
+        if count == batch:
+            return self
         each = [
             None if one is None else one.repeat_interleave(batch // count)
             for one in (self.position, self.hit, self.row)
         ]
         assert each[0] is not None
-        return Answer(each[0], self.snapshot, each[1], each[2])
+        return LookupAnswer(each[0], self.snapshot, each[1], each[2])
 
     def values(self) -> Tensor | None:
         """Return the value of each query's row [Q, V], None where nothing hit.

@@ -1,4 +1,4 @@
-"""What `torch.compile` has to be told of an adaptor: that there is one, and when to stand aside."""
+"""torch.compile integration: reset caches on attach, force eager while training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ from grace_fast.codebook import forks
 _standing_aside = threading.Lock()
 _wanted: list[int] = []  # by which threads
 _stance: Any = None
-
-
-_sees_hooks = False
+sees_hooks = False  # whether torch tells blocks apart by their hooks already
 
 
 def see_hooks() -> None:
@@ -26,13 +24,13 @@ def see_hooks() -> None:
     Else the blocks of a model that are compiled one by one share what was made of the first, which
     has no hook, and edits are lost.
     """
-    global _sees_hooks
-    if _sees_hooks or "torch._dynamo" not in sys.modules:
+    global sees_hooks
+    if sees_hooks or "torch._dynamo" not in sys.modules:
         return
     config: Any = getattr(sys.modules["torch._dynamo"], "config", None)
     if config is not None:  # None while another thread imports it
         config.skip_nnmodule_hook_guards = False
-        _sees_hooks = True
+        sees_hooks = True
 
 
 def forget_compiled_code() -> None:

@@ -1,4 +1,4 @@
-"""What the look-ups of an adaptor did, counted beside the codebook: a look-up writes nothing to it.
+"""Counters of look-ups, kept beside the codebook: a look-up writes nothing to it.
 
 Every thread counts in a cell of its own, so that no look-up waits for another one; whoever reads
 adds the cells up. Each figure is exact once the look-ups before it are over; while others run, one
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from grace_fast.codebook import forks, printable
 from grace_fast.errors import LookupWarning as LookupWarning
+from grace_fast.lookup.backends.cpu import EFFORT
 from grace_fast.lookup.match import Match
 
 # Upper bounds of the buckets in seconds, each inclusive; what takes longer is in one more. A proved
@@ -140,12 +141,13 @@ class Tally:
             cell.without_hits = True
         else:
             cell.hits += hits
-        effort = match.effort
-        if effort is None:
+        answers = match.answers
+        if answers:  # `match.effort`, unpacked here: this is called in every forward call
+            proved, read = EFFORT.unpack_from(answers, len(answers) - EFFORT.size)
+            cell.certified_misses += proved
+            cell.rechecks += read
+        elif answers is None:
             cell.without_effort = True
-        else:
-            cell.certified_misses += effort[0]
-            cell.rechecks += effort[1]
 
     def _take_cell(self) -> _Cell:
         try:

@@ -1,4 +1,4 @@
-"""Sequences that are computed over several forward calls: `generate`, and loops of one's own.
+"""Sequences over several forward calls: `generate`, and decoding loops of one's own.
 
 The prompt's end is looked up once, in the call that computes it, and what was found is held until
 the sequence ends. `generate` is wrapped on the model instance, so that it names the prompt's end
@@ -15,14 +15,14 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from grace_fast.hook.answers import Answer
+from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.positions import CACHES, Call, last_unmasked
 
 OTHERS = 8  # sequences beside those of one `generate` that are held at once
@@ -53,7 +53,7 @@ class Generation:
     """Sequences in progress: where their prompts end, and what was decided there."""
 
     positions: Tensor | None = None  # [B], counted from the first token of the row
-    answer: Answer | None = None
+    answer: LookupAnswer | None = None
     is_draft: bool = False  # an assistant's, whose calls continue those of an earlier `generate`
     prompt: Tensor | None = None  # [B, T] or [B, T, E], where it is known before the first call
     tokens: Tensor | None = None  # [B, T] or [B, T, E], of the first call
@@ -173,18 +173,11 @@ def cache_of(result: Any) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
-class Listener(Protocol):
-    """An adaptor that is told when its model generates."""
-
-    def generating(self, call: Call, is_draft: bool) -> AbstractContextManager[None]:
-        """Hold what the prompts find until the end of one `generate`."""
+class _Listeners(list[Any]):
+    """The adaptors of a model, which hold what prompts find: `adaptor.generating`."""
 
 
-class _Listeners(list[Listener]):
-    """The adaptors of a model."""
-
-
-def listen(model: nn.Module, listener: Listener) -> None:
+def listen(model: nn.Module, adaptor: Any) -> None:
     """Tell an adaptor when a model generates."""
     generate: Callable[..., Any] | None = getattr(model, "generate", None)
     if generate is None:
@@ -193,16 +186,16 @@ def listen(model: nn.Module, listener: Listener) -> None:
     if listeners is None:
         listeners = _Listeners()
         model.__dict__["generate"] = _announcing(model, generate, listeners)
-    listeners.append(listener)
+    listeners.append(adaptor)
 
 
-def stop_listening(model: nn.Module, listener: Listener) -> None:
+def stop_listening(model: nn.Module, adaptor: Any) -> None:
     """Take an adaptor off; with the last one `generate` is the model's own again."""
     wrapper = model.__dict__.get("generate")
     listeners: _Listeners | None = getattr(wrapper, "grace_listeners", None)
     if listeners is None:
         return
-    listeners[:] = [other for other in listeners if other is not listener]
+    listeners[:] = [other for other in listeners if other is not adaptor]
     if not listeners:
         del model.__dict__["generate"]
 

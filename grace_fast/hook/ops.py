@@ -1,4 +1,4 @@
-"""The hooks of an adaptor as ops of compiled graphs: `grace_fast::enter` and `grace_fast::adapt`.
+"""The ops of compiled graphs: `grace_fast::enter` tells of a call, `grace_fast::adapt` is the hook.
 
 The ops take the adaptor as an integer and everything else as tensors. What a call has to ask is
 looked at when it runs, so edits, growth, `generate` and the names that are in use change neither
@@ -12,44 +12,27 @@ from __future__ import annotations
 
 import secrets
 import weakref
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from grace_fast.hook import calls, generation, positions
+from grace_fast.hook.calls import Entered, Frame
 from grace_fast.hook.positions import Call
+from grace_fast.hook.reading import Reader
 
 
-class Responder(Protocol):
-    """What the ops ask at run time."""
-
-    def enter(self, call: Call | None) -> None:
-        """Take a forward call as this thread's, until there is another or none."""
-
-    def respond(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the layer's output with values and what was replaced, or None."""
+class _Told(Entered):
+    """A call that a graph tells of; where that is broken off it may outlive its adaptor."""
 
 
-_responders: weakref.WeakValueDictionary[int, Responder] = weakref.WeakValueDictionary()
+_responders: weakref.WeakValueDictionary[int, GraphCalls] = weakref.WeakValueDictionary()
 _forgotten: set[int] = set()
 
 
-def register(responder: Responder) -> int:
-    """Return the number by which graphs name an adaptor.
-
-    It is drawn from the system, so that a graph exported by another process finds no other's.
-    """
-    number = secrets.randbits(62)
-    _responders[number] = responder
-    return number
-
-
-def forget(number: int) -> None:
-    """Let graphs that name an adaptor leave the output as it is."""
-    _forgotten.add(number)
-
-
-def _responder(number: int) -> Responder | None:
+def _responder(number: int) -> GraphCalls | None:
     if number in _forgotten:
         return None
     found = _responders.get(number)
@@ -61,20 +44,67 @@ def _responder(number: int) -> Responder | None:
     return found
 
 
-def entered(call: Call, number: int) -> Tensor:
-    """Tell the adaptor of a forward call, by the op; return what `adapted` takes for its order."""
-    length = call.cached if isinstance(call.cached, Tensor) else None
-    count = 0 if isinstance(call.cached, Tensor) else call.cached
-    tokens = None if call.tokens is None else call.tokens.detach()
-    tensors = (tokens, call.mask, call.labels, call.position_ids, call.bounds, length)
-    order: Tensor = torch.ops.grace_fast.enter(*tensors, count, call.is_packable, number)
-    return order
+class GraphCalls:
+    """The graphs that ask one adaptor: of the whole model, or of a module within it."""
 
+    def __init__(self, reader: Reader) -> None:
+        self.adaptor, self._reader = reader.adaptor, reader
+        self._order: Tensor | None = None  # of the ops in the graph that is being made
+        # By depth, as the ops name them. Drawn from the system, so that a graph exported by another
+        # process finds no other's.
+        self.numbers = [secrets.randbits(62) for _ in range(2)]
+        _responders.update(dict.fromkeys(self.numbers, self))
 
-def adapted(hidden: Tensor, output: Tensor, order: Tensor | None, number: int) -> Tensor:
-    """Return the layer's output with values, by the op."""
-    written: Tensor = torch.ops.grace_fast.adapt(output, hidden, order, number)[0]
-    return written
+    def forget(self) -> None:
+        """Let graphs leave the output as it is."""
+        _forgotten.update(self.numbers)
+
+    def enter(self, call: Call | None, number: int) -> None:
+        """Take a forward call that a graph tells of as this thread's, until it tells of none."""
+        depth, stack = self.numbers.index(number), calls.in_progress.stack
+        # A graph that was broken off has not told of none; one around this goes on.
+        while stack and isinstance(stack[-1], _Told):
+            known = stack[-1].depths
+            if known and known.get(self.adaptor, -1) < depth:
+                break
+            stack.pop()
+            if call is None:
+                return
+        if call is None:
+            return
+        outer, source = self._reader.frame() if depth else None, generation.UNTOLD
+        if outer is None:
+            self.adaptor.look_after_layer()
+        else:
+            call, source = positions.within(outer.call, call), outer.source
+        told = _Told()
+        told.depths, told.frames = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()
+        told.depths[self.adaptor], told.arguments = depth, {}
+        told.frames[self.adaptor] = Frame(call, source, depth, None)
+        stack.append(told)
+
+    def is_traced(self) -> bool:
+        """Tell whether the call that is being compiled has been told already."""
+        return self._order is not None
+
+    def trace(self, arguments: Mapping[str, Any], depth: int) -> None:
+        """Tell of a call by the op, whose result `adapted` takes for its order."""
+        call, number = self._reader.read(arguments), self.numbers[min(depth, 1)]
+        length = call.cached if isinstance(call.cached, Tensor) else None
+        count = 0 if isinstance(call.cached, Tensor) else call.cached
+        tokens = None if call.tokens is None else call.tokens.detach()
+        tensors = (tokens, call.mask, call.labels, call.position_ids, call.bounds, length)
+        self._order = torch.ops.grace_fast.enter(*tensors, count, call.is_packable, number)
+
+    def end_trace(self) -> None:
+        """Let what is compiled next be another call."""
+        self._order = None
+
+    def adapted(self, hidden: Tensor, output: Tensor) -> Tensor:
+        """Return the layer's output with values, by the op."""
+        number = self.numbers[0]
+        written: Tensor = torch.ops.grace_fast.adapt(output, hidden, self._order, number)[0]
+        return written
 
 
 # What the ops decide is decided anew at each run: a CUDA graph would repeat the first.
@@ -101,7 +131,8 @@ def enter(
         others = (mask, labels, position_ids, bounds, cached_length)
         kept = [None if one is None else one.clone() for one in others]
         length = cached if kept[4] is None else kept[4]
-        responder.enter(Call(tokens, kept[0], kept[1], kept[2], kept[3], length, is_packable))
+        call = Call(tokens, kept[0], kept[1], kept[2], kept[3], length, is_packable)
+        responder.enter(call, adapter)
     return torch.empty(0, dtype=torch.int64, device="cpu")
 
 
@@ -119,9 +150,9 @@ def adapt(
     order: what `enter` returned; None where the call is known from elsewhere, or not at all.
     """
     responder = _responder(adapter)
-    answer = None if responder is None else responder.respond(hidden, output)
+    answer = None if responder is None else responder.adaptor.respond(hidden, output)
     if responder is not None and order is not None:
-        responder.enter(None)
+        responder.enter(None, adapter)
     if answer is None:
         untouched = torch.zeros(output.shape[:-1], dtype=torch.bool, device=output.device)
         return output.clone(memory_format=torch.contiguous_format), untouched

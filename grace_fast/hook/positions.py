@@ -44,13 +44,20 @@ class Call(NamedTuple):
     is_packable: bool = False  # no mask of any kind keeps the tokens of a row together
 
 
-def read(arguments: Mapping[str, Any], decoder_only: bool) -> Call:
-    """Return what the arguments of a forward call say of its tokens."""
+def read(
+    arguments: Mapping[str, Any], decoder_only: bool, in_cache: int | Tensor | None = None
+) -> Call:
+    """Return what the arguments of a forward call say of its tokens.
+
+    in_cache: what `cached` said as the call began, where layers may have run since.
+    """
+    if in_cache is None:
+        in_cache = cached(arguments)
     tokens = arguments.get("input_ids")
     if tokens is None:
         tokens = arguments.get("inputs_embeds")
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
-        return Call(cached=_cached(arguments))
+        return Call(cached=in_cache)
     mask, ids = arguments.get("attention_mask"), arguments.get("position_ids")
     labels, bounds = arguments.get("labels"), arguments.get("cu_seq_lens_q")
     length = tokens.shape[1]
@@ -65,7 +72,7 @@ def read(arguments: Mapping[str, Any], decoder_only: bool) -> Call:
         labels,
         ids,
         bounds if isinstance(bounds, Tensor) else None,
-        _cached(arguments),
+        in_cache,
         mask is None or isinstance(bounds, Tensor),
     )
 
@@ -98,7 +105,8 @@ def within(outer: Call, inner: Call) -> Call:
     return inner._replace(labels=torch.cat([before, labels], dim=1))
 
 
-def _cached(arguments: Mapping[str, Any]) -> int | Tensor:
+def cached(arguments: Mapping[str, Any]) -> int | Tensor:
+    """Return how many tokens are in the cache that a call is given, or UNCOUNTED."""
     for name in CACHES:
         cache: Any = arguments.get(name)
         if cache is not None:
@@ -280,3 +288,8 @@ def refuse_hidden_padding(call: Call, padding: Padding) -> None:
             "no attention_mask, so the end of its prompt is unknown; give the attention_mask, or "
             "pad on the left"
         )
+
+
+def vectors_at(tensor: Tensor, where: Tensor) -> Tensor:
+    """Return the tokens of a tensor [B, T, width] at one position a row, [B, width]."""
+    return tensor[torch.arange(len(tensor), device=tensor.device), where.to(tensor.device)]

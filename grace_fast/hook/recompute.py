@@ -1,4 +1,4 @@
-"""What a layer in training asked, for a checkpoint that runs it again in the backward pass.
+"""Recomputation cache: what a layer in training asked, for checkpoints that run it again.
 
 There the model's own call is over, so nothing says where the prompts end; and an edit may have come
 between. The layer is recognised by its input, and writes what it wrote before.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from grace_fast.hook.answers import Answer
+from grace_fast.hook.answers import LookupAnswer
 
 REMEMBERED = 64  # forward passes, of which a few come before their backward pass
 
@@ -27,7 +27,7 @@ def is_in_backward() -> bool:
 class _Asked:
     queries: Tensor  # [Q, D]
     position: Tensor  # [Q], in this call; among all its tokens where the answer has an owner
-    answer: Answer
+    answer: LookupAnswer
 
     def difference(self, hidden: Tensor) -> float:
         """Return how far a layer's input [B, T, D] is from asking this, relative to the queries."""
@@ -43,16 +43,16 @@ class _Asked:
 
 
 @dataclass
-class Memory:
+class RecomputeCache:
     """The last look-ups of a layer in training."""
 
     asked: deque[_Asked] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
-    def keep(self, queries: Tensor, position: Tensor, answer: Answer) -> None:
+    def keep(self, queries: Tensor, position: Tensor, answer: LookupAnswer) -> None:
         """Remember queries [Q, D], where they were taken [Q], and what they found."""
         self.asked.append(_Asked(queries.clone(), position, answer))
 
-    def recall(self, hidden: Tensor) -> Answer:
+    def recall(self, hidden: Tensor) -> LookupAnswer:
         """Return what was found when the layer ran forward on this input [B, T, D].
 
         Raises: RuntimeError where it did not, as far as is known.

@@ -1,4 +1,4 @@
-"""What stands around a layer: the model under its wrappers, and where the layer computes."""
+"""Wrappers around a layer: the model inside them, and the device where the layer computes."""
 
 from __future__ import annotations
 
@@ -101,12 +101,17 @@ def stack_of(model: nn.Module, layer: nn.Module) -> tuple[nn.Module, bool]:
     for module in [model, *_around(model, layer)]:
         if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
             continue
-        find_encoder: Any = getattr(module, "get_encoder", None)
-        encoder = None if find_encoder is None else find_encoder()
-        if isinstance(encoder, nn.Module) and any(one is layer for one in encoder.modules()):
-            return encoder, False
-        return model, True
+        encoder = half_around(module, "get_encoder", layer)
+        return (model, True) if encoder is None else (encoder, False)
     return model, False
+
+
+def half_around(model: nn.Module, get: str, layer: nn.Module) -> nn.Module | None:
+    """Return a model's encoder or decoder, by its method's name; None if the layer is not in it."""
+    find: Any = getattr(model, get, None)
+    half = None if find is None else find()
+    is_around = isinstance(half, nn.Module) and any(one is layer for one in half.modules())
+    return half if is_around else None
 
 
 def _around(outermost: nn.Module, layer: nn.Module) -> list[nn.Module]:
@@ -153,7 +158,7 @@ def stacks_of(outermost: nn.Module, layer: nn.Module) -> list[nn.Module]:
     return [outermost, *filter(names_tokens, _around(outermost, layer))]
 
 
-def place(layer: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+def layer_device_dtype(layer: nn.Module) -> tuple[torch.device, torch.dtype] | None:
     """Return where a layer computes and in which element type; None where its weights do not say.
 
     Packed weights have no element type of the kind, and offloaded ones are nowhere.
@@ -167,7 +172,7 @@ def place(layer: nn.Module) -> tuple[torch.device, torch.dtype] | None:
 def declared_codebook(layer: nn.Module) -> Codebook | None:
     """Return an empty codebook of what a layer declares; None where the first activation tells."""
     key_dim, value_dim = declared_widths(layer)
-    placed = place(layer)
+    placed = layer_device_dtype(layer)
     if key_dim is None or value_dim is None or placed is None:
         return None
     return Codebook(key_dim, value_dim, placed[1], placed[0])

@@ -13,7 +13,7 @@ from grace_fast.lookup.backends import cpu
 class Match:
     """The answer of `find` for a batch of queries; a field is made when it is read."""
 
-    __slots__ = ("_answers", "_certified", "_fields", "hits")
+    __slots__ = ("_certified", "_fields", "answers", "hits")
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class Match:
         certified: Tensor | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
-        self._answers = answers
+        self.answers = answers  # as the compiled back end packs them; None of other back ends
         self._certified = certified
         self._fields: dict[torch.dtype, Tensor] | None = None  # those that were read
         if fields is not None:
@@ -33,7 +33,7 @@ class Match:
         if self._fields is None:
             self._fields = {}
         if dtype not in self._fields:
-            self._fields[dtype] = cpu.unpack(self._answers, dtype)
+            self._fields[dtype] = cpu.unpack(self.answers, dtype)
         return self._fields[dtype]
 
     @property
@@ -64,7 +64,7 @@ class Match:
     @property
     def effort(self) -> tuple[int, int] | None:
         """Misses proved without reading a key, and keys read; None where a back end is silent."""
-        return None if self._answers is None else cpu.effort(self._answers)
+        return None if self.answers is None else cpu.effort(self.answers)
 
     def __repr__(self) -> str:
         return f"Match(hit={self.hit}, row={self.row}, distance={self.distance})"

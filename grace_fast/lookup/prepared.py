@@ -34,13 +34,12 @@ _numbers = itertools.count(1)
 class Prepared:
     """`find` for one codebook; made by `prepare`, sees every later edit."""
 
-    __slots__ = ("_book", "_certificate", "_handle", "_snapshot", "_view")
+    __slots__ = ("_book", "_handle", "_made")
 
     def __init__(self, codebook: Codebook) -> None:
         self._book = codebook
-        self._snapshot: Snapshot | None = None
-        self._view: View | None = None
-        self._certificate: Certificate | None = None
+        # One attribute, read at once: another thread may be renewing it.
+        self._made: tuple[Snapshot | None, View | None, Certificate | None] = (None, None, None)
         self._handle = next(_numbers)
         _books[self._handle] = codebook
 
@@ -49,11 +48,9 @@ class Prepared:
         if is_dynamo_compiling():
             return self._registered(queries)
         # Plain attributes: with empty caches a Python call takes as long as the look-up's proof.
-        view = self._view
-        if (
-            view is None
-            or self._book.current is not self._snapshot
-            or self._certificate.current is not view.made_from  # type: ignore[union-attr]
+        snapshot, view, known = self._made
+        if self._book.current is not snapshot or (
+            view is not None and known.current is not view.made_from  # type: ignore[union-attr]
         ):
             view = self._renew()
         answer = None if view is None else view.version.ask(queries)
@@ -82,18 +79,17 @@ class Prepared:
         return Match(None, fields=torch.ops.grace_fast.find(queries, self._handle))
 
     def _renew(self) -> View | None:
-        self._snapshot = snapshot = self._book.snapshot()
-        self._certificate = certificate.of(snapshot)
-        self._view = cpu.view_of(snapshot)
-        return self._view
+        snapshot = self._book.snapshot()
+        view = cpu.view_of(snapshot)
+        self._made = (snapshot, view, certificate.of(snapshot))
+        return view
 
     def settle(self) -> None:
         """Wait for what is computed from the keys that are there."""
         self._renew()
-        if self._certificate is not None and self._snapshot is not None:
-            with self._certificate.held(self._snapshot):  # starts what has to be made
-                pass
-            self._certificate.settle()
+        snapshot, _, known = self._made
+        if known is not None and snapshot is not None:
+            known.build(snapshot)
 
 
 def prepare(

@@ -12,6 +12,7 @@ from models import FAMILIES
 
 import grace_fast as gf
 from grace_fast.editor import session as editor
+from grace_fast.hook.training_override import TrainingOverride
 
 FAMILY = FAMILIES["gpt2"]
 PATIENCE = 60  # seconds after which a test gives up on a thread
@@ -121,7 +122,8 @@ def test_who_asks_while_a_value_is_trained_gets_what_is_published_and_never_that
     in_training, asked_enough = threading.Event(), threading.Event()
 
     def stop_in_the_midst(module, args, output):
-        if threading.current_thread() is trainer and grace._adapter._run.trial is not None:
+        is_trying = grace._adapter._modes.newest(TrainingOverride) is not None
+        if threading.current_thread() is trainer and is_trying:
             in_training.set()
             assert asked_enough.wait(PATIENCE)
 

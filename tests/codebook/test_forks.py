@@ -307,11 +307,11 @@ def test_a_child_computes_what_a_thread_was_computing_that_it_has_not(monkeypatc
 
 
 def test_a_lock_of_an_adaptor_that_looks_for_its_layer_is_free_in_the_child():
-    adapter = golden.editor()._adapter
-    with another_thread(adapter._settling):
+    attachment = golden.editor()._adapter.attachment
+    with another_thread(attachment._settling):
 
         def work():
-            with adapter._settling:
+            with attachment._settling:
                 pass
 
         assert forked(work) == 0
@@ -395,7 +395,7 @@ def test_what_other_threads_took_out_of_a_model_is_back_in_the_child(short_wait)
     def work():
         assert model.training
         assert all(one.requires_grad for one in model.parameters())
-        assert not grace._adapter._disabled
+        assert not grace._adapter._modes.disabled
         assert not compile._wanted
         grace.edit(batch_of(1))
 
@@ -409,7 +409,9 @@ def test_what_other_threads_took_out_of_a_model_is_back_in_the_child(short_wait)
         assert not model.training
         assert forked(work) == 0
         with training.frozen(model), grace.disable_adapter():  # what is its own stays so
-            assert forked(lambda: _require(not model.training and grace._adapter._disabled)) == 0
+            assert (
+                forked(lambda: _require(not model.training and grace._adapter._modes.disabled)) == 0
+            )
         assert not model.training
 
 

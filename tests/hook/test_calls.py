@@ -23,7 +23,7 @@ from transformers import (
 )
 
 import grace_fast as gf
-from grace_fast.hook import positions
+from grace_fast.hook import calls, positions
 
 MODES = ("replace_all", "replace_last", "replace_prompt")
 EDITED, OTHER = models.prompts(2, shortest=6, longest=6)
@@ -292,7 +292,7 @@ def test_rows_that_become_several_on_one_cache_share_their_decision(replacement)
 
 
 def test_a_call_that_is_broken_off_leaves_nothing():
-    model, grace = attached(known=[SHORT])
+    model, _ = attached(known=[SHORT])
     batch = padded(FAMILIES["llama"])
     with torch.no_grad():
         expected = model.model(**batch).last_hidden_state
@@ -304,7 +304,7 @@ def test_a_call_that_is_broken_off_leaves_nothing():
         model(torch.tensor([EDITED]), labels=torch.tensor([EDITED]))
     with torch.no_grad():
         assert torch.equal(model.model(**batch).last_hidden_state, expected)
-    assert grace._adapter._run.frame is None
+    assert not calls.in_progress.stack
 
 
 def test_a_replica_runs_its_own_modules():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import models
 import pytest
 import torch
+import torch.utils.checkpoint
 from models import FAMILIES
 from transformers import CompileConfig, DynamicCache
 
@@ -256,14 +257,14 @@ def asked_op(dtype=torch.float32, replacement="replace_prompt"):
     grace = gf.attach(layer, "0", replacement=replacement, iterations=0)
     hidden = torch.randn(2, 5, 4)
     grace.codebook.append(hidden[:1, -1], torch.ones(1, 3), torch.ones(1) * 0.1)
-    arguments = (hidden.to(dtype), None, grace._adapter._number)
+    arguments = (hidden.to(dtype), None, grace._adapter.graphs.numbers[0])
     return grace, arguments, torch.randn(2, 5, 3, dtype=dtype)
 
 
 def test_the_ops_keep_their_schema():
     grace, arguments, output = asked_op()
     ids = torch.zeros(2, 5, dtype=torch.long)
-    call = (ids, ids, None, ids, None, None, 0, False, grace._adapter._number)
+    call = (ids, ids, None, ids, None, None, 0, False, grace._adapter.graphs.numbers[0])
     torch.library.opcheck(torch.ops.grace_fast.enter, call)
     torch.library.opcheck(torch.ops.grace_fast.adapt, (output, *arguments))
     torch.library.opcheck(torch.ops.grace_fast.adapt, (output.requires_grad_(), *arguments))
@@ -400,9 +401,34 @@ def test_a_checkpoint_of_a_forward_that_was_forgotten_says_so():
     model, grace, batch = in_training(family)
     checkpoint(model)
     loss = model(**batch, use_cache=False).loss
-    grace._adapter._memory.asked.clear()
+    grace._adapter._recomputed.asked.clear()
     with pytest.raises(RuntimeError, match="run forward and backward in turn"):
         loss.backward()
+
+
+def test_as_many_forwards_as_are_remembered_may_come_before_their_backward():
+    """64 of them, whatever comes between; the next one takes the place of the first."""
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    grace = gf.attach(layer, "0", replacement="replace_last", iterations=0)
+    given = torch.randn(66, 1, 1, 4, generator=torch.Generator().manual_seed(0))
+    grace.codebook.append(given[:, 0, 0], torch.full((66, 3), 7.0), torch.full((66,), 1e-3))
+    layer.train()
+
+    def forward(at):
+        hidden = given[at].clone().requires_grad_()
+        return hidden, torch.utils.checkpoint.checkpoint(layer[0], hidden, use_reentrant=False)
+
+    again = [forward(at) for at in range(65)]
+    with pytest.raises(RuntimeError, match="run forward and backward in turn"):
+        again[0][1].sum().backward()
+    again[1][1].sum().backward()
+    run = [forward(at) for at in range(64)]
+    for row in range(65):
+        grace.codebook.remove(row)  # what was found is written again, whatever is found now
+    for at, (hidden, output) in enumerate(run):
+        assert (output == 7).all()
+        output.sum().backward()
+        assert (hidden.grad == 0).all(), at
 
 
 def test_autocast_decides_by_the_activations_that_it_makes():

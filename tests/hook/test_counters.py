@@ -7,6 +7,7 @@ import json
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import models
@@ -21,6 +22,7 @@ from grace_fast.index import certificate
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cpu, graphs
 from grace_fast.lookup.match import Match
+from grace_fast.lookup.prepared import Prepared
 
 WIDTH, KEYS, RADIUS = 64, 4096, 0.5
 
@@ -152,6 +154,9 @@ def test_what_a_back_end_does_not_tell_is_none(grace, monkeypatch):
     ask(grace, hit_by(grace, [0]))
     monkeypatch.setattr(lookup.cpu, "_cpu", None)
     monkeypatch.setattr(lookup.cpu, "ask", lambda queries, snapshot: None)
+    monkeypatch.setattr(lookup.cpu, "view_of", lambda snapshot: None)
+    context = grace._context
+    context.take(grace.codebook, History())  # a prepared call keeps the back end it began with
     dispatch._choose.cache_clear(), dispatch.choose.cache_clear()
     try:
         ask(grace, hit_by(grace, [1, 2]))
@@ -228,13 +233,15 @@ def test_versions_are_those_of_the_codebook():
 # Failing open
 
 
+@contextmanager
 def broken(error):
     """Let every look-up of the compiled back end fail."""
 
     def fail(*_):
         raise error
 
-    return patch.object(lookup.cpu, "ask", fail)
+    with patch.object(lookup.cpu, "ask", fail), patch.object(Prepared, "__call__", fail):
+        yield
 
 
 ERRORS = [

@@ -1,0 +1,213 @@
+"""Forward-call tracking: what the calls in progress were given, of modules whose call names tokens.
+
+`forward` is wrapped on the instance, as `generate` is, so that it is seen whoever calls it: the
+module, a library that calls `model.forward(...)` by name, or the model around it. A call is only
+noted, for the thread that makes it; an adaptor reads it when its layer runs. The outermost call
+says what it is of; one further in says it again where the model around it computes other tokens
+than it was given, or was passed by.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    is_in_torch_dispatch_mode,
+)
+from torch.utils.hooks import RemovableHandle
+
+from grace_fast.hook import compile, positions
+from grace_fast.hook.generation import Generation, Source, cache_of
+from grace_fast.hook.positions import CACHES, Call
+
+Forward = Callable[..., Any]
+
+
+class Frame:
+    """What an adaptor read of a call in progress, and of those around it."""
+
+    __slots__ = ("began", "call", "depth", "sequences", "source")
+
+    def __init__(self, call: Call, source: Source, depth: int, began: Entered | None) -> None:
+        self.call, self.source = call, source
+        self.depth = depth  # of the module that said so; the model itself is outermost, 0
+        self.began = began  # the call, where it is within no other
+        self.sequences: Generation | None = None  # that it was found to be of
+
+    def end(self, entered: Entered, result: Any) -> None:
+        """Note for the sequences of a call what it returned, None where it raised."""
+        if self.sequences is None:
+            return
+        self.sequences.add(cache_of(result))
+        if self.began is entered and self.call.tokens is not None:
+            self.sequences.seen += self.call.tokens.shape[1]
+
+
+class Entered:
+    """A call in progress; made in every call, and without `__init__` in half the time."""
+
+    depths: MutableMapping[Any, int]  # of the module in the models of the adaptors that it concerns
+    arguments: Mapping[str, Any]
+    cached: int | Tensor = 0  # tokens in its cache as it began, or UNCOUNTED
+    frames: MutableMapping[Any, Frame] | None = None  # by adaptor, as far as it was read
+
+
+class _InProgress(threading.local):
+    """The calls of this thread."""
+
+    copy: nn.Module | None = None  # whose hooks before the call have run, its `forward` not yet
+
+    def __init__(self) -> None:
+        self.stack: list[Entered] = []  # outermost first
+
+
+in_progress = _InProgress()
+
+
+def is_recorded() -> bool:
+    """Tell whether what runs is being made into a graph, by a compiler or op by op.
+
+    A mode that only looks on, as a counter of operations does, makes none.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if not is_in_torch_dispatch_mode():
+        return False
+    return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
+
+
+class _Listeners:
+    """The adaptors that a module is wrapped for."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self.adaptors: tuple[tuple[Any, int], ...] = ()  # how deep in each one's model it lies
+        self.depths: dict[Any, int] = {}  # the same; neither is changed itself
+        self.had_its_own = "forward" in vars(module)
+        self.names = tuple(inspect.signature(module.forward).parameters)
+        self._hook: RemovableHandle | None = None
+
+    def add(self, adaptor: Any, depth: int) -> None:
+        """Take one more; look at the module's calls, too, before its `forward` runs."""
+        self._set((*self.adaptors, (adaptor, depth)))
+        if self._hook is None:
+            self._hook = self._module.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def discard(self, adaptor: Any) -> None:
+        """Take one away; without any, look no more."""
+        self._set(tuple(pair for pair in self.adaptors if pair[0] is not adaptor))
+        if not self.adaptors and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _set(self, adaptors: tuple[tuple[Any, int], ...]) -> None:
+        self.adaptors, self.depths = adaptors, dict(adaptors)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is not self._module:
+            in_progress.copy = module
+        elif torch.compiler.is_compiling():
+            for one, depth in self.adaptors:
+                if depth == 0:
+                    one.graphs.trace({**dict(zip(self.names, args, strict=False)), **kwargs}, depth)
+
+
+def listen(module: nn.Module, adaptor: Any, depth: int) -> None:
+    """Note every call of a module that lies so deep in an adaptor's model, 0 outermost."""
+    forward: Forward = module.forward
+    listeners: _Listeners | None = getattr(forward, "grace_adaptors", None)
+    if listeners is None:
+        listeners = _Listeners(module)
+        module.__dict__["forward"] = _announcing(forward, listeners)
+    listeners.add(adaptor, depth)
+
+
+def stop_listening(module: nn.Module, adaptor: Any) -> None:
+    """Take an adaptor off; with the last one `forward` is the module's own again."""
+    wrapper = vars(module).get("forward")
+    listeners: _Listeners | None = getattr(wrapper, "grace_adaptors", None)
+    if wrapper is None or listeners is None:
+        return
+    listeners.discard(adaptor)
+    if listeners.adaptors or wrapper.grace_wrapper is not wrapper:
+        return  # another library has wrapped it since: it passes calls on
+    if listeners.had_its_own:
+        module.__dict__["forward"] = wrapper.grace_original
+    else:
+        del module.__dict__["forward"]
+
+
+def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
+    @functools.wraps(forward)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # Every call of the model comes through here: what is usual calls no function of ours.
+        arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
+        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and is_recorded()):
+            return _traced(forward, args, kwargs, arguments, listeners)
+        if not compile.sees_hooks and "torch._dynamo" in sys.modules:
+            compile.see_hooks()
+        run = forward
+        if in_progress.copy is not None:  # a replica has the attributes of its original, this too
+            run, in_progress.copy = _of(in_progress.copy, forward), None
+        stack = in_progress.stack
+        for one, depth in listeners.adaptors:
+            if depth == 0 or not stack or one not in stack[-1].depths:
+                for modules, name, module in one.attachment.seat.steps:
+                    if modules.get(name) is not module:
+                        one.look_after_layer()
+                        break
+        at, entered, result = len(stack), Entered(), None
+        entered.depths, entered.arguments = listeners.depths, arguments
+        for name in CACHES:
+            if arguments.get(name) is not None:
+                entered.cached = positions.cached(arguments)
+                break
+        stack.append(entered)
+        try:
+            result = run(*args, **kwargs)
+        finally:
+            del stack[at:]
+            if entered.frames is not None:
+                for frame in entered.frames.values():
+                    frame.end(entered, result)
+        return result
+
+    wrapper.grace_adaptors = listeners  # type: ignore[attr-defined]
+    wrapper.grace_original = forward  # type: ignore[attr-defined]
+    wrapper.grace_wrapper = wrapper  # type: ignore[attr-defined]  # who wraps it takes this along
+    return wrapper
+
+
+def _traced(
+    forward: Forward,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    arguments: Mapping[str, Any],
+    listeners: _Listeners,
+) -> Any:
+    told = [one for one, depth in listeners.adaptors if depth == 0 or not one.graphs.is_traced()]
+    for one, depth in listeners.adaptors:
+        if not one.graphs.is_traced():
+            one.graphs.trace(arguments, depth)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        for one in told:
+            one.graphs.end_trace()
+
+
+def _of(module: nn.Module, forward: Forward) -> Forward:
+    """Return a module's own `forward`, where it is a copy of the one that was wrapped."""
+    own: Any = getattr(forward, "__func__", None)
+    if own is None or own is not type(module).forward:
+        return forward
+    bound: Forward = own.__get__(module)
+    return bound
