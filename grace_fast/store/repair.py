@@ -28,12 +28,21 @@ from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile, open_regular
 from grace_fast.edits.edits import History
 from grace_fast.store import columns as layout
 from grace_fast.store import files, history_columns, saved, side_files
+from grace_fast.store.checks import check_radii
 from grace_fast.store.damaged_rows import Given
 from grace_fast.store.durable import LOCK, Lock, journal_place
 from grace_fast.store.journal import Entry, Journal
 from grace_fast.store.large import resident
 from grace_fast.store.records import redo
-from grace_fast.store.salvage import HISTORY, Dropped, Story, Unsound, mend_rows, without_odd_slots
+from grace_fast.store.salvage import (
+    HISTORY,
+    CorruptSlots,
+    Dropped,
+    SalvagedHistory,
+    Untrusted,
+    mend_rows,
+    without_corrupt_slots,
+)
 
 _HOST = torch.device("cpu")
 _MOST_LISTED = 100_000  # versions; who makes a journal can say that it had any number
@@ -172,8 +181,8 @@ def _read_columns(folder: Path, described: Any, report: Repaired) -> tuple[dict[
     return columns, not history
 
 
-def _list_rows(unsound: Unsound, keep_rows: bool, live: Tensor) -> list[Dropped]:
-    gone = unsound.gone(keep_rows)
+def _list_rows(untrusted: Untrusted, keep_rows: bool, live: Tensor) -> list[Dropped]:
+    gone = untrusted.gone(keep_rows)
     return [Dropped("row", row, why) for row, why in sorted(gone.items()) if bool(live[row])]
 
 
@@ -213,7 +222,7 @@ class _Bare:
         folder, config, report = damaged.folder, damaged.config, damaged.report
         self._folder, self._key, self._report = folder, damaged.hmac_key, report
         found, _ = _read_columns(folder, config.get("tensors"), report)
-        columns = layout.with_the_usual(found)
+        columns = layout.fill_defaults(found)
         _require_like(columns, _row_columns())
         self._given = {
             name: Given(*files.described_rows(folder, config, name, columns), name)
@@ -223,12 +232,10 @@ class _Bare:
         for name, rows in self._odd.items():
             if bool(rows.any()):
                 report.made_again.append(f"the {name}, with zeros in the place of what was changed")
-        unsound, live = Unsound(), columns["rows.live"]
-        columns = mend_rows(
-            columns, self._odd["keys"], self._odd["values"], damaged.max_radius, unsound
-        )
-        report.dropped += _list_rows(unsound, True, live)
-        self._columns = columns | {"rows.live": _without(live, unsound.numbers)}
+        untrusted, live = Untrusted(), columns["rows.live"]
+        columns = mend_rows(columns, CorruptSlots(**self._odd), damaged.max_radius, untrusted)
+        report.dropped += _list_rows(untrusted, True, live)
+        self._columns = columns | {"rows.live": _without(live, untrusted.numbers)}
 
     def write(self) -> None:
         """Write keys and values anew where they must be, and the codes, and let them be it."""
@@ -266,7 +273,7 @@ class _Edited:
         self._saved = saved.read_saved(folder, self._key, damaged.max_radius)
         self._max_radius = self._saved.settings.max_radius
         self._keep_rows, self._report = damaged.keep_rows, report
-        self._unsound = Unsound()
+        self._untrusted = Untrusted()
         columns, is_told = _read_columns(folder, config.get("tensors"), report)
         has_journal = config.get("journal") is not None
         fits = not report.dropped and is_told and self._fits(columns)
@@ -283,7 +290,7 @@ class _Edited:
 
     def _fits(self, columns: Mapping[str, Tensor]) -> bool:
         try:
-            layout.check_radii(columns, self._max_radius)
+            check_radii(columns, self._max_radius)
             self._unpacked(columns)
         except CodebookCorrupt:
             return False
@@ -301,14 +308,15 @@ class _Edited:
         that may take these back.
         """
         _require_like(columns, _row_columns())
-        odd = {}
+        found = {}
         for name in files.MAPPED:
             slots = columns.get(name)
             if slots is None or slots.ndim != 2 or slots.dtype not in files.DTYPES.values():
                 raise CodebookCorrupt(f"{name} must be a matrix of numbers", field=name)
-            columns[name], odd[name] = without_odd_slots(slots)
-        unsound, live = self._unsound, columns["rows.live"]
-        mended = mend_rows(columns, odd["keys"], odd["values"], self._max_radius, unsound)
+            columns[name], found[name] = without_corrupt_slots(slots)
+        corrupt = CorruptSlots(**found)
+        untrusted, live = self._untrusted, columns["rows.live"]
+        mended = mend_rows(columns, corrupt, self._max_radius, untrusted)
         snapshot = layout.unpack_codebook(mended, _HOST).snapshot()
         empty = history_columns.pack_history(History(), snapshot)
         try:
@@ -318,15 +326,15 @@ class _Edited:
         except CodebookCorrupt as error:
             mended |= empty
             why = f"nothing tells what it is owed to: {error}"
-            unsound.untold |= dict.fromkeys(live.nonzero()[:, 0].tolist(), why)
+            untrusted.unexplained |= dict.fromkeys(live.nonzero()[:, 0].tolist(), why)
             self._report.dropped.append(Dropped("edit", None, f"all of them: {error}"))
-        story = Story(mended, odd["keys"], odd["values"], self._max_radius, unsound)
-        out = unsound.untold | (unsound.numbers if drops else {})
-        mended, edits = story.without(out.keys())
-        gone = unsound.gone(self._keep_rows)
-        self._report.dropped += _list_rows(unsound, self._keep_rows, live) if drops else []
+        history = SalvagedHistory(mended, corrupt, self._max_radius, untrusted)
+        out = untrusted.unexplained | (untrusted.numbers if drops else {})
+        mended, edits = history.without(out.keys())
+        gone = untrusted.gone(self._keep_rows)
+        self._report.dropped += _list_rows(untrusted, self._keep_rows, live) if drops else []
         self._report.dropped += [Dropped("edit", edit, why) for edit, why in edits]
-        silent = {row: why for row, why in gone.items() if drops or row in unsound.untold}
+        silent = {row: why for row, why in gone.items() if drops or row in untrusted.unexplained}
         numbers = mended["edits.id"].tolist() + mended["events.edit"].tolist()
         next_id = 1 + max(numbers, default=-1)
         self._config["next_id"] = max(int(self._config["next_id"]), next_id)
@@ -371,7 +379,7 @@ class _Edited:
         """Drop from the newest version, once it is reached, what cannot be trusted."""
         snapshot = self._book.snapshot()
         try:
-            if self._unsound.numbers:
+            if self._untrusted.numbers:
                 raise CodebookCorrupt("rows of its base cannot be trusted")
             history_columns.check_replayed(snapshot, self._history, self._max_radius)
         except CodebookCorrupt:
@@ -395,7 +403,7 @@ class _Edited:
         if not self._is_folded:
             self._write_journal()
             return
-        gone = self._unsound.gone(self._keep_rows)
+        gone = self._untrusted.gone(self._keep_rows)
         hits = {str(row): n for row, n in self._saved.hits.items() if row not in gone}
         snapshot = self._book.snapshot()
         described = self._saved.described | {"hits": hits, "version": snapshot.version}

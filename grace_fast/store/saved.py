@@ -15,6 +15,7 @@ from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.edits.edits import History
 from grace_fast.edits.settings import Settings
 from grace_fast.store import columns, files, history_columns
+from grace_fast.store.checks import check_radii
 from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
 from grace_fast.store.journal import Journal
 
@@ -62,7 +63,7 @@ class Saved:
     ) -> tuple[Codebook, History, Journal | None]:
         """Return the same and the journal, to go on from there; None where there is none."""
         tensors = files.read_tensors(self.path, self.config)
-        columns.check_radii(tensors, self.settings.max_radius)
+        check_radii(tensors, self.settings.max_radius)
         book = columns.unpack_codebook(tensors, torch.device(device), self.base)
         texts, next_id = self.config["texts"], int(self.config["next_id"])
         history = history_columns.unpack_history(tensors, book.snapshot(), texts, next_id)

@@ -19,6 +19,7 @@ from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.codebook.mapped import MappedFile
 from grace_fast.index import certificate
 from grace_fast.store import columns, files
+from grace_fast.store.checks import check_radii
 from grace_fast.store.durable import Lock
 from grace_fast.store.large.index_file import pack_state, unpack_state
 from grace_fast.store.row_file import RowWriter, Written
@@ -126,7 +127,7 @@ def publish(
 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
-    rows = columns.drop_the_usual(columns.pack_rows(snapshot))
+    rows = columns.omit_defaults(columns.pack_rows(snapshot))
     checks = {f"{name}.blocks": each.checks for name, each in written.items()}
     mapped = {
         name: {
@@ -179,17 +180,17 @@ def _open(path: Path, verify: bool, hmac_key: bytes | None, max_radius: float | 
         if config.get("journal") is not None:
             return read_saved(path, hmac_key, max_radius).codebook()[0]
         tensors = files.read_tensors(path, config)
-        columns.check_radii(tensors, max_radius)
+        check_radii(tensors, max_radius)
         return columns.unpack_codebook(tensors, host)
     tensors = files.read_file(path, config.get("tensors"))
-    columns.check_radii(tensors, max_radius)
+    check_radii(tensors, max_radius)
     keys, values = (files.map_file(path, config, name, tensors) for name in files.MAPPED)
     if keys.shape.dtype != values.shape.dtype:
         raise files.CodebookCorrupt(f"{path}: keys and values must be of one element type")
     if verify:
         for file in (keys, values):
             file.test_all()
-    book = columns.unpack_rows(columns.with_the_usual(tensors), keys, values, host)
+    book = columns.unpack_rows(columns.fill_defaults(tensors), keys, values, host)
     if config.get("codes") is not None:
         snapshot = book.snapshot()
         state = unpack_state(files.read_file(path, config["codes"]), snapshot)

@@ -284,7 +284,7 @@ class _Unfinished:
             for name, each in ((name, written[name]) for name in files.MAPPED)
         )
         radii = torch.from_numpy(np.fromfile(self._place("radii"), np.float32, offset=HEADER_BYTES))
-        tensors = columns.with_the_usual({"rows.radius": radii})
+        tensors = columns.fill_defaults({"rows.radius": radii})
         snapshot = columns.unpack_rows(tensors, keys, values, torch.device("cpu")).snapshot()
         if _native.cpu is None or snapshot.rows < SMALLEST_CODED:
             return snapshot, None
