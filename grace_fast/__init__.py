@@ -24,10 +24,11 @@ from grace_fast.lookup.lookup import (
 )
 from grace_fast.lookup.prepared import Prepared, prepare
 from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
-from grace_fast.store.durable import CodebookLocked, CodebookReadOnly
+from grace_fast.store.durable import CodebookReadOnly
 from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.large.resident import open, save
 from grace_fast.store.large.stream import build
+from grace_fast.store.locks import CodebookLocked
 
 __version__ = "0.1.0"
 

@@ -344,7 +344,7 @@ class Snapshot:
         return row
 
 
-class Ledger(Protocol):
+class Journal(Protocol):
     """What keeps every version of a codebook where it outlives the process."""
 
     def record(self, before: Snapshot, after: Snapshot) -> None:
@@ -616,7 +616,7 @@ class Codebook:
         self._draft: Draft | None = None
         self._derived: dict[str, tuple[Snapshot, Any]] = {}
         self._followers: dict[str, Callable[[Snapshot], None]] = {}
-        self._ledger: Ledger | None = None
+        self._journal: Journal | None = None
         self._current = Snapshot(
             0,
             _Counts(),
@@ -710,9 +710,9 @@ class Codebook:
 
     def _publish(self, published: Snapshot) -> None:
         """Let a version be kept, then followed, then seen; whoever raises refuses it."""
-        ledger = self._ledger
-        if ledger is not None:
-            ledger.record(self._current, published)
+        journal = self._journal
+        if journal is not None:
+            journal.record(self._current, published)
         try:
             for follow in self._followers.values():
                 follow(published)
@@ -725,8 +725,8 @@ class Codebook:
     def _refuse(self, published: Snapshot) -> None:
         """Go back to the version before one that followers have seen."""
         self._go_back_in_followers()
-        if self._ledger is not None:
-            self._ledger.revoke(published)
+        if self._journal is not None:
+            self._journal.revoke(published)
 
     def _go_back_in_followers(self) -> None:
         self._current = replace(self._current, era=self._current.era + 1)
@@ -744,10 +744,10 @@ class Codebook:
         self._label_slots.cut(self._current.counts.labels)
         self._go_back_in_followers()  # they may have seen what is not published here
 
-    def keep(self, ledger: Ledger | None) -> None:
+    def keep(self, journal: Journal | None) -> None:
         """Let every version be recorded before it is published; None to end that."""
         with self._writer:
-            self._ledger = ledger
+            self._journal = journal
 
     @contextmanager
     def sketching(self) -> Iterator[Draft]:

@@ -25,9 +25,9 @@ from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.hook.wrappers import host_of, place, uncompiled
 from grace_fast.semantics import Expand, Replacement, Semantics
-from grace_fast.store import files, manifest
-from grace_fast.store.durable import Lock
-from grace_fast.store.journal import Journal
+from grace_fast.store import atomic, files, manifest
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import Lock
 from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
 
@@ -103,7 +103,7 @@ def attach(
     module; CodebookMismatch for a codebook of another model.
     """
     if path is not None:
-        path = files.absolute(path)
+        path = atomic.absolute(path)
     found, module = find_layer(model, layer)
     _refuse_second(found, module, name)
     if codebook is not None:
@@ -230,7 +230,7 @@ def from_pretrained(
     Raises: FileNotFoundError, CodebookCorrupt, CodebookMismatch saying what differs, ValueError as
     `attach`. The model is as before then.
     """
-    path = files.absolute(path)
+    path = atomic.absolute(path)
     lock = Lock(path) if durable else None
     try:
         opened = files.steadily(path, lambda: _open(model, path, name, max_radius, hmac_key, lock))
@@ -249,7 +249,7 @@ class _Opened:
     module: nn.Module  # the layer
     book: Codebook
     history: History
-    journal: Journal | None
+    journal: JournalFile | None
 
 
 def _open(

@@ -42,19 +42,12 @@ from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Rules
-from grace_fast.store import files, manifest
-from grace_fast.store.durable import (
-    CodebookReadOnly,
-    Difference,
-    Lock,
-    Logged,
-    Store,
-    difference,
-    go_back,
-    replay,
-)
-from grace_fast.store.journal import Journal
+from grace_fast.store import atomic, files, manifest
+from grace_fast.store.durable import CodebookReadOnly, EditableDirectory
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import Lock
 from grace_fast.store.saved import read_saved, write
+from grace_fast.store.versions import Difference, Logged, difference, go_back, replay
 
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
 
@@ -98,10 +91,10 @@ class Grace:
         lock: Lock | None = None,
     ) -> None:
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.path = None if path is None else files.absolute(path)
+        self.path = None if path is None else atomic.absolute(path)
         self._hmac_key = hmac_key
-        self._store: Store | None = None  # where every edit goes before anybody sees it
-        self._reads: Journal | None = None  # what `refresh` takes up, of a reader
+        self._store: EditableDirectory | None = None  # where every edit goes before anybody sees it
+        self._reads: JournalFile | None = None  # what `refresh` takes up, of a reader
         self._is_reader = False
         self._host = host_of(model, settings.layer)
         base = self._host.model
@@ -131,7 +124,7 @@ class Grace:
             virtual=Virtual.of(self._host.called, base),
         )
         if self.path is not None and lock is not None:
-            self._store = Store(self.path, lock, lambda: self._history, hmac_key)
+            self._store = EditableDirectory(self.path, lock, lambda: self._history, hmac_key)
         compile.forget_compiled_code()
         self._adapter.install()
         self._is_attached = True
@@ -311,7 +304,7 @@ class Grace:
 
         return files.steadily(path, read)
 
-    def _journal(self) -> Journal:
+    def _journal(self) -> JournalFile:
         journal = self._reads if self._store is None else self._store.journal
         if journal is None:
             raise ValueError("there are no versions without a directory; attach(..., path=DIR)")
@@ -416,7 +409,7 @@ class Grace:
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
         key = self._hmac_key if hmac_key is None else hmac_key
-        path = files.absolute(path)
+        path = atomic.absolute(path)
         if self._store is not None and self.path is not None and _is_same(self.path, path):
             self.compact()
             return
@@ -738,7 +731,7 @@ class Grace:
                 self._adapter.book = book
             return self._adapter.book
 
-    def begin(self, journal: Journal | None = None) -> None:
+    def begin(self, journal: JournalFile | None = None) -> None:
         """Keep the codebook in its directory from now on, if it has one: go on with a journal."""
         book = self._adapter.book
         if self._store is None or book is None:  # what is not there is made by the first edit
@@ -748,7 +741,7 @@ class Grace:
         else:
             self._store.begin(book, self._writer_of(book))
 
-    def read(self, book: Codebook, history: History, journal: Journal | None) -> None:
+    def read(self, book: Codebook, history: History, journal: JournalFile | None) -> None:
         """Answer from a codebook that others edit."""
         self.take(book, history)
         self._reads, self._is_reader = journal, True

@@ -22,7 +22,7 @@ from grace_fast.codebook.mapped import (
 from grace_fast.store.row_file import RowWriter, Written
 
 
-class Given:
+class DamagedRowFile:
     """A file of rows as a directory has it.
 
     checks: of its blocks, as in `MappedFile`.

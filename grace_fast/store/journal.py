@@ -29,7 +29,8 @@ from grace_fast.codebook import forks
 from grace_fast.codebook.codebook import MAX_COUNTER
 from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
 from grace_fast.store import side_files
-from grace_fast.store.files import ChangedMeanwhile, synchronise
+from grace_fast.store.atomic import synchronise
+from grace_fast.store.files import ChangedMeanwhile
 
 _FORMAT = 1
 _SCHEMA = (
@@ -61,7 +62,7 @@ class Entry:
     checksum: bytes  # [32], of all that and of the row before
 
 
-class Journal:
+class JournalFile:
     """The versions after a base, in one file. One process writes it, any number read it.
 
     name: what tells this journal from another one of the directory; base: the version it begins
@@ -88,7 +89,7 @@ class Journal:
         self._using = threading.RLock()
         self._page_bytes = 0  # where it is written
         self._connection: sqlite3.Connection | None = None
-        forks.guard(self, "_using", mend=Journal._leave_in_child)
+        forks.guard(self, "_using", mend=JournalFile._leave_in_child)
         with self._using:
             self._connection = self._opened(read_only)
         self.version, self.checksum = (base, self._start) if salvage else self._head()
@@ -135,7 +136,7 @@ class Journal:
             self._connection = None
 
     @staticmethod
-    def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> Journal:
+    def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> JournalFile:
         """Make an empty journal and put it on the disk.
 
         Raises: OSError where it cannot be written.
@@ -157,7 +158,7 @@ class Journal:
             raise OSError(f"{path} cannot be written: {error}") from error
         synchronise(path)
         synchronise(path.parent)
-        return Journal(path, name, base, hmac_key)
+        return JournalFile(path, name, base, hmac_key)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:

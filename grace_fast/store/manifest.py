@@ -1,4 +1,4 @@
-"""The manifest of a directory, `grace_config.json`: read strictly, sealed by a checksum, signed.
+"""Manifest of a directory, `grace_config.json`: read strictly, sealed by a checksum, signed.
 
 It carries the checksum of every tensor and block in the directory, and from format 3 on one of
 itself. A checksum tells damage; who means harm computes it anew. Where there is a key, an HMAC over
@@ -22,13 +22,14 @@ from typing import Any
 
 from grace_fast.codebook.codebook import MAX_COUNTER as MAX_COUNTER
 from grace_fast.codebook.codebook import MAX_NUMBER as MAX_NUMBER
-from grace_fast.codebook.mapped import CodebookCorrupt, open_regular
-from grace_fast.store import headers
+from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.store import strict_json
 
 FORMAT = 3
 CONFIG = "grace_config.json"
 MAX_BYTES = 1 << 28  # texts and hits of a million edits fit
 _DEPTH = 8
+_LONGER = "it has {size} bytes, wanted at most {most}"
 _LEAST_KEY_BYTES = 16
 
 
@@ -48,7 +49,7 @@ def seal(config: Mapping[str, Any], hmac_key: bytes | None = None) -> bytes:
             "attach without store_text"
         )
     try:
-        headers.outline(content)
+        strict_json.outline(content)
     except ValueError as error:
         raise ValueError(
             f"{CONFIG} would not be read again: {error}; attach without store_text"
@@ -67,14 +68,11 @@ def read(path: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
     file = Path(path) / CONFIG
     if not os.path.lexists(file):
         raise FileNotFoundError(f"{path} is not a codebook: it has no {CONFIG}")
-    with os.fdopen(open_regular(file), "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size > MAX_BYTES:
-            raise CodebookCorrupt(f"{file} has {size} bytes, wanted at most {MAX_BYTES}")
-        content = opened.read(size)
     try:
         # A model's settings may hold an infinite number; older manifests do.
-        config = headers.parse(content, _DEPTH, constants=True)
+        config = strict_json.read(file, MAX_BYTES, _DEPTH, True, _LONGER)
+    except CodebookCorrupt:
+        raise
     except (ValueError, RecursionError) as error:
         raise CodebookCorrupt(f"{file} is not JSON as it should be: {error}") from error
     if not isinstance(config, dict) or not _is_count(config.get("format")) or not config["format"]:

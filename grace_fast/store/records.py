@@ -29,11 +29,12 @@ from grace_fast.edits.edits import (
     Recorded,
     Step,
 )
-from grace_fast.store import files, headers, manifest, schema
+from grace_fast.store import headers, manifest, schema, strict_json
 from grace_fast.store.checks import Counts, column, not_finite, outside, refuse, row_faults
 from grace_fast.store.columns import pack_labels, unpack_labels
 from grace_fast.store.history_check import faults
 from grace_fast.store.schema import EDITS, EVENTS
+from grace_fast.store.tensor_files import serialised
 
 _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)  # as in `order`
 
@@ -72,7 +73,7 @@ class Version:
             tensors["edits.query"] = torch.stack([each.edit.query for each in edits]).cpu()
         texts = {str(e.edit.id): e.edit.text for e in edits if e.edit.text is not None}
         full = {name: each.contiguous() for name, each in tensors.items() if each.numel()}
-        return files.serialised(full, {"texts": json.dumps(texts)} if texts else None)
+        return serialised(full, {"texts": json.dumps(texts)} if texts else None)
 
 
 def _integers(rows: Sequence[Any]) -> Tensor:
@@ -86,7 +87,7 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
     """
     try:
         tensors, metadata = headers.read(content)
-        texts = headers.parse(metadata.get("texts", "{}").encode(), depth=2)
+        texts = strict_json.parse(metadata.get("texts", "{}").encode(), depth=2)
     except ValueError as error:
         raise CodebookCorrupt(f"a version is no safetensors content: {error}") from error
     if not manifest.are_texts(texts):

@@ -26,13 +26,13 @@ from torch import Tensor
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile, open_regular
 from grace_fast.edits.edits import History
+from grace_fast.store import atomic, files, history_columns, saved, side_files, tensor_files
 from grace_fast.store import columns as layout
-from grace_fast.store import files, history_columns, saved, side_files
 from grace_fast.store.checks import check_radii
-from grace_fast.store.damaged_rows import Given
-from grace_fast.store.durable import LOCK, Lock, journal_place
-from grace_fast.store.journal import Entry, Journal
+from grace_fast.store.damaged_rows import DamagedRowFile
+from grace_fast.store.journal import Entry, JournalFile
 from grace_fast.store.large import resident
+from grace_fast.store.locks import LOCK, Lock
 from grace_fast.store.records import redo
 from grace_fast.store.salvage import (
     HISTORY,
@@ -43,6 +43,7 @@ from grace_fast.store.salvage import (
     mend_rows,
     without_corrupt_slots,
 )
+from grace_fast.store.versions import journal_place
 
 _HOST = torch.device("cpu")
 _MOST_LISTED = 100_000  # versions; who makes a journal can say that it had any number
@@ -81,7 +82,7 @@ def repair(
     where it is edited, ValueError for a signed one without its key, OSError where it cannot be
     written. It is as before then.
     """
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     files.read_config(folder)  # nothing is made where nothing is
     with closing(Lock(folder)):
         config = files.read_config(folder, hmac_key)
@@ -149,9 +150,9 @@ def _keep(folder: Path) -> Path:
                     os.link(each, kept / each.name)
                 except OSError:  # no links here
                     shutil.copy2(each, kept / each.name)
-                    files.synchronise(kept / each.name)
-        files.synchronise(kept)
-        files.synchronise(kept.parent)
+                    atomic.synchronise(kept / each.name)
+        atomic.synchronise(kept)
+        atomic.synchronise(kept.parent)
     except BaseException:
         shutil.rmtree(kept)
         raise
@@ -164,7 +165,7 @@ def _read_columns(folder: Path, described: Any, report: Repaired) -> tuple[dict[
     Raises: CodebookCorrupt where rows cannot be told without one that is not.
     """
     wrong: set[str] = set()
-    columns = files.read_file(folder, described, wrong)
+    columns = tensor_files.read_file(folder, described, wrong)
     history = {name for name in wrong if name.startswith(HISTORY)}
     labels = wrong & {"labels.length", "labels.ids"}
     needed = sorted(wrong - history - labels)
@@ -225,7 +226,7 @@ class _Bare:
         columns = layout.fill_defaults(found)
         _require_like(columns, _row_columns())
         self._given = {
-            name: Given(*files.described_rows(folder, config, name, columns), name)
+            name: DamagedRowFile(*tensor_files.described_rows(folder, config, name, columns), name)
             for name in files.MAPPED
         }
         self._odd = {name: given.odd_rows() for name, given in self._given.items()}
@@ -311,7 +312,7 @@ class _Edited:
         found = {}
         for name in files.MAPPED:
             slots = columns.get(name)
-            if slots is None or slots.ndim != 2 or slots.dtype not in files.DTYPES.values():
+            if slots is None or slots.ndim != 2 or slots.dtype not in tensor_files.DTYPES.values():
                 raise CodebookCorrupt(f"{name} must be a matrix of numbers", field=name)
             columns[name], found[name] = without_corrupt_slots(slots)
         corrupt = CorruptSlots(**found)
@@ -413,7 +414,7 @@ class _Edited:
         name = secrets.token_hex(8)
         path = self._folder / f"{files.JOURNALS}-{name}.sqlite"
         try:
-            with closing(Journal.create(path, name, self._saved.base, self._key)) as journal:
+            with closing(JournalFile.create(path, name, self._saved.base, self._key)) as journal:
                 for each in self._entries:
                     journal.append(each.version, each.kind, each.content, each.time)
             files.change_journal(self._folder, {"file": path.name, "name": name}, self._key)
@@ -437,7 +438,7 @@ def _salvaged(
     newest = None
     try:
         path, name, base = journal_place(folder, config)
-        with files.temporary_folder(folder.absolute().parent) as room:
+        with atomic.temporary_folder(folder.absolute().parent) as room:
             copied = room / path.name
             _copy(path, copied)
             odd = side_files.foreign(path, side_files.page_bytes_of(copied))
@@ -445,7 +446,7 @@ def _salvaged(
             rollback = side_files.rollback_of(path)
             if rollback not in odd and rollback.exists():
                 _copy(rollback, side_files.rollback_of(copied))
-            with closing(Journal(copied, name, base, key, salvage=True)) as journal:
+            with closing(JournalFile(copied, name, base, key, salvage=True)) as journal:
                 with suppress(CodebookCorrupt):
                     newest = journal.newest()
                 entries.extend(journal.sound_entries())

@@ -143,8 +143,8 @@ class SalvagedHistory:
                 if of == "edits":
                     why = f"edit {ids[at]}: {why}"
                     lost.setdefault(at, why)
-                if 0 <= (row := int(rows[of][at])) < self._counts.rows:
-                    self._untrusted.unexplained.setdefault(row, why)
+                if 0 <= (on := int(rows[of][at])) < self._counts.rows:
+                    self._untrusted.unexplained.setdefault(on, why)
         self._gone = [(ids[at], why) for at, why in sorted(lost.items())]
         self._keep_edits(np.array([at not in lost for at in range(len(ids))], bool))
         inside = (rows["events"] >= 0) & (rows["events"] < self._counts.rows)

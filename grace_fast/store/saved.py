@@ -14,10 +14,12 @@ from grace_fast.codebook.buffers import memory_errors
 from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.edits.edits import History
 from grace_fast.edits.settings import Settings
-from grace_fast.store import columns, files, history_columns
+from grace_fast.store import atomic, columns, files, history_columns
 from grace_fast.store.checks import check_radii
-from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
-from grace_fast.store.journal import Journal
+from grace_fast.store.durable import EditableDirectory
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import Lock
+from grace_fast.store.versions import go_back, journal_of, replay
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Saved:
         device: torch.device | str = "cpu",
         version: int | None = None,
         read_only: bool = True,
-    ) -> tuple[Codebook, History, Journal | None]:
+    ) -> tuple[Codebook, History, JournalFile | None]:
         """Return the same and the journal, to go on from there; None where there is none."""
         tensors = files.read_tensors(self.path, self.config)
         check_radii(tensors, self.settings.max_radius)
@@ -118,7 +120,7 @@ class Offline:
     """
 
     def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
-        self.path = path = files.absolute(path)
+        self.path = path = atomic.absolute(path)
         files.read_config(path)  # nothing is made where nothing is
         lock = Lock(self.path)
         try:
@@ -126,7 +128,7 @@ class Offline:
             if hmac_key is None and "hmac" in self._saved.config:
                 raise ValueError(f"{path} is signed: give its hmac_key")
             self.book, self.history, journal = self._saved.open(read_only=False)
-            self._store = Store(self.path, lock, lambda: self.history, hmac_key)
+            self._store = EditableDirectory(self.path, lock, lambda: self.history, hmac_key)
             if journal is not None:
                 self._store.resume(journal, self.book)
             else:
@@ -162,7 +164,7 @@ def read_saved(
 
     Raises: FileNotFoundError, CodebookCorrupt.
     """
-    path = files.absolute(path)
+    path = atomic.absolute(path)
     config = files.read_config(path, hmac_key)
     if "settings" not in config:
         raise files.CodebookCorrupt(
@@ -195,4 +197,4 @@ def read_newest(path: str | Path, hmac_key: bytes | None = None) -> tuple[Saved,
         saved = read_saved(path, hmac_key)
         return saved, *saved.codebook()
 
-    return files.steadily(files.absolute(path), read)
+    return files.steadily(atomic.absolute(path), read)

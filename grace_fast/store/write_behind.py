@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class Behind:
+class WriteBehind:
     """Work that another thread does, a few pieces behind; what it raises is raised here.
 
     A forked child has not got that thread: there, nothing is done and nothing waited for.
@@ -60,9 +60,9 @@ class Behind:
 
 
 @contextmanager
-def behind(work: Callable[[Any], None]) -> Iterator[Behind]:
+def behind(work: Callable[[Any], None]) -> Iterator[WriteBehind]:
     """Give what leaves pieces to another thread; all of them are done at the end."""
-    made = Behind(work)
+    made = WriteBehind(work)
     try:
         yield made
     finally:

@@ -31,9 +31,9 @@ from grace_fast.editor.attach import Saved, read_saved
 from grace_fast.edits.edits import Edit, History
 from grace_fast.store import archive
 from grace_fast.store import repair as repairing
-from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config, steadily
 from grace_fast.store.saved import Offline, read_newest
+from grace_fast.store.versions import difference, journal_of
 from grace_fast.tools import textfiles
 from grace_fast.tools.terminal import guard, say, say_json, table, ticking
 from grace_fast.tools.textfiles import Record

@@ -25,7 +25,7 @@ from grace_fast.editor import training
 from grace_fast.hook import compile
 from grace_fast.index import certificate
 from grace_fast.lookup.backends import faiss
-from grace_fast.store import files, journal
+from grace_fast.store import atomic, journal
 
 needs_extension = pytest.mark.skipif(_native.cpu is None, reason=_native.missing)
 FAMILY = models.FAMILIES["gpt2"]
@@ -625,7 +625,7 @@ def test_a_worker_that_ends_within_a_stream_leaves_its_build_alone(tmp_path):
 
 
 def test_a_child_that_ends_removes_no_folder_that_its_parent_works_in(tmp_path):
-    with files.temporary_folder(tmp_path) as folder:
+    with atomic.temporary_folder(tmp_path) as folder:
         (folder / "half").touch()
         assert forked(weakref.finalize._exitfunc) == 0  # as at exit
         assert (folder / "half").exists()

@@ -18,10 +18,10 @@ from torch import Tensor
 from grace_fast.codebook.codebook import Codebook, Snapshot
 from grace_fast.codebook.mapped import MappedFile
 from grace_fast.index import certificate
-from grace_fast.store import columns, files
+from grace_fast.store import atomic, columns, files, tensor_files
 from grace_fast.store.checks import check_radii
-from grace_fast.store.durable import Lock
 from grace_fast.store.large.index_file import pack_state, unpack_state
+from grace_fast.store.locks import Lock
 from grace_fast.store.row_file import RowWriter, Written
 from grace_fast.store.saved import read_saved
 
@@ -40,7 +40,7 @@ def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> 
     """
     if not isinstance(book, Codebook):
         raise TypeError(f"book must be a Codebook, got {type(book).__name__}")
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
     try:
@@ -140,8 +140,8 @@ def publish(
     }
     names = [f"codebook-{token}", f"codes-{token}"]
     try:
-        tensors = files.store(folder, names[0], rows | checks)
-        codes = files.store(folder, names[1], coded) if coded else None
+        tensors = tensor_files.write_new(folder, names[0], rows | checks)
+        codes = tensor_files.write_new(folder, names[1], coded) if coded else None
         described = {"tensors": tensors, "codes": codes, "mapped": mapped}
         files.publish(folder, described, hmac_key)
     except BaseException:
@@ -169,7 +169,7 @@ def open(
 
     Raises: FileNotFoundError, CodebookCorrupt naming the file or tensor that is not what was saved.
     """
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     return files.steadily(folder, lambda: _open(folder, verify, hmac_key, max_radius))
 
 
@@ -182,9 +182,9 @@ def _open(path: Path, verify: bool, hmac_key: bytes | None, max_radius: float | 
         tensors = files.read_tensors(path, config)
         check_radii(tensors, max_radius)
         return columns.unpack_codebook(tensors, host)
-    tensors = files.read_file(path, config.get("tensors"))
+    tensors = tensor_files.read_file(path, config.get("tensors"))
     check_radii(tensors, max_radius)
-    keys, values = (files.map_file(path, config, name, tensors) for name in files.MAPPED)
+    keys, values = (tensor_files.map_file(path, config, name, tensors) for name in files.MAPPED)
     if keys.shape.dtype != values.shape.dtype:
         raise files.CodebookCorrupt(f"{path}: keys and values must be of one element type")
     if verify:
@@ -193,6 +193,6 @@ def _open(path: Path, verify: bool, hmac_key: bytes | None, max_radius: float | 
     book = columns.unpack_rows(columns.fill_defaults(tensors), keys, values, host)
     if config.get("codes") is not None:
         snapshot = book.snapshot()
-        state = unpack_state(files.read_file(path, config["codes"]), snapshot)
+        state = unpack_state(tensor_files.read_file(path, config["codes"]), snapshot)
         certificate.restore(snapshot, state)
     return book

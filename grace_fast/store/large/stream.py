@@ -35,14 +35,13 @@ from grace_fast.codebook.mapped import (
     HEADER_BYTES,
     CodebookCorrupt,
     MappedFile,
-    open_regular,
     refuse_special,
 )
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State
 from grace_fast.index.quantizer import Codes
 from grace_fast.index.segments import Encoded
-from grace_fast.store import columns, files, headers, manifest
+from grace_fast.store import atomic, columns, files, locks, manifest, strict_json, tensor_files
 from grace_fast.store.large import resident
 from grace_fast.store.large.index_file import pack_map, pack_state, unpack_map
 from grace_fast.store.row_file import RowWriter, Written
@@ -83,7 +82,7 @@ def build(
     stream is not the one that was begun with; OSError where it cannot be written, FileExistsError
     where the directory holds a model's edits. What the directory held before stays valid.
     """
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     resident.refuse_taken(folder)
     with _locked(folder / resident.BUILDING) as work:
@@ -123,15 +122,12 @@ class _Unfinished:
         self._state: dict[str, Any] = {}
         file = work / STATE
         if os.path.lexists(file):
-            with os.fdopen(open_regular(file), "rb") as opened:
-                size = os.fstat(opened.fileno()).st_size  # room for what is asked is made at once
-                content = opened.read(min(size, manifest.MAX_BYTES))
             try:
-                if size > manifest.MAX_BYTES:
-                    raise ValueError(f"it has more than {manifest.MAX_BYTES} bytes")
-                self._state = headers.parse(content, depth=4)
+                self._state = strict_json.read(file, manifest.MAX_BYTES, depth=4)
                 known = self._state["format"]
-            except (ValueError, TypeError, KeyError) as error:
+            except CodebookCorrupt:
+                raise
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise CodebookCorrupt(
                     f"{file} is not the state of a build; remove {work}"
                 ) from error
@@ -143,9 +139,9 @@ class _Unfinished:
                 raise CodebookCorrupt(f"{file} does not tell what was written; remove {work}")
 
     def _save_state(self, **changes: Any) -> None:
-        files.require_claim(self._work)
+        locks.require_claim(self._work)
         self._state |= {"format": FORMAT, **changes}
-        files.replace(self._work / STATE, json.dumps(self._state).encode())
+        atomic.replace(self._work / STATE, json.dumps(self._state).encode())
 
     def _place(self, name: str) -> Path:
         """Return where a file of rows is: it may have been moved before the last interruption."""
@@ -199,7 +195,9 @@ class _Unfinished:
 
     def _writers(self) -> dict[str, RowWriter]:
         state, made = self._state, {}
-        kinds = dict.fromkeys(files.MAPPED, files.DTYPES[state["dtype"]]) | {"radii": torch.float32}
+        kinds = dict.fromkeys(files.MAPPED, tensor_files.DTYPES[state["dtype"]]) | {
+            "radii": torch.float32
+        }
         for name, dtype in kinds.items():
             width = state["widths"].get(name, 1)
             made[name] = RowWriter(self._place(name), name, width, dtype, state[name])
@@ -249,7 +247,7 @@ class _Unfinished:
             )
 
     def _checked(self, block: Block, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        widths, dtype = self._state["widths"], files.DTYPES[self._state["dtype"]]
+        widths, dtype = self._state["widths"], tensor_files.DTYPES[self._state["dtype"]]
         try:
             keys, values, radii = _tensors(block)
             keys = checked_rows("keys", keys, widths["keys"], dtype)
@@ -305,7 +303,7 @@ class _Unfinished:
     def _fit(self, made: Build) -> bool:
         """Have the map that was fitted before the interruption, or fit it; False without any."""
         if "map" in self._state:
-            tensors = files.read_file(self._work, self._state["map"])
+            tensors = tensor_files.read_file(self._work, self._state["map"])
             if "floor" not in tensors:
                 raise CodebookCorrupt(f"{self._work}: the map has no floor; remove {self._work}")
             made.phi = unpack_map(tensors, self._state["widths"]["keys"])
@@ -314,7 +312,7 @@ class _Unfinished:
         if not made.fit():
             return False
         floor = torch.tensor(made.floor, dtype=torch.float64, device="cpu")
-        stored = files.store(self._work, "map", pack_map(made.phi) | {"floor": floor})
+        stored = tensor_files.write_new(self._work, "map", pack_map(made.phi) | {"floor": floor})
         self._save_state(map=stored)
         return True
 
@@ -322,7 +320,7 @@ class _Unfinished:
         self, written: Mapping[str, Written], snapshot: Snapshot, coded: dict[str, Tensor] | None
     ) -> None:
         """Put the files where the directory's codebook is, and make them that."""
-        files.require_claim(self._work)
+        locks.require_claim(self._work)
         placed = {}
         for name in files.MAPPED:
             place = self._folder / written[name].path.name
@@ -380,14 +378,18 @@ def _mapped(
 def _is_complete(state: Mapping[str, Any]) -> bool:
     """Tell whether a state says all that a build goes on from, each part of its type."""
     widths, dtype = state.get("widths"), state.get("dtype")
-    if not isinstance(dtype, str) or dtype not in files.DTYPES or not isinstance(widths, dict):
+    if (
+        not isinstance(dtype, str)
+        or dtype not in tensor_files.DTYPES
+        or not isinstance(widths, dict)
+    ):
         return False
     if widths.keys() != set(files.MAPPED) or not all(
         _is_count(width, 1) for width in widths.values()
     ):
         return False
     sizes = {"radii": 4} | {
-        name: width * files.DTYPES[dtype].itemsize for name, width in widths.items()
+        name: width * tensor_files.DTYPES[dtype].itemsize for name, width in widths.items()
     }
     rows = [_rows_of(state.get(name), sizes[name]) for name in STREAMED]
     encoded, fitted = state.get("encoded", {}), state.get("map", {})
@@ -440,7 +442,7 @@ def _locked(work: Path) -> Iterator[Path]:
         raise CodebookCorrupt(f"{work} is a link; remove it")
     work.mkdir(exist_ok=True)
     try:
-        claim = files.Claim(work / "lock")
+        claim = locks.Claim(work / "lock")
     except BlockingIOError:
         raise BlockingIOError(
             f"another process builds in {work}; wait for it, or choose another directory"
