@@ -39,6 +39,17 @@ def replace(path: Path, content: bytes, ready: Callable[[], None] = lambda: None
 
 
 @contextmanager
+def removed_on_failure(*paths: Path) -> Iterator[None]:
+    """Remove files that are new where what is done within a `with` block fails."""
+    try:
+        yield
+    except BaseException:
+        for path in paths:
+            path.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Have a new folder within a `with` block; unlike tempfile's, no fork that ends removes it."""
     folder = Path(tempfile.mkdtemp(dir=parent))

@@ -35,11 +35,11 @@ class Fault:
     field: str
     wrong: Tensor  # [n] or [n, m] bool
     why: str
-    told: Callable[[int], str] | None = None  # the message of a place, where it is another one
+    text: Callable[[int], str] | None = None  # the message of a place, where it is another one
 
     def message(self, place: int) -> str:
         """Return what is wrong in one place of the column."""
-        return f"{self.field} {self.why} in row {place}" if self.told is None else self.told(place)
+        return f"{self.field} {self.why} in row {place}" if self.text is None else self.text(place)
 
 
 def refuse(faults: Iterable[Fault]) -> None:

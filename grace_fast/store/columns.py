@@ -27,7 +27,7 @@ from grace_fast.store.checks import (
     row_faults,
 )
 
-_ROW_COLUMNS = {
+ROW_COLUMNS = {
     "id": torch.int64,
     "radius": torch.float32,
     "live": torch.bool,
@@ -55,12 +55,8 @@ def pack_labels(lengths: Tensor, ids: Tensor) -> dict[str, Tensor]:
 def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
     """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
     return pack_labels(*snapshot.label_columns()) | {
-        "rows.id": snapshot.ids,
-        "rows.radius": snapshot.radii,
-        "rows.live": snapshot.live,
-        "rows.key_slot": snapshot.column("key_slot"),
-        "rows.value_slot": snapshot.column("value_slot"),
-        "rows.label_slot": snapshot.column("label_slot"),
+        f"rows.{name}": snapshot.ids if name == "id" else snapshot.column(name)
+        for name in ROW_COLUMNS
     }
 
 
@@ -93,30 +89,40 @@ def unpack_rows(
 
     Raises: CodebookCorrupt naming the column that does not fit.
     """
-    lengths = column(tensors, "labels.length", torch.int64)
-    count = len(column(tensors, "rows.id", torch.int64))
-    columns = {
-        name: column(tensors, f"rows.{name}", dtype, count) for name, dtype in _ROW_COLUMNS.items()
-    }
+    columns = row_columns(tensors)
+    count, lengths = len(columns["id"]), tensors["labels.length"]
     keys_there, values_there = (
         each.shape.rows if isinstance(each, MappedFile) else len(each) for each in (keys, values)
     )
     refuse(row_faults(tensors, Counts(count, keys_there, values_there, len(lengths))))
     refuse(not_ascending("rows.id", columns["id"]))
-    labels = unpack_labels(lengths, column(tensors, "labels.ids", torch.int64))
+    labels = unpack_labels(lengths, tensors["labels.ids"])
     return Codebook.restore(keys, values, labels, columns, device, version)
+
+
+def row_columns(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the columns of rows by their names, of their types and as long as each other.
+
+    Raises: CodebookCorrupt naming one that is not, or a column of labels of another type.
+    """
+    for name in ("labels.length", "labels.ids"):
+        column(tensors, name, torch.int64)
+    count = len(column(tensors, "rows.id", torch.int64))
+    return {
+        name: column(tensors, f"rows.{name}", dtype, count) for name, dtype in ROW_COLUMNS.items()
+    }
 
 
 def omit_defaults(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return `pack_rows` without the columns that `fill_defaults` knows: most of the bytes."""
-    usual = _defaults(len(tensors["rows.radius"]))
+    defaults = _defaults(len(tensors["rows.radius"]))
     labels = ("labels.length", "rows.label_slot")
     if bool((tensors["labels.length"] < 0).all()):
         tensors = {name: tensor for name, tensor in tensors.items() if name not in labels}
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in usual or name in labels or not torch.equal(tensor, usual[name])
+        if name not in defaults or name in labels or not torch.equal(tensor, defaults[name])
     }
 
 

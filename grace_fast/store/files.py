@@ -50,8 +50,8 @@ def write(
     whole = manifest.seal({**config, "tensors": {"file": name, "sha256": sums}}, hmac_key)
     replace(folder / name, content)
     _replace_manifest(folder, whole)
-    kept = config.get("journal")
-    _drop_others(folder, {name} if kept is None else {name, kept["file"]})
+    entry = config.get("journal")
+    _drop_others(folder, {name} if entry is None else {name, entry["file"]})
 
 
 def publish(path: str | Path, config: Mapping[str, Any], hmac_key: bytes | None = None) -> None:

@@ -135,8 +135,8 @@ def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[st
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise CodebookCorrupt("its __metadata__ must be an object of strings")
     if names is not None and header.keys() != set(names):
-        odd = sorted(header.keys() ^ set(names))
-        raise CodebookCorrupt(f"it does not hold the tensors that were saved: {odd[:5]}")
+        others = sorted(header.keys() ^ set(names))
+        raise CodebookCorrupt(f"it does not hold the tensors that were saved: {others[:5]}")
     first = 8 + len(text)
     described = {name: _checked(name, each, first) for name, each in header.items()}
     at = first
@@ -150,15 +150,15 @@ def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[st
     return described
 
 
-def _checked(name: str, said: Any, first: int) -> Described:
+def _checked(name: str, entry: Any, first: int) -> Described:
     """Return what a header says of one tensor, whose offsets count from `first`."""
 
     def refuse(why: str) -> NoReturn:
         raise CodebookCorrupt(f"its tensor {name!a} {why}", field=name)
 
-    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         refuse("must have dtype, shape and data_offsets, and nothing else")
-    kind, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         refuse(f"must have one of the element types {sorted(DTYPES)}")

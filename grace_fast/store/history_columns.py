@@ -23,7 +23,7 @@ from grace_fast.codebook.lazy_table import ColumnSource, LazyTable
 from grace_fast.codebook.once import cached_property
 from grace_fast.edits.edits import Base, Edit, History, RowLife
 from grace_fast.store import schema
-from grace_fast.store.checks import Counts, check_radii, refuse
+from grace_fast.store.checks import Counts, check_radii, column, refuse
 from grace_fast.store.history_check import (
     HistoryColumns,
     faults,
@@ -186,8 +186,9 @@ def unpack_history(
     Raises: CodebookCorrupt naming the column that does not fit.
     """
     edits, events = EDITS.from_base(tensors), EVENTS.from_base(tensors)
-    bases = schema.bases_of(tensors)
-    queries = schema.queries_of(tensors, len(edits["id"]), snapshot.key_dim, snapshot.dtype)
+    bases = column(tensors, "bases", torch.int64, None, (len(schema.BASES),))
+    width, count = snapshot.key_dim, len(edits["id"])
+    queries = column(tensors, "edits.query", snapshot.dtype, count, (width,))
     refuse(order_faults(edits))
     refuse(faults(edits, queries, events, bases, Counts.of(snapshot)))
     columns = HistoryColumns.of(snapshot.rows, edits, events, bases.numpy())

@@ -138,56 +138,44 @@ def _without(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in names}
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_NUMBER
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
-def _is_counter(value: Any) -> bool:
-    return _is_count(value) and value < MAX_COUNTER
+def _is_count(value: Any, limit: int = MAX_NUMBER) -> bool:
+    return type(value) is int and 0 <= value < limit
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _is_settings(value: Any) -> bool:
+    plain = _is(bool, int, float, str, type(None))
+    return isinstance(value, dict) and all(map(plain, value.values()))
 
 
 def _by_number(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def check_all(value: Any) -> bool:
-        return isinstance(value, dict) and all(
+    return lambda value: (
+        isinstance(value, dict)
+        and all(
             name.isascii() and name.isdigit() and len(name) < 20 and is_right(each)
             for name, each in value.items()
         )
-
-    return check_all
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    )
 
 
 are_texts = _by_number(
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is(str), value))
 )
-
+_COUNTER = (lambda n: _is_count(n, MAX_COUNTER), f"a whole number >= 0, below {MAX_COUNTER}")
+_OBJECT, _OR_NULL = (_is(dict), "an object"), (_is(dict, type(None)), "an object, or null")
 # What each field must be, where it is there; who needs a field says so.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "grace_fast": (_is_text, "a text"),
-    "settings": (
-        lambda value: _is_object(value) and all(map(_is_scalar, value.values())),
-        "an object of plain values",
-    ),
-    "fingerprint": (_is_object, "an object"),
-    "next_id": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
-    "version": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
+    "grace_fast": (_is(str), "a text"),
+    "settings": (_is_settings, "an object of plain values"),
+    "fingerprint": _OBJECT,
+    "next_id": _COUNTER,
+    "version": _COUNTER,
     "hits": (_by_number(_is_count), "an object of counts by row"),
-    "texts": (
-        are_texts,
-        "an object of prompt and target by edit",
-    ),
-    "tensors": (_is_object, "an object"),
-    "codes": (lambda value: value is None or _is_object(value), "an object, or null"),
-    "journal": (lambda value: value is None or _is_object(value), "an object, or null"),
+    "texts": (are_texts, "an object of prompt and target by edit"),
+    "tensors": _OBJECT,
+    "codes": _OR_NULL,
+    "journal": _OR_NULL,
 }

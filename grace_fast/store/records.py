@@ -19,19 +19,10 @@ from grace_fast.codebook.codebook import MAX_NUMBER, Draft, Snapshot
 from grace_fast.codebook.diff import Change
 from grace_fast.codebook.labels import columns_of
 from grace_fast.codebook.mapped import CodebookCorrupt
-from grace_fast.edits.edits import (
-    Base,
-    Emptied,
-    Event,
-    Forgotten,
-    Founded,
-    History,
-    Recorded,
-    Step,
-)
+from grace_fast.edits.edits import Base, Emptied, Event, Forgotten, Founded, History, Recorded, Step
 from grace_fast.store import headers, manifest, schema, strict_json
 from grace_fast.store.checks import Counts, column, not_finite, outside, refuse, row_faults
-from grace_fast.store.columns import pack_labels, unpack_labels
+from grace_fast.store.columns import ROW_COLUMNS, pack_labels, unpack_labels
 from grace_fast.store.history_check import faults
 from grace_fast.store.schema import EDITS, EVENTS
 from grace_fast.store.tensor_files import serialised
@@ -130,12 +121,10 @@ def _change(tensors: Mapping[str, Tensor], now: Snapshot) -> Change:
         raise CodebookCorrupt(f"rows must ascend within the {total} there are")
     if int((rows >= now.rows).sum()) != len(fresh):
         raise CodebookCorrupt("rows must hold every row that is new")
-    fields = {"radius": torch.float32, "live": torch.bool} | dict.fromkeys(
-        ("key_slot", "value_slot", "label_slot"), torch.int64
-    )
     columns = {
         name: _get(tensors, f"rows.{name}", dtype, count=len(rows))
-        for name, dtype in fields.items()
+        for name, dtype in ROW_COLUMNS.items()
+        if name != "id"
     }
     slots = (counts.keys + len(keys), counts.values + len(values), counts.labels + len(lengths))
     refuse(not_finite(name, each) for name, each in (("keys", keys), ("values", values)))

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grace_fast.store.checks import Counts, row_faults, too_wide
+from grace_fast.store.checks import Counts, column, row_faults, too_wide
 from grace_fast.store.history_check import HistoryColumns, check, faults, order_faults
-from grace_fast.store.schema import EDITS, EVENTS, Columns
+from grace_fast.store.schema import BASES, EDITS, EVENTS, Columns
 
 _DEAD = -1.0  # the radius of a row that was dropped
 HISTORY = ("edits.", "events.", "bases")  # how the names of its columns begin
@@ -102,8 +102,10 @@ def _counts(columns: Mapping[str, Tensor], corrupt: CorruptSlots) -> Counts:
 class SalvagedHistory:
     """The edits, events and bases of a directory as its columns have them, without those at fault.
 
-    columns: those of the history and of the rows; untrusted: rows that are known, and to which it
-    adds those that no edit explains.
+    columns: those of a base; untrusted: rows that are known, and to which it adds those that no
+    edit explains.
+
+    Raises: CodebookCorrupt where a column of the history is missing or of another form.
     """
 
     def __init__(
@@ -116,7 +118,9 @@ class SalvagedHistory:
         self._columns, self._untrusted, self._corrupt = dict(columns), untrusted, corrupt
         self._counts = counts = _counts(columns, corrupt)
         self._edits, self._events = EDITS.from_base(columns), EVENTS.from_base(columns)
-        self._bases, self._query = columns["bases"], columns["edits.query"]
+        self._bases = column(columns, "bases", torch.int64, None, (len(BASES),))
+        kind, count = columns["keys"], len(self._edits["id"])
+        self._query = column(columns, "edits.query", kind.dtype, count, kind.shape[1:])
         self._gone: list[tuple[int, str]] = []  # edits, and why
         self._test_columns()
         self._distrust(max_radius)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grace_fast.codebook.buffers import memory_errors
 from grace_fast.codebook.codebook import Codebook, Snapshot
@@ -56,6 +57,17 @@ class Saved:
             journal.close()
         return book, history
 
+    def unpack(
+        self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> tuple[Codebook, History]:
+        """Return the codebook and its edits of the tensors of the base.
+
+        Raises: CodebookCorrupt naming the column that does not fit.
+        """
+        book = columns.unpack_codebook(tensors, torch.device(device), self.base)
+        texts, next_id = self.config["texts"], int(self.config["next_id"])
+        return book, history_columns.unpack_history(tensors, book.snapshot(), texts, next_id)
+
     @memory_errors()
     def open(
         self,
@@ -66,9 +78,7 @@ class Saved:
         """Return the same and the journal, to go on from there; None where there is none."""
         tensors = files.read_tensors(self.path, self.config)
         check_radii(tensors, self.settings.max_radius)
-        book = columns.unpack_codebook(tensors, torch.device(device), self.base)
-        texts, next_id = self.config["texts"], int(self.config["next_id"])
-        history = history_columns.unpack_history(tensors, book.snapshot(), texts, next_id)
+        book, history = self.unpack(tensors, device)
         journal = journal_of(self.path, self.config, self.hmac_key, read_only)
         if journal is not None:
             replay(journal, book, history, version)
@@ -146,8 +156,8 @@ class Offline:
         earlier, history = self._saved.codebook(version=version)
         go_back(self.book, self.history, earlier.snapshot(), history)
 
-    def _write(self, told: Mapping[str, Any]) -> None:
-        described = {**self._saved.described, **told}
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        described = {**self._saved.described, **fields}
         write(self.path, described, self.book.snapshot(), self.history, self._saved.hmac_key)
 
     def close(self) -> None:

@@ -181,19 +181,3 @@ def recorded(
 def event(columns: Columns, at: int) -> Event:
     """Return one event of columns."""
     return Event(**EVENTS.values(columns, at))
-
-
-def bases_of(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the bases [n, 3] of a base or a version.
-
-    Raises: CodebookCorrupt where they are missing or of another form.
-    """
-    return column(tensors, "bases", _INTEGER, None, (len(BASES),))
-
-
-def queries_of(tensors: Mapping[str, Tensor], count: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Return the queries [count, width] of the edits of a base or a version.
-
-    Raises: CodebookCorrupt where they are missing or of another form.
-    """
-    return column(tensors, "edits.query", dtype, count, (width,))

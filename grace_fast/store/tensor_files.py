@@ -161,9 +161,9 @@ def described_rows(
     """
     described, checks = config.get("mapped"), tensors.get(f"{name}.blocks")
     try:
-        told = described[name]  # type: ignore[index]
-        rows, width = told["rows"], told["width"]
-        shape, file = Shape(rows, width, DTYPES[told["dtype"]]), told["file"]
+        entry = described[name]  # type: ignore[index]
+        rows, width = entry["rows"], entry["width"]
+        shape, file = Shape(rows, width, DTYPES[entry["dtype"]]), entry["file"]
     except (KeyError, TypeError) as error:
         raise CodebookCorrupt(f"{path}: {CONFIG} does not describe its {name}") from error
     if type(rows) is not int or type(width) is not int or rows < 0 or width < 1:

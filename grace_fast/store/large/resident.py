@@ -59,22 +59,13 @@ def _save(book: Codebook, folder: Path, hmac_key: bytes | None) -> None:
     snapshot, coded = with_codes(book)
     token = secrets.token_hex(8)
     places = {name: folder / f"{name}-{token}.safetensors" for name in files.MAPPED}
-    try:
-        keys = _write(
-            places["keys"], "keys", snapshot.key_slots, snapshot.counts.keys, snapshot.key_file
-        )
-        values = _write(
-            places["values"],
-            "values",
-            snapshot.value_slots,
-            snapshot.counts.values,
-            snapshot.value_file,
-        )
-        publish(folder, token, {"keys": keys, "values": values}, snapshot, coded, hmac_key)
-    except BaseException:
-        for place in places.values():
-            place.unlink(missing_ok=True)
-        raise
+    slots = {
+        "keys": (snapshot.key_slots, snapshot.counts.keys, snapshot.key_file),
+        "values": (snapshot.value_slots, snapshot.counts.values, snapshot.value_file),
+    }
+    with atomic.removed_on_failure(*places.values()):
+        written = {name: _write(places[name], name, *each) for name, each in slots.items()}
+        publish(folder, token, written, snapshot, coded, hmac_key)
 
 
 def refuse_taken(folder: Path) -> None:
@@ -139,15 +130,11 @@ def publish(
         for name, each in written.items()
     }
     names = [f"codebook-{token}", f"codes-{token}"]
-    try:
+    with atomic.removed_on_failure(*(folder / f"{name}.safetensors" for name in names)):
         tensors = tensor_files.write_new(folder, names[0], rows | checks)
         codes = tensor_files.write_new(folder, names[1], coded) if coded else None
         described = {"tensors": tensors, "codes": codes, "mapped": mapped}
         files.publish(folder, described, hmac_key)
-    except BaseException:
-        for name in names:
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
-        raise
 
 
 def open(
