@@ -87,7 +87,7 @@ class LazyTable(MutableMapping[int, T], Generic[T]):
 
     @property
     def later(self) -> dict[int, T]:
-        """What was set since, by number; not to be changed."""
+        """The items that were set since, by number; not to be changed."""
         return self._later
 
     def source_positions(self) -> NDArray[np.int64]:

@@ -14,7 +14,7 @@ from grace_fast.codebook.mapped import CodebookCorrupt
 
 
 class Counts(NamedTuple):
-    """What a codebook holds: its rows, and the slots that they and their history may name."""
+    """The numbers of rows of a codebook, and of the slots that they and their history may name."""
 
     rows: int
     keys: int
@@ -30,7 +30,7 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Fault:
-    """Where a column is wrong, and why."""
+    """A rule that a column breaks: the places, and why."""
 
     field: str
     wrong: Tensor  # [n] or [n, m] bool

@@ -17,7 +17,7 @@ from grace_fast.store.salvage import HISTORY, Dropped, Untrusted
 
 @dataclass
 class Repaired:
-    """What became of a directory; where it was sound, nothing was changed."""
+    """The report of a repair; where the directory was sound, nothing was changed."""
 
     path: Path
     kept: Path | None = None  # where the directory lies as it was; None where it was sound

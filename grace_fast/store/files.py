@@ -137,7 +137,7 @@ def is_mapped(config: Mapping[str, Any]) -> bool:
 
 
 class ChangedMeanwhile(OSError):
-    """What was read of a directory is of two of its states; it has to be read again."""
+    """A directory was replaced while it was read: it has to be read again."""
 
 
 def steadily(path: str | Path, read: Callable[[], T]) -> T:

@@ -48,7 +48,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a header says of one tensor; it lies in the file at [begin, end)."""
+    """The entry of one tensor in a header; it lies in the file at [begin, end)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]

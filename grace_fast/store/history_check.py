@@ -23,7 +23,7 @@ LIMIT = MAX_COUNTER - 1  # of ids: the next one is a number, too
 
 @dataclass(frozen=True)
 class HistoryColumns:
-    """What there is of a history but for its queries and texts."""
+    """The columns of a history, without its queries and texts."""
 
     row_count: int  # of the codebook: every row below is less
     edits: Columns  # [E] each, by ascending id

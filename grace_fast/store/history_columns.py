@@ -72,7 +72,7 @@ class _LabelSlots:
 
 @dataclass(frozen=True)
 class RowHistories:
-    """What happened on rows, in columns."""
+    """The histories of rows, in columns."""
 
     history: HistoryColumns
 

@@ -32,7 +32,7 @@ _KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied) 
 
 @dataclass(frozen=True)
 class Version:
-    """What one version did."""
+    """The change of a codebook and the steps of its history that one version made."""
 
     change: Change
     steps: list[Step]

@@ -1,4 +1,4 @@
-"""What a directory says of a codebook, and the codebook and its edits once they are read."""
+"""Saved codebooks: the manifest of one, then the codebook and its edits, for no model yet."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Saved:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the manifest says beside the codebook and its edits, to be written again."""
+        """The fields of the manifest that are written again with the codebook and its edits."""
         return {name: self.config[name] for name in ("settings", "fingerprint", "hits")}
 
     def codebook(

@@ -40,7 +40,7 @@ class Field:
     value: Callable[[Any], Any] = _same  # of a number
 
 
-_OR_NONE = (
+OR_NONE = (
     lambda value: NONE if value is None else value,
     lambda number: None if number == NONE else number,
 )
@@ -132,7 +132,7 @@ EDITS = Schema(
         Field("steps", _INTEGER, 6),
         Field("correct", _TRUTH, 7),
         Field("prompt", _INTEGER, 8),
-        Field("value_before", _INTEGER, 3, *_OR_NONE),
+        Field("value_before", _INTEGER, 3, *OR_NONE),
         Field("label_slot", _INTEGER, 5),  # of `Recorded`
         Field("outcome", _INTEGER, 1, OUTCOMES.index, OUTCOMES.__getitem__),
     ),

@@ -1,4 +1,4 @@
-"""What lies beside a journal by a name that SQLite reads, told before SQLite is called.
+"""Files beside a journal that SQLite would read by their names, checked before SQLite is called.
 
 SQLite takes `X-journal`, `X-wal` and `X-shm` for parts of a file X by their names alone, and a
 rollback journal may end with the name of a file anywhere that SQLite then deletes. A journal of

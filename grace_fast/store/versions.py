@@ -92,7 +92,7 @@ class Logged:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one version of a codebook has otherwise than another."""
+    """The difference of two versions of a codebook."""
 
     added: list[int]  # rows that only the later one has, or that were back
     removed: list[int]  # rows that were live in the earlier one only

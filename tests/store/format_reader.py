@@ -33,14 +33,22 @@ def tensors_of(content):
     return tensors, metadata
 
 
-def manifest_of(folder):
-    """Return the manifest, held against its checksum where it has one."""
+def manifest_of(folder, key=b""):
+    """Return the manifest, held against its checksum where it has one, and a key if given."""
     manifest = json.loads((folder / "grace_config.json").read_text("utf-8"))
-    without = {name: each for name, each in manifest.items() if name != "checksum"}
-    canonical = json.dumps(without, sort_keys=True, separators=(",", ":")).encode()
     assert ("checksum" in manifest) == (manifest["format"] == 3)
-    assert manifest.get("checksum") in (None, hashlib.sha256(canonical).hexdigest())
+    sealed = hashlib.sha256(canonical(manifest, "checksum")).hexdigest()
+    assert manifest.get("checksum") in (None, sealed)
+    if key:
+        signed = b"grace_config.json\0" + canonical(manifest, "checksum", "hmac")
+        assert manifest["hmac"] == hmac.new(key, signed, "sha256").hexdigest()
     return manifest
+
+
+def canonical(manifest, *left_out):
+    """Return canonical JSON of a manifest without some fields."""
+    without = {name: each for name, each in manifest.items() if name not in left_out}
+    return json.dumps(without, sort_keys=True, separators=(",", ":")).encode()
 
 
 def listed(folder, entry):
@@ -95,8 +103,8 @@ class Directory:
     rows: of each one its id, radius, live, key, value and label; edits: by id.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.manifest = manifest = manifest_of(folder)
+    def __init__(self, folder: Path, key: bytes = b"") -> None:
+        self.manifest = manifest = manifest_of(folder, key)
         base = listed(folder, manifest["tensors"])
         if "mapped" in manifest:
             base = add_mapped(folder, manifest, base)
@@ -116,20 +124,20 @@ class Directory:
         self.version = manifest.get("version", 0)
         self.kinds = []
         if manifest.get("journal") is not None:
-            self._follow(folder, manifest["journal"])
+            self._follow(folder, manifest["journal"], key)
 
-    def _follow(self, folder, entry):
+    def _follow(self, folder, entry, key):
         file = sqlite3.connect(f"file:{folder / entry['file']}?mode=ro", uri=True)
         assert file.execute("PRAGMA application_id").fetchone()[0] == 0x47524143
         assert file.execute("PRAGMA user_version").fetchone()[0] == 1
         start = f"{entry['name']} after {self.version}".encode()
-        before = hmac.digest(b"", start, "sha256")
+        before = hmac.digest(key, start, "sha256")
         for version, when, kind, content, checksum in file.execute(
             "SELECT version, time, kind, content, checksum FROM versions ORDER BY version"
         ):
             assert version == self.version + 1
             covered = before + struct.pack("<qd", version, when) + kind.encode() + b"\n" + content
-            before = hmac.digest(b"", covered, "sha256")
+            before = hmac.digest(key, covered, "sha256")
             assert checksum == before
             self._change(content)
             self.version = version

@@ -62,9 +62,9 @@ def without_nan(edits):
     }
 
 
-def assert_same_edits(folder):
-    found = Directory(folder)
-    book, history = read_saved(folder).codebook()
+def assert_same_edits(folder, key=None):
+    found = Directory(folder, key or b"")
+    book, history = read_saved(folder, key).codebook()
     assert found.rows == rows_of(book)
     assert without_nan(found.edits) == without_nan(edits_of(history))
     ours = sorted(found.events, key=lambda event: (event["row"], event["edit"]))
@@ -117,6 +117,11 @@ def test_a_journal_is_read_by_the_page(tmp_path):
     grace.edit("6", 2)
     grace.unload()
     assert assert_same_edits(tmp_path).kinds == ["edit"]
+
+
+def test_a_signed_journal_is_read_by_the_page(tmp_path):
+    golden.editor(path=tmp_path, hmac_key=bytes(range(32))).unload()
+    assert assert_same_edits(tmp_path, bytes(range(32))).version == 10
 
 
 @pytest.mark.parametrize("rows", [64, 9000])

@@ -25,7 +25,7 @@ _TOKEN = re.compile("[0-9a-f]{16}")  # nothing that leads out of the directory
 
 
 class BuildState(dict[str, Any]):
-    """What is known of a build, by name: nothing where it is to begin.
+    """The fields of a build's state; none where it is to begin.
 
     Raises: CodebookCorrupt where the file is not one that `save` wrote.
     """

@@ -97,7 +97,7 @@ def _make(
 
 
 class _Unfinished:
-    """What there is of a build, and the state that says how much of it counts."""
+    """A build that is not finished: its files, and the state that says how much of them counts."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self._folder, self._work = folder, work
