@@ -22,8 +22,6 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
 
 def rows_of(book):
-    snapshot = book.snapshot()
-    labels = [snapshot.label_of(row) for row in range(snapshot.rows)]
     return [
         {"id": number, "radius": radius, "live": live, "key": key, "value": value, "label": label}
         for number, radius, live, key, value, label in zip(
@@ -32,7 +30,7 @@ def rows_of(book):
             book.live.tolist(),
             book.keys.tolist(),
             book.values.tolist(),
-            [None if label is None else label.tolist() for label in labels],
+            [None if label is None else label.tolist() for label in book.labels],
             strict=True,
         )
     ]
