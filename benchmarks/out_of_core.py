@@ -98,7 +98,7 @@ class Source:
 def with_radii(book: Codebook, radius: float) -> Codebook:
     """Return the keys of a book that was just opened, with one radius and codes that suit it."""
     snapshot = book.snapshot()
-    tensors = columns.with_the_usual({"rows.radius": torch.full((snapshot.rows,), radius)})
+    tensors = columns.fill_defaults({"rows.radius": torch.full((snapshot.rows,), radius)})
     files = (snapshot.key_file, snapshot.value_file)
     return columns.unpack_rows(tensors, *files, torch.device("cpu"))
 

@@ -36,7 +36,7 @@ Blocks = Iterable[Block] | Callable[[int], Iterable[Block]]
 Listener = Callable[[Snapshot], None]  # is told of a version before it is published
 
 
-class Ledger(Protocol):
+class Journal(Protocol):
     """What records every version of a codebook where it outlives the process."""
 
     def record(self, before: Snapshot, after: Snapshot) -> None:
@@ -91,7 +91,7 @@ class Codebook(NotCopied):
         self._draft: Draft | None = None
         self._cached: Cached = {}
         self._listeners: dict[str, Listener] = {}
-        self._ledger: Ledger | None = None
+        self._journal: Journal | None = None
         # The newest version; a plain attribute, for who asks a million times a second.
         self.current = Snapshot(
             0,
@@ -241,9 +241,9 @@ class Codebook(NotCopied):
 
     def _publish(self, published: Snapshot) -> None:
         """Let a version be recorded, then listened to, then seen; whoever raises refuses it."""
-        ledger = self._ledger
-        if ledger is not None:
-            ledger.record(self.current, published)
+        journal = self._journal
+        if journal is not None:
+            journal.record(self.current, published)
         try:
             for listener in self._listeners.values():
                 listener(published)
@@ -251,8 +251,8 @@ class Codebook(NotCopied):
         except BaseException:
             if self.current is not published:
                 self._go_back_in_listeners()
-                if ledger is not None:
-                    ledger.revoke(published)
+                if journal is not None:
+                    journal.revoke(published)
             raise
 
     def _go_back_in_listeners(self) -> None:
@@ -262,10 +262,10 @@ class Codebook(NotCopied):
             with suppress(Exception):  # it holds an earlier version then, as it would have anyway
                 listener(self.current)
 
-    def retain(self, ledger: Ledger | None) -> None:
+    def retain(self, journal: Journal | None) -> None:
         """Let every version be recorded before it is published; None to end that."""
         with self._writer:
-            self._ledger = ledger
+            self._journal = journal
 
     @contextmanager
     def sketching(self) -> Iterator[Draft]:

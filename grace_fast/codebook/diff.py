@@ -1,4 +1,4 @@
-"""What one version of a codebook has otherwise than another, to be kept and to be done again.
+"""Differences of two versions of a codebook, to be stored and to be applied again.
 
 Slots are only ever added, so a change is the slots that are new, and every field of the rows that
 are new or differ. Done to a codebook of the version before, it gives the version after, bit for

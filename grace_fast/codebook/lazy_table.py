@@ -17,7 +17,7 @@ T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
-class Filed(Protocol[T_co]):
+class ColumnSource(Protocol[T_co]):
     """Items as columns."""
 
     @property
@@ -28,15 +28,15 @@ class Filed(Protocol[T_co]):
         """Return the item of one position."""
 
 
-class Kept(MutableMapping[int, T], Generic[T]):
+class LazyTable(MutableMapping[int, T], Generic[T]):
     """Items by number, in ascending order; those that came in columns and those that came later.
 
     Items are taken as values: one that is to be changed is set anew.
     """
 
-    def __init__(self, filed: Filed[T] | None = None) -> None:
-        self._filed = filed
-        self._numbers = np.zeros(0, np.int64) if filed is None else filed.numbers
+    def __init__(self, source: ColumnSource[T] | None = None) -> None:
+        self._source = source
+        self._numbers = np.zeros(0, np.int64) if source is None else source.numbers
         self._later: dict[int, T] = {}  # set since; an item of the columns too, in its place
         self._gone: set[int] = set()  # of the columns: deleted, or another one in place
         self._marks = 0  # that may be gone back to
@@ -46,9 +46,9 @@ class Kept(MutableMapping[int, T], Generic[T]):
         if number in self._later:
             return self._later[number]
         at = self._position(number)
-        if self._filed is None or at is None:
+        if self._source is None or at is None:
             raise KeyError(number)
-        return self._filed.make(at)
+        return self._source.make(at)
 
     def __contains__(self, number: object) -> bool:
         return number in self._later or (
@@ -75,31 +75,31 @@ class Kept(MutableMapping[int, T], Generic[T]):
             self._gone.add(number)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted([*self._numbers[self.filed_positions()].tolist(), *self._later]))
+        return iter(sorted([*self._numbers[self.source_positions()].tolist(), *self._later]))
 
     def __len__(self) -> int:
         return len(self._numbers) - len(self._gone) + len(self._later)
 
     @property
-    def filed(self) -> Filed[T] | None:
+    def source(self) -> ColumnSource[T] | None:
         """The columns that the first items came in."""
-        return self._filed
+        return self._source
 
     @property
     def later(self) -> dict[int, T]:
-        """What was set since, by number; not to be changed."""
+        """The items that were set since, by number; not to be changed."""
         return self._later
 
-    def filed_positions(self) -> NDArray[np.int64]:
+    def source_positions(self) -> NDArray[np.int64]:
         """Return the positions of the columns whose items are still as they came, ascending."""
         gone = np.fromiter(self._gone, np.int64, len(self._gone))
         stays = np.ones(len(self._numbers), bool)
         stays[np.searchsorted(self._numbers, gone)] = False
         return stays.nonzero()[0]
 
-    def copy(self) -> Kept[T]:
+    def copy(self) -> LazyTable[T]:
         """Return one that later changes of this one do not change."""
-        twin = Kept(self._filed)
+        twin = LazyTable(self._source)
         twin._later, twin._gone = dict(self._later), set(self._gone)
         return twin
 

@@ -8,6 +8,7 @@ so that any edit can be rolled back. EasyEdit itself compares an edit with the l
 from __future__ import annotations
 
 import copy as copying
+import os
 import reprlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from grace_fast.compat.teaching import prompt_end
 from grace_fast.editor.attach import find_layer
 from grace_fast.edits.apply import Applied
 from grace_fast.semantics import IGNORED_LABEL
+from grace_fast.store.strict_json import read_bounded
 
 _MOST_YAML_BYTES = 1 << 16  # a thousand times that of memory is made of it
 # What PyYAML raises, beside its own, for tags that do not suit their text, and for deep ones.
@@ -75,10 +77,7 @@ class GraceHyperParams:
         path = Path(hparams_name_or_path)
         path = path if ".yaml" in path.name else path.with_name(f"{path.name}.yaml")
         try:
-            with path.open("rb") as file:
-                content = file.read(_MOST_YAML_BYTES + 1)
-            if len(content) > _MOST_YAML_BYTES:
-                raise ValueError(f"it has more than {_MOST_YAML_BYTES} bytes")
+            content = read_bounded(os.open(path, os.O_RDONLY), _MOST_YAML_BYTES)
             given = yaml.safe_load(content.decode("utf-8"))
         except (yaml.YAMLError, *_ODD_YAML) as error:
             raise ValueError(f"{path} is not YAML: {error}") from error

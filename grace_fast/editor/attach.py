@@ -32,9 +32,9 @@ from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.hook.wrappers import host_of, layer_device_dtype, uncompiled
 from grace_fast.lookup.sharded import ShardedCodebook
 from grace_fast.semantics import Expand, Replacement, Semantics
-from grace_fast.store import files, manifest
-from grace_fast.store.durable import Lock
-from grace_fast.store.journal import Journal
+from grace_fast.store import atomic, files, manifest
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import Lock
 from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
 
@@ -125,7 +125,7 @@ def attach(
     inputs = fields.pop("calibration_inputs", None)
     sample = fields.pop("calibration_edits", None)
     if path is not None:
-        path = files.absolute(path)
+        path = atomic.absolute(path)
     if layer is None and settings is None:
         raise TypeError("attach() needs the name of a layer, or settings=")
     found, module = find_layer(model, settings.layer if layer is None and settings else str(layer))
@@ -280,7 +280,7 @@ def from_pretrained(
             read_only = means if old.pop(word) else read_only
     if old:
         raise TypeError(f"from_pretrained() got an unexpected keyword argument {next(iter(old))!r}")
-    path = files.absolute(path)
+    path = atomic.absolute(path)
     lock = Lock(path) if read_only is False else None
     try:
         opened = files.steadily(path, lambda: _open(model, path, name, max_radius, hmac_key, lock))
@@ -304,7 +304,7 @@ class _Opened:
     module: nn.Module  # the layer
     book: Codebook
     history: History
-    journal: Journal | None
+    journal: JournalFile | None
 
 
 def _open(

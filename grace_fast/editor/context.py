@@ -31,7 +31,7 @@ from grace_fast.hook.modes import Observation
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.store import manifest
-from grace_fast.store.durable import Lock
+from grace_fast.store.locks import Lock
 
 
 class EditContext:

@@ -10,10 +10,13 @@ from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.history import History
+from grace_fast.errors import CodebookReadOnly
 from grace_fast.store import files
-from grace_fast.store.durable import CodebookReadOnly, Lock, Store, replay
-from grace_fast.store.journal import Journal
+from grace_fast.store.durable import EditableDirectory
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import Lock
 from grace_fast.store.saved import read_saved, write
+from grace_fast.store.versions import replay
 
 
 class Directory:
@@ -32,13 +35,13 @@ class Directory:
     ) -> None:
         self.path, self._key = path, hmac_key
         self._history, self._described = history, described
-        self.store: Store | None = None  # where every edit goes before anybody sees it
+        self.store: EditableDirectory | None = None  # where every edit goes before anybody sees it
         if path is not None and lock is not None:
-            self.store = Store(path, lock, history, hmac_key)
-        self.followed: Journal | None = None  # what another process writes, of a reader
+            self.store = EditableDirectory(path, lock, history, hmac_key)
+        self.followed: JournalFile | None = None  # what another process writes, of a reader
         self._is_reader = False
 
-    def begin(self, book: Codebook | None, journal: Journal | None = None) -> None:
+    def begin(self, book: Codebook | None, journal: JournalFile | None = None) -> None:
         """Keep a codebook from now on, where there is a directory to edit.
 
         book: None where the first edit will make it; journal: of a codebook that was read from it.
@@ -50,7 +53,7 @@ class Directory:
         else:
             self.store.begin(book, lambda told: self._write_base(book, told))
 
-    def follow(self, journal: Journal | None) -> None:
+    def follow(self, journal: JournalFile | None) -> None:
         """Only read from now on, what others write to a journal."""
         self.followed, self._is_reader = journal, True
 
@@ -63,7 +66,7 @@ class Directory:
         if self.store is not None:
             self.store.require_writable()
 
-    def journal(self) -> Journal:
+    def journal(self) -> JournalFile:
         """Return the journal of the versions.
 
         Raises: ValueError where there is none.

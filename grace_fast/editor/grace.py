@@ -28,8 +28,8 @@ from grace_fast.hook.counters import Counters
 from grace_fast.hook.generation import Generation
 from grace_fast.lookup import lookup
 from grace_fast.lookup.sharded import ShardedCodebook
-from grace_fast.store import files
-from grace_fast.store.durable import Difference, Logged, difference, go_back
+from grace_fast.store import atomic
+from grace_fast.store.versions import Difference, Logged, difference, go_back
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ class Grace:
         """
         if isinstance(self.codebook, ShardedCodebook):
             raise self.codebook.unsaved("save_pretrained")
-        directory, path = self._context.directory, files.absolute(path)
+        directory, path = self._context.directory, atomic.absolute(path)
         if directory.is_at(path):
             self.compact()
             return

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from grace_fast.codebook.checks import MAX_COUNTER, require_room
-from grace_fast.codebook.lazy_table import Kept
+from grace_fast.codebook.lazy_table import LazyTable
 from grace_fast.edits import apply as engine
 from grace_fast.edits.apply import Applied, Ball, Editable, RowState
 from grace_fast.edits.edit import (
@@ -41,19 +41,19 @@ class History:
 
     def __init__(
         self,
-        edits: Kept[Edit] | None = None,
-        rows: Kept[RowLife] | None = None,
-        label_slots: Kept[int] | None = None,
+        edits: LazyTable[Edit] | None = None,
+        rows: LazyTable[RowLife] | None = None,
+        label_slots: LazyTable[int] | None = None,
         next_id: int = 0,
     ) -> None:
-        self.edits = Kept[Edit]() if edits is None else edits
-        self.rows = Kept[RowLife]() if rows is None else rows
+        self.edits = LazyTable[Edit]() if edits is None else edits
+        self.rows = LazyTable[RowLife]() if rows is None else rows
         # By edit: where the store keeps its row's label.
-        self.label_slots = Kept[int]() if label_slots is None else label_slots
+        self.label_slots = LazyTable[int]() if label_slots is None else label_slots
         self.next_id = next_id
         self.keeps_steps = False  # somebody asks for them
         self._steps: list[Step] = []
-        self._attempts: list[tuple[tuple[Kept[Any], ...], list[int], int, int]] = []
+        self._attempts: list[tuple[tuple[LazyTable[Any], ...], list[int], int, int]] = []
 
     def take_steps(self) -> list[Step]:
         """Return the steps since this was last asked for."""
@@ -91,7 +91,7 @@ class History:
 
         Where anybody else can see the history, its codebook's writers are held off meanwhile.
         """
-        parts: tuple[Kept[Any], ...] = (self.edits, self.rows, self.label_slots)
+        parts: tuple[LazyTable[Any], ...] = (self.edits, self.rows, self.label_slots)
         marks = [part.mark() for part in parts]
         self._attempts.append((parts, marks, self.next_id, len(self._steps)))
         kept = False
@@ -124,7 +124,7 @@ class History:
 
     def empty(self) -> None:
         """Forget every edit, and give none of their ids again."""
-        self.edits, self.rows, self.label_slots = Kept(), Kept(), Kept()
+        self.edits, self.rows, self.label_slots = LazyTable(), LazyTable(), LazyTable()
         self._add_step(Reset())
 
     def go_back(self, earlier: History) -> None:

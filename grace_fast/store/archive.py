@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
-from grace_fast.store import files
+from grace_fast.store import atomic, tensor_files
 from grace_fast.store.saved import read_newest, read_saved, write
 
 _MOST_AT_ONCE = 1 << 20  # bytes; the list of the members of a packed codebook has some hundred
@@ -42,23 +42,23 @@ def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> i
     Raises: CodebookCorrupt, OSError where the file cannot be written; FileExistsError where it is
     there.
     """
-    target = files.absolute(file)
+    target = atomic.absolute(file)
     if target.exists():
         raise FileExistsError(f"{target} is there already; choose another name")
     saved, book, history = read_newest(path, hmac_key)
     described = {**saved.described, "version": book.version}
     partial = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
-        with files.temporary_folder(target.parent) as folder:
+        with atomic.temporary_folder(target.parent) as folder:
             write(folder, described, book.snapshot(), history, hmac_key)
             with zipfile.ZipFile(partial, "x", zipfile.ZIP_STORED) as packed:
                 for each in sorted(folder.iterdir()):
                     packed.write(each, each.name)
-        files.synchronise(partial)
+        atomic.synchronise(partial)
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
-    files.synchronise(target.absolute().parent)
+    atomic.synchronise(target.absolute().parent)
     return len(history.edits)
 
 
@@ -70,7 +70,7 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
     Raises: CodebookCorrupt where it is not what was packed, FileExistsError where the directory is
     not empty, OSError where it cannot be written. There is no directory then.
     """
-    source, target = files.absolute(file), files.absolute(path)
+    source, target = atomic.absolute(file), atomic.absolute(path)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} is not empty; choose a directory that is, or another name")
     refuse_special(source)
@@ -85,12 +85,12 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
             for each in members:
                 if each.compress_type != zipfile.ZIP_STORED or each.flag_bits & 1:
                     raise CodebookCorrupt(f"{source}: {each.filename!a} is compressed or encrypted")
-                place = files.place(partial, each.filename)
+                place = tensor_files.place(partial, each.filename)
                 with packed.open(each) as content, place.open("xb") as made:
                     shutil.copyfileobj(content, made)
-                files.synchronise(place)
+                atomic.synchronise(place)
         edits = len(read_saved(partial, hmac_key).codebook()[1].edits)
-        files.synchronise(partial)
+        atomic.synchronise(partial)
         if target.exists():
             target.rmdir()
         partial.rename(target)
@@ -105,5 +105,5 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
         raise CodebookCorrupt(f"{source} is not a packed codebook: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    files.synchronise(target.absolute().parent)
+    atomic.synchronise(target.absolute().parent)
     return edits

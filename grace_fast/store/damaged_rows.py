@@ -22,7 +22,7 @@ from grace_fast.codebook.mapped import (
 from grace_fast.store.row_file import RowWriter, Written
 
 
-class Given:
+class DamagedRowFile:
     """A file of rows as a directory has it.
 
     checks: of its blocks, as in `MappedFile`.
@@ -37,37 +37,37 @@ class Given:
         if not os.fstat(self._file).st_size and shape.nbytes:
             raise CodebookCorrupt(f"{path} is empty: there is nothing to repair")
 
-    def odd_rows(self) -> Tensor:
+    def corrupt_rows(self) -> Tensor:
         """Return where a row is not finite, or in a block that is not what was saved, [rows] bool.
 
         What a file that was cut off does not hold any more is not what was saved either.
         """
-        odd = torch.zeros(self._shape.rows, dtype=torch.bool, device="cpu")
+        corrupt = torch.zeros(self._shape.rows, dtype=torch.bool, device="cpu")
         size, item = self._shape.row_bytes, self._shape.dtype.itemsize
         for block in range(self._shape.blocks):
             first = block * BLOCK_BYTES
             last = min(first + BLOCK_BYTES, self._shape.nbytes)
             content = os.pread(self._file, last - first, HEADER_BYTES + first)
             if len(content) != last - first or not is_saved(content, self._checks[block]):
-                odd[first // size : -(-last // size)] = True
+                corrupt[first // size : -(-last // size)] = True
                 continue
             at = not_finite(content, self._shape.dtype)
-            odd[torch.from_numpy((first + at * item) // size)] = True
-        return odd
+            corrupt[torch.from_numpy((first + at * item) // size)] = True
+        return corrupt
 
-    def write(self, target: Path, odd: Tensor) -> Written:
-        """Return the file where it can stay, else another one with zeros for the odd rows [rows].
+    def write(self, target: Path, corrupt: Tensor) -> Written:
+        """Return the file where it can stay, else another one with zeros for corrupt rows [rows].
 
         Raises: OSError where it cannot be written.
         """
-        if not bool(odd.any()) and self._is_whole():
+        if not bool(corrupt.any()) and self._is_whole():
             return Written(self._path, self._shape, self._checks)
         writer = RowWriter(target, self._name, self._shape.width, self._shape.dtype)
         step = max(1, BLOCK_BYTES // self._shape.row_bytes)
         try:
             for first in range(0, self._shape.rows, step):
                 rows = self._read(first, min(first + step, self._shape.rows))
-                writer.append(rows.masked_fill(odd[first : first + len(rows), None], 0))
+                writer.append(rows.masked_fill(corrupt[first : first + len(rows), None], 0))
             return writer.finish()
         finally:
             writer.close()

@@ -1,4 +1,4 @@
-"""A directory that is edited: files of a base, and a journal of every version since.
+"""A directory that an editor edits: the files of a base, and a journal of every version since.
 
     grace_config.json   names the base and the journal; replaced in one step
     codebook-*          the base: the codebook and its edits at one version
@@ -6,7 +6,7 @@
     lock                held by the one process that edits
 
 An edit is in the journal, on the disk, before anybody sees it; where that fails nobody ever does.
-What fails in a way that leaves the disk in doubt makes the store read-only: what it holds is read
+What fails in a way that leaves the disk in doubt makes it read-only: what it holds is read
 again when it is opened anew. Compaction writes another base and begins another journal, and one
 rename of the manifest goes from the old pair to the new one.
 """
@@ -16,16 +16,13 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grace_fast.codebook import printable
 from grace_fast.codebook.codebook import Codebook
-from grace_fast.codebook.diff import Change, back
+from grace_fast.codebook.diff import Change
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import EditRecorded, Reset, Step, Undone
 from grace_fast.edits.history import History
@@ -33,55 +30,17 @@ from grace_fast.errors import CodebookCorrupt
 from grace_fast.errors import CodebookLocked as CodebookLocked
 from grace_fast.errors import CodebookReadOnly as CodebookReadOnly
 from grace_fast.store import files, manifest
-from grace_fast.store.journal import Entry, Journal
-from grace_fast.store.records import Version, redo
+from grace_fast.store.atomic import synchronise
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import LOCK, Lock
+from grace_fast.store.records import Version
 
 _log = logging.getLogger(__name__)
-
-LOCK = "lock"
 _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
 
 
-class Lock:
-    """The right to edit a directory, until it is closed or its process ends, however it ends.
-
-    Raises: CodebookLocked where somebody has it, OSError where the directory cannot be written.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        missing = [each for each in (folder, *folder.parents) if not each.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        for made in missing:
-            files.synchronise(made.parent)
-        try:
-            claim = files.Claim(folder / LOCK)
-        except BlockingIOError as error:
-            holder = ""
-            with suppress(OSError), (folder / LOCK).open("rb") as file:
-                holder = file.read(20).decode("ascii", "replace").strip()
-            raise CodebookLocked(
-                f"{folder} is being edited by process {holder or 'unknown'}; "
-                "attach with read_only=True, or unload() the editor there first"
-            ) from error
-        try:
-            os.ftruncate(claim.descriptor, 0)
-            os.pwrite(claim.descriptor, f"{os.getpid()}\n".encode(), 0)
-        except BaseException:
-            claim.close()
-            raise
-        self.is_in_place = claim.is_in_place
-        self.close = weakref.finalize(self, claim.close)
-        self._path = claim.path
-
-    def remove(self) -> None:
-        """Give the directory back without a trace; who waits for the file sees that it is gone."""
-        if self.is_in_place():
-            self._path.unlink()
-        self.close()
-
-
-class Store:
-    """The directory of one editor. It is the codebook's ledger: it sees every version first.
+class EditableDirectory:
+    """The directory of one editor. It is the codebook's journal: it sees every version first.
 
     history: returns the history that the editor keeps, whose steps are journalled.
     """
@@ -95,22 +54,22 @@ class Store:
     ) -> None:
         self.folder, self._lock, self._history = folder, lock, history
         self._key = hmac_key
-        self.journal: Journal | None = None
+        self.journal: JournalFile | None = None
         self._process = os.getpid()
         self._failure: str | None = None
         self._is_closed = False
         self._is_lost = False  # the lock
 
-    def resume(self, journal: Journal, book: Codebook) -> None:
+    def resume(self, journal: JournalFile, book: Codebook) -> None:
         """Go on with the journal of a codebook that was read from it.
 
         Raises: OSError where the directory cannot be synchronised.
         """
         # Who wrote it may have died between renaming the manifest and making that certain.
-        files.synchronise(self.folder)
-        self._keep(journal, book)
+        synchronise(self.folder)
+        self._attach(journal, book)
 
-    def _keep(self, journal: Journal, book: Codebook) -> None:
+    def _attach(self, journal: JournalFile, book: Codebook) -> None:
         self.journal = journal
         self._history().keeps_steps = True
         book.retain(self)
@@ -126,10 +85,9 @@ class Store:
             self.require_writable()
             name = secrets.token_hex(8)
             path = self.folder / f"{files.JOURNALS}-{name}.sqlite"
-            journal = Journal.create(path, name, now.version, self._key)
-            told = {"file": path.name, "name": name}
+            journal = JournalFile.create(path, name, now.version, self._key)
             try:
-                write({"version": now.version, "journal": told})
+                write({"version": now.version, "journal": {"file": path.name, "name": name}})
             except BaseException as error:
                 journal.close()
                 if _is_named(self.folder, path.name):
@@ -139,7 +97,7 @@ class Store:
                 raise
             if self.journal is not None:
                 self.journal.close()
-            self._keep(journal, book)
+            self._attach(journal, book)
 
     def record(self, before: Snapshot, after: Snapshot) -> None:
         """Put a version on the disk.
@@ -147,7 +105,7 @@ class Store:
         Raises: CodebookReadOnly where the disk is in doubt, CodebookLocked where another process
         may edit, OSError where it is full; the version is refused.
         """
-        assert self.journal is not None, "a ledger has a journal before it is kept"
+        assert self.journal is not None, "begin or resume comes first"
         steps = self._history().take_steps()
         self.require_writable()
         content = Version(Change.between(before, after), steps).encode()
@@ -165,7 +123,7 @@ class Store:
 
     def revoke(self, after: Snapshot) -> None:
         """Take a version off the disk again that was refused by somebody else."""
-        assert self.journal is not None, "a ledger has a journal before it is kept"
+        assert self.journal is not None, "begin or resume comes first"
         try:
             self.journal.drop_last()
         except (OSError, CodebookCorrupt) as error:
@@ -205,8 +163,8 @@ class Store:
             try:
                 files.update(self.folder, {"hits": manifest.counted(hits)}, self._key)
             except (OSError, ValueError) as error:
-                told = (printable.spelt(self.folder), printable.spelt(error))
-                _log.warning("the hits of %s were not kept: %s", *told)
+                spelt = (printable.spelt(self.folder), printable.spelt(error))
+                _log.warning("the hits of %s were not kept: %s", *spelt)
         self._is_closed = True
         if self.journal is not None:
             self.journal.close()
@@ -222,110 +180,9 @@ def _kind(steps: list[Step]) -> str:
 def _is_named(folder: Path, name: str) -> bool:
     """Tell whether the manifest of a directory names a journal."""
     try:
-        told = files.read_config(folder).get("journal")
+        entry = files.read_config(folder).get("journal")
     except FileNotFoundError:
         return False
     except (OSError, ValueError):
         return True  # in doubt it stays
-    return told is not None and told.get("file") == name
-
-
-def journal_place(folder: Path, config: Mapping[str, Any]) -> tuple[Path, str, int]:
-    """Return where the journal that a manifest names is, its name and the version before it.
-
-    Raises: CodebookCorrupt where that is not told.
-    """
-    told = config["journal"]
-    name = told.get("name")
-    is_named = isinstance(name, str) and told.get("file") == f"{files.JOURNALS}-{name}.sqlite"
-    if not is_named or "version" not in config:
-        raise CodebookCorrupt(f"{folder}: the manifest does not describe its journal")
-    return files.place(folder, told["file"]), name, int(config["version"])
-
-
-def journal_of(
-    folder: Path,
-    config: Mapping[str, Any],
-    hmac_key: bytes | None = None,
-    read_only: bool = True,
-) -> Journal | None:
-    """Return the journal that a manifest names, None where it names none.
-
-    Raises: CodebookCorrupt where it is missing or foreign, OSError where it cannot be read.
-    """
-    if config.get("journal") is None:
-        return None
-    return Journal(*journal_place(folder, config), hmac_key, read_only)
-
-
-def replay(journal: Journal, book: Codebook, history: History, version: int | None = None) -> None:
-    """Take a codebook and its history to a version of the journal, by default the last.
-
-    Raises: CodebookCorrupt where the journal is not what was written; the history is not to be used
-    then, and the codebook is as before.
-    """
-    entries = journal.entries(book.version)
-    first = next(entries, None)
-    if first is None or (version is not None and first.version > version):
-        return
-    with book.writing() as draft:
-        entry: Entry | None = first
-        while entry is not None and (version is None or entry.version <= version):
-            try:
-                redo(entry.content, draft, history)
-            except CodebookCorrupt as error:
-                raise CodebookCorrupt(
-                    f"{journal.path}: version {entry.version}: {error}",
-                    field=error.field,
-                    row=error.row,
-                ) from error
-            draft.version = entry.version
-            entry = next(entries, None)
-
-
-def go_back(book: Codebook, history: History, then: Snapshot, earlier: History) -> None:
-    """Publish a version that decides as an earlier one did; ids that were given stay so."""
-    with book.held() as now, history.attempting(), book.writing() as draft:
-        back(now, then).apply(draft)
-        history.go_back(earlier)
-
-
-@dataclass(frozen=True)
-class Logged:
-    """One version of a directory, as the journal has it."""
-
-    version: int
-    time: float  # seconds since 1970
-    kind: str  # edit, undo, checkout, or rows where no edit was involved
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Difference:
-    """What one version of a codebook has otherwise than another."""
-
-    added: list[int]  # rows that only the later one has, or that were back
-    removed: list[int]  # rows that were live in the earlier one only
-    radii: dict[int, tuple[float, float]]  # by row: of the earlier and the later version
-    values: list[int]  # rows of both with other values
-    made: list[int]  # ids of edits that only the later one has
-    undone: list[int]  # ids of edits that only the earlier one has
-
-
-def difference(one: tuple[Snapshot, History], other: tuple[Snapshot, History]) -> Difference:
-    """Return what a version has otherwise than an earlier one of the same directory."""
-    (before, old), (after, new) = one, other
-    shared = min(before.rows, after.rows)
-    live = [each.live.tolist() for each in (before, after)]
-    both = [row for row in range(shared) if live[0][row] and live[1][row]]
-    radii = [each.radii.tolist() for each in (before, after)]
-    slots = [each.column("value_slot").tolist() for each in (before, after)]
-    listed = [{row for row, alive in enumerate(each) if alive} for each in live]
-    return Difference(
-        sorted(listed[1] - listed[0]),
-        sorted(listed[0] - listed[1]),
-        {row: (radii[0][row], radii[1][row]) for row in both if radii[0][row] != radii[1][row]},
-        [row for row in both if slots[0][row] != slots[1][row]],
-        sorted(set(new.edits) - set(old.edits)),
-        sorted(set(old.edits) - set(new.edits)),
-    )
+    return entry is not None and entry.get("file") == name

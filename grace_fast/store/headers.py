@@ -1,17 +1,14 @@
-"""The header of a safetensors file, tested before anything is done with what it says.
+"""Headers of safetensors files, tested before anything is done with what they say.
 
 A file is 8 bytes of length, a JSON of that length, and the tensors. Readers are known to take two
 tensors of one name, [2^62, 0], or bytes that no tensor owns. Here every byte after the header
 belongs to one tensor, and nothing is allocated before the sizes are held against the file's own.
-JSON is parsed strictly, here and in the manifest: bounded depth, no name twice.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +20,13 @@ import torch
 from torch import Tensor
 
 from grace_fast.codebook.mapped import CodebookCorrupt, open_regular
+from grace_fast.store import strict_json
 
 MAX_BYTES = 100_000_000  # of any header: what the format allows
 _MAX_BYTES_EACH = 1024  # of a header whose tensors are known, for each of them and once more
 _MAX_RANK = 8
 _MAX_NUMBER = 2**63 - 1
 _DEPTH = 3  # {name: {field: [number]}}
-_BLOCK_BYTES = 1 << 20  # of a text that is looked at, at once
-MOST_VALUES = 1 << 22  # of a JSON text: some 200 bytes each once they are parsed
-_MOST_IN_LINE = 1 << 18  # of a line of many
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -53,7 +48,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Described:
-    """What a header says of one tensor; it lies in the file at [begin, end)."""
+    """The entry of one tensor in a header; it lies in the file at [begin, end)."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -97,7 +92,9 @@ def read(content: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         for name, each in found.items()
     }
     length = int.from_bytes(content[:8], "little")
-    metadata: dict[str, str] = parse(content[8 : 8 + length], _DEPTH).get("__metadata__", {})
+    metadata: dict[str, str] = strict_json.parse(content[8 : 8 + length], _DEPTH).get(
+        "__metadata__", {}
+    )
     return tensors, metadata
 
 
@@ -111,93 +108,6 @@ def tensor(name: str, described: Described, room: npt.NDArray[np.uint8]) -> Tens
     if described.dtype == torch.bool and room.max() > 1:
         raise CodebookCorrupt(f"its tensor {name} has truths that are neither 0 nor 1", field=name)
     return torch.from_numpy(room).view(described.dtype).view(described.shape)
-
-
-def parse(text: bytes, depth: int, constants: bool = False) -> Any:
-    """Return what a JSON text says.
-
-    depth: how many brackets may be open at once; constants: whether NaN and Infinity are numbers.
-
-    Raises: ValueError where it is not UTF-8, no JSON, too deep, or names something twice; where it
-    holds more values than are taken into memory, before any is.
-    """
-    brackets = outline(text)
-    # Each round closes the innermost brackets, and no parser has gone down into them yet.
-    for _ in range(depth):
-        brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
-    if brackets:
-        raise ValueError(f"its brackets do not close, or more than {depth} are open at once")
-    constant = None if constants else _refuse_constant
-    return json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=constant)
-
-
-def parse_line(text: str) -> Any:
-    """Return what one line of a file of JSON lines says.
-
-    Raises: ValueError where it is no JSON or holds more values than a line may, RecursionError.
-    """
-    outline(text.encode(), _MOST_IN_LINE)
-    return json.loads(text)
-
-
-def outline(text: bytes, most: int | None = None) -> bytes:
-    """Return the brackets of a JSON text outside its strings.
-
-    most: the values it may have, by default `MOST_VALUES`.
-
-    It is looked at block by block: what that takes does not grow with what the text holds.
-
-    Raises: ValueError for more values or brackets than a text may have.
-    """
-    most = MOST_VALUES if most is None else most
-    brackets, values, inside, slashes = bytearray(), 0, 0, 0
-    for at in range(0, len(text), _BLOCK_BYTES):
-        block = np.frombuffer(text, np.uint8, min(_BLOCK_BYTES, len(text) - at), at)
-        quotes, slashes = _unescaped_quotes(block, slashes)
-        strings = np.bitwise_xor.accumulate(quotes.view(np.uint8)) ^ inside
-        inside = int(strings[-1])
-        outside = strings == 0
-        values += int(np.count_nonzero(outside & (block == _COMMA)))
-        # [ and {, ] and } differ in one bit.
-        kind = block | 0x20
-        found = block[outside & ((kind == 0x7B) | (kind == 0x7D))]
-        brackets += found.tobytes()
-        if values > most or len(brackets) > most:  # a list or an object has two
-            raise ValueError(f"it holds more than {most} values, or {most // 2} lists and objects")
-    return bytes(brackets)
-
-
-_COMMA, _QUOTE, _SLASH = b',"\\'
-
-
-def _unescaped_quotes(
-    block: npt.NDArray[np.uint8], slashes: int
-) -> tuple[npt.NDArray[np.bool_], int]:
-    """Return where a string begins or ends, and whether the next block begins escaped, 0 or 1.
-
-    slashes: whether this one does.
-    """
-    quotes, slash = block == _QUOTE, block == _SLASH
-    if not slashes and not slash.any():
-        return quotes, 0
-    # An odd number of backslashes before a character escapes it.
-    places = np.arange(1, len(block) + 1, dtype=np.int32)
-    runs = places - np.maximum.accumulate(np.where(slash, np.int32(-slashes), places))
-    escaped = np.empty(len(block), bool)
-    escaped[0], escaped[1:] = slashes, runs[:-1] & 1
-    return quotes & ~escaped, int(runs[-1]) & 1
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number")
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"it names {twice!a} more than once")
-    return made
 
 
 def _length(prefix: bytes, size: int, names: Collection[str] | None) -> int:
@@ -218,15 +128,15 @@ def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[st
     if text[:1] != b"{":
         raise CodebookCorrupt("its header does not begin with {")
     try:
-        header = parse(text, _DEPTH)
+        header = strict_json.parse(text, _DEPTH)
     except (ValueError, RecursionError) as error:
         raise CodebookCorrupt(f"its header is not JSON as it should be: {error}") from error
     metadata = header.pop("__metadata__", {})
     if not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
         raise CodebookCorrupt("its __metadata__ must be an object of strings")
     if names is not None and header.keys() != set(names):
-        odd = sorted(header.keys() ^ set(names))
-        raise CodebookCorrupt(f"it does not hold the tensors that were saved: {odd[:5]}")
+        others = sorted(header.keys() ^ set(names))
+        raise CodebookCorrupt(f"it does not hold the tensors that were saved: {others[:5]}")
     first = 8 + len(text)
     described = {name: _checked(name, each, first) for name, each in header.items()}
     at = first
@@ -240,15 +150,15 @@ def _described(text: bytes, size: int, names: Collection[str] | None) -> dict[st
     return described
 
 
-def _checked(name: str, said: Any, first: int) -> Described:
+def _checked(name: str, entry: Any, first: int) -> Described:
     """Return what a header says of one tensor, whose offsets count from `first`."""
 
     def refuse(why: str) -> NoReturn:
         raise CodebookCorrupt(f"its tensor {name!a} {why}", field=name)
 
-    if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         refuse("must have dtype, shape and data_offsets, and nothing else")
-    kind, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     dtype = DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         refuse(f"must have one of the element types {sorted(DTYPES)}")

@@ -1,10 +1,7 @@
-"""The journal: one row of an SQLite file for every version, on the disk before it is seen.
+"""Journal of a directory: a row of an SQLite file for every version, on the disk before it is seen.
 
 A row's checksum covers the checksum of the row before, and `head` says which row is the last: a row
-that is lost, changed or added is seen. The file is ours if its schema is, word for word; nothing
-that a foreign one brings along (views, triggers) is ever run.
-
-`TRUNCATE` and `FULL`: write-ahead logs lose rows in SQLite 3.7.0 to 3.51.2 when they are reset.
+that is lost, changed or added is seen.
 """
 
 from __future__ import annotations
@@ -12,42 +9,24 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import hmac
-import os
 import sqlite3
 import struct
-import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from grace_fast.codebook import forks
 from grace_fast.codebook.checks import MAX_COUNTER
-from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
-from grace_fast.store import side_files
-from grace_fast.store.files import ChangedMeanwhile, synchronise
+from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.store import side_files, sqlite_file
+from grace_fast.store.files import ChangedMeanwhile
 
-_FORMAT = 1
-_SCHEMA = (
-    "CREATE TABLE versions (version INTEGER PRIMARY KEY, time REAL NOT NULL, "
-    "kind TEXT NOT NULL, content BLOB NOT NULL, checksum BLOB NOT NULL)",
-    "CREATE TABLE head (version INTEGER NOT NULL, checksum BLOB NOT NULL)",
-)
-_TABLES = [
-    ("table", name, name, sql) for name, sql in zip(("versions", "head"), _SCHEMA, strict=True)
-]
 _LAST = (1 << 63) - 1  # at most any version
-_WAIT_S = 10.0  # for a reader or a writer that is just reading or writing
-# What is said of a file that was changed; an interruption is ours, of a schema without end.
-_WRONG = ("SQLITE_CORRUPT", "SQLITE_NOTADB", "SQLITE_ERROR", "SQLITE_INTERRUPT")
-_LEAST_BYTES = 512  # a page
 _AT_ONCE = 1 << 20  # bytes of rows that are read, before they are looked at
-_MOST_STEPS = 1_000_000  # of SQLite's machine, until a schema is known to be ours
-_creating = threading.RLock()  # no process is forked meanwhile
 
 
 @dataclass(frozen=True)
@@ -61,7 +40,7 @@ class Entry:
     checksum: bytes  # [32], of all that and of the row before
 
 
-class Journal:
+class JournalFile:
     """The versions after a base, in one file. One process writes it, any number read it.
 
     name: what tells this journal from another one of the directory; base: the version it begins
@@ -88,37 +67,13 @@ class Journal:
         self._using = threading.RLock()
         self._page_bytes = 0  # where it is written
         self._connection: sqlite3.Connection | None = None
-        forks.guard(self, "_using", mend=Journal._leave_in_child)
+        forks.guard(self, "_using", mend=JournalFile._leave_in_child)
         with self._using:
             self._connection = self._opened(read_only)
         self.version, self.checksum = (base, self._start) if salvage else self._head()
 
     def _opened(self, read_only: bool) -> sqlite3.Connection:
-        path = self.path
-        refuse_special(path)
-        if not path.is_file():
-            raise CodebookCorrupt(f"{path} is missing: the codebook is not complete")
-        if path.stat().st_size < _LEAST_BYTES:  # SQLite removes what lies beside an empty file
-            raise CodebookCorrupt(f"{path} is not what was written: it is cut off")
-        if read_only:
-            side_files.refuse_odd_names(path)
-            self._refuse_log_mode()
-        else:
-            self._page_bytes = side_files.page_bytes_of(path)
-            side_files.refuse_foreign(path, self._page_bytes, writes=True)
-        with self._reading():
-            file = _connected(path, "mode=ro" if read_only else "mode=rw")
-            try:
-                if not read_only:
-                    file.execute("PRAGMA journal_mode=TRUNCATE")
-                    file.execute("PRAGMA synchronous=FULL")
-                self._check_schema(file)
-                file.set_progress_handler(None, 0)
-                if not read_only:
-                    self._check_pages(file)
-            except BaseException:
-                file.close()
-                raise
+        file, self._page_bytes = sqlite_file.opened(self.path, read_only)
         return file
 
     @property
@@ -135,93 +90,17 @@ class Journal:
             self._connection = None
 
     @staticmethod
-    def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> Journal:
+    def create(path: Path, name: str, base: int, hmac_key: bytes | None = None) -> JournalFile:
         """Make an empty journal and put it on the disk.
 
         Raises: OSError where it cannot be written.
         """
-        path.unlink(missing_ok=True)
-        start = _started(name, base, hmac_key or b"")
-        try:
-            with _creating, closing(_connected(path, "mode=rwc")) as file:
-                file.execute("PRAGMA journal_mode=TRUNCATE")
-                file.execute("PRAGMA synchronous=FULL")
-                file.execute("BEGIN IMMEDIATE")
-                file.execute(f"PRAGMA application_id={side_files.APPLICATION}")
-                file.execute(f"PRAGMA user_version={_FORMAT}")
-                for statement in _SCHEMA:
-                    file.execute(statement)
-                file.execute("INSERT INTO head VALUES (?, ?)", (base, start))
-                file.execute("COMMIT")
-        except sqlite3.Error as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        synchronise(path)
-        synchronise(path.parent)
-        return Journal(path, name, base, hmac_key)
-
-    @contextmanager
-    def _reading(self) -> Iterator[None]:
-        try:
-            yield
-        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
-            # A text that cannot be decoded has no name, and neither has a message of such a text.
-            name = getattr(error, "sqlite_errorname", "SQLITE_CORRUPT")
-            if name.startswith(_WRONG):
-                raise CodebookCorrupt(f"{self.path} is not what was written: {error}") from error
-            if name.startswith("SQLITE_READONLY"):
-                side_files.refuse_foreign(self.path)
-                raise OSError(
-                    f"{self.path} needs a writer: an edit was interrupted; "
-                    "attach the codebook once where its directory can be written"
-                ) from error
-            raise OSError(f"{self.path} cannot be read: {error}") from error
-
-    def _refuse_log_mode(self) -> None:
-        """Raise CodebookCorrupt where the file asks for a write-ahead log, of which none is made.
-
-        SQLite reads the header, and takes no lock for it: a file that is closed elsewhere in a
-        process takes the locks of all its connections along.
-        """
-        with self._reading():  # where it cannot be opened at all
-            file = _connected(self.path, "mode=ro&nolock=1")
-        try:
-            file.execute("PRAGMA schema_version").fetchone()
-        except sqlite3.Error as error:
-            if getattr(error, "sqlite_errorname", "") == "SQLITE_CANTOPEN":
-                raise CodebookCorrupt(
-                    f"{self.path} is not what was written: it asks for a write-ahead log"
-                ) from error
-            # Else it may be being written just now; who reads it with a lock says what it is.
-        finally:
-            file.close()
-
-    def _check_pages(self, file: sqlite3.Connection) -> None:
-        """Raise CodebookCorrupt where what is appended could be written over what is there."""
-        (found,) = file.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise CodebookCorrupt(f"{self.path} is not what was written: {found}")
-
-    def _check_schema(self, file: sqlite3.Connection) -> None:
-        told = {
-            name: file.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("application_id", "user_version")
-        }
-        if told["application_id"] != side_files.APPLICATION:
-            raise CodebookCorrupt(f"{self.path} is not a journal of grace_fast")
-        if told["user_version"] > _FORMAT:
-            raise CodebookCorrupt(
-                f"{self.path} has format {told['user_version']}, "
-                f"this version of grace_fast reads up to {_FORMAT}"
-            )
-        found = file.execute(
-            "SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY rowid LIMIT 3"
-        ).fetchall()
-        if found != _TABLES or told["user_version"] != _FORMAT:
-            raise CodebookCorrupt(f"{self.path} does not hold the tables of a journal")
+        sqlite_file.create(path, base, _started(name, base, hmac_key or b""))
+        return JournalFile(path, name, base, hmac_key)
 
     def _head(self) -> tuple[int, bytes]:
-        side_files.refuse_odd_names(self.path)
-        with self._using, self._reading():
+        side_files.refuse_foreign_names(self.path)
+        with self._using, sqlite_file.reading(self.path):
             # One statement, so that a version that is just appended is in neither or in both.
             rows = self._file.execute(
                 "SELECT version, checksum, (SELECT max(version) FROM versions) FROM head LIMIT 2"
@@ -341,17 +220,17 @@ class Journal:
 
         A statement that goes on while its rows are used would keep writers and forks off.
         """
-        rows, held = [], 0
-        with self._using, self._reading():
+        rows, size = [], 0
+        with self._using, sqlite_file.reading(self.path):
             found = self._file.execute(
                 "SELECT version, time, kind, content, checksum FROM versions "
                 "WHERE version > ? AND version <= ? ORDER BY version",
                 (after, last),
             )
             with closing(found):
-                while held < _AT_ONCE and (row := found.fetchone()) is not None:
+                while size < _AT_ONCE and (row := found.fetchone()) is not None:
                     rows.append(row)
-                    held += sum(len(each) for each in row if isinstance(each, str | bytes))
+                    size += sum(len(each) for each in row if isinstance(each, str | bytes))
         return rows
 
     def _bytes_there(self) -> int:
@@ -363,7 +242,7 @@ class Journal:
             ) from error
 
     def _checksum_of(self, version: int) -> bytes:
-        with self._using, self._reading():
+        with self._using, sqlite_file.reading(self.path):
             found = self._file.execute(
                 "SELECT checksum FROM versions WHERE version = ?", (version,)
             ).fetchone()
@@ -389,26 +268,6 @@ class Journal:
                 self._connection.close()
 
 
-def _connected(path: Path, how: str) -> sqlite3.Connection:
-    """Return a connection that runs nothing that a file brings along, and does not go on for ever.
-
-    how: parameters of SQLite's for a file's name. No character of the path is taken for one.
-    """
-    file = sqlite3.connect(
-        f"file://{quote(os.fsencode(path.absolute()))}?{how}",
-        uri=True,
-        timeout=_WAIT_S,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    file.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-    file.set_progress_handler(lambda: 1, _MOST_STEPS)
-    settings = ("trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0", "temp_store=MEMORY")
-    for setting in settings:
-        file.execute(f"PRAGMA {setting}")
-    return file
-
-
 def _is_entry(row: tuple[object, ...]) -> bool:
     kinds = (int, float, str, bytes, bytes)
     return all(isinstance(each, kind) for each, kind in zip(row, kinds, strict=True))
@@ -428,6 +287,3 @@ def _chained(
     digest.update(f"{kind}\n".encode())
     digest.update(content)
     return digest.digest()
-
-
-forks.guard(sys.modules[__name__], "_creating")

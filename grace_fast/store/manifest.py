@@ -1,4 +1,4 @@
-"""The manifest of a directory, `grace_config.json`: read strictly, sealed by a checksum, signed.
+"""Manifest of a directory, `grace_config.json`: read strictly, sealed by a checksum, signed.
 
 It carries the checksum of every tensor and block in the directory, and from format 3 on one of
 itself. A checksum tells damage; who means harm computes it anew. Where there is a key, an HMAC over
@@ -22,13 +22,14 @@ from typing import Any
 
 from grace_fast.codebook.checks import MAX_COUNTER as MAX_COUNTER
 from grace_fast.codebook.checks import MAX_NUMBER as MAX_NUMBER
-from grace_fast.codebook.mapped import CodebookCorrupt, open_regular
-from grace_fast.store import headers
+from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.store import strict_json
 
 FORMAT = 3
 CONFIG = "grace_config.json"
 MAX_BYTES = 1 << 28  # texts and hits of a million edits fit
 _DEPTH = 8
+_LONGER = "it has {size} bytes, wanted at most {most}"
 _LEAST_KEY_BYTES = 16
 
 
@@ -48,7 +49,7 @@ def seal(config: Mapping[str, Any], hmac_key: bytes | None = None) -> bytes:
             "attach without store_text"
         )
     try:
-        headers.outline(content)
+        strict_json.outline(content)
     except ValueError as error:
         raise ValueError(
             f"{CONFIG} would not be read again: {error}; attach without store_text"
@@ -67,14 +68,11 @@ def read(path: str | Path, hmac_key: bytes | None = None) -> dict[str, Any]:
     file = Path(path) / CONFIG
     if not os.path.lexists(file):
         raise FileNotFoundError(f"{path} is not a codebook: it has no {CONFIG}")
-    with os.fdopen(open_regular(file), "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size > MAX_BYTES:
-            raise CodebookCorrupt(f"{file} has {size} bytes, wanted at most {MAX_BYTES}")
-        content = opened.read(size)
     try:
         # A model's settings may hold an infinite number; older manifests do.
-        config = headers.parse(content, _DEPTH, constants=True)
+        config = strict_json.read(file, MAX_BYTES, _DEPTH, True, _LONGER)
+    except CodebookCorrupt:
+        raise
     except (ValueError, RecursionError) as error:
         raise CodebookCorrupt(f"{file} is not JSON as it should be: {error}") from error
     if not isinstance(config, dict) or not _is_count(config.get("format")) or not config["format"]:
@@ -140,56 +138,44 @@ def _without(config: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in names}
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_NUMBER
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
 
 
-def _is_counter(value: Any) -> bool:
-    return _is_count(value) and value < MAX_COUNTER
+def _is_count(value: Any, limit: int = MAX_NUMBER) -> bool:
+    return type(value) is int and 0 <= value < limit
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+def _is_settings(value: Any) -> bool:
+    plain = _is(bool, int, float, str, type(None))
+    return isinstance(value, dict) and all(map(plain, value.values()))
 
 
 def _by_number(is_right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    def check_all(value: Any) -> bool:
-        return isinstance(value, dict) and all(
+    return lambda value: (
+        isinstance(value, dict)
+        and all(
             name.isascii() and name.isdigit() and len(name) < 20 and is_right(each)
             for name, each in value.items()
         )
-
-    return check_all
-
-
-def _is_scalar(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int | float | str)
+    )
 
 
 are_texts = _by_number(
-    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(_is(str), value))
 )
-
+_COUNTER = (lambda n: _is_count(n, MAX_COUNTER), f"a whole number >= 0, below {MAX_COUNTER}")
+_OBJECT, _OR_NULL = (_is(dict), "an object"), (_is(dict, type(None)), "an object, or null")
 # What each field must be, where it is there; who needs a field says so.
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "grace_fast": (_is_text, "a text"),
-    "settings": (
-        lambda value: _is_object(value) and all(map(_is_scalar, value.values())),
-        "an object of plain values",
-    ),
-    "fingerprint": (_is_object, "an object"),
-    "next_id": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
-    "version": (_is_counter, f"a whole number >= 0, below {MAX_COUNTER}"),
+    "grace_fast": (_is(str), "a text"),
+    "settings": (_is_settings, "an object of plain values"),
+    "fingerprint": _OBJECT,
+    "next_id": _COUNTER,
+    "version": _COUNTER,
     "hits": (_by_number(_is_count), "an object of counts by row"),
-    "texts": (
-        are_texts,
-        "an object of prompt and target by edit",
-    ),
-    "tensors": (_is_object, "an object"),
-    "codes": (lambda value: value is None or _is_object(value), "an object, or null"),
-    "journal": (lambda value: value is None or _is_object(value), "an object, or null"),
+    "texts": (are_texts, "an object of prompt and target by edit"),
+    "tensors": _OBJECT,
+    "codes": _OR_NULL,
+    "journal": _OR_NULL,
 }

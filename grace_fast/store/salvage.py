@@ -1,4 +1,4 @@
-"""What of a codebook's columns can be trusted, and the columns without the rest.
+"""Salvage of a codebook's columns: which of them can be trusted, and the columns without the rest.
 
 Rows keep their numbers, so ties are decided as before: a row that is dropped is a removed one. An
 edit goes with its row, and a row with its edits: what no edit explains must not answer. What a
@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from grace_fast.edits.edit import NO_EDIT
-from grace_fast.store import manifest
-from grace_fast.store.columns import OUTCOMES
+from grace_fast.store.checks import Counts, column, row_faults, too_wide
+from grace_fast.store.history_check import HistoryColumns, check, faults, order_faults
+from grace_fast.store.schema import BASES, EDITS, EVENTS, Columns
 
 _DEAD = -1.0  # the radius of a row that was dropped
 HISTORY = ("edits.", "events.", "bases")  # how the names of its columns begin
@@ -31,278 +33,191 @@ class Dropped:
 
 
 @dataclass
-class Unsound:
+class Untrusted:
     """Rows that cannot be trusted, each with its reason.
 
-    numbers: their key, value, ball or slots cannot be; untold: no edit that fits explains them.
+    numbers: their key, value, ball or slots cannot be; unexplained: no edit that fits made them.
     """
 
     numbers: dict[int, str] = field(default_factory=dict)
-    untold: dict[int, str] = field(default_factory=dict)
+    unexplained: dict[int, str] = field(default_factory=dict)
 
     def gone(self, keep_rows: bool) -> dict[int, str]:
-        """Return the rows that answer no more; keep_rows: those stay that are only untold."""
-        return dict(self.numbers) if keep_rows else self.untold | self.numbers
+        """Return the rows that answer no more; keep_rows: those stay that are only unexplained."""
+        return dict(self.numbers) if keep_rows else self.unexplained | self.numbers
 
 
-def without_odd_slots(slots: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class CorruptSlots:
+    """Which slots of keys and values are not to be used, [slots] bool each."""
+
+    keys: Tensor
+    values: Tensor
+
+    def among(self, slots: Tensor, name: str) -> Tensor:
+        """Tell which slots [n] of keys or values are among them; none is what is outside."""
+        corrupt: Tensor = getattr(self, name)
+        inside = (slots >= 0) & (slots < len(corrupt))
+        return inside & corrupt[slots.masked_fill(~inside, 0)] if len(corrupt) else inside
+
+
+def without_corrupt_slots(slots: Tensor) -> tuple[Tensor, Tensor]:
     """Return keys or values [n, width] with zeros for what is not finite, and where that was."""
-    odd = ~slots.isfinite().all(dim=1)
-    return slots.masked_fill(odd[:, None], 0), odd
+    corrupt = ~slots.isfinite().all(dim=1)
+    return slots.masked_fill(corrupt[:, None], 0), corrupt
 
 
 def mend_rows(
     columns: Mapping[str, Tensor],
-    odd_keys: Tensor,
-    odd_values: Tensor,
+    corrupt: CorruptSlots,
     max_radius: float | None,
-    unsound: Unsound,
+    untrusted: Untrusted,
 ) -> dict[str, Tensor]:
-    """Return columns that can be read, and note the live rows that cannot be trusted.
-
-    odd_keys, odd_values: by slot [slots] bool, what is not to be used.
-    """
-    mended = dict(columns)
-    live, radii = mended["rows.live"], mended["rows.radius"]
-    widest = torch.tensor(
-        torch.inf if max_radius is None else max_radius, dtype=torch.float32, device="cpu"
-    )
-    reasons = [
-        (~radii.isfinite(), "its radius is NaN or infinite"),
-        (radii > widest, f"its radius is beyond max_radius = {max_radius}"),
-    ]
-    labels = len(mended["labels.length"])
-    for name, odd in (
-        ("key", odd_keys),
-        ("value", odd_values),
-        ("label", torch.zeros(labels, dtype=torch.bool, device="cpu")),
-    ):
-        slots = mended[f"rows.{name}_slot"]
-        outside = (slots < 0) | (slots >= len(odd))
-        inside = slots.masked_fill(outside, 0)
-        mended[f"rows.{name}_slot"] = inside
-        reasons.append((outside, f"its {name} is in no slot there is"))
-        if len(odd):
-            reasons.append((odd[inside] & ~outside, f"its {name} is not finite or was changed"))
-    wrong = torch.zeros_like(live)
-    for where, why in reasons:
-        wrong |= where
-        for row in (where & live).nonzero()[:, 0].tolist():
-            unsound.numbers.setdefault(row, why)
-    mended["rows.radius"] = radii.masked_fill(wrong, _DEAD)
+    """Return columns that can be read, and note the live rows that cannot be trusted."""
+    mended, live = dict(columns), columns["rows.live"]
+    wide = too_wide("rows.radius", columns["rows.radius"], max_radius)
+    found = [(wide.wrong, f"its radius {wide.why}")]
+    for fault in row_faults(columns, _counts(columns, corrupt)):
+        found.append((fault.wrong, f"{fault.field} {fault.why}"))
+        if fault.field != "rows.radius":
+            mended[fault.field] = columns[fault.field].masked_fill(fault.wrong, 0)
+    for name in ("key", "value"):
+        wrong = corrupt.among(columns[f"rows.{name}_slot"], f"{name}s")
+        found.append((wrong, f"its {name} is not finite or was changed"))
+    distrusted = torch.zeros_like(live)
+    for wrong, why in found:
+        if len(wrong):  # else there was nothing to look for
+            distrusted |= wrong
+            for row in (wrong & live).nonzero()[:, 0].tolist():
+                untrusted.numbers.setdefault(row, why)
+    mended["rows.radius"] = columns["rows.radius"].masked_fill(distrusted, _DEAD)
     return mended
 
 
-class Story:
-    """The edits, events and bases of a directory as its columns say, tested one by one.
+def _counts(columns: Mapping[str, Tensor], corrupt: CorruptSlots) -> Counts:
+    rows, labels = len(columns["rows.live"]), len(columns["labels.length"])
+    return Counts(rows, len(corrupt.keys), len(corrupt.values), labels)
 
-    columns: those of the history and of the rows; odd_keys, odd_values: as in `mend_rows`.
+
+class SalvagedHistory:
+    """The edits, events and bases of a directory as its columns have them, without those at fault.
+
+    columns: those of a base; untrusted: rows that are known, and to which it adds those that no
+    edit explains.
+
+    Raises: CodebookCorrupt where a column of the history is missing or of another form.
     """
 
     def __init__(
         self,
         columns: Mapping[str, Tensor],
-        odd_keys: Tensor,
-        odd_values: Tensor,
+        corrupt: CorruptSlots,
         max_radius: float | None,
-        unsound: Unsound,
+        untrusted: Untrusted,
     ) -> None:
-        self._columns = dict(columns)
-        self._odd = {"keys": odd_keys, "values": odd_values}
-        widest = torch.inf if max_radius is None else max_radius
-        self._widest = float(torch.tensor(widest, dtype=torch.float32, device="cpu"))
-        self._unsound = unsound
-        self._rows = len(columns["rows.id"])
-        self._labels = len(columns["labels.length"])
-        self._lost: dict[int, str] = {}  # by place: edits on no row
-        self._test_edits()
-        self._test_events()
-        self._test_bases()
-        while self._test_lives():
-            pass
+        self._columns, self._untrusted, self._corrupt = dict(columns), untrusted, corrupt
+        self._counts = counts = _counts(columns, corrupt)
+        self._edits, self._events = EDITS.from_base(columns), EVENTS.from_base(columns)
+        self._bases = column(columns, "bases", torch.int64, None, (len(BASES),))
+        kind, count = columns["keys"], len(self._edits["id"])
+        self._query = column(columns, "edits.query", kind.dtype, count, kind.shape[1:])
+        self._gone: list[tuple[int, str]] = []  # edits, and why
+        self._test_columns()
+        self._distrust(max_radius)
+        history = HistoryColumns.of(counts.rows, self._edits, self._events, self._bases.numpy())
+        gone = np.zeros(counts.rows, bool)
+        gone[[*untrusted.gone(keep_rows=False)]] = True
+        while found := check(history, gone):
+            gone[[*found]] = True
+            untrusted.unexplained |= {row: f"it {why}" for row, why in found.items()}
+
+    def _test_columns(self) -> None:
+        """Drop edits at fault and what is on no row, and note the rows that lose something."""
+        edits, events, bases = self._edits, self._events, self._bases
+        ids, lost = edits["id"].tolist(), dict[int, str]()
+        rows = {"edits": edits["row"], "events": events["row"], "bases": bases[:, 0].numpy()}
+        for fault in [
+            *order_faults(edits),
+            *faults(edits, self._query, events, bases, self._counts),
+        ]:
+            wrong = fault.wrong.any(dim=1) if fault.wrong.ndim == 2 else fault.wrong
+            of = fault.field.split(".")[0]
+            for at in wrong.nonzero()[:, 0].tolist():
+                why = fault.message(at)
+                if of == "edits":
+                    why = f"edit {ids[at]}: {why}"
+                    lost.setdefault(at, why)
+                if 0 <= (on := int(rows[of][at])) < self._counts.rows:
+                    self._untrusted.unexplained.setdefault(on, why)
+        self._gone = [(ids[at], why) for at, why in sorted(lost.items())]
+        self._keep_edits(np.array([at not in lost for at in range(len(ids))], bool))
+        inside = (rows["events"] >= 0) & (rows["events"] < self._counts.rows)
+        self._events = events = {name: each[inside] for name, each in events.items()}
+        row, with_row = events["row"], events["lasts_with"]
+        # On a row that is noted: it only has to be one that can be looked at.
+        is_there = (with_row >= -1) & (with_row < self._counts.rows)
+        events["lasts_with"] = np.where(is_there, with_row, row)
+        self._bases = bases[(bases[:, 0] >= 0) & (bases[:, 0] < self._counts.rows)]
+
+    def _keep_edits(self, stay: NDArray[np.bool_]) -> None:
+        self._edits = {name: each[stay] for name, each in self._edits.items()}
+        self._query = self._query[torch.from_numpy(stay)]
+
+    def _distrust(self, max_radius: float | None) -> None:
+        """Note the rows that an undo would give what is not to be used."""
+        edit, event = EDITS.to_base(self._edits), EVENTS.to_base(self._events)
+        changed = "is not finite or was changed"
+        wide = too_wide("events.radius", event["events.radius"], max_radius).wrong
+        found = [
+            (self._events["row"], wide, "an undo would make its radius wider than max_radius"),
+            (
+                self._events["row"],
+                self._corrupt.among(event["events.key_slot"], "keys"),
+                f"a key of its history {changed}",
+            ),
+            (
+                self._bases[:, 0].numpy(),
+                self._corrupt.among(self._bases[:, 1], "values"),
+                f"a value of its history {changed}",
+            ),
+        ]
+        for name in ("edits.value_after", "edits.value_before"):
+            wrong = self._corrupt.among(edit[name], "values")
+            found.append((self._edits["row"], wrong, f"a value of an edit {changed}"))
+        for rows, wrong, why in found:
+            for at in rows[wrong.numpy()].tolist():
+                self._untrusted.numbers.setdefault(at, why)
 
     def without(self, rows: Collection[int]) -> tuple[dict[str, Tensor], list[tuple[int, str]]]:
         """Return the columns without what happened on some rows; the ids of those edits, and why.
 
-        rows: of those that were found unsound.
+        rows: of those that were found untrusted.
         """
-        of_edits, ids = (self._columns[f"edits.{name}"].tolist() for name in ("row", "id"))
-        known = self._unsound.numbers | self._unsound.untold
-        kept: list[int] = []
-        gone: list[tuple[int, str]] = []
-        for at, row in enumerate(of_edits):
-            if at in self._lost:
-                gone.append((ids[at], self._lost[at]))
-            elif row in rows:
-                gone.append((ids[at], f"it is on row {row}: {known[row]}"))
-            else:
-                kept.append(at)
-        made = self._picked("edits.", kept) | self._events_without(rows)
-        bases = self._columns["bases"]
-        made["bases"] = bases[[row not in rows for row in bases[:, 0].tolist()]]
-        return self._columns | made, gone
+        known = self._untrusted.gone(keep_rows=False)
+        on = list(zip(self._edits["id"].tolist(), self._edits["row"].tolist(), strict=True))
+        gone = [(edit, f"it is on row {row}: {known[row]}") for edit, row in on if row in rows]
+        self._keep_edits(np.array([row not in rows for _, row in on], bool))
+        bases = self._bases[[row not in rows for row in self._bases[:, 0].tolist()]]
+        made = EDITS.to_base(self._edits) | EVENTS.to_base(self._events_without(rows))
+        made |= {"edits.query": self._query, "bases": bases}
+        return self._columns | made, sorted(self._gone + gone)
 
-    def _events_without(self, rows: Collection[int]) -> dict[str, Tensor]:
+    def _events_without(self, rows: Collection[int]) -> Columns:
         """Return the events without those on some rows or owed to them.
 
         The ball that such an event left is what the one before it on the row leaves from now on.
         """
-        names = ("row", "lasts_with", "radius", "key_slot")
-        row, lasts_with, radius, key_slot = (self._columns[f"events.{n}"].tolist() for n in names)
-        kept: list[int] = []
+        events = {name: each.copy() for name, each in self._events.items()}
+        stay: list[int] = []
         newest: dict[int, int] = {}  # by row: the place of its last event that stays
-        for at, (own, with_row) in enumerate(zip(row, lasts_with, strict=True)):
+        owners = zip(events["row"].tolist(), events["lasts_with"].tolist(), strict=True)
+        for at, (own, with_row) in enumerate(owners):
             if own in rows:
                 continue
             if with_row in rows:
-                before = newest[own]
-                radius[before], key_slot[before] = radius[at], key_slot[at]
+                for name in ("radius", "key_slot"):
+                    events[name][newest[own]] = events[name][at]
                 continue
-            kept.append(at)
+            stay.append(at)
             newest[own] = at
-        changed = {
-            "events.radius": torch.tensor(radius, dtype=torch.float64, device="cpu"),
-            "events.key_slot": torch.tensor(key_slot, dtype=torch.int64, device="cpu"),
-        }
-        self_columns = self._columns | changed
-        return {
-            name: column[kept] for name, column in self_columns.items() if name.startswith("events")
-        }
-
-    def _picked(self, stem: str, kept: list[int]) -> dict[str, Tensor]:
-        return {
-            name: column[kept] for name, column in self._columns.items() if name.startswith(stem)
-        }
-
-    def _outside(self, name: str, count: int, least: int = 0) -> Tensor:
-        column = self._columns[name]
-        return (column < least) | (column >= count)
-
-    def _in_odd(self, column: Tensor, slots: str) -> Tensor:
-        odd = self._odd[slots]
-        inside = (column >= 0) & (column < len(odd))
-        return inside & odd[column.masked_fill(~inside, 0)] if len(odd) else inside
-
-    def _test_edits(self) -> None:
-        columns, values = self._columns, len(self._odd["values"])
-        ids, rows = columns["edits.id"].tolist(), columns["edits.row"].tolist()
-        newest = -1
-        for at, (number, row) in enumerate(zip(ids, rows, strict=True)):
-            if not newest < number < manifest.MAX_COUNTER - 1:
-                self._lose(at, row, f"edit {number} comes after edit {newest}")
-            elif not 0 <= row < self._rows:
-                self._lost[at] = f"it is on row {row} of {self._rows}"
-            newest = max(newest, number if number < manifest.MAX_COUNTER - 1 else -1)
-        for where, why in (
-            (~columns["edits.query"].isfinite().all(dim=1), "a query that is NaN or infinite"),
-            (~columns["edits.radius"].isfinite(), "a radius that is NaN or infinite"),
-            (~(columns["edits.distance"] >= 0), "a distance that is no number >= 0"),
-            (columns["edits.steps"] < 0, "fewer than no steps"),
-            (self._outside("edits.value_after", values), "a value that is not there"),
-            (self._outside("edits.value_before", values, -1), "a value that is not there"),
-            (self._outside("edits.label_slot", self._labels), "a label that is not there"),
-            (self._outside("edits.outcome", len(OUTCOMES)), "an outcome there is not"),
-        ):
-            for at in where.nonzero()[:, 0].tolist():
-                self._lose(at, rows[at], f"edit {ids[at]} has {why}")
-        for name in ("edits.value_after", "edits.value_before"):
-            for at in self._in_odd(columns[name], "values").nonzero()[:, 0].tolist():
-                self._distrust(rows[at], f"a value of edit {ids[at]} is not finite or was changed")
-
-    def _lose(self, at: int, row: int, why: str) -> None:
-        """Drop an edit, and what its row is explained by."""
-        self._lost.setdefault(at, why)
-        self._untold(row, why)
-
-    def _untold(self, row: int, why: str) -> bool:
-        """Note that nothing explains a row; return whether that is new."""
-        known = row in self._unsound.untold or row in self._unsound.numbers
-        if 0 <= row < self._rows and not known:
-            self._unsound.untold[row] = why
-            return True
-        return False
-
-    def _distrust(self, row: int, why: str) -> None:
-        if 0 <= row < self._rows:
-            self._unsound.numbers.setdefault(row, why)
-
-    def _test_events(self) -> None:
-        columns, rows = self._columns, self._columns["events.row"].tolist()
-        keys = len(self._odd["keys"])
-        for where, why in (
-            (self._outside("events.row", self._rows), "a row that is not there"),
-            (
-                self._outside("events.edit", manifest.MAX_COUNTER - 1, NO_EDIT),
-                "no edit there can be",
-            ),
-            (self._outside("events.key_slot", keys), "a key that is not there"),
-            (self._outside("events.lasts_with", self._rows, -1), "a row that is not there"),
-            (~columns["events.radius"].float().isfinite(), "a radius that is NaN or infinite"),
-        ):
-            for at in where.nonzero()[:, 0].tolist():
-                self._untold(rows[at], f"its history tells of {why}")
-        wide = columns["events.radius"] > self._widest
-        for at in wide.nonzero()[:, 0].tolist():
-            self._distrust(rows[at], "an undo would make its radius wider than max_radius")
-        for at in self._in_odd(columns["events.key_slot"], "keys").nonzero()[:, 0].tolist():
-            self._distrust(rows[at], "a key of its history is not finite or was changed")
-        inside = ~self._outside("events.row", self._rows)
-        for name in [each for each in columns if each.startswith("events")]:
-            columns[name] = columns[name][inside]
-
-    def _test_bases(self) -> None:
-        bases = self._columns["bases"]
-        for row, value, label in bases.tolist():
-            if not (0 <= value < len(self._odd["values"]) and 0 <= label < self._labels):
-                self._untold(row, "what it held before any edit is not there")
-        for at in self._in_odd(bases[:, 1], "values").nonzero()[:, 0].tolist():
-            self._distrust(int(bases[at, 0]), "a value of its history is not finite or was changed")
-        inside = (bases[:, 0] >= 0) & (bases[:, 0] < self._rows)
-        self._columns["bases"] = bases[inside]
-
-    def _test_lives(self) -> bool:
-        """Note the rows whose history does not hang together; return whether there was one.
-
-        The rules are those of `past`, row by row.
-        """
-        gone = self._unsound.numbers.keys() | self._unsound.untold.keys()
-        edits: dict[int, set[int]] = {}
-        ids, rows = self._columns["edits.id"].tolist(), self._columns["edits.row"].tolist()
-        for at, (number, row) in enumerate(zip(ids, rows, strict=True)):
-            if at not in self._lost and row not in gone:
-                edits.setdefault(row, set()).add(number)
-        bases = {row for row in self._columns["bases"][:, 0].tolist() if row not in gone}
-        names = ("edit", "row", "lasts_with")
-        told = list(zip(*(self._columns[f"events.{name}"].tolist() for name in names), strict=True))
-        found: dict[int, str] = {}
-        first: dict[int, int] = {}  # by row: the edit of its first event
-        last: dict[int, int] = {}
-        split_by: set[int] = set()
-        for edit, row, _ in told:
-            first.setdefault(row, edit)
-        for edit, row, lasts_with in told:
-            if row in gone:
-                continue
-            if row not in last and lasts_with != row:
-                found.setdefault(row, "no event says how it came to be")
-            if row in last and edit <= last[row]:
-                found.setdefault(row, "the edits that changed it do not ascend")
-            last[row] = edit
-            by_an_edit_here = lasts_with == -1
-            if by_an_edit_here and edit not in edits.get(row, ()):
-                found.setdefault(row, f"it was changed by edit {edit}, unknown there")
-            if by_an_edit_here or lasts_with in gone:
-                continue
-            if edit != NO_EDIT and (lasts_with not in edits or lasts_with in bases):
-                found.setdefault(row, f"it was changed by edit {edit}, unknown there")
-            if lasts_with != row:
-                if first.get(lasts_with) != edit:
-                    found.setdefault(row, f"edit {edit} did not make row {lasts_with}")
-                if lasts_with in split_by:
-                    found.setdefault(row, f"row {lasts_with} has split another one already")
-                split_by.add(lasts_with)
-        for row in (edits.keys() | bases) - last.keys():
-            found.setdefault(row, "it has edits, and no event says how it came to be")
-        for row in last.keys() - edits.keys() - bases:
-            found.setdefault(row, "it has events, and neither an edit nor what was before any")
-        return sum(self._untold(row, why) for row, why in found.items()) > 0  # each of them
+        return {name: each[stay] for name, each in events.items()}

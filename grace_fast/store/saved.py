@@ -1,4 +1,4 @@
-"""What a directory says of a codebook, and the codebook and its edits once they are read."""
+"""Saved codebooks: the manifest of one, then the codebook and its edits, for no model yet."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grace_fast.codebook.buffers import memory_errors
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
-from grace_fast.store import columns, files, history_columns
-from grace_fast.store.durable import Lock, Store, go_back, journal_of, replay
-from grace_fast.store.journal import Journal
+from grace_fast.store import atomic, columns, files, history_columns
+from grace_fast.store.checks import check_radii
+from grace_fast.store.durable import EditableDirectory
+from grace_fast.store.journal import JournalFile
+from grace_fast.store.locks import Lock
+from grace_fast.store.versions import go_back, journal_of, replay
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Saved:
 
     @property
     def described(self) -> dict[str, Any]:
-        """What the manifest says beside the codebook and its edits, to be written again."""
+        """The fields of the manifest that are written again with the codebook and its edits."""
         return {name: self.config[name] for name in ("settings", "fingerprint", "hits")}
 
     def codebook(
@@ -54,19 +58,28 @@ class Saved:
             journal.close()
         return book, history
 
+    def unpack(
+        self, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> tuple[Codebook, History]:
+        """Return the codebook and its edits of the tensors of the base.
+
+        Raises: CodebookCorrupt naming the column that does not fit.
+        """
+        book = columns.unpack_codebook(tensors, torch.device(device), self.base)
+        texts, next_id = self.config["texts"], int(self.config["next_id"])
+        return book, history_columns.unpack_history(tensors, book.snapshot(), texts, next_id)
+
     @memory_errors()
     def open(
         self,
         device: torch.device | str = "cpu",
         version: int | None = None,
         read_only: bool = True,
-    ) -> tuple[Codebook, History, Journal | None]:
+    ) -> tuple[Codebook, History, JournalFile | None]:
         """Return the same and the journal, to go on from there; None where there is none."""
         tensors = files.read_tensors(self.path, self.config)
-        columns.check_radii(tensors, self.settings.max_radius)
-        book = columns.unpack_codebook(tensors, torch.device(device), self.base)
-        texts, next_id = self.config["texts"], int(self.config["next_id"])
-        history = history_columns.unpack_history(tensors, book.snapshot(), texts, next_id)
+        check_radii(tensors, self.settings.max_radius)
+        book, history = self.unpack(tensors, device)
         journal = journal_of(self.path, self.config, self.hmac_key, read_only)
         if journal is not None:
             replay(journal, book, history, version)
@@ -118,7 +131,7 @@ class Offline:
     """
 
     def __init__(self, path: str | Path, hmac_key: bytes | None = None) -> None:
-        self.path = path = files.absolute(path)
+        self.path = path = atomic.absolute(path)
         files.read_config(path)  # nothing is made where nothing is
         lock = Lock(self.path)
         try:
@@ -126,7 +139,7 @@ class Offline:
             if hmac_key is None and "hmac" in self._saved.config:
                 raise ValueError(f"{path} is signed: give its hmac_key")
             self.book, self.history, journal = self._saved.open(read_only=False)
-            self._store = Store(self.path, lock, lambda: self.history, hmac_key)
+            self._store = EditableDirectory(self.path, lock, lambda: self.history, hmac_key)
             if journal is not None:
                 self._store.resume(journal, self.book)
             else:
@@ -144,8 +157,8 @@ class Offline:
         earlier, history = self._saved.codebook(version=version)
         go_back(self.book, self.history, earlier.snapshot(), history)
 
-    def _write(self, told: Mapping[str, Any]) -> None:
-        described = {**self._saved.described, **told}
+    def _write(self, fields: Mapping[str, Any]) -> None:
+        described = {**self._saved.described, **fields}
         write(self.path, described, self.book.snapshot(), self.history, self._saved.hmac_key)
 
     def close(self) -> None:
@@ -162,7 +175,7 @@ def read_saved(
 
     Raises: FileNotFoundError, CodebookCorrupt.
     """
-    path = files.absolute(path)
+    path = atomic.absolute(path)
     config = files.read_config(path, hmac_key)
     if "settings" not in config:
         raise files.CodebookCorrupt(
@@ -195,4 +208,4 @@ def read_newest(path: str | Path, hmac_key: bytes | None = None) -> tuple[Saved,
         saved = read_saved(path, hmac_key)
         return saved, *saved.codebook()
 
-    return files.steadily(files.absolute(path), read)
+    return files.steadily(atomic.absolute(path), read)

@@ -1,4 +1,4 @@
-"""What lies beside a journal by a name that SQLite reads, told before SQLite is called.
+"""Files beside a journal that SQLite would read by their names, checked before SQLite is called.
 
 SQLite takes `X-journal`, `X-wal` and `X-shm` for parts of a file X by their names alone, and a
 rollback journal may end with the name of a file anywhere that SQLite then deletes. A journal of
@@ -40,7 +40,7 @@ def foreign(path: Path, page_bytes: int | None = None, writes: bool = False) -> 
     page_bytes: of the journal, where that is known; writes: SQLite will write to what is there,
     so it must have no other name.
     """
-    found = _odd_names(path)
+    found = _foreign_names(path)
     rollback = rollback_of(path)
     if rollback in found:
         return found
@@ -57,7 +57,7 @@ def foreign(path: Path, page_bytes: int | None = None, writes: bool = False) -> 
     return found if why is None else found | {rollback: why}
 
 
-def _odd_names(path: Path) -> dict[Path, str]:
+def _foreign_names(path: Path) -> dict[Path, str]:
     """Return what has a name beside a journal that it must not have, unread."""
     rollback, *logs = all_of(path)
     why = "is none of ours: a journal keeps no write-ahead log"
@@ -78,12 +78,12 @@ def refuse_foreign(path: Path, page_bytes: int | None = None, writes: bool = Fal
     _refuse(foreign(path, page_bytes, writes))
 
 
-def refuse_odd_names(path: Path) -> None:
+def refuse_foreign_names(path: Path) -> None:
     """Raise CodebookCorrupt where something has a name beside a journal that it must not have.
 
     For readers, who put nothing back, and may see a rollback journal while it is written.
     """
-    _refuse(_odd_names(path))
+    _refuse(_foreign_names(path))
 
 
 def refuse_before_writing(path: Path, page_bytes: int) -> None:
@@ -92,7 +92,7 @@ def refuse_before_writing(path: Path, page_bytes: int) -> None:
     It opens what lies beside anew each time; ours is empty between two transactions, and holds the
     beginning of one that a full disk ended.
     """
-    refuse_odd_names(path)
+    refuse_foreign_names(path)
     rollback = rollback_of(path)
     refuse_special(rollback, writes=True)
     with suppress(FileNotFoundError):
@@ -155,14 +155,14 @@ def _names_another(descriptor: int, size: int) -> bool:
     """Tell whether a rollback journal ends with the name of a file, as SQLite looks for one."""
     if size < 16:
         return False
-    length, told, magic = struct.unpack(">II8s", os.pread(descriptor, 16, size - 16))
+    length, checksum, magic = struct.unpack(">II8s", os.pread(descriptor, 16, size - 16))
     if magic != _MAGIC or not 0 < length <= size - 16:
         return False
     if length > 1 << 16:  # than any path
         return False
     name = os.pread(descriptor, length, size - 16 - length)
     signed = struct.unpack(f"{len(name)}b", name)  # as most processors have their characters
-    return told in (sum(name) & 0xFFFFFFFF, sum(signed) & 0xFFFFFFFF)
+    return checksum in (sum(name) & 0xFFFFFFFF, sum(signed) & 0xFFFFFFFF)
 
 
 def _why_pages_foreign(descriptor: int, records: int, sector: int, page: int) -> str | None:
@@ -189,11 +189,11 @@ def _why_pages_foreign(descriptor: int, records: int, sector: int, page: int) ->
 
 def _is_first_page(head: bytes, page: int) -> bool:
     """Tell whether a first page [100 bytes of it] is one of a journal with pages of a size."""
-    told = page if page < 65536 else 1
+    size = page if page < 65536 else 1
     return (
         len(head) < 100
         or (
-            head[:20] == _FILE_MAGIC + told.to_bytes(2, "big") + b"\1\1"
+            head[:20] == _FILE_MAGIC + size.to_bytes(2, "big") + b"\1\1"
             and head[56:60] == b"\0\0\0\1"  # UTF-8
             and head[68:72] == APPLICATION.to_bytes(4, "big")
         )

@@ -1,19 +1,19 @@
-"""Work behind one's back: the rows of a stream are written while the next ones are made."""
+"""Writing in another thread: the rows of a stream are written while the next ones are made."""
 
 from __future__ import annotations
 
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 
-class Behind:
+class WriteBehind:
     """Work that another thread does, a few pieces behind; what it raises is raised here.
 
-    A forked child has not got that thread: there, nothing is done and nothing waited for.
+    All of them are done when a `with` block ends. A forked child has not got that thread: there,
+    nothing is done and nothing waited for.
     """
 
     def __init__(self, work: Callable[[Any], None]) -> None:
@@ -42,6 +42,12 @@ class Behind:
             raise self._error
         self._pieces.put(piece)
 
+    def __enter__(self) -> WriteBehind:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.finish()
+
     @property
     def is_here(self) -> bool:
         """Whether this is the process that began, and not a fork of it."""
@@ -57,13 +63,3 @@ class Behind:
             self._thread = None
         if self._error is not None:
             raise self._error
-
-
-@contextmanager
-def behind(work: Callable[[Any], None]) -> Iterator[Behind]:
-    """Give what leaves pieces to another thread; all of them are done at the end."""
-    made = Behind(work)
-    try:
-        yield made
-    finally:
-        made.finish()

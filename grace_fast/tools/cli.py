@@ -33,9 +33,9 @@ from grace_fast.edits.edit import Edit
 from grace_fast.edits.history import History
 from grace_fast.store import archive
 from grace_fast.store import repair as repairing
-from grace_fast.store.durable import difference, journal_of
 from grace_fast.store.files import read_config, steadily
 from grace_fast.store.saved import Offline, read_newest
+from grace_fast.store.versions import difference, journal_of
 from grace_fast.tools import textfiles
 from grace_fast.tools.terminal import guard, say, say_json, table, ticking
 from grace_fast.tools.textfiles import Record

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from grace_fast.store import headers
+from grace_fast.store import strict_json
 
 _DELIMITERS = (",", ";", "\t")
 NOT_UTF8 = "is not UTF-8"
@@ -95,7 +95,7 @@ def _lines(text: str) -> Iterator[Record]:
             yield Record(place, wrong=NOT_UTF8)
             continue
         try:
-            yield Record(place, headers.parse_line(line))
+            yield Record(place, strict_json.parse_line(line))
         except (ValueError, RecursionError) as error:
             yield Record(place, wrong=f"is not JSON: {error}")
 
@@ -107,11 +107,11 @@ def _values(text: str) -> list[Record] | None:
     """
     begin = _past_space(text, 0)
     if text.startswith("[", begin):
-        headers.outline(text.encode("utf-8", "surrogateescape"))
+        strict_json.outline(text.encode("utf-8", "surrogateescape"))
         return _objects(text, begin + 1, is_array=True)
     first = text[begin:].partition("\n")[0]
     if first.startswith("{") and not _is_whole(first):
-        headers.outline(text.encode("utf-8", "surrogateescape"))
+        strict_json.outline(text.encode("utf-8", "surrogateescape"))
         found = _objects(text, begin, is_array=False)
         if found is None or any(record.wrong for record in found):  # one bad line, the first
             lines = list(_lines(text))
@@ -126,7 +126,7 @@ def _good(records: list[Record]) -> int:
 
 def _is_whole(line: str) -> bool:
     try:
-        headers.parse_line(line)
+        strict_json.parse_line(line)
     except (ValueError, RecursionError):
         return False
     return True

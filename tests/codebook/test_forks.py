@@ -25,7 +25,7 @@ from grace_fast.editor import training
 from grace_fast.hook import compile
 from grace_fast.index import certificate
 from grace_fast.lookup.backends import faiss
-from grace_fast.store import files, journal
+from grace_fast.store import atomic, journal, sqlite_file
 
 needs_extension = pytest.mark.skipif(_native.cpu is None, reason=_native.missing)
 FAMILY = models.FAMILIES["gpt2"]
@@ -248,12 +248,14 @@ def test_nothing_with_a_lock_is_made_between_the_last_lock_and_the_fork(monkeypa
     threads[0].join()
 
 
-@pytest.mark.parametrize("call", ["_connected", "_chained"])
-def test_no_process_is_forked_while_a_journal_is_opened_or_read(call, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("module", "call"), [(sqlite_file, "connected"), (journal, "_chained")])
+def test_no_process_is_forked_while_a_journal_is_opened_or_read(
+    module, call, tmp_path, monkeypatch
+):
     golden.editor(path=tmp_path).unload()
     monkeypatch.setattr(forks, "WAIT_S", PATIENCE)
     inside, forking, name = threading.Event(), threading.Event(), "reader"
-    real_take, real_call, states = forks._take, getattr(journal, call), []
+    real_take, real_call, states = forks._take, getattr(module, call), []
 
     def wait(*given):
         if threading.current_thread().name == name and not inside.is_set():
@@ -269,7 +271,7 @@ def test_no_process_is_forked_while_a_journal_is_opened_or_read(call, tmp_path, 
         real_take(*given)
 
     monkeypatch.setattr(forks, "_take", take)
-    monkeypatch.setattr(journal, call, wait)
+    monkeypatch.setattr(module, call, wait)
     thread = threading.Thread(target=gf.open, args=(tmp_path,), name=name)
     thread.start()
     assert inside.wait(PATIENCE)
@@ -627,7 +629,7 @@ def test_a_worker_that_ends_within_a_stream_leaves_its_build_alone(tmp_path):
 
 
 def test_a_child_that_ends_removes_no_folder_that_its_parent_works_in(tmp_path):
-    with files.temporary_folder(tmp_path) as folder:
+    with atomic.temporary_folder(tmp_path) as folder:
         (folder / "half").touch()
         assert forked(weakref.finalize._exitfunc) == 0  # as at exit
         assert (folder / "half").exists()

@@ -7,14 +7,14 @@ from typing import Any
 
 import grace_fast as gf
 from faults import shim, workload
-from grace_fast.store import files
+from grace_fast.store import atomic
 
 
 def perform(request: dict[str, Any]) -> None:
     """Replace one file of a folder."""
     shim.watch(request["folder"])
     shim.log_to(request.get("log"))
-    files.replace(Path(request["folder"]) / "file", b"content")
+    atomic.replace(Path(request["folder"]) / "file", b"content")
     workload.say("package", Path(gf.__file__).resolve())
 
 

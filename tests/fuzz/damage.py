@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fuzz.draw import Draw
 from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES, refuse_special
-from grace_fast.store import durable, files, journal, manifest
+from grace_fast.store import files, journal, manifest, tensor_files, versions
 
 NUMBERS = (0, 1, -1, 2**31, -(2**31), 2**62, -(2**63), math.nan, math.inf, -0.0, 1e-42, 3e38)
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.bfloat16)
@@ -191,7 +191,9 @@ def put_tensors(folder: Path, which: str, tensors: Mapping[str, Tensor]) -> None
     config = files.read_config(folder)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / config[which]["file"])
-    config[which]["sha256"] = {name: files.checksum(tensor) for name, tensor in stored.items()}
+    config[which]["sha256"] = {
+        name: tensor_files.checksum(tensor) for name, tensor in stored.items()
+    }
     (folder / files.CONFIG).write_bytes(manifest.seal(config))
 
 
@@ -245,7 +247,7 @@ def change_journal(draw: Draw, folder: Path) -> None:
     """Change rows of a journal, and make its chain of checksums anew."""
     config = _config(folder)
     try:
-        path, name, base = durable.journal_place(folder, config or {})
+        path, name, base = versions.journal_place(folder, config or {})
         for each in (path, path.with_name(f"{path.name}-journal")):
             refuse_special(each)
         file = sqlite3.connect(f"file:{path}?mode=rw", uri=True, isolation_level=None)

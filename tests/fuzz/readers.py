@@ -40,10 +40,10 @@ from grace_fast.compat import easyedit, reference
 from grace_fast.compat.live import STORED
 from grace_fast.editor.attach import read_saved
 from grace_fast.index import certificate, segments
-from grace_fast.store import archive, files, headers
-from grace_fast.store.durable import LOCK
+from grace_fast.store import archive, files, headers, tensor_files
 from grace_fast.store.large import index_file, resident
 from grace_fast.store.large.shard_files import FilesOfRows
+from grace_fast.store.locks import LOCK
 from grace_fast.store.repair import repair
 from grace_fast.tools import cli
 from grace_fast.tools.evaluate import records
@@ -260,7 +260,7 @@ def codes(draw: Draw) -> None:
 def _codes() -> tuple[gf.Codebook, dict[str, torch.Tensor]]:
     book = golden.book(segments.ORDER_ROWS + 64)
     gf.save(book, ROOM / "ordered")
-    tensors = files.read_file(ROOM / "ordered", files.read_config(ROOM / "ordered")["codes"])
+    tensors = tensor_files.read_file(ROOM / "ordered", files.read_config(ROOM / "ordered")["codes"])
     tensors["state"][3] = 0.0  # they pay, whatever was predicted
     return book, tensors
 

@@ -19,7 +19,7 @@ import grace_fast as gf
 from grace_fast.codebook.checks import MAX_COUNTER, MAX_NUMBER
 from grace_fast.compat import easyedit
 from grace_fast.edits.history import History
-from grace_fast.store import archive, files, headers, manifest
+from grace_fast.store import archive, files, headers, manifest, strict_json, tensor_files
 from grace_fast.store.large import resident
 from grace_fast.store.records import redo
 from grace_fast.store.saved import read_saved
@@ -53,8 +53,8 @@ def peak_of(call, error, match):
 @pytest.fixture
 def few_values(monkeypatch):
     """As many values as a text of some megabytes may not have."""
-    monkeypatch.setattr(headers, "MOST_VALUES", 1 << 16)
-    monkeypatch.setattr(headers, "_MOST_IN_LINE", 1 << 16)
+    monkeypatch.setattr(strict_json, "MOST_VALUES", 1 << 16)
+    monkeypatch.setattr(strict_json, "_MOST_IN_LINE", 1 << 16)
 
 
 @pytest.mark.parametrize("name", DENSE)
@@ -67,13 +67,13 @@ def test_a_manifest_of_many_values_is_refused_before_one_is_made(name, tmp_path,
 
 def test_values_in_a_text_are_none(tmp_path):
     text = json.dumps({"a": '[{,"\\' * 50_000, "b\\": ["x", 1]}).encode()
-    assert headers.outline(text, 10) == b"{[]}"
-    assert headers.parse(text, 2)["b\\"] == ["x", 1]
+    assert strict_json.outline(text, 10) == b"{[]}"
+    assert strict_json.parse(text, 2)["b\\"] == ["x", 1]
 
 
 @pytest.mark.parametrize("block_bytes", [1, 2, 7, 64])
 def test_the_outline_of_a_text_is_its_brackets_wherever_its_blocks_end(block_bytes, monkeypatch):
-    monkeypatch.setattr(headers, "_BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(strict_json, "_BLOCK_BYTES", block_bytes)
     strings = re.compile(r'"(?:[^"\\]|\\.)*"')
     drawn = random.Random(block_bytes)
     for _ in range(300):
@@ -82,11 +82,11 @@ def test_the_outline_of_a_text_is_its_brackets_wherever_its_blocks_end(block_byt
         ]
         text = json.dumps([dict.fromkeys(texts, texts), [], {}], ensure_ascii=False)
         wanted = re.sub(r"[^][{}]", "", strings.sub("", text))
-        assert headers.outline(text.encode()) == wanted.encode()
+        assert strict_json.outline(text.encode()) == wanted.encode()
 
 
 def test_what_is_sealed_can_be_read_again(monkeypatch):
-    monkeypatch.setattr(headers, "MOST_VALUES", 100)
+    monkeypatch.setattr(strict_json, "MOST_VALUES", 100)
     texts = {str(number): ["a", "b"] for number in range(60)}
     with pytest.raises(ValueError, match="would not be read again: it holds more than 100 values"):
         manifest.seal({"texts": texts})
@@ -217,11 +217,11 @@ def last_of(ids):
 
 
 def change_journal_base(folder):
-    from grace_fast.store.journal import Journal
+    from grace_fast.store.journal import JournalFile
 
     name = "0" * 16
     path = folder / f"journal-{name}.sqlite"
-    Journal.create(path, name, LAST).close()
+    JournalFile.create(path, name, LAST).close()
     change_config(folder, version=LAST, journal={"file": path.name, "name": name})
 
 
@@ -260,7 +260,7 @@ def test_ids_whose_differences_wrap_around_do_not_ascend(name, tmp_path):
 def test_rows_of_a_version_whose_differences_wrap_around_do_not_ascend():
     book = gf.Codebook(2, 2)
     book.append(torch.zeros(10, 2), torch.zeros(10, 2), torch.zeros(10))
-    content = files.serialised({"rows": torch.tensor([5, LEAST, -1, 7])})
+    content = tensor_files.serialised({"rows": torch.tensor([5, LEAST, -1, 7])})
     with (
         pytest.raises(gf.CodebookCorrupt, match="rows must ascend within the 10"),
         book.writing() as draft,

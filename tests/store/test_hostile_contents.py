@@ -23,7 +23,16 @@ from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES
 from grace_fast.editor.attach import read_saved
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
-from grace_fast.store import columns, durable, files, headers, history_columns, manifest, records
+from grace_fast.store import (
+    columns,
+    files,
+    headers,
+    history_columns,
+    manifest,
+    records,
+    tensor_files,
+)
+from grace_fast.store.versions import journal_of
 
 KEY = bytes(range(32))
 EDITOR = golden.editor()
@@ -198,7 +207,7 @@ def test_an_honest_checksum_over_a_change_does_not_pass_for_a_signature(tmp_path
 
 def test_blocks_of_keys_are_told_by_what_cannot_be_forged(tmp_path):
     gf.save(golden.book(), tmp_path)
-    tensors = files.read_file(tmp_path, files.read_config(tmp_path)["tensors"])
+    tensors = tensor_files.read_file(tmp_path, files.read_config(tmp_path)["tensors"])
     for name in files.MAPPED:
         rows = next(tmp_path.glob(f"{name}-*")).read_bytes()[HEADER_BYTES:]
         assert len(rows) < BLOCK_BYTES
@@ -532,7 +541,7 @@ def versions(tmp_path_factory):
     """The contents of a journal, one for each version."""
     folder = tmp_path_factory.mktemp("versions")
     golden.editor(path=folder).unload()
-    journal = durable.journal_of(folder, files.read_config(folder))
+    journal = journal_of(folder, files.read_config(folder))
     return [entry.content for entry in journal.entries()]
 
 

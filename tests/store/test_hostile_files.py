@@ -23,7 +23,7 @@ from test_changed_files import change_config
 import grace_fast as gf
 from grace_fast.codebook.mapped import open_regular, refuse_special
 from grace_fast.editor.attach import read_saved
-from grace_fast.store import columns, files, headers
+from grace_fast.store import columns, files, headers, tensor_files
 from grace_fast.store.large import resident
 
 
@@ -59,11 +59,11 @@ def content_of(folder):
     else:
         book = gf.open(folder, verify=True)
         if config["codes"] is not None:
-            tensors |= files.read_file(folder, config["codes"])
+            tensors |= tensor_files.read_file(folder, config["codes"])
     said["book"] = columns.pack_rows(book.snapshot())
     for part in (tensors, said["book"]):
         for name, tensor in part.items():
-            part[name] = (tensor.dtype, tuple(tensor.shape), files.checksum(tensor))
+            part[name] = (tensor.dtype, tuple(tensor.shape), tensor_files.checksum(tensor))
     return said, tensors
 
 

@@ -17,8 +17,8 @@ from models import FAMILIES
 from typer.testing import CliRunner
 
 import grace_fast as gf
-from grace_fast.codebook.pages import COLUMNS, PAGE_ROWS
-from grace_fast.store import files
+from grace_fast.codebook.codebook import COLUMNS, PAGE_ROWS
+from grace_fast.store import atomic, files
 from grace_fast.store.saved import read_saved
 from grace_fast.tools.cli import app
 
@@ -61,10 +61,7 @@ def state(grace):
         ],
         "columns": [book.column(name).tolist() for name in COLUMNS],
         "ids": book.ids.tolist(),
-        "labels": [
-            None if each is None else each.tolist()
-            for each in book.label_slots.between(0, book.counts.labels)
-        ],
+        "labels": [None if each is None else each.tolist() for each in book.stored_labels()],
         "edits": edits,
         "rows": {row: vars(life) for row, life in sorted(history.rows.items())},
         "next_id": history.next_id,
@@ -243,7 +240,7 @@ def test_what_is_edited_after_a_compaction_that_failed_is_not_lost(
 ):
     grace = attach(model, tmp_path)
     grace.edit(batch(0, 0))
-    real = files.synchronise
+    real = atomic.synchronise
 
     def fail(path):
         if path == tmp_path and (tmp_path / files.CONFIG).read_bytes() != before:
@@ -257,7 +254,7 @@ def test_what_is_edited_after_a_compaction_that_failed_is_not_lost(
     if step == "before the manifest":
         monkeypatch.setattr(files, "replace", fail_at_once)
     else:
-        monkeypatch.setattr(files, "synchronise", fail)
+        monkeypatch.setattr(atomic, "synchronise", fail)
     with pytest.raises(OSError, match="input/output"):
         grace.compact()
     monkeypatch.undo()
@@ -278,7 +275,7 @@ def test_the_lock_of_a_process_that_died_is_no_lock(model, tmp_path):
     program = f"""if True:
         import time
         from pathlib import Path
-        from grace_fast.store.durable import Lock
+        from grace_fast.store.locks import Lock
         lock = Lock(Path({str(tmp_path)!r}))
         print("locked", flush=True)
         time.sleep(600)
@@ -403,7 +400,7 @@ def test_a_version_that_somebody_else_refuses_is_not_in_the_journal(model, tmp_p
             refused.append(snapshot)
             raise MemoryError("no room on the device")
 
-    grace.codebook.subscribe("device", refuse)
+    grace.codebook.tell("device", refuse)
     before = state(grace)
     with pytest.raises(MemoryError):
         grace.edit(batch(1, 1))

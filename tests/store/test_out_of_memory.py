@@ -18,7 +18,7 @@ import torch
 sys.path.append({tests!r})
 from faults import workload
 import grace_fast as gf
-from grace_fast.store.files import checksum
+from grace_fast.store.tensor_files import checksum
 torch.set_num_threads(1)
 M_MMAP_THRESHOLD = -3
 ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed is gone, not kept for later

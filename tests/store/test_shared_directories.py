@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import grace_fast as gf
 from grace_fast.codebook import mapped
-from grace_fast.store import durable, files, manifest
-from grace_fast.store.journal import Journal
+from grace_fast.store import durable, files, locks, manifest, versions
+from grace_fast.store.journal import JournalFile
 from grace_fast.store.repair import repair
 from grace_fast.store.saved import Offline, read_newest, read_saved
 from grace_fast.tools import cli
@@ -48,7 +48,7 @@ class Steps:
 
     def __init__(self, monkeypatch):
         self.count, self.at, self.happens = 0, -1, None
-        real_open, real_connect = os.open, durable.Journal._opened
+        real_open, real_connect = os.open, durable.JournalFile._opened
 
         def step():
             self.count += 1
@@ -67,7 +67,7 @@ class Steps:
         patched = type("os", (), {"__getattr__": lambda _, name: getattr(os, name)})()
         patched.open = open_file
         monkeypatch.setattr(mapped, "os", patched)
-        monkeypatch.setattr(durable.Journal, "_opened", connect)
+        monkeypatch.setattr(durable.JournalFile, "_opened", connect)
 
     def each(self, read, happens, before=lambda: None):
         """Read again and again, with something happening at another step each time."""
@@ -181,8 +181,8 @@ def test_who_is_never_left_to_read_is_told_so_in_the_end(tmp_path):
 
 def test_a_version_that_is_taken_off_while_it_is_read_is_no_damage(tmp_path):
     with attach_and_edit(tmp_path) as grace:
-        journal = durable.journal_of(tmp_path, read_saved(tmp_path).config)
-        writer, real = grace._context.directory.store.journal, journal._chain
+        journal = versions.journal_of(tmp_path, read_saved(tmp_path).config)
+        writer, real = grace._store.journal, journal._chain
         content = list(writer.entries())[-1].content
 
         def chain(*given):
@@ -204,7 +204,7 @@ def test_repair_is_refused_beside_an_editor(tmp_path):
 
 def test_two_do_not_save_to_one_directory_at_once(tmp_path, monkeypatch):
     gf.save(a_book(), tmp_path)
-    lock = durable.Lock(tmp_path)
+    lock = locks.Lock(tmp_path)
     with pytest.raises(gf.CodebookLocked, match="is being edited by process"):
         gf.save(a_book(50), tmp_path)
     lock.close()
@@ -243,13 +243,13 @@ def test_an_editor_whose_lock_was_removed_finds_out_before_it_acknowledges_an_ed
 def test_an_edit_during_which_the_lock_is_removed_is_not_acknowledged(tmp_path, monkeypatch):
     grace = attach(tmp_path)
     grace.edit(batch_of(0))
-    real = Journal.append
+    real = JournalFile.append
 
     def append(journal, *given):
         real(journal, *given)
         (tmp_path / "lock").unlink()
 
-    monkeypatch.setattr(Journal, "append", append)
+    monkeypatch.setattr(JournalFile, "append", append)
     with pytest.raises(gf.CodebookLocked, match="removed or replaced"):
         grace.edit(batch_of(1))
     monkeypatch.undo()
@@ -298,10 +298,10 @@ def test_a_lock_that_is_removed_before_it_is_had_is_taken_anew(tmp_path, monkeyp
         real(*given)
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    claim = files.Claim(tmp_path / "lock")
+    claim = locks.Claim(tmp_path / "lock")
     assert claim.is_in_place()
     with pytest.raises(BlockingIOError):
-        files.Claim(tmp_path / "lock")
+        locks.Claim(tmp_path / "lock")
     claim.close()
 
 
@@ -312,7 +312,7 @@ def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match=r"keeps no locks \(No locks available\); keep"):
         attach(tmp_path)
-    assert not files._claims
+    assert not locks._claims
 
 
 # Paths

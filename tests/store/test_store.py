@@ -12,7 +12,7 @@ from test_edits import Stream, same, zero
 
 import grace_fast as gf
 from grace_fast.semantics import Rules
-from grace_fast.store import columns, files, history_columns
+from grace_fast.store import columns, files, history_columns, tensor_files
 
 
 @pytest.fixture
@@ -52,7 +52,10 @@ def read(path, next_id=99):
 def test_a_codebook_comes_back_bit_for_bit_with_its_history(stream, tmp_path):
     written = write(stream, tmp_path)
     tensors, book, history = read(tmp_path)
-    assert all(files.checksum(tensors[name]) == files.checksum(written[name]) for name in written)
+    assert all(
+        tensor_files.checksum(tensors[name]) == tensor_files.checksum(written[name])
+        for name in written
+    )
     again = Stream(stream.rules)
     again.book, again.history = book, history
     assert torch.equal(book.live, stream.book.live)

@@ -32,7 +32,7 @@ import grace_fast as gf
 from grace_fast import _native
 from grace_fast.index import quantizer
 from grace_fast.store import columns, files
-from grace_fast.store.large import resident, shard_files, stream
+from grace_fast.store.large import build_state, encoded_file, resident, shard_files, stream
 from grace_fast.tools.bench import large
 from grace_fast.tools.cli import app
 
@@ -111,7 +111,7 @@ def test_a_build_that_was_killed_goes_on_from_its_last_state(parts, tmp_path):
     """
     ran = run_python(script)
     assert ran.returncode == 9, ran.stderr
-    state = json.loads((tmp_path / "book" / resident.BUILDING / stream.STATE).read_text())
+    state = json.loads((tmp_path / "book" / resident.BUILDING / build_state.STATE).read_text())
     assert 2000 <= state["keys"]["rows"] <= 7000
     built = gf.build(tmp_path / "book", blocks(parts, 1234), progress=False)
     assert_same_answers(built, in_memory(*parts), questions(parts[0]))
@@ -119,7 +119,7 @@ def test_a_build_that_was_killed_goes_on_from_its_last_state(parts, tmp_path):
 
 @compiled
 def test_keys_that_were_encoded_are_not_encoded_again(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "CHECKPOINT_KEYS", 1024)
+    monkeypatch.setattr(encoded_file, "CHECKPOINT_KEYS", 1024)
     encode, calls, number = quantizer.encode_keys, [], itertools.count(1)
 
     def counted(phi, keys):
@@ -243,7 +243,7 @@ def test_another_stream_than_was_begun_with_is_refused(parts, tmp_path):
     few = [part[:3000] for part in parts]
     with pytest.raises(ValueError, match="the stream has 3000 rows, 5000 were written before"):
         gf.build(tmp_path, blocks(few), progress=False)
-    state = tmp_path / resident.BUILDING / stream.STATE
+    state = tmp_path / resident.BUILDING / build_state.STATE
     for content, message in {
         b"{": "is not the state of a build",
         b"[]": "is not the state of a build",

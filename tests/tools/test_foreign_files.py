@@ -17,7 +17,7 @@ from torch import nn
 import grace_fast as gf
 from grace_fast.compat import easyedit
 from grace_fast.editor.attach import read_saved
-from grace_fast.store import archive, durable, files
+from grace_fast.store import archive, files, versions
 from grace_fast.store.large import resident
 from grace_fast.store.large.shard_files import FilesOfRows
 from grace_fast.store.repair import repair
@@ -113,7 +113,7 @@ def test_rows_of_another_shape_are_refused_before_they_are_read(name, tensor, me
 
 def test_a_version_behind_the_last_one_is_seen(tmp_path):
     golden.editor(path=tmp_path).unload()
-    path, *_ = durable.journal_place(tmp_path, files.read_config(tmp_path))
+    path, *_ = versions.journal_place(tmp_path, files.read_config(tmp_path))
     with sqlite3.connect(path) as file:
         file.execute("INSERT INTO versions VALUES (11, 0.0, 'edit', x'', x'')")
     file.close()

@@ -51,9 +51,9 @@ def pack_state(state: State, rows: int) -> dict[str, Tensor]:
         errors = (part.near_error, part.far_error)
         tensors[f"run{number}.errors"] = torch.tensor(errors, dtype=torch.float64, device="cpu")
     # Later rows than these may be given to other keys once the codebook was opened again.
-    kept = np.flatnonzero(state.tail.rows[: state.tail.count] < rows)
-    near, far = segments.unpacked(state.tail, kept)
-    for name, array in (("rows", state.tail.rows[kept]), ("near", near), ("far", far)):
+    stays = np.flatnonzero(state.tail.rows[: state.tail.count] < rows)
+    near, far = segments.unpacked(state.tail, stays)
+    for name, array in (("rows", state.tail.rows[stays]), ("near", near), ("far", far)):
         tensors[f"tail.{name}"] = torch.from_numpy(array)
     return tensors
 

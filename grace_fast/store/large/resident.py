@@ -19,9 +19,10 @@ from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import MappedFile
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
-from grace_fast.store import columns, files
-from grace_fast.store.durable import Lock
+from grace_fast.store import atomic, columns, files, tensor_files
+from grace_fast.store.checks import check_radii
 from grace_fast.store.large.index_file import pack_state, unpack_state
+from grace_fast.store.locks import Lock
 from grace_fast.store.row_file import RowWriter, Written
 from grace_fast.store.saved import read_saved
 
@@ -33,7 +34,7 @@ def save(book: Codebook, path: str | Path, *, hmac_key: bytes | None = None) -> 
     """Save a codebook to a directory; see `Codebook.save`."""
     if not isinstance(book, Codebook):
         raise TypeError(f"book must be a Codebook, got {type(book).__name__}")
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     lock = Lock(folder)
     try:
@@ -52,22 +53,13 @@ def _save(book: Codebook, folder: Path, hmac_key: bytes | None) -> None:
     snapshot, coded = with_codes(book)
     token = secrets.token_hex(8)
     places = {name: folder / f"{name}-{token}.safetensors" for name in files.MAPPED}
-    try:
-        keys = _write(
-            places["keys"], "keys", snapshot.key_slots, snapshot.counts.keys, snapshot.key_file
-        )
-        values = _write(
-            places["values"],
-            "values",
-            snapshot.value_slots,
-            snapshot.counts.values,
-            snapshot.value_file,
-        )
-        publish(folder, token, {"keys": keys, "values": values}, snapshot, coded, hmac_key)
-    except BaseException:
-        for place in places.values():
-            place.unlink(missing_ok=True)
-        raise
+    slots = {
+        "keys": (snapshot.key_slots, snapshot.counts.keys, snapshot.key_file),
+        "values": (snapshot.value_slots, snapshot.counts.values, snapshot.value_file),
+    }
+    with atomic.removed_on_failure(*places.values()):
+        written = {name: _write(places[name], name, *each) for name, each in slots.items()}
+        publish(folder, token, written, snapshot, coded, hmac_key)
 
 
 def refuse_taken(folder: Path) -> None:
@@ -120,7 +112,7 @@ def publish(
 
     Raises: OSError where it cannot be written; what was there before stays valid then.
     """
-    rows = columns.drop_the_usual(columns.pack_rows(snapshot))
+    rows = columns.omit_defaults(columns.pack_rows(snapshot))
     checks = {f"{name}.blocks": each.checks for name, each in written.items()}
     mapped = {
         name: {
@@ -132,15 +124,11 @@ def publish(
         for name, each in written.items()
     }
     names = [f"codebook-{token}", f"codes-{token}"]
-    try:
-        tensors = files.store(folder, names[0], rows | checks)
-        codes = files.store(folder, names[1], coded) if coded else None
+    with atomic.removed_on_failure(*(folder / f"{name}.safetensors" for name in names)):
+        tensors = tensor_files.write_new(folder, names[0], rows | checks)
+        codes = tensor_files.write_new(folder, names[1], coded) if coded else None
         described = {"tensors": tensors, "codes": codes, "mapped": mapped}
         files.publish(folder, described, hmac_key)
-    except BaseException:
-        for name in names:
-            (folder / f"{name}.safetensors").unlink(missing_ok=True)
-        raise
 
 
 def open(
@@ -151,7 +139,7 @@ def open(
     max_radius: float | None = None,
 ) -> Codebook:
     """Open a codebook where it lies; see `Codebook.open`."""
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     return files.steadily(folder, lambda: _open(folder, verify, hmac_key, max_radius))
 
 
@@ -162,19 +150,19 @@ def _open(path: Path, verify: bool, hmac_key: bytes | None, max_radius: float | 
         if config.get("journal") is not None:
             return read_saved(path, hmac_key, max_radius).codebook()[0]
         tensors = files.read_tensors(path, config)
-        columns.check_radii(tensors, max_radius)
+        check_radii(tensors, max_radius)
         return columns.unpack_codebook(tensors, host)
-    tensors = files.read_file(path, config.get("tensors"))
-    columns.check_radii(tensors, max_radius)
-    keys, values = (files.map_file(path, config, name, tensors) for name in files.MAPPED)
+    tensors = tensor_files.read_file(path, config.get("tensors"))
+    check_radii(tensors, max_radius)
+    keys, values = (tensor_files.map_file(path, config, name, tensors) for name in files.MAPPED)
     if keys.shape.dtype != values.shape.dtype:
         raise files.CodebookCorrupt(f"{path}: keys and values must be of one element type")
     if verify:
         for file in (keys, values):
             file.test_all()
-    book = columns.unpack_rows(columns.with_the_usual(tensors), keys, values, host)
+    book = columns.unpack_rows(columns.fill_defaults(tensors), keys, values, host)
     if config.get("codes") is not None:
         snapshot = book.snapshot()
-        state = unpack_state(files.read_file(path, config["codes"]), snapshot)
+        state = unpack_state(tensor_files.read_file(path, config["codes"]), snapshot)
         certificate.restore(snapshot, state)
     return book

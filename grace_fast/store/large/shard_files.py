@@ -48,10 +48,10 @@ class FilesOfRows:
             step = max(1, _BLOCK_BYTES // (4 * keys.get_shape()[1]))
             for at in range(first, count, step):
                 some = slice(at, min(at + step, count))
-                usual = torch.full(
+                default = torch.full(
                     (some.stop - at,), self._radius or 0.0, dtype=torch.float32, device="cpu"
                 )
-                yield keys[some], values[some], usual if radii is None else radii[some]
+                yield keys[some], values[some], default if radii is None else radii[some]
 
     def _rows_of(self, path: Path) -> int:
         try:

@@ -10,16 +10,10 @@ until the new one is whole.
 from __future__ import annotations
 
 import itertools
-import json
-import math
-import os
-import re
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,32 +25,19 @@ from torch import Tensor
 from grace_fast import _native
 from grace_fast.codebook.checks import DTYPES, checked_radii, checked_rows
 from grace_fast.codebook.codebook import Block, Blocks, Codebook
-from grace_fast.codebook.mapped import (
-    BLOCK_BYTES,
-    HEADER_BYTES,
-    CodebookCorrupt,
-    MappedFile,
-    open_regular,
-    refuse_special,
-)
+from grace_fast.codebook.mapped import HEADER_BYTES, CodebookCorrupt, MappedFile
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State
-from grace_fast.index.quantizer import Codes
-from grace_fast.index.segments import Encoded
-from grace_fast.store import columns, files, headers, manifest
+from grace_fast.store import atomic, columns, files, locks, tensor_files
 from grace_fast.store.large import resident
+from grace_fast.store.large.build_state import STREAMED, BuildState
+from grace_fast.store.large.encoded_file import EncodedOnDisk
 from grace_fast.store.large.index_file import pack_map, pack_state, unpack_map
 from grace_fast.store.row_file import RowWriter, Written
-from grace_fast.store.write_behind import behind
+from grace_fast.store.write_behind import WriteBehind
 
-STREAMED = (*files.MAPPED, "radii")
-STATE = "state.json"
-FORMAT = 2  # of the state
-_SHA256 = re.compile("[0-9a-f]{64}")
-_TOKEN = re.compile("[0-9a-f]{16}")  # nothing that leads out of the directory
 CHECKPOINT_BYTES = 1 << 29  # of keys and values, between two states: a second of writing
-CHECKPOINT_KEYS = 1 << 18  # encoded between two states
 SMALLEST_CODED = 4096  # rows; fewer are encoded when they are opened, in the time of a few look-ups
 
 
@@ -69,7 +50,7 @@ def build(
     progress: bool | None = None,
 ) -> Codebook:
     """Make a codebook of a stream in a directory; see `Codebook.build`."""
-    folder = files.absolute(path)
+    folder = atomic.absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     resident.refuse_taken(folder)
     with _locked(folder / resident.BUILDING) as work:
@@ -102,36 +83,11 @@ def _make(
 
 
 class _Unfinished:
-    """What there is of a build, and the state that says how much of it counts."""
+    """A build that is not finished: its files, and the state that says how much of them counts."""
 
     def __init__(self, folder: Path, work: Path) -> None:
         self._folder, self._work = folder, work
-        self._state: dict[str, Any] = {}
-        file = work / STATE
-        if os.path.lexists(file):
-            with os.fdopen(open_regular(file), "rb") as opened:
-                size = os.fstat(opened.fileno()).st_size  # room for what is asked is made at once
-                content = opened.read(min(size, manifest.MAX_BYTES))
-            try:
-                if size > manifest.MAX_BYTES:
-                    raise ValueError(f"it has more than {manifest.MAX_BYTES} bytes")
-                self._state = headers.parse(content, depth=4)
-                known = self._state["format"]
-            except (ValueError, TypeError, KeyError) as error:
-                raise CodebookCorrupt(
-                    f"{file} is not the state of a build; remove {work}"
-                ) from error
-            if known != FORMAT:
-                raise CodebookCorrupt(f"{file} has format {known}, wanted {FORMAT}; remove {work}")
-            if not _TOKEN.fullmatch(str(self._state.get("token"))):
-                raise CodebookCorrupt(f"{file} does not name the files of a build; remove {work}")
-            if not _is_complete(self._state):
-                raise CodebookCorrupt(f"{file} does not tell what was written; remove {work}")
-
-    def _save_state(self, **changes: Any) -> None:
-        files.require_claim(self._work)
-        self._state |= {"format": FORMAT, **changes}
-        files.replace(self._work / STATE, json.dumps(self._state).encode())
+        self._state = BuildState(work)
 
     def _place(self, name: str) -> Path:
         """Return where a file of rows is: it may have been moved before the last interruption."""
@@ -144,7 +100,7 @@ class _Unfinished:
         """Have all rows in their files."""
         given: Iterable[Block] = ()
         if not self._state.get("written"):
-            given = iter(blocks(self._rows) if callable(blocks) else blocks)
+            given = iter(blocks(self._state.rows) if callable(blocks) else blocks)
             if not self._state:
                 given = self._begin(iter(given))
         writers = self._writers()
@@ -157,10 +113,6 @@ class _Unfinished:
             for writer in writers.values():
                 writer.close()
 
-    @property
-    def _rows(self) -> int:
-        return int(self._state["keys"]["rows"]) if self._state else 0
-
     def _begin(self, given: Iterator[Block]) -> Iterator[Block]:
         """Learn from the first block what the codebook is like, and note it down."""
         first = next(given, None)
@@ -172,33 +124,27 @@ class _Unfinished:
         if keys.ndim != 2 or values.ndim != 2 or not keys.shape[1] or not values.shape[1]:
             shapes = f"{tuple(keys.shape)} and {tuple(values.shape)}"
             raise ValueError(f"keys and values must be [M, D] and [M, V], got {shapes}")
-        none = {"rows": 0, "checks": [], "last_check": sha256().hexdigest()}
-        self._save_state(
-            token=secrets.token_hex(8),
-            dtype=str(keys.dtype),
-            widths={"keys": keys.shape[1], "values": values.shape[1]},
-            **dict.fromkeys(STREAMED, none),
-        )
+        self._state.begin(keys.dtype, keys.shape[1], values.shape[1])
         for name in STREAMED:
             self._place(name).touch()
         return itertools.chain([first], given)
 
     def _writers(self) -> dict[str, RowWriter]:
         state, made = self._state, {}
-        kinds = dict.fromkeys(files.MAPPED, files.DTYPES[state["dtype"]]) | {"radii": torch.float32}
+        kinds = dict.fromkeys(files.MAPPED, state.dtype) | {"radii": torch.float32}
         for name, dtype in kinds.items():
             width = state["widths"].get(name, 1)
             made[name] = RowWriter(self._place(name), name, width, dtype, state[name])
         return made
 
     def _checkpoint(self, writers: Mapping[str, RowWriter], **changes: Any) -> None:
-        self._save_state(**{n: writer.checkpoint() for n, writer in writers.items()}, **changes)
+        self._state.save(**{n: writer.checkpoint() for n, writer in writers.items()}, **changes)
 
     def _take(
         self, given: Iterable[Block], skip: bool, writers: dict[str, RowWriter], bar: Any
     ) -> None:
         """Write the rows of the stream; another thread writes while this one waits for the next."""
-        known = self._rows
+        known = self._state.rows
         bar.update(known)
         written_bytes = 0
 
@@ -213,7 +159,7 @@ class _Unfinished:
             bar.update(len(block[0]))
 
         row = 0 if skip else known
-        with behind(write) as put:
+        with WriteBehind(write) as put:
             try:
                 for block in given:
                     checked = self._checked(block, row)
@@ -235,7 +181,7 @@ class _Unfinished:
             )
 
     def _checked(self, block: Block, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        widths, dtype = self._state["widths"], files.DTYPES[self._state["dtype"]]
+        widths, dtype = self._state["widths"], self._state.dtype
         try:
             keys, values, radii = _tensors(block)
             keys = checked_rows("keys", keys, widths["keys"], dtype)
@@ -270,14 +216,20 @@ class _Unfinished:
             for name, each in ((name, written[name]) for name in files.MAPPED)
         )
         radii = torch.from_numpy(np.fromfile(self._place("radii"), np.float32, offset=HEADER_BYTES))
-        tensors = columns.with_the_usual({"rows.radius": radii})
+        tensors = columns.fill_defaults({"rows.radius": radii})
         snapshot = columns.unpack_rows(tensors, keys, values, torch.device("cpu")).snapshot()
         if _native.cpu is None or snapshot.rows < SMALLEST_CODED:
             return snapshot, None
         made = Build(_native.cpu, snapshot, None, 0)
         if not self._fit(made):
             return snapshot, None
-        encoded = _EncodedOnDisk(self._work, made.rows, self._state.get("encoded"), self._note, bar)
+        encoded = EncodedOnDisk(
+            self._work,
+            made.rows,
+            self._state.get("encoded"),
+            lambda encoded: self._state.save(encoded=encoded),
+            bar,
+        )
         made.encode(encoded, threads)
         part = made.sort(encoded, threads)
         state = State(made.phi, made.fitted_rows, made.floor)
@@ -285,13 +237,10 @@ class _Unfinished:
         state.predicted_bytes = made.predicted_bytes
         return snapshot, pack_state(state, snapshot.rows)
 
-    def _note(self, encoded: dict[str, Any]) -> None:
-        self._save_state(encoded=encoded)
-
     def _fit(self, made: Build) -> bool:
         """Have the map that was fitted before the interruption, or fit it; False without any."""
         if "map" in self._state:
-            tensors = files.read_file(self._work, self._state["map"])
+            tensors = tensor_files.read_file(self._work, self._state["map"])
             if "floor" not in tensors:
                 raise CodebookCorrupt(f"{self._work}: the map has no floor; remove {self._work}")
             made.phi = unpack_map(tensors, self._state["widths"]["keys"])
@@ -300,110 +249,21 @@ class _Unfinished:
         if not made.fit():
             return False
         floor = torch.tensor(made.floor, dtype=torch.float64, device="cpu")
-        stored = files.store(self._work, "map", pack_map(made.phi) | {"floor": floor})
-        self._save_state(map=stored)
+        stored = tensor_files.write_new(self._work, "map", pack_map(made.phi) | {"floor": floor})
+        self._state.save(map=stored)
         return True
 
     def publish(
         self, written: Mapping[str, Written], snapshot: Snapshot, coded: dict[str, Tensor] | None
     ) -> None:
         """Put the files where the directory's codebook is, and make them that."""
-        files.require_claim(self._work)
+        locks.require_claim(self._work)
         placed = {}
         for name in files.MAPPED:
             place = self._folder / written[name].path.name
             written[name].path.replace(place)
             placed[name] = replace(written[name], path=place)
         resident.publish(self._folder, self._state["token"], placed, snapshot, coded)
-
-
-class _EncodedOnDisk(Encoded):
-    """Codes in order of rows, in files: what was noted down need not be encoded again."""
-
-    def __init__(
-        self,
-        work: Path,
-        count: int,
-        known: dict[str, Any] | None,
-        note: Callable[[dict[str, Any]], None],
-        bar: Any,
-    ) -> None:
-        room = Encoded.room(0)
-        self._files: list[np.memmap[Any, Any]] = []
-        for name in ("points", "near", "far"):
-            like = getattr(room, name)
-            self._files.append(
-                _mapped(work / name, like.dtype, (count, like.shape[1]), bool(known))
-            )
-        points, near, far = self._files
-        super().__init__(points, near, far, **(known or {}))
-        self._note, self._bar, self._noted = note, bar, self.rows
-        bar.update(self.rows)
-
-    def put(self, codes: Codes) -> None:
-        """Take the codes of the next keys in."""
-        super().put(codes)
-        self._bar.update(len(codes.whole))
-        if self.rows - self._noted >= CHECKPOINT_KEYS:
-            for file in self._files:
-                file.flush()
-            errors = {"near_error": self.near_error, "far_error": self.far_error}
-            self._note({"rows": self.rows, **errors})
-            self._noted = self.rows
-
-
-def _mapped(
-    path: Path, dtype: np.dtype[Any], shape: tuple[int, int], known: bool
-) -> np.memmap[Any, Any]:
-    refuse_special(path)
-    if not known:
-        # A page of a hole that the disk has no room for is a bus error, not an OSError.
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, shape[0] * shape[1] * dtype.itemsize))
-    return np.memmap(path, dtype, "r+", shape=shape)
-
-
-def _is_complete(state: Mapping[str, Any]) -> bool:
-    """Tell whether a state says all that a build goes on from, each part of its type."""
-    widths, dtype = state.get("widths"), state.get("dtype")
-    if not isinstance(dtype, str) or dtype not in files.DTYPES or not isinstance(widths, dict):
-        return False
-    if widths.keys() != set(files.MAPPED) or not all(
-        _is_count(width, 1) for width in widths.values()
-    ):
-        return False
-    sizes = {"radii": 4} | {
-        name: width * files.DTYPES[dtype].itemsize for name, width in widths.items()
-    }
-    rows = [_rows_of(state.get(name), sizes[name]) for name in STREAMED]
-    encoded, fitted = state.get("encoded", {}), state.get("map", {})
-    return (
-        None not in rows
-        and (len(set(rows)) == 1 or not state.get("written"))
-        and isinstance(fitted, dict)
-        and isinstance(encoded, dict)
-        and set(encoded) in (set(), {"rows", "near_error", "far_error"})
-        and all(isinstance(each, int | float) and 0 <= each < math.inf for each in encoded.values())
-        and _is_count(encoded.get("rows", 0), 0)
-        and encoded.get("rows", 0) <= (rows[0] or 0)
-    )
-
-
-def _rows_of(checkpoint: Any, row_bytes: int) -> int | None:
-    """Return how many rows a checkpoint tells of; None where it is none of such rows."""
-    if not isinstance(checkpoint, dict) or checkpoint.keys() != {"rows", "checks", "last_check"}:
-        return None
-    rows, checks = checkpoint["rows"], checkpoint["checks"]
-    if not _is_count(rows, 0) or not isinstance(checks, list):
-        return None
-    sums = [*checks, checkpoint["last_check"]]
-    if not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in sums):
-        return None
-    return int(rows) if len(checks) == rows * row_bytes // BLOCK_BYTES else None
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < manifest.MAX_NUMBER
 
 
 def _tensors(block: Block) -> tuple[Tensor, Tensor, Tensor]:
@@ -426,7 +286,7 @@ def _locked(work: Path) -> Iterator[Path]:
         raise CodebookCorrupt(f"{work} is a link; remove it")
     work.mkdir(exist_ok=True)
     try:
-        claim = files.Claim(work / "lock")
+        claim = locks.Claim(work / "lock")
     except BlockingIOError:
         raise BlockingIOError(
             f"another process builds in {work}; wait for it, or choose another directory"
@@ -442,13 +302,13 @@ class _NoBar:
         """Show nothing."""
 
 
-@contextmanager
-def _bar(progress: bool | None, what: str, total: int | None) -> Iterator[Any]:
+def _bar(progress: bool | None, what: str, total: int | None) -> AbstractContextManager[Any]:
     if progress is False or find_spec("tqdm") is None:
-        yield _NoBar()
-        return
+        return nullcontext(_NoBar())
     from tqdm import tqdm
 
     hidden = None if progress is None else False
-    with tqdm(total=total, desc=what, unit="row", unit_scale=True, disable=hidden) as bar:
-        yield bar
+    bar: AbstractContextManager[Any] = tqdm(
+        total=total, desc=what, unit="row", unit_scale=True, disable=hidden
+    )
+    return bar

@@ -29,8 +29,7 @@ from typing import Any, Protocol
 
 import torch
 
-from grace_fast.codebook.mapped import open_regular
-from grace_fast.store import headers
+from grace_fast.store import strict_json
 from grace_fast.tools.evaluate import answering
 from grace_fast.tools.evaluate.metrics import SCORES, mean
 from grace_fast.tools.evaluate.task import Answer, Case, Task
@@ -268,11 +267,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
     Raises: ValueError for what is none, OSError where it cannot be read.
     """
     try:
-        with os.fdopen(open_regular(path), "rb") as file:
-            content = file.read(min(os.fstat(file.fileno()).st_size, _MOST_BYTES) + 1)
-        if len(content) > _MOST_BYTES:
-            raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-        fields = headers.parse(content, depth=8, constants=True)
+        fields = strict_json.read(path, _MOST_BYTES, depth=8, constants=True)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} {_ODD}: {error}") from error
     if not isinstance(fields, dict):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from grace_fast.store.files import replace
+from grace_fast.store.atomic import replace
 from grace_fast.tools.report.balls import hits_of, radii_of
 from grace_fast.tools.report.keymap import keymap_of
 from grace_fast.tools.report.listing import listing_of
