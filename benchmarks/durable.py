@@ -31,7 +31,8 @@ import grace_fast as gf
 from benchmarks import machine
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor.grace import Grace
-from grace_fast.edits.edits import Edit, Event, History
+from grace_fast.edits.edit import Edit, Event
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
 from grace_fast.store.saved import Offline, read_saved, write
 

@@ -102,7 +102,7 @@ class Edited:
             found = int(match.row[0])
             radii = snapshot.radii_of(torch.tensor([found, found ^ 1]))
             whole = found == row and bool((values == number).all()) and bool(radii[0] == radii[1])
-            reader.mixed += not (whole and torch.equal(snapshot.key_of(found), query[0]))
+            reader.mixed += not (whole and torch.equal(snapshot.row(found).key, query[0]))
         else:
             reader.lost += still_there
 

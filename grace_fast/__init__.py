@@ -7,7 +7,9 @@ from grace_fast.editor.attach import CodebookMismatch, attach, from_pretrained
 from grace_fast.editor.calibrate import CalibrationEdit
 from grace_fast.editor.edit_warnings import GraceWarning
 from grace_fast.editor.grace import Explanation, Grace
-from grace_fast.edits.edits import Edit, Verification
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.verify import Verification
+from grace_fast.errors import CodebookCorrupt, CodebookLocked, CodebookReadOnly
 from grace_fast.hook.counters import Counters, LookupWarning
 from grace_fast.hook.selection import SelectionWarning, using
 from grace_fast.lookup.backends.faiss_index import FaissIndex
@@ -24,11 +26,8 @@ from grace_fast.lookup.lookup import (
 )
 from grace_fast.lookup.prepared import Prepared, prepare
 from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
-from grace_fast.store.durable import CodebookReadOnly
-from grace_fast.store.files import CodebookCorrupt
 from grace_fast.store.large.resident import open, save
 from grace_fast.store.large.stream import build
-from grace_fast.store.locks import CodebookLocked
 
 __version__ = "0.1.0"
 
@@ -73,7 +72,7 @@ __all__ = [
 ]
 
 # The references' surfaces are read when they are asked for; nothing else looks at them.
-_COMPAT = {"GRACE": "reference", "accelerate": "handover"}
+_COMPAT = {"GRACE": "reference", "accelerate": "takeover"}
 
 
 def __getattr__(name: str) -> Any:

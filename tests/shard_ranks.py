@@ -1,4 +1,4 @@
-"""What one rank does in a test of row shards: `python shard_ranks.py SCENARIO RANK RANKS FILE`."""
+"""One rank of a test of row shards: `python shard_ranks.py SCENARIO RANK RANKS FILE`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from faults import workload
 
 import grace_fast as gf
-from grace_fast.edits.edits import History
-from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardsDiffer
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.apply import apply
+from grace_fast.edits.history import History
+from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardedSnapshot, ShardsDiffer
 from grace_fast.semantics import Rules
 
 WIDTH, VALUE = 12, 3
@@ -80,10 +84,12 @@ def agree() -> None:
                 query = query + 0.1 * torch.randn(WIDTH, generator=generator)
             label = torch.tensor([step % 4])
             with alone.writing() as draft:
-                done = history.enact(draft, rules, query, label, value, step)
-            made, decision = shards.enact(rules, query, label, value)
+                done = history.apply(draft, rules, query, label, value, step)
+            with shards.writing() as draft:
+                made = apply(draft, rules, query, label, value)
             outcomes.add(done.outcome)
-            assert (made, decision.outcome) == (done.row, done.outcome)
+            assert (made.row, made.outcome) == (done.row, done.outcome)
+            assert (made.distance, made.radius) == (done.distance, done.radius)
         elif kind == 7 and alone.live[row]:
             shards.remove(row)
             with alone.writing() as draft:
@@ -110,15 +116,15 @@ def agree() -> None:
     assert asked // 20 < hits < asked - asked // 20
     assert outcomes == {"added", "split", "expanded", "reused", "replaced"}
     assert shards.rows == alone.snapshot().rows
-    assert 300 < shards.version <= 500  # an edit that changes no key is no version
+    assert 300 < shards.version <= 500
     for row in range(0, shards.rows, 17):
-        radius, label = shards.ball_of(row)
-        assert radius == alone.snapshot().radius_of(row)
-        known = alone.snapshot().label_of(row)
+        label = shards.snapshot().row(row).label
+        assert shards.snapshot().row(row).radius == alone.snapshot().row(row).radius
+        known = alone.snapshot().row(row).label
         assert (label is None) == (known is None)
         assert label is None or torch.equal(label, known)
     with pytest.raises(IndexError, match=r"row must be in \[0, "):
-        shards.ball_of(shards.rows)
+        shards.snapshot().row(shards.rows)
 
 
 def split() -> None:
@@ -203,6 +209,174 @@ def differ() -> None:
         shards.remove(1)
 
 
+def attached() -> None:
+    """A model that answers from shards is edited as one that answers from a codebook."""
+    for rows, settings in (
+        (0, {"replacement": "replace_all", "iterations": 4}),
+        (30, {"replacement": "replace_all", "iterations": 0, "expand": "moving_average"}),
+        (30, {"query": "every_token", "iterations": 2, "semantics": "easyedit"}),
+    ):
+        _edit_alike(*_attached_alike(rows, settings))
+
+
+def _attached_alike(rows: int, settings: dict[str, Any]) -> tuple[gf.Grace, gf.Grace]:
+    """Return an editor of a codebook, and one of its shards."""
+    book, whole = (gf.Codebook(workload.WIDTH, workload.CLASSES) for _ in range(2))
+    if rows:
+        generator = torch.Generator().manual_seed(4)
+        keys = 4 * torch.randn(rows, workload.WIDTH, generator=generator)
+        values = torch.randn(rows, workload.CLASSES, generator=generator)
+        labels = [None if row % 5 == 0 else torch.tensor([row % 3]) for row in range(rows)]
+        for each in (book, whole):
+            each.append(keys, values, torch.full((rows,), 0.8), labels)
+    shards = ShardedCodebook.split(whole)
+    alone = gf.attach(workload.Tiny(), "layer", codebook=book, **settings)
+    return alone, gf.attach(workload.Tiny(), "layer", codebook=shards, **settings)
+
+
+def _edit_alike(alone: gf.Grace, shared: gf.Grace) -> None:
+    outcomes, undone = set(), 0
+    asked = torch.randn(8, 1, workload.WIDTH, generator=torch.Generator().manual_seed(5))
+    for step, operation in enumerate(workload.operations(60, seed=2)):
+        if operation[0] == "undo":
+            if operation[1] not in {edit.id for edit in alone.edits()}:
+                continue
+            _assert_same_edit(alone.undo(operation[1]), shared.undo(operation[1]))
+            undone += 1
+        else:
+            query, label = torch.tensor(operation[1])[None, None], torch.tensor([operation[2]])
+            batch = {"inputs_embeds": query, "labels": label}
+            if step % 7 == 0:
+                batch = {
+                    "inputs_embeds": torch.cat([query, query + 0.2, query + 9]),
+                    "labels": torch.tensor([0, 1, 1]),
+                }
+            made = []
+            for grace in (alone, shared):
+                torch.manual_seed(step)  # the values of the references start from what is drawn
+                made.append(grace.edit_batch(batch))
+            for one, other in zip(*made, strict=True):
+                _assert_same_edit(one, other)
+                outcomes.add(one.outcome)
+            asked[step % 8] = query[0] + 0.1 * (step % 3)
+        answers = [grace.model(inputs_embeds=asked).logits for grace in (alone, shared)]
+        assert torch.equal(answers[0].view(torch.uint8), answers[1].view(torch.uint8))
+        assert alone.hits == shared.hits
+        told = [repr(grace.explain({"inputs_embeds": asked})) for grace in (alone, shared)]
+        assert told[0] == told[1]
+    _assert_same_rows(shared.codebook.snapshot(), alone.codebook.snapshot())
+    assert repr(alone.verify()) == repr(shared.verify())
+    assert alone.verify().replays == shared.verify().replays
+    assert alone.counters.keys == shared.counters.keys == len(shared.codebook)
+    assert outcomes >= {"added", "split", "reused", "expanded"}
+    assert undone > 5
+    assert ("replaced" in outcomes) == (alone.settings.semantics == "paper")
+
+
+def _assert_same_edit(one: gf.Edit, other: gf.Edit) -> None:
+    """Compare all but slots, which each rank numbers for itself."""
+    for name in ("id", "outcome", "row", "distance", "radius", "steps", "correct", "prompt"):
+        assert getattr(one, name) == getattr(other, name), name
+    assert str(one.loss) == str(other.loss)  # NaN where nothing was trained
+    assert torch.equal(one.query, other.query)
+    assert torch.equal(one.label, other.label)
+
+
+def _assert_same_rows(shared: ShardedSnapshot, alone: Snapshot) -> None:
+    assert torch.equal(shared.live, alone.live)
+    assert (shared.rows, len(shared)) == (alone.rows, len(alone))
+    for row in range(alone.rows):
+        assert shared.row(row).radius == alone.row(row).radius
+        assert torch.equal(shared.row(row).key, alone.row(row).key)
+        assert torch.equal(shared.row(row).value, alone.row(row).value)
+        labels = shared.row(row).label, alone.row(row).label
+        assert str(labels[0]) == str(labels[1])
+
+
+def generate() -> None:
+    """A decoder whose edits are on two ranks generates what it does with one codebook."""
+    import models  # transformers takes long to import
+
+    family = models.FAMILIES["gpt2"]
+    settings = {"iterations": 60, "replacement": "replace_last"}
+    graces = []
+    for sharded in (False, True):
+        book = ShardedCodebook(128, 32) if sharded else None
+        model = models.build("gpt2")
+        graces.append(gf.attach(model, family.layer, family.epsilon, codebook=book, **settings))
+    prompts = models.prompts(4)
+    for at, prompt in enumerate(prompts):
+        batch = models.edit_batch(family, [prompt], [[41 + at]])
+        one, other = (grace.edit(batch) for grace in graces)
+        _assert_same_edit(one, other)
+        assert one.correct
+    batch = models.prompt_batch(prompts)
+    texts = [
+        grace.model.generate(**batch, max_new_tokens=4, do_sample=False, pad_token_id=0)
+        for grace in graces
+    ]
+    assert torch.equal(*texts)
+    assert graces[0].hits == graces[1].hits != {}
+    beams = [
+        grace.model.generate(**batch, max_new_tokens=3, num_beams=2, pad_token_id=0)
+        for grace in graces
+    ]
+    assert torch.equal(*beams)
+    assert torch.equal(*(grace.model(**batch).logits for grace in graces))
+    assert graces[1].verify().ok
+
+
+def refuse() -> None:
+    """What cannot be done with shards says what to do instead."""
+    alone, shared = _attached_alike(3, {"iterations": 0, "replacement": "replace_all"})
+    book = shared.codebook
+    with pytest.raises(ValueError, match=r"save_pretrained is for the codebook of one process.*sp"):
+        shared.save_pretrained("nowhere")
+    with pytest.raises(ValueError, match="path= is for the codebook of one process"):
+        gf.attach(workload.Tiny(), "layer", codebook=book, path="nowhere")
+    assert not os.path.exists("nowhere")
+    for graphs in (False, True):
+        with pytest.raises(TypeError, match="row shards cannot be prepared, nor kept for CUDA gra"):
+            gf.prepare(book, graphs=graphs)
+    queries = torch.zeros(1, workload.WIDTH)
+    with pytest.raises(ValueError, match="row shards take no backend, got 'reference'"):
+        gf.find(queries, book, "reference")
+    with pytest.raises(gf.CodebookMismatch, match="the codebook has keys and values of the widths"):
+        gf.attach(workload.Tiny(), "layer", codebook=ShardedCodebook(3, 2))
+    with pytest.raises(AttributeError, match="keys of row shards is not in one process"):
+        _ = book.keys
+    # Ranks that ask with different inputs are told so by the model's own call, too.
+    with pytest.raises(ShardsDiffer, match="ranks ask with different queries"):
+        shared.model(inputs_embeds=torch.full((1, 1, workload.WIDTH), float(dist.get_rank())))
+    with pytest.raises(ShardsDiffer, match="ranks ask with different queries"):
+        shared.edit(
+            {
+                "inputs_embeds": torch.full((1, 1, workload.WIDTH), float(dist.get_rank())),
+                "labels": torch.tensor([0]),
+            }
+        )
+    _assert_same_rows(book.snapshot(), alone.codebook.snapshot())
+    assert not shared.edits()
+    inputs = {"inputs_embeds": torch.zeros(1, 1, workload.WIDTH)}
+    assert torch.equal(alone.model(**inputs).logits, shared.model(**inputs).logits)
+
+
+def die_attached() -> None:
+    """The last rank is killed; the model's next call on the others does not answer without it."""
+    _, shared = _attached_alike(30, {"iterations": 0, "replacement": "replace_all"})
+    inputs = {"inputs_embeds": torch.zeros(1, 1, workload.WIDTH)}
+    shared.model(**inputs)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    edit = inputs | {"labels": torch.tensor([1])}
+    for call in (lambda: shared.model(**inputs), lambda: shared.edit(edit), shared.verify):
+        with pytest.raises(RankLost, match=r"was lost while looking up .* start all ranks again"):
+            call()
+    assert not shared.edits()
+    assert not shared.counters.failed
+    print("reported")
+
+
 def die() -> None:
     """The last rank is killed; the others say so within the time-out, and again at once."""
     _lose(lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -244,7 +418,7 @@ if __name__ == "__main__":
         timeout=timedelta(seconds=60),
     )
     globals()[scenario]()
-    if scenario not in ("die", "hang"):  # nobody is left to say goodbye to then
+    if scenario not in ("die", "hang", "die_attached"):  # nobody is left to say goodbye to then
         dist.barrier()
         dist.destroy_process_group()
     sys.stdout.flush()

@@ -17,7 +17,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends import triton as backend
@@ -33,7 +33,7 @@ def assert_lawful(queries: Tensor, snapshot: Snapshot, what: str) -> None:
 
 
 def by_codes(book: gf.Codebook) -> bool:
-    table = book.derived(backend.NAME, backend._table)
+    table = backend._tables.of(book.snapshot(), backend.Table)
     return table._state is not None and table._certificate.current is table._state
 
 
@@ -80,7 +80,7 @@ def edits(device: str) -> None:
     append(queries[:2] * 1.001, 0.2)
     assert_lawful(many, book.snapshot(), "by code tiles, after an append")
     assert by_codes(book)
-    state = book.derived(backend.NAME, backend._table)._state
+    state = backend._tables.of(book.snapshot(), backend.Table)._state
     assert backend.codes_pay(state, book.snapshot(), len(many))
     code_tiles.TILED = usual
     usual, backend.TILED = backend.TILED, 4
@@ -94,7 +94,7 @@ def edits(device: str) -> None:
 def settle(book: gf.Codebook) -> None:
     """Wait for the codes of the keys that are there."""
     gf.find(book.keys[:1], book, backend="triton")
-    book.derived(backend.NAME, backend._table)._certificate.settle()
+    backend._tables.of(book.snapshot(), backend.Table)._certificate.settle()
     gf.find(book.keys[:1], book, backend="triton")
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import COLUMNS, PAGE_ROWS, Draft, Page, Snapshot
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.pages import COLUMNS, PAGE_ROWS, Page
+from grace_fast.codebook.snapshot import Snapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +37,7 @@ class Change:
         return Change(
             after.key_slots[old.keys : new.keys].cpu(),
             after.value_slots[old.values : new.values].cpu(),
-            after.stored_labels(old.labels),
+            after.label_slots.between(old.labels, new.labels),
             after.ids[old.rows :].clone(),
             changed,
             _columns(after, changed),

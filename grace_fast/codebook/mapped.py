@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import _native
-from grace_fast.codebook import forks, printable
+from grace_fast.codebook import forks
+from grace_fast.errors import CodebookCorrupt as CodebookCorrupt
 
 BLOCK_BYTES = 1 << 22
 HEADER_BYTES = 4096  # a page: mappings begin at a multiple of it
@@ -37,17 +38,6 @@ _EXPONENT = {  # an element whose exponent bits are all set is NaN or infinite
     torch.float16: (np.uint16, 0x7C00),
 }
 _SAFETENSORS_NAME = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-
-
-class CodebookCorrupt(ValueError):
-    """A file is not what was saved: truncated, changed, or never a codebook of ours.
-
-    field, row: the column and the row of it that are wrong, where it is a matter of them.
-    """
-
-    def __init__(self, message: str, *, field: str | None = None, row: int | None = None) -> None:
-        super().__init__(printable.spelt(message))  # it quotes names that are in the file
-        self.field, self.row = field, row
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:

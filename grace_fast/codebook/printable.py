@@ -1,53 +1,18 @@
-"""Text from files, models and callers, made fit to be shown: as it is, and inert.
+"""Text fit for where it is shown: a stream's encoding, a plot, a list in one line.
 
-What cannot be seen, moves a terminal's cursor or reorders what stands around it is spelt out:
-controls (C0, C1, DEL), line and paragraph separators, marks of direction, zero-width characters,
-tags, fillers, surrogates. Every other character stays. Nothing is markup: whoever hands a text to
-Rich, Jinja or Matplotlib hands it over as plain text.
+What hides, moves or reorders something is spelt out first (`errors.spelt`). Nothing is markup:
+whoever hands a text to Rich, Jinja or Matplotlib hands it over as plain text.
 """
 
 from __future__ import annotations
 
 import codecs
-import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import IO, Any
 
-# Controls, formats (what changes direction is among them), surrogates, line and paragraph ends.
-_HIDDEN_KINDS = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-# Characters of other kinds that are drawn as nothing: fillers, joiners of graphemes, shorthand.
-_HIDDEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0")
-_NON_JOINER, _JOINER = "\u200c", "\u200d"
-_VIRAMA = 9  # the combining class after which Indic scripts use both joiners
-_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+from grace_fast.errors import Spell, escape, spelt
 
-Spell = Callable[[str], str]
-
-
-def escape(character: str) -> str:
-    r"""Return a character as Python writes it: \n, \x1b, \u202e, \U000e0041."""
-    if character in _SHORT:
-        return _SHORT[character]
-    code = ord(character)
-    if code <= 0xFF:
-        return f"\\x{code:02x}"
-    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
-
-
-def spelt(text: Any, keep: str = "", spell: Spell = escape) -> str:
-    """Return a text with everything that would hide, move or reorder something spelt out.
-
-    keep: characters that stay all the same, the line ends of a traceback, say; spell: how one
-    character is written.
-    """
-    given = text if isinstance(text, str) else str(text)
-    if given.isascii() and given.isprintable():
-        return str(given)
-    shown = [
-        character if character in keep or not _is_hidden(given, at) else spell(character)
-        for at, character in enumerate(given)
-    ]
-    return "".join(shown)
+__all__ = ["escape", "fit", "for_plot", "listed", "spelt"]
 
 
 def fit(text: Any, stream: IO[str] | None, keep: str = "") -> str:
@@ -91,38 +56,3 @@ def _fitting(encoding: str) -> Spell:
         return character
 
     return fitting
-
-
-def _is_hidden(text: str, at: int) -> bool:
-    character = text[at]
-    code = ord(character)
-    if code < 0x7F:
-        return code < 0x20
-    if character in (_NON_JOINER, _JOINER):
-        return not _joins(text, at)
-    if _is_selector(code):  # one chooses how the character before it is drawn; more carry a message
-        return at == 0 or _is_selector(ord(text[at - 1])) or text[at - 1].isspace()
-    kind = unicodedata.category(character)
-    # Unassigned ones in the plane of the tags are ignored by whoever draws them.
-    return kind in _HIDDEN_KINDS or character in _HIDDEN or (kind == "Cn" and code >> 12 == 0xE0)
-
-
-def _is_selector(code: int) -> bool:
-    return 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF or 0x180B <= code <= 0x180F
-
-
-def _joins(text: str, at: int) -> bool:
-    """Tell whether a joiner is part of a word or an emoji: elsewhere it only hides (RFC 5892)."""
-    if not 0 < at < len(text) - 1:
-        return False
-    before, after = text[at - 1], text[at + 1]
-    if unicodedata.combining(before) == _VIRAMA:
-        return True
-    if text[at] == _JOINER and _is_emoji(before):
-        return _is_emoji(after)
-    return all(unicodedata.bidirectional(one) in ("AL", "NSM") for one in (before, after))
-
-
-def _is_emoji(character: str) -> bool:
-    """Tell whether an emoji's part may stand here: a symbol, its colour of skin, its selector."""
-    return unicodedata.category(character) in ("So", "Sk") or _is_selector(ord(character))

@@ -17,11 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Draft, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.compat.live import LiveCodebook, home
 from grace_fast.compat.method import Method
+from grace_fast.edits.apply import Applied, apply
+from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.lookup import lookup
-from grace_fast.semantics import Decision, Rules
+from grace_fast.semantics import Rules, Semantics
 
 
 @dataclass
@@ -38,15 +42,6 @@ class Chosen:
     where: Tensor | None = None  # [B, T, 1] bool, the tokens that are replaced
 
 
-@dataclass
-class Change:
-    """What one decision did to the rows."""
-
-    decision: Decision
-    row: int  # the edit lives on it
-    neighbour: int | None = None  # the row whose ball was split to make room
-
-
 class Adaptor(LiveCodebook):
     """GRACE in the place of one layer; the references' adaptors are made of it."""
 
@@ -56,6 +51,7 @@ class Adaptor(LiveCodebook):
         super().__init__(layer, *widths(layer, transpose))
         self.device = home(layer)[0] if device is None else device
         self._method = method
+        self._semantics: Semantics = "reference"
         self.init_epsilon, self.replacement = method.epsilon, method.replacement
         self.dist_fn, self.num_pert = method.dist_fn, method.num_pert
         self.training = False  # whether an edit is going on; the layer's own mode is the layer's
@@ -225,17 +221,12 @@ class Adaptor(LiveCodebook):
         if not self._teaching:
             self._own_values()
         book = self._book_for_edits()
-        queries, before = queries.to(book.dtype), list(self._labels)
+        queries = queries.to(book.dtype)
         values = output[torch.arange(len(output), device=output.device), _positions(token, output)]
-        try:
-            with book.writing() as draft:
-                for at, query in enumerate(queries):
-                    fresh = self._fresh_value(at, values)
-                    self._enact(draft, query, labels[at].detach().clone(), fresh)
-        except BaseException:
-            self._labels = before
-            self._watch()
-            raise
+        with self._attempting(), book.writing() as draft:
+            for at, query in enumerate(queries):
+                fresh = self._fresh_value(at, values)
+                self._edit_row(draft, query, labels[at].detach().clone(), fresh)
         self._fresh = None
         if not self._teaching:
             self._renew()
@@ -256,37 +247,21 @@ class Adaptor(LiveCodebook):
         """Draw the value that a key starts with, [V], from the global generator."""
         return torch.rand(1, self.value_shape, dtype=torch.float32, device="cpu")[0]
 
-    def _enact(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Change:
+    def _edit_row(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Applied:
         """Decide one edit and change the rows; query: [D], fresh: [V]."""
-        rules = Rules(float(self.init_epsilon), self._method.eps_expand, semantics="reference")
-        before = draft.snapshot()
-        # A key farther than this has no ball within epsilon of the query: the edit is added.
-        within = (rules.epsilon + before.widest) * (1 + 1e-6)
-        near = lookup.nearest(query[None], before, within=within)
-        row, squared = int(near.row[0]), float(near.squared_distance[0])
-        radius, same = 0.0, False
-        if row >= 0:
-            radius, known = before.radius_of(row), self._label_compared(row)
-            same = known is not None and semantics.same_label(rules, label, known)
-        decision = semantics.decide(rules, squared, radius, same)
-        if decision.outcome in ("added", "split"):
-            keys, values = query[None], fresh[None].to(query)
-            ball = torch.tensor([decision.radius], dtype=torch.float32, device="cpu")
-            made = draft.append(keys, values, ball, None)[0]
-            self._labels.append(label)
-            if decision.nearest_radius is None:
-                return Change(decision, made)
-            draft.set_radius(row, decision.nearest_radius)
-            return Change(decision, made, row)
-        if decision.moves_key:
-            draft.set_key(row, (before.key_of(row).double() + query.double()) / 2)
-        if decision.radius != radius:
-            draft.set_radius(row, decision.radius)
-        return Change(decision, row)
+        rules = Rules(float(self.init_epsilon), self._method.eps_expand, semantics=self._semantics)
+        return apply(draft, rules, query, label, fresh.to(query), self._labels)
 
-    def _label_compared(self, row: int) -> Tensor | None:
-        """Return the label that an edit near a row is compared with."""
-        return self._labels[row]
+    @contextmanager
+    def _attempting(self) -> Iterator[None]:
+        """Put back what is kept beside the codebook where an edit fails."""
+        labels = list(self._labels)
+        try:
+            yield
+        except BaseException:
+            self._labels = labels
+            self._watch()  # what the dropped draft wrote is not a caller's
+            raise
 
     @contextmanager
     def editing(self, label: Tensor) -> Iterator[None]:
@@ -296,14 +271,14 @@ class Adaptor(LiveCodebook):
         """
         self._settle()
         self._own_values()
-        book, before = self._book_for_edits(), self._bookkeeping()
+        book = self._book_for_edits()
         was_empty = not len(book)
         batch = label.shape[0] if label.ndim else 1
         cold = self._method.val_init == "cold"
         self._fresh = [self.cold_value() for _ in range(batch)] if cold else None
         self.training, self._teaching, self.edit_label, self._chosen = True, True, label, None
         try:
-            with book.writing() as draft:
+            with self._attempting(), book.writing() as draft:
                 yield
                 chosen = self._chosen
                 if chosen is None or chosen.trained is None:
@@ -314,8 +289,7 @@ class Adaptor(LiveCodebook):
                     draft.snapshot().values[chosen.rows] = chosen.trained.to(book.dtype)
             self._renew()
         except BaseException:
-            self._keep_books(before)
-            self._watch()  # what the dropped draft wrote is not a caller's
+            self._chosen = None
             if was_empty:
                 self._parameters.pop("values", None)
                 self._forget()
@@ -328,13 +302,6 @@ class Adaptor(LiveCodebook):
         """[R, V] float32, what an edit in progress trains; None before its first forward."""
         return None if self._chosen is None else self._chosen.trained
 
-    def _bookkeeping(self) -> Any:
-        """Return what an edit that fails has to put back, beside the codebook."""
-        return list(self._labels)
-
-    def _keep_books(self, before: Any) -> None:
-        self._labels, self._chosen = before, None
-
 
 def widths(layer: nn.Module, transpose: bool) -> tuple[int, int]:
     """Return D and V of a layer: as it declares them, else from its weight.
@@ -345,9 +312,8 @@ def widths(layer: nn.Module, transpose: bool) -> tuple[int, int]:
     """
     if isinstance(layer, Adaptor):
         raise ValueError("the layer has an adaptor already; a layer takes one")
-    key_dim = getattr(layer, "in_features", getattr(layer, "nx", None))
-    value_dim = getattr(layer, "out_features", getattr(layer, "nf", None))
-    if isinstance(key_dim, int) and isinstance(value_dim, int):
+    key_dim, value_dim = declared_widths(layer)
+    if key_dim is not None and value_dim is not None:
         return key_dim, value_dim
     weight = getattr(layer, "weight", None)
     if isinstance(layer, nn.Embedding) or not isinstance(weight, Tensor) or weight.ndim != 2:

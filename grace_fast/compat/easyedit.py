@@ -11,7 +11,8 @@ import copy as copying
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,14 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast import errors
-from grace_fast import semantics as law
-from grace_fast.codebook.codebook import Draft
-from grace_fast.compat.adaptor import Adaptor, Change
+from grace_fast.codebook.draft import Draft
+from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import number, read_method, read_steps
-from grace_fast.compat.reference import Editor
+from grace_fast.compat.reference import Editor, put
+from grace_fast.compat.rollback import Rollback
 from grace_fast.compat.teaching import prompt_end
 from grace_fast.editor.attach import find_layer
-from grace_fast.semantics import IGNORED_LABEL, Rules
+from grace_fast.edits.apply import Applied
+from grace_fast.semantics import IGNORED_LABEL
 from grace_fast.store.strict_json import read_bounded
 
 _MOST_YAML_BYTES = 1 << 16  # a thousand times that of memory is made of it
@@ -92,17 +94,6 @@ class GraceHyperParams:
         return cls(**known)
 
 
-@dataclass(eq=False)
-class Touch:
-    """What one edit left on a row."""
-
-    edit_id: Any
-    key: Tensor  # [D], of the row from then on
-    radius: float
-    value: Tensor | None = None  # [V], what it trained, once another edit on the row followed
-    guest: list[Touch] | None = None  # of a ball that was split: the row that room was made for
-
-
 class GRACEAdapter(Adaptor):
     """The module in the place of the edited layer, with `edit_id`, `edit_ids` and `delete_key`.
 
@@ -124,8 +115,8 @@ class GRACEAdapter(Adaptor):
         super().__init__(layer, method, None, transpose)
         self.config = config
         self.edit_id: Any = None
-        self._label_order = Rules(1.0, semantics=semantics)
-        self._touches: list[list[Touch]] = []  # of each row, oldest first
+        self._semantics = semantics
+        self._rollback = Rollback()
 
     @property
     def edit_ids(self) -> list[Any]:
@@ -133,7 +124,7 @@ class GRACEAdapter(Adaptor):
         if self._book is None:
             raise AttributeError("edit_ids")
         self._settle()
-        return [touches[0].edit_id for touches in self._touches]
+        return self._rollback.row_names()
 
     def load(
         self,
@@ -148,66 +139,36 @@ class GRACEAdapter(Adaptor):
         Raises: as `Adaptor.load`.
         """
         self._check("keys", keys)
-        ids = [touches[0].edit_id for touches in self._touches] if edit_ids is None else edit_ids
+        ids = self._rollback.row_names() if edit_ids is None else edit_ids
         if edit_ids is not None and len(ids) != len(keys):
             raise ValueError(f"edit_ids must be {len(keys)}, one for each key, got {len(ids)}")
         super().load(keys, values, epsilons, labels)
         if len(ids) != len(keys):
             ids = [None] * len(keys)
-        radii = self.epsilons.reshape(-1).tolist()
-        self._touches = [
-            [Touch(edit_id, key, radius)]
-            for edit_id, key, radius in zip(ids, self.keys.clone(), radii, strict=True)
-        ]
+        self._rollback = Rollback.of(self.keys, self.epsilons.reshape(-1).tolist(), ids)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GRACEAdapter:
-        touches = self._touches
+        kept = self._rollback
         super()._apply(fn, recurse)
-        if self._touches is not touches:  # loaded anew, elsewhere
-            for touch in (touch for row in touches for touch in row):
-                touch.key = fn(touch.key)
-                touch.value = None if touch.value is None else fn(touch.value)
-            self._touches = touches
+        if self._rollback is not kept:  # loaded anew, elsewhere
+            kept.move(fn)
+            self._rollback = kept
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        touches = state["_touches"]
+        kept = state["_rollback"]
         super().__setstate__(state)
-        self._touches = touches
+        self._rollback = kept
 
-    def _label_compared(self, row: int) -> Tensor | None:
-        return self._labels[law.label_row(self._label_order, row, len(self._labels))]
+    def _edit_row(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Applied:
+        applied = super()._edit_row(draft, query, label, fresh)
+        self._rollback.add(applied, self.edit_id, draft.snapshot())
+        return applied
 
-    def _enact(self, draft: Draft, query: Tensor, label: Tensor, fresh: Tensor) -> Change:
-        change = super()._enact(draft, query, label, fresh)
-        after = draft.snapshot()
-        ball = (after.key_of(change.row).clone(), after.radius_of(change.row))
-        made = Touch(self.edit_id, *ball)
-        if change.decision.outcome in ("added", "split"):
-            self._touches.append([made])
-        else:
-            newest = next(t for t in reversed(self._touches[change.row]) if t.guest is None)
-            newest.value = after.value_of(change.row).clone()
-            self._touches[change.row].append(made)
-        if change.neighbour is not None:
-            near = change.neighbour
-            ball = (after.key_of(near).clone(), after.radius_of(near))
-            guest = self._touches[change.row]
-            self._touches[near].append(Touch(self.edit_id, *ball, guest=guest))
-        return change
-
-    def _bookkeeping(self) -> Any:
-        values = {id(touch): touch.value for row in self._touches for touch in row}
-        return super()._bookkeeping(), list(map(list, self._touches)), values
-
-    def _keep_books(self, before: Any) -> None:
-        labels, touches, values = before
-        super()._keep_books(labels)
-        for row, kept in zip(self._touches, touches, strict=False):
-            row[:] = kept  # a guest is known by its list
-        self._touches = self._touches[: len(touches)]
-        for touch in (touch for row in self._touches for touch in row):
-            touch.value = values[id(touch)]
+    @contextmanager
+    def _attempting(self) -> Iterator[None]:
+        with super()._attempting(), self._rollback.history.attempting():
+            yield
 
     def delete_key(self, edit_id: Any) -> None:
         """Take back every edit of an id: a key goes with its last edit, and its split with it.
@@ -217,33 +178,16 @@ class GRACEAdapter(Adaptor):
         Raises: KeyError where no edit has the id, naming those that remain.
         """
         self._settle()
-        known = {str(touch.edit_id) for row in self._touches for touch in row}
-        if not any(
-            touch.edit_id == edit_id and touch.guest is None
-            for row in self._touches
-            for touch in row
-        ):
-            raise KeyError(f"no edit has the id {edit_id!r}; there are {sorted(known)[:9]}")
-        keys, values = self.keys.clone(), self.values.detach().clone()
-        radii, staying = self.epsilons.reshape(-1).clone(), []
-        for row, touches in enumerate(self._touches):
-            own = [touch for touch in touches if touch.guest is None]
-            remain = [touch for touch in own if touch.edit_id != edit_id]
-            if remain and remain[-1] is not own[-1]:
-                assert remain[-1].value is not None
-                values[row], remain[-1].value = remain[-1].value, None
-            touches[:] = [t for t in touches if t.guest is not None or t in remain]
-            if remain:
-                staying.append(row)
-        rows = [self._touches[row] for row in staying]
-        there = set(map(id, rows))
-        for row, touches in zip(staying, rows, strict=True):
-            touches[:] = [t for t in touches if t.guest is None or id(t.guest) in there]
-            keys[row], radii[row] = touches[-1].key, touches[-1].radius
+        if edit_id not in (known := self._rollback.names()):
+            there = sorted({str(name) for name in known})[:9]
+            raise KeyError(f"no edit has the id {edit_id!r}; there are {there}")
+        kept, keys, values = self._rollback, self.keys.clone(), self.values.detach().clone()
+        radii = self.epsilons.reshape(-1).clone()
+        staying = kept.take_back(edit_id, keys, values, radii)
         labels = [self._labels[row] for row in staying]
         picked = torch.tensor(staying, dtype=torch.int64, device=keys.device)
         super().load(keys[picked], values[picked], radii[picked], labels)
-        self._touches = rows
+        self._rollback = kept
 
 
 class GRACE(Editor):
@@ -306,7 +250,7 @@ class GRACE(Editor):
 
     def reset_layer(self) -> None:
         """Put the original layer back."""
-        self.put(self.adaptor.layer)
+        put(self.model, self.layer, self.adaptor.layer)
 
 
 def apply_grace_to_model(

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.hook.wrappers import place
 from grace_fast.lookup.prepared import Prepared, prepare
 

@@ -1,4 +1,4 @@
-"""What the references' configurations say of an adaptor, read once and checked."""
+"""The references' configurations of an adaptor, read once and checked."""
 
 from __future__ import annotations
 

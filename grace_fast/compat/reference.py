@@ -57,7 +57,7 @@ class Editor(nn.Module):
             raise ValueError(f"{name} has an adaptor already; a layer takes one")
         adaptor = stand_in(replaced, type(replaced).__name__ != "Conv1D")
         self._resume(model, name)
-        self.put(adaptor)
+        put(self.model, self.layer, adaptor)
 
     def _resume(self, model: nn.Module, layer: str) -> None:
         """Use the adaptor that is on a layer, or will be."""
@@ -74,11 +74,6 @@ class Editor(nn.Module):
         if not isinstance(found, Adaptor):
             raise RuntimeError(f"{self.layer} has no adaptor any more")
         return found
-
-    def put(self, module: nn.Module) -> None:
-        """Put a module in the place of the layer."""
-        parent, _, name = self.layer.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
 
     def forward(self, **tokens: Any) -> Any:
         """Return what the edited model answers."""
@@ -183,6 +178,12 @@ class GRACE_barebones(Editor):
     def edit(self, tokens: Mapping[str, Any]) -> None:
         """Make the model answer tokens with their `labels`."""
         self.teach(tokens, self._steps, at_labels=self.generation)
+
+
+def put(model: nn.Module, layer: str, module: nn.Module) -> None:
+    """Put a module in the place of a layer."""
+    parent, _, name = layer.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
 
 
 def _reader(config: Mapping[str, Any], part: str) -> Read:

@@ -7,36 +7,31 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
-from grace_fast.codebook import printable, scalars
+from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor import calibrate
 from grace_fast.editor.calibrate import CalibrationEdit, Labelled
 from grace_fast.editor.fingerprint import differences, fingerprint, usual_settings
 from grace_fast.editor.grace import Grace
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
+from grace_fast.errors import CodebookMismatch as CodebookMismatch
 from grace_fast.hook.adapter import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.hook.wrappers import host_of, place, uncompiled
+from grace_fast.lookup.sharded import ShardedCodebook
 from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.store import atomic, files, manifest
 from grace_fast.store.journal import JournalFile
 from grace_fast.store.locks import Lock
 from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
-
-
-class CodebookMismatch(ValueError):
-    """A codebook was made for another model than it is attached to."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(printable.spelt(message))  # it quotes what the codebook remembers
 
 
 def attach(
@@ -57,7 +52,7 @@ def attach(
     stop_loss: float | None = None,
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None = None,
     calibration_edits: Iterable[CalibrationEdit] | None = None,
-    codebook: Codebook | None = None,
+    codebook: Codebook | ShardedCodebook | None = None,
     path: str | Path | None = None,
     store_text: bool = False,
     max_radius: float | None = None,
@@ -86,8 +81,9 @@ def attach(
     stop_loss: training stops below this loss once the prediction is right; .1 by default, never in
         `reference` semantics.
     codebook: the one to put there, by default an empty one; `gf.open` gives one that stays on the
-        disk, of millions of keys. Its rows answer at once; they are no edits, and edits beside them
-        leave its files as they are.
+        disk, of millions of keys, and a `ShardedCodebook` is spread over processes, which then
+        make the same calls of model and editor. Its rows answer at once; they are no edits, and
+        edits beside them leave its files as they are.
     path: a directory; every edit is on its disk before anybody is answered by it, and a codebook
         that is there already is opened, with the settings it was made with. One editor at a time
         has it, until it is unloaded.
@@ -148,7 +144,7 @@ def attach(
     try:
         grace = Grace(model, module, settings, tokenizer, path, name, hmac_key, lock)
         if codebook is not None:
-            grace.take(codebook, History())
+            grace.take(cast(Codebook, codebook), History())
     except BaseException:
         if lock is not None:
             lock.close()
@@ -301,7 +297,9 @@ def _attach_saved(
     return grace
 
 
-def _refuse_other_widths(name: str, layer: str, module: nn.Module, book: Codebook) -> None:
+def _refuse_other_widths(
+    name: str, layer: str, module: nn.Module, book: Codebook | ShardedCodebook
+) -> None:
     wanted, given = declared_widths(module), (book.key_dim, book.value_dim)
     if any(width not in (None, other) for width, other in zip(wanted, given, strict=True)):
         raise CodebookMismatch(
@@ -309,9 +307,11 @@ def _refuse_other_widths(name: str, layer: str, module: nn.Module, book: Codeboo
         )
 
 
-def _refuse_unfit(book: Codebook, layer: str, module: nn.Module, path: str | Path | None) -> None:
+def _refuse_unfit(
+    book: Codebook | ShardedCodebook, layer: str, module: nn.Module, path: str | Path | None
+) -> None:
     """Raise where a codebook cannot answer for a layer, or not be kept in a directory."""
-    if not isinstance(book, Codebook):
+    if not isinstance(book, Codebook | ShardedCodebook):
         raise TypeError(f"codebook must be a Codebook, got {type(book).__name__}")
     _refuse_other_widths("the codebook", layer, module, book)
     wanted, given = place(module), (book.device, book.dtype)
@@ -322,6 +322,8 @@ def _refuse_unfit(book: Codebook, layer: str, module: nn.Module, path: str | Pat
         )
     if path is None:
         return
+    if isinstance(book, ShardedCodebook):
+        raise book.unsaved("path=")
     if files.holds_codebook(path):
         raise ValueError(f"{path} holds a codebook already: give either path or codebook")
     if book.snapshot().key_file is not None:

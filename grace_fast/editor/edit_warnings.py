@@ -6,13 +6,10 @@ import warnings
 
 from grace_fast.codebook import printable
 from grace_fast.editor.training import Stuck
-from grace_fast.edits.edits import Edit
+from grace_fast.edits.edit import Edit
+from grace_fast.errors import GraceWarning as GraceWarning
 from grace_fast.hook.adapter import Observation
 from grace_fast.semantics import Replacement
-
-
-class GraceWarning(UserWarning):
-    """An edit was made, but something about the set-up makes it unlikely to serve."""
 
 
 def warn_of_scale(layer: str, epsilon: float, seen: Observation) -> None:

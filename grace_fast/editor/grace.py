@@ -22,28 +22,35 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import forks, scalars
-from grace_fast.codebook.codebook import DTYPES, Codebook, Draft, Snapshot
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.modes import lasting
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.editor import batches, calibrate, edit_warnings, heads, prompts, unfit
 from grace_fast.editor.batches import Batch, Prompt, Target
 from grace_fast.editor.fingerprint import fingerprint
 from grace_fast.editor.heads import Head
 from grace_fast.editor.training import Attempt, Trained, frozen, require_differentiable, train
 from grace_fast.edits import plans
-from grace_fast.edits.edits import Edit, History, Verification
-from grace_fast.edits.plans import Plan, Proposal, Training
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
+from grace_fast.edits.plans import Plan, Proposal
 from grace_fast.edits.settings import Settings
+from grace_fast.edits.verify import Verification, verify
+from grace_fast.errors import CodebookReadOnly
 from grace_fast.hook import compile, positions
 from grace_fast.hook.adapter import Adapter, Observation
 from grace_fast.hook.counters import Counters
 from grace_fast.hook.generation import Generation
-from grace_fast.hook.trial import Trial
+from grace_fast.hook.training_override import TrainingOverride
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.lookup import lookup
+from grace_fast.lookup.sharded import ShardedCodebook
 from grace_fast.semantics import Rules
 from grace_fast.store import atomic, files, manifest
-from grace_fast.store.durable import CodebookReadOnly, EditableDirectory
+from grace_fast.store.durable import EditableDirectory
 from grace_fast.store.journal import JournalFile
 from grace_fast.store.locks import Lock
 from grace_fast.store.saved import read_saved, write
@@ -330,7 +337,7 @@ class Grace:
             newest = [life.edits[-1] if life and life.edits else None for life in lives]
         explained = []
         for at, row in enumerate(near.row.tolist()):
-            radius = snapshot.radius_of(row) if row >= 0 else math.nan
+            radius = snapshot.row(row).radius if row >= 0 else math.nan
             explained.append(
                 Explanation(
                     fires=bool(match.hit[at]),
@@ -358,7 +365,7 @@ class Grace:
             return Verification(())
         with self.codebook.held() as snapshot:
             history = self._history.copy()
-        found = history.verify(snapshot, self.settings.rules(snapshot.dtype))
+        found = verify(history, snapshot, self.settings.rules(snapshot.dtype))
         is_there = any(module is self._host.model for module in self.model.modules())
         return replace(found, is_asked=is_there and not self._adapter.is_lost)
 
@@ -408,6 +415,8 @@ class Grace:
 
         Raises: OSError where it cannot be written; what was there stays valid then.
         """
+        if isinstance(self.codebook, ShardedCodebook):
+            raise self.codebook.unsaved("save_pretrained")
         key = self._hmac_key if hmac_key is None else hmac_key
         path = atomic.absolute(path)
         if self._store is not None and self.path is not None and _is_same(self.path, path):
@@ -492,27 +501,28 @@ class Grace:
         with book.held(), self._history.attempting(), book.writing() as draft:
             yield draft
 
-    def _train(self, training: Training, batch: Batch, head: Head, seen: Observation) -> Trained:
+    def _train(
+        self, override: TrainingOverride, batch: Batch, head: Head, seen: Observation
+    ) -> Trained:
         """Train one value on the rows of the batch that it answers."""
-        picked = list(training.picked)
+        picked, start = list(override.picked), override.value
         index = torch.tensor(picked, dtype=torch.int64, device=seen.positions.device)
         where = seen.positions[index]
-        trial = Trial(training.start, training.row, training.tokens)
         part = batches.rows(batch, picked)
         targets = heads.targets_of(part, head, len(picked))
         asked = heads.for_loss(part, head, seen.output.dtype)
-        attempt = self._attempts(trial, asked, targets, head, where)
-        return train(training.start, attempt, self.settings.schedule())
+        attempt = self._attempts(override, asked, targets, head, where)
+        return train(start, attempt, self.settings.schedule())
 
     def _attempts(
-        self, trial: Trial, batch: Batch, targets: Tensor, head: Head, where: Tensor
+        self, override: TrainingOverride, batch: Batch, targets: Tensor, head: Head, where: Tensor
     ) -> Attempt:
         """Return what runs a batch with a value in place of a row's, asked at where [B]."""
         wanted = ".start_logits and .end_logits" if head == "span" else ".logits"
 
         def attempt(value: Tensor) -> tuple[Tensor, bool]:
-            trial.value = value
-            with self._adapter.asking_at(where), self._adapter.trying(trial):
+            override.value = value
+            with self._adapter.asking_at(where), self._adapter.trying(override):
                 answer = self._call(batch)
             loss, logits = getattr(answer, "loss", None), heads.prediction_of(answer, head)
             if loss is None or logits is None:
@@ -540,7 +550,7 @@ class Grace:
             for at in one.picked
         }
         edits = []
-        for at, done in enumerate(plan.enacted):
+        for at, done in enumerate(plan.applied):
             result = reached.get(at)
             edit = Edit(
                 id=self._history.next_id,
@@ -551,14 +561,14 @@ class Grace:
                 query=proposal.queries[at].clone(),
                 label=proposal.labels[at],
                 value_before=done.value_before,
-                value_after=after.value_slot_of(done.row),
+                value_after=after.row(done.row).value_slot,
                 loss=math.nan if result is None else result.loss,
                 steps=0 if result is None else result.steps,
                 correct=result is not None and result.correct,
                 prompt=batches.prompt_checksum(batch, at, self.kind),
                 text=text,
             )
-            self._history.record(edit, after.label_slot_of(done.row))
+            self._history.record(edit, after.row(done.row).label_slot)
             edits.append(edit)
         return edits
 
@@ -688,7 +698,7 @@ class Grace:
 
     def _warn_of_shared_queries(self, batch: Batch, plan: Plan, rules: Rules) -> None:
         """Warn where the edits of the nearest key all came from other prompts."""
-        for at, done in enumerate(plan.enacted):
+        for at, done in enumerate(plan.applied):
             if done.distance > rules.repeat_distance:
                 continue
             near = self._history.rows[done.row]

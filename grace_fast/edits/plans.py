@@ -1,4 +1,4 @@
-"""What an edit would do to a codebook, and whether that still holds when its value is trained.
+"""Plans of edits: what a batch would do to a codebook, and whether that holds once it is trained.
 
 It is decided on a draft that is dropped, so that others may write while the value is trained, and
 decided again on the draft that is published.
@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Draft, Snapshot
-from grace_fast.edits.edits import Enacted, History
-from grace_fast.hook.trial import Tokens
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.apply import Applied
+from grace_fast.edits.history import History
+from grace_fast.hook.training_override import Tokens, TrainingOverride
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Rules
 
@@ -32,21 +34,11 @@ class Proposal:
 
 
 @dataclass(frozen=True, eq=False)
-class Training:
-    """One value to train, on those rows of the batch that it answers in the end."""
-
-    row: int
-    start: Tensor  # [V], a copy
-    picked: tuple[int, ...]
-    tokens: Tokens | None
-
-
-@dataclass(frozen=True, eq=False)
 class Plan:
     """What was decided for each row of a batch, and what has to be trained for it."""
 
-    enacted: list[Enacted]
-    trainings: list[Training]
+    applied: list[Applied]
+    trainings: list[TrainingOverride]
     rows: int  # of the codebook before; later ones are this plan's own
     values: int  # likewise, the slots of values
 
@@ -65,7 +57,7 @@ class Plan:
                 _since(self.rows, done.row),
                 None if done.value_before is None else _since(self.values, done.value_before),
             )
-            for done in self.enacted
+            for done in self.applied
         ]
 
     def _targets(self) -> list[tuple[object, ...]]:
@@ -94,8 +86,8 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     Draft and history are changed; the values of rows that are made are the fresh ones.
     """
     before = draft.counts
-    enacted = [
-        history.enact(draft, rules, query, label, fresh, first_id + at)
+    applied = [
+        history.apply(draft, rules, query, label, fresh, first_id + at)
         for at, (query, label, fresh) in enumerate(
             zip(proposal.queries, proposal.labels, proposal.fresh, strict=True)
         )
@@ -103,22 +95,22 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     decided = draft.snapshot()
     answered_by = lookup.nearest(proposal.queries, decided).row.tolist()
     members: dict[int, list[int]] = {}
-    for at, done in enumerate(enacted):
-        label = decided.label_of(done.row)
+    for at, done in enumerate(applied):
+        label = decided.row(done.row).label
         alike = label is not None and semantics.same_label(rules, proposal.labels[at], label)
         alike |= rules.semantics == "easyedit"  # which compares with another row's label
-        if alike and (answered_by[at] == done.row or len(enacted) == 1):
+        if alike and (answered_by[at] == done.row or len(applied) == 1):
             members.setdefault(done.row, []).append(at)
     trainings = [
-        Training(
+        TrainingOverride(
             row,
-            decided.value_of(row).clone(),
+            decided.row(row).value.clone(),
             tuple(picked),
             _tokens(proposal, row, picked, decided),
         )
         for row, picked in members.items()
     ]
-    return Plan(enacted, trainings, before.rows, before.values)
+    return Plan(applied, trainings, before.rows, before.values)
 
 
 def _tokens(

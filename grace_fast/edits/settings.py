@@ -1,4 +1,4 @@
-"""What `attach` was asked for: checked once, saved with the codebook."""
+"""The settings of an editor and the schedule of its training, checked once and saved."""
 
 from __future__ import annotations
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.hook import (
     compile,
     entrances,
@@ -43,7 +44,7 @@ from grace_fast.hook.counters import LookupWarning, Tally
 from grace_fast.hook.generation import Generation, Source
 from grace_fast.hook.positions import Call, Query
 from grace_fast.hook.seat import Seat
-from grace_fast.hook.trial import Trial
+from grace_fast.hook.training_override import TrainingOverride
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
@@ -96,7 +97,7 @@ class _Run(threading.local):
     frame: _Frame | None = None  # None outside a call
     given: Tensor | None = None  # [B], set by the caller, before any rule
     given_length: int | None = None  # T of the tokens that these are counted in
-    trial: Trial | None = None
+    trial: TrainingOverride | None = None
     observing: list[Observation] | None = None
 
     def __init__(self) -> None:
@@ -574,14 +575,16 @@ class Adapter:
         """Count a look-up that failed; the caller goes on with the layer's own output.
 
         Raises: the error where that would be worse: a captured graph would go on unedited for ever,
-        and the processes of a layer that is split (width is not D then) with different outputs.
+        and the processes of a layer that is split (width is not D then) or of row shards with
+        different outputs.
         """
-        if width != snapshot.key_dim or graphs.is_capturing(snapshot):
+        is_shared = width != snapshot.key_dim or isinstance(snapshot, lookup.Distributed)
+        if is_shared or graphs.is_capturing(snapshot):
             raise error
         self.tally.fail(self.layer_name, error)
 
     def _try(
-        self, trial: Trial, hidden: Tensor, output: Tensor, call: Call | None
+        self, trial: TrainingOverride, hidden: Tensor, output: Tensor, call: Call | None
     ) -> tuple[Tensor, Tensor]:
         return trial.write(output, self._prompt_ends(hidden, call), self.replacement)
 
@@ -699,7 +702,7 @@ class Adapter:
             self._run.observing = None
 
     @contextmanager
-    def trying(self, trial: Trial) -> Iterator[None]:
+    def trying(self, trial: TrainingOverride) -> Iterator[None]:
         """Let every row of this thread's calls hit a value that is being trained."""
         self._run.trial = trial
         try:

@@ -14,6 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from grace_fast.codebook import forks, printable
+from grace_fast.errors import LookupWarning as LookupWarning
 from grace_fast.lookup.lookup import Match
 
 # Upper bounds of the buckets in seconds, each inclusive; what takes longer is in one more. A proved
@@ -36,13 +37,6 @@ BOUNDS = (
     1e-1,
     1.0,
 )
-
-
-class LookupWarning(RuntimeWarning):
-    """A look-up failed in a forward call, which went on with the base model's own output.
-
-    Or the layer left the model: look-ups go on at what took its place, or nobody makes them.
-    """
 
 
 @dataclass(frozen=True)

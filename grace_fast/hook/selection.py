@@ -12,6 +12,8 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from grace_fast.errors import SelectionWarning as SelectionWarning
+
 Names = str | None | Sequence[str | None]
 
 
@@ -25,10 +27,6 @@ _in_use: ContextVar[Names | Unchosen] = ContextVar(
     "grace_fast_codebooks_in_use", default=Unchosen.HERE
 )
 _blocks: dict[object, tuple[int, Names]] = {}  # the `with` blocks in progress: whose, and of what
-
-
-class SelectionWarning(RuntimeWarning):
-    """A thread asked without its codebook, which another one chose while it had nothing chosen."""
 
 
 class _Asked(threading.local):

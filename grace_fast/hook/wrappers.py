@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from grace_fast.codebook.codebook import DTYPES, Codebook
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.hook.tensor_parallel import declared_widths
 
 

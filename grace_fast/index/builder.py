@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import quantizer, segments
 from grace_fast.index.native_view import State, View, plan_of
 from grace_fast.index.segments import Part

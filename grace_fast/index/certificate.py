@@ -41,7 +41,9 @@ import torch
 
 from grace_fast import _native
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import PAGE_ROWS, Page, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.pages import PAGE_ROWS, Page
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import quantizer, segments
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State, View, plan_of
@@ -59,15 +61,13 @@ def of(snapshot: Snapshot) -> Certificate | None:
     """Return the certificate of a published version's codebook, None without the extension."""
     if _native.cpu is None:
         return None
-    return snapshot.derived(  # type: ignore[no-any-return]
-        "certificate", lambda _, previous: previous or Certificate(_native.cpu)
-    )
+    return _certificates.of(snapshot, lambda _, previous: previous or Certificate(_native.cpu))
 
 
 def restore(snapshot: Snapshot, state: State) -> None:
     """Let a codebook that nobody has asked yet begin with codes that are known of a version."""
     if _native.cpu is not None:
-        snapshot.derived("certificate", lambda *_: Certificate(_native.cpu, snapshot, state))
+        _certificates.put(snapshot, Certificate(_native.cpu, snapshot, state))
 
 
 # Takes seconds of a million keys, and no lock of a library's: a fork need not wait for it.
@@ -373,4 +373,5 @@ def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
             view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
 
 
+_certificates: Cache[Certificate] = Cache("certificate")
 _FORKED: Any = object()

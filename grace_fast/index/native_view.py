@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Snapshot
 from grace_fast.codebook.once import cached_property
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import quantizer, segments
 from grace_fast.index.segments import Array, Part
 

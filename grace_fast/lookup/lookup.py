@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import BackendUnavailable as BackendUnavailable
 from grace_fast.index import certificate, segments
 from grace_fast.lookup.backends import cpu, cuda, faiss, reference, triton
 from grace_fast.lookup.backends.faiss_index import FaissIndex
@@ -71,10 +73,6 @@ def way_of(codebook: Codebook, backend: str | FaissIndex = "auto") -> str:
     predicted = math.inf if view is None or view.plan is None else view.predicted_bytes
     key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
     return way(Holding(snapshot.rows, key_bytes, predicted, backend))
-
-
-class BackendUnavailable(RuntimeError):
-    """No back end can take the call; the message lists every reason."""
 
 
 class Match:
@@ -147,6 +145,24 @@ class Nearest:
     certified: Tensor  # [B] bool; False where a FAISS index found the row and proved nothing
 
 
+class Distributed:
+    """A codebook, or a version of one, that answers look-ups itself: its rows are on many ranks."""
+
+    def find(self, queries: Tensor) -> Match:
+        """Return what `find` does."""
+        raise NotImplementedError
+
+    def nearest(self, queries: Tensor, within: float) -> Nearest:
+        """Return what `nearest` does."""
+        raise NotImplementedError
+
+    def without(self, backend: str | FaissIndex) -> Distributed:
+        """Return this; raise ValueError where a back end is asked for."""
+        if backend != "auto":
+            raise ValueError(f"row shards take no backend, got {backend!r}")
+        return self
+
+
 @lru_cache(maxsize=4096)
 def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType:
     """Return the back end that takes a call.
@@ -173,7 +189,7 @@ def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType
 
 def nearest(
     queries: Tensor,
-    codebook: Codebook | Snapshot,
+    codebook: Codebook | Snapshot | Distributed,
     backend: str | FaissIndex = "auto",
     within: float = math.inf,
 ) -> Nearest:
@@ -186,6 +202,8 @@ def nearest(
     """
     if not within >= 0:
         raise ValueError(f"within must be a distance of at least 0, got {within}")
+    if isinstance(codebook, Distributed):
+        return codebook.without(backend).nearest(queries, within)
     snapshot = _snapshot(codebook)
     queries = _checked(queries, snapshot)
     module = chosen(snapshot, len(queries), backend, "nearest")
@@ -200,7 +218,9 @@ def nearest(
 
 
 def find(
-    queries: Tensor, codebook: Codebook | Snapshot, backend: str | FaissIndex = "auto"
+    queries: Tensor,
+    codebook: Codebook | Snapshot | Distributed,
+    backend: str | FaissIndex = "auto",
 ) -> Match:
     """Return which queries are inside the ball of their nearest key, and of which.
 
@@ -210,6 +230,8 @@ def find(
     Raises: TypeError for no tensor, ValueError for another width, element type or device, or an
     index that FAISS does not know or cannot train, BackendUnavailable.
     """
+    if isinstance(codebook, Distributed):
+        return codebook.without(backend).find(queries)
     snapshot = _snapshot(codebook)
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
         return Match(*answer)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.index.certificate import Certificate
 from grace_fast.index.native_view import View
@@ -50,7 +51,7 @@ class Prepared:
         view = self._view
         if (
             view is None
-            or self._book._current is not self._snapshot
+            or self._book.current is not self._snapshot
             or self._certificate._state is not view.made_from  # type: ignore[union-attr]
         ):
             view = self._renew()
@@ -107,6 +108,11 @@ def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prep
     Raises: TypeError for no codebook; with `graphs` BackendUnavailable, or MemoryError where the
     GPU cannot keep it so.
     """
+    if isinstance(codebook, lookup.Distributed):
+        raise TypeError(
+            "row shards cannot be prepared, nor kept for CUDA graphs: a look-up is a call of all "
+            "ranks; ask shards.find, or attach them to a model that runs without graphs"
+        )
     if not isinstance(codebook, Codebook):
         raise TypeError(f"codebook must be a Codebook, got {type(codebook).__name__}")
     prepared = Prepared(codebook)

@@ -14,9 +14,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import DTYPES, Codebook, Snapshot
+from grace_fast.codebook.checks import DTYPES
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.labels import Labels
-from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile
+from grace_fast.codebook.mapped import MappedFile
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store.checks import (
     Counts,
     column,
@@ -54,7 +57,7 @@ def pack_labels(lengths: Tensor, ids: Tensor) -> dict[str, Tensor]:
 
 def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
     """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
-    return pack_labels(*snapshot.label_columns()) | {
+    return pack_labels(*snapshot.label_slots.columns(snapshot.counts.labels)) | {
         f"rows.{name}": snapshot.ids if name == "id" else snapshot.column(name)
         for name in ROW_COLUMNS
     }

@@ -20,23 +20,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grace_fast.codebook import printable
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.diff import Change
-from grace_fast.codebook.mapped import CodebookCorrupt
-from grace_fast.edits.edits import Emptied, Forgotten, History, Recorded, Step
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.edit import EditRecorded, Reset, Step, Undone
+from grace_fast.edits.history import History
+from grace_fast.errors import CodebookCorrupt, CodebookLocked, CodebookReadOnly, spelt
 from grace_fast.store import files, manifest
 from grace_fast.store.atomic import synchronise
 from grace_fast.store.journal import JournalFile
-from grace_fast.store.locks import LOCK, CodebookLocked, Lock
+from grace_fast.store.locks import LOCK, Lock
 from grace_fast.store.records import Version
 
 _log = logging.getLogger(__name__)
 _DISK_FULL = ("SQLITE_FULL", "SQLITE_BUSY", "SQLITE_TOOBIG")  # rolled back, and all is as before
-
-
-class CodebookReadOnly(OSError):
-    """A codebook that was opened to be read, or whose disk failed, was asked to be edited."""
 
 
 class EditableDirectory:
@@ -72,7 +69,7 @@ class EditableDirectory:
     def _attach(self, journal: JournalFile, book: Codebook) -> None:
         self.journal = journal
         self._history().keeps_steps = True
-        book.keep(self)
+        book.retain(self)
 
     def begin(self, book: Codebook, write: Callable[[dict[str, Any]], None]) -> None:
         """Write a codebook as the base of a new journal.
@@ -81,7 +78,7 @@ class EditableDirectory:
 
         Raises: OSError where it cannot be written; what was there before stays valid then.
         """
-        with book.held() as now:
+        with book.locked() as now:
             self.require_writable()
             name = secrets.token_hex(8)
             path = self.folder / f"{files.JOURNALS}-{name}.sqlite"
@@ -163,8 +160,8 @@ class EditableDirectory:
             try:
                 files.update(self.folder, {"hits": manifest.counted(hits)}, self._key)
             except (OSError, ValueError) as error:
-                spelt = (printable.spelt(self.folder), printable.spelt(error))
-                _log.warning("the hits of %s were not kept: %s", *spelt)
+                quoted = (spelt(self.folder), spelt(error))
+                _log.warning("the hits of %s were not kept: %s", *quoted)
         self._is_closed = True
         if self.journal is not None:
             self.journal.close()
@@ -172,7 +169,7 @@ class EditableDirectory:
 
 
 def _kind(steps: list[Step]) -> str:
-    kinds = {Emptied: "checkout", Recorded: "edit", Forgotten: "undo"}
+    kinds = {Reset: "checkout", EditRecorded: "edit", Undone: "undo"}
     present = {type(step) for step in steps}
     return next((kind for step, kind in kinds.items() if step in present), "rows")
 

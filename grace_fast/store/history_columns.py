@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from grace_fast.codebook.ascending import Ascending
-from grace_fast.codebook.codebook import Snapshot
 from grace_fast.codebook.labels import Labels
 from grace_fast.codebook.lazy_table import ColumnSource, LazyTable
 from grace_fast.codebook.once import cached_property
-from grace_fast.edits.edits import Base, Edit, History, RowLife
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.edit import Base, Edit, RowLife
+from grace_fast.edits.history import History
 from grace_fast.store import schema
 from grace_fast.store.checks import Counts, check_radii, column, refuse
 from grace_fast.store.history_check import (
@@ -194,7 +195,7 @@ def unpack_history(
     columns = HistoryColumns.of(snapshot.rows, edits, events, bases.numpy())
     refuse_inconsistent(columns, next_id)
     source: ColumnSource[Edit] = _Edits(
-        columns, queries.to(snapshot.device), snapshot.labels_by_slot, texts
+        columns, queries.to(snapshot.device), snapshot.label_slots, texts
     )
     return History(
         LazyTable(source),

@@ -11,22 +11,14 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from grace_fast.codebook import forks, printable
+from grace_fast.codebook import forks
 from grace_fast.codebook.mapped import open_regular
+from grace_fast.errors import CodebookLocked
 from grace_fast.store.atomic import synchronise
 
 LOCK = "lock"
 _REMOVALS = 10
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
-
-
-class CodebookLocked(OSError):
-    """Another process, or another editor of this one, edits the codebook of a directory."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(
-            printable.spelt(message)
-        )  # it quotes what the lock's file says of its holder
 
 
 class Claim:

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import MAX_NUMBER, Draft, Snapshot
+from grace_fast.codebook.checks import MAX_NUMBER
 from grace_fast.codebook.diff import Change
+from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.labels import columns_of
-from grace_fast.codebook.mapped import CodebookCorrupt
-from grace_fast.edits.edits import Base, Emptied, Event, Forgotten, Founded, History, Recorded, Step
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.edit import Base, BaseRecorded, EditRecorded, Event, Reset, Step, Undone
+from grace_fast.edits.history import History
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import headers, manifest, schema, strict_json
 from grace_fast.store.checks import Counts, column, not_finite, outside, refuse, row_faults
 from grace_fast.store.columns import ROW_COLUMNS, pack_labels, unpack_labels
@@ -27,7 +30,7 @@ from grace_fast.store.history_check import faults
 from grace_fast.store.schema import EDITS, EVENTS
 from grace_fast.store.tensor_files import serialised
 
-_KINDS: tuple[type[Step], ...] = (Recorded, Event, Founded, Forgotten, Emptied)  # as in `order`
+_KINDS: tuple[type[Step], ...] = (EditRecorded, Event, BaseRecorded, Undone, Reset)  # as in `order`
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,10 @@ class Version:
     def encode(self) -> bytes:
         """Return it as bytes."""
         change = self.change
-        edits = [step for step in self.steps if isinstance(step, Recorded)]
+        edits = [step for step in self.steps if isinstance(step, EditRecorded)]
         events = [vars(step) for step in self.steps if isinstance(step, Event)]
-        bases = [step for step in self.steps if isinstance(step, Founded)]
-        gone = [step.edit for step in self.steps if isinstance(step, Forgotten)]
+        bases = [step for step in self.steps if isinstance(step, BaseRecorded)]
+        gone = [step.edit for step in self.steps if isinstance(step, Undone)]
         order = [_KINDS.index(type(step)) for step in self.steps]
         tensors = {
             "keys": change.keys,
@@ -152,13 +155,13 @@ def _steps(
     queries = _get(tensors, "edits.query", now.dtype, now.key_dim, count=count)
     bases = _get(tensors, "bases", torch.int64, len(schema.BASES))
     refuse(faults(edits, queries, events, bases, Counts.of(now)))
-    queries, labels = queries.to(now.device), now.labels_by_slot
+    queries, labels = queries.to(now.device), now.label_slots
     steps: tuple[Iterator[Step], ...] = (
         (schema.recorded(edits, at, queries[at], labels, texts) for at in range(count)),
         (schema.event(events, at) for at in range(len(events["row"]))),
-        (Founded(row, Base(*slots)) for row, *slots in bases.tolist()),
-        (Forgotten(edit) for edit in _get(tensors, "forgotten", torch.int64).tolist()),
-        repeat(Emptied()),
+        (BaseRecorded(row, Base(*slots)) for row, *slots in bases.tolist()),
+        (Undone(edit) for edit in _get(tensors, "forgotten", torch.int64).tolist()),
+        repeat(Reset()),
     )
     for kind in _get(tensors, "order", torch.uint8).tolist():
         if kind >= len(_KINDS):

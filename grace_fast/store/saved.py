@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from grace_fast.codebook.buffers import memory_errors
-from grace_fast.codebook.codebook import Codebook, Snapshot
-from grace_fast.edits.edits import History
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
 from grace_fast.store import atomic, columns, files, history_columns
 from grace_fast.store.checks import check_radii

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grace_fast.edits.edits import Edit, Event, Recorded
+from grace_fast.edits.edit import Edit, EditRecorded, Event
 from grace_fast.semantics import Outcome
 from grace_fast.store.checks import column
 
@@ -38,6 +38,7 @@ class Field:
     place: int  # in a journal: among the whole numbers, or among the fractions
     number: Callable[[Any], Any] = _same  # of a value of the field
     value: Callable[[Any], Any] = _same  # of a number
+    attribute: str = ""  # of the edit or event, where it has another name on the disk
 
 
 OR_NONE = (
@@ -59,7 +60,7 @@ class Schema:
         """Return items, each by the names of its fields, as columns."""
         return {
             field.name: np.asarray(
-                [field.number(item[field.name]) for item in items],
+                [field.number(item[field.attribute or field.name]) for item in items],
                 dtype=_NUMPY[field.dtype],
             )
             for field in self.fields
@@ -67,7 +68,10 @@ class Schema:
 
     def values(self, columns: Columns, at: int) -> dict[str, Any]:
         """Return the fields of one item."""
-        return {each.name: each.value(columns[each.name].item(at)) for each in self.fields}
+        return {
+            each.attribute or each.name: each.value(columns[each.name].item(at))
+            for each in self.fields
+        }
 
     def to_base(self, columns: Columns) -> dict[str, Tensor]:
         """Return columns as the tensors of a base."""
@@ -133,7 +137,7 @@ EDITS = Schema(
         Field("correct", _TRUTH, 7),
         Field("prompt", _INTEGER, 8),
         Field("value_before", _INTEGER, 3, *OR_NONE),
-        Field("label_slot", _INTEGER, 5),  # of `Recorded`
+        Field("label_slot", _INTEGER, 5),  # of `EditRecorded`
         Field("outcome", _INTEGER, 1, OUTCOMES.index, OUTCOMES.__getitem__),
     ),
 )
@@ -145,7 +149,7 @@ EVENTS = Schema(
         Field("row", _INTEGER, 1),
         Field("radius", _FRACTION, 0),
         Field("key_slot", _INTEGER, 2),
-        Field("lasts_with", _INTEGER, 3),
+        Field("lasts_with", _INTEGER, 3, *OR_NONE, attribute="owner_row"),
     ),
 )
 BASES = ("row", "value_slot", "label_slot")  # the columns of `bases` [n, 3], in both
@@ -162,7 +166,7 @@ def edit_columns(edits: Sequence[tuple[Edit, int]]) -> Columns:
 
 def recorded(
     columns: Columns, at: int, query: Tensor, labels: Any, texts: Mapping[str, Any]
-) -> Recorded:
+) -> EditRecorded:
     """Return one edit of columns.
 
     query: [D], its own; labels: by slot; texts: prompt and target by id.
@@ -175,7 +179,7 @@ def recorded(
         label=labels[slot],
         text=None if text is None else (str(text[0]), str(text[1])),
     )
-    return Recorded(edit, slot)
+    return EditRecorded(edit, slot)
 
 
 def event(columns: Columns, at: int) -> Event:

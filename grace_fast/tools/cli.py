@@ -28,7 +28,9 @@ from grace_fast import errors
 from grace_fast.codebook.printable import listed
 from grace_fast.editor import prompts
 from grace_fast.editor.attach import Saved, read_saved
-from grace_fast.edits.edits import Edit, History
+from grace_fast.edits import verify as replays
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
 from grace_fast.store import archive
 from grace_fast.store import repair as repairing
 from grace_fast.store.files import read_config, steadily
@@ -583,7 +585,7 @@ def verify(
         _verify_files(directory, key, as_json)
         return
     saved, book, history = _open(directory, key)
-    verification = history.verify(book, saved.settings.rules(book.dtype))
+    verification = replays.verify(history, book, saved.settings.rules(book.dtype))
     if as_json:
         figures = {
             "ok": verification.ok,

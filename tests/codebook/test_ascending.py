@@ -10,7 +10,8 @@ import torch
 from grace_fast.codebook import ascending
 from grace_fast.codebook.ascending import Ascending
 from grace_fast.codebook.codebook import Codebook
-from grace_fast.edits.edits import Edit, Event, History
+from grace_fast.edits.edit import Edit, Event
+from grace_fast.edits.history import History
 
 
 def nodes_of(items):
@@ -91,8 +92,8 @@ def test_no_edit_of_a_row_looks_at_all_the_others(order, monkeypatch):
         for number in range(count):
             if number:
                 draft.set_value(0, query)
-            lasts_with = -1 if number else 0
-            history.add_event(Event(number, 0, 0.5 + number, 0, lasts_with))
+            owner_row = None if number else 0
+            history.add_event(Event(number, 0, 0.5 + number, 0, owner_row))
             before, after = (number - 1 if number else None), number
             outcome = "replaced" if number else "added"
             edit = Edit(number, outcome, 0, 1.0, 0.5, query, None, before, after)

@@ -19,7 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import grace_fast as gf
-from grace_fast.codebook.codebook import Codebook, Draft, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.draft import Draft
+from grace_fast.codebook.snapshot import Snapshot
 
 WIDTH = 3
 
@@ -117,7 +120,7 @@ def test_memory_is_committed_in_few_steps_and_by_the_rows_there_are():
     steps = []
     for _ in range(60):
         book.append(torch.zeros(500, 256), torch.zeros(500, 1), torch.zeros(500))
-        steps.append(book._keys.committed_bytes)
+        steps.append(book._slots.keys.committed_bytes)
     needed = 30_000 * 1024
     assert needed <= steps[-1] <= 1.3 * needed
     assert len(set(steps)) < 25
@@ -326,8 +329,8 @@ def test_a_radius_written_in_one_page_copies_that_page_alone():
     after = book.snapshot()
     shared = [one is other for one, other in zip(before.pages, after.pages, strict=True)]
     assert shared == [True, False, True]
-    assert before.radius_of(PAGE + 1) == PAGE + 1
-    assert after.radius_of(PAGE + 1) == after.radius_of(PAGE + 2) == 0.5
+    assert before.row(PAGE + 1).radius == PAGE + 1
+    assert after.row(PAGE + 1).radius == after.row(PAGE + 2).radius == 0.5
 
 
 def test_labels_do_not_change_with_the_tensor_they_were_given_as():
@@ -451,14 +454,14 @@ def test_points_lead_back_to_what_a_row_held_before():
     assert book.keys[1].tolist() == [50] * 3
     assert book.labels[1].tolist() == [70]
     with book.writing() as draft:
-        draft.point_key(1, original.key_slot_of(1))
-        draft.point_value(1, original.value_slot_of(1))
-        draft.point_label(1, original.label_slot_of(1))
+        draft.point_key(1, original.row(1).key_slot)
+        draft.point_value(1, original.row(1).value_slot)
+        draft.point_label(1, original.row(1).label_slot)
     assert frozen(book.snapshot())[1:] == frozen(original)[1:]
     add(book, 1)  # the slots that nobody uses shift those of later rows
     assert book.keys[:, 0].tolist() == [0, 1, 2, 3]
     assert book.values[:, 0].tolist() == [0, -1, -2, -3]
-    assert book.snapshot().key_of(3).tolist() == [3] * 3
+    assert book.snapshot().row(3).key.tolist() == [3] * 3
     assert gf.find(numbered(3, 1), book).row.tolist() == [3]
 
 
@@ -469,11 +472,14 @@ def test_a_row_that_is_not_there_cannot_be_written_or_read(row):
     with pytest.raises(IndexError, match=text), book.writing() as draft:
         draft.set_radius(row, 1.0)
     with pytest.raises(IndexError, match=text):
-        book.snapshot().key_of(row)
+        book.snapshot().row(row)
     assert book.version == 1
 
 
 # What is derived from the keys
+
+
+CODES: Cache[str] = Cache("codes")
 
 
 def builder(calls: list[tuple[int, object]]):
@@ -488,12 +494,12 @@ def test_what_is_derived_is_built_once_a_version_and_extended_after_an_append():
     book, calls = filled(2), []
     build = builder(calls)
     for _ in range(3):
-        assert book.derived("codes", build) == "2 rows"
+        assert CODES.of(book.snapshot(), build) == "2 rows"
     assert calls == [(2, None)]
     add(book, 1)
-    assert book.derived("codes", build) == "3 rows"
+    assert CODES.of(book.snapshot(), build) == "3 rows"
     book.remove(0)
-    book.derived("codes", build)
+    CODES.of(book.snapshot(), build)
     assert calls[1:] == [(3, "2 rows"), (3, "3 rows")]
 
 
@@ -501,38 +507,57 @@ def test_what_is_derived_is_built_once_a_version_and_extended_after_an_append():
 def test_what_is_derived_is_told_of_a_moved_key_with_what_there_was(move):
     book, calls = filled(2), []
     build = builder(calls)
-    book.derived("codes", build)
+    CODES.of(book.snapshot(), build)
     with book.writing() as draft:
         if move == "set_key":
             draft.set_key(0, torch.ones(WIDTH))
         else:
             draft.point_key(0, 1)
-    book.derived("codes", build)
+    CODES.of(book.snapshot(), build)
     add(book, 1)
-    book.derived("codes", build)
+    CODES.of(book.snapshot(), build)
     assert calls == [(2, None), (2, "2 rows"), (3, "2 rows")]
 
 
 def test_nothing_is_derived_from_a_draft():
     book = filled(2)
     with book.writing() as draft:
-        assert draft.snapshot().derived("codes", builder([])) is None
+        assert CODES.of(draft.snapshot(), builder([])) is None
 
 
-def test_derived_things_of_two_names_are_apart():
-    book = filled(1)
-    assert book.derived("one", lambda snapshot, previous: 1) == 1
-    assert book.derived("two", lambda snapshot, previous: 2) == 2
-    assert book.derived("one", builder([])) == 1
+def test_two_caches_are_apart_though_they_have_one_name():
+    book, other = filled(1), Cache("codes")
+    assert CODES.of(book.snapshot(), lambda snapshot, previous: "1") == "1"
+    assert other.of(book.snapshot(), lambda snapshot, previous: "2") == "2"
+    assert CODES.of(book.snapshot(), builder([])) == "1"
+
+
+def test_what_is_invalidated_is_built_anew_and_the_rest_stays():
+    book, other, calls = filled(1), Cache("other"), []
+    for each in (CODES, other):
+        each.of(book.snapshot(), builder([]))
+    CODES.invalidate(book.snapshot())
+    assert CODES.of(book.snapshot(), builder(calls)) == "1 rows"
+    assert other.of(book.snapshot(), builder(calls)) == "1 rows"
+    assert calls == [(1, None)]
+
+
+def test_what_is_put_is_a_versions_own():
+    book, calls = filled(1), []
+    CODES.put(book.snapshot(), "put")
+    assert CODES.of(book.snapshot(), builder(calls)) == "put"
+    add(book, 1)
+    assert CODES.of(book.snapshot(), builder(calls)) == "2 rows"
+    assert calls == [(2, "put")]
 
 
 def test_a_reader_of_an_older_version_is_answered_for_its_own():
     book, calls = filled(1), []
     old = book.snapshot()
     add(book, 1)
-    assert book.derived("codes", builder(calls)) == "2 rows"
-    assert old.derived("codes", builder(calls)) == "1 rows"
-    assert book.derived("codes", builder(calls)) == "2 rows"
+    assert CODES.of(book.snapshot(), builder(calls)) == "2 rows"
+    assert CODES.of(old, builder(calls)) == "1 rows"
+    assert CODES.of(book.snapshot(), builder(calls)) == "2 rows"
     assert calls == [(2, None), (1, "2 rows"), (2, "1 rows")]
 
 
@@ -719,7 +744,7 @@ for dtype in (torch.float32, torch.bfloat16):
             book.append(*rows, torch.ones(5))
         found = [book.keys, book.values, book.radii, book.ids]
         if not is_empty:
-            found += [book.snapshot().key_of(3), book.snapshot().value_of(3)]
+            found += [book.snapshot().row(3).key, book.snapshot().row(3).value]
         for tensor in found:
             assert tensor.untyped_storage().nbytes() <= 4096 * 4, tensor
             saved = io.BytesIO()

@@ -257,7 +257,7 @@ def test_a_version_that_is_refused_leaves_no_edit_behind(monkeypatch, trainings_
         if refusing:
             raise OSError("disk full")
 
-    grace.codebook.tell("a disk", follow)
+    grace.codebook.subscribe("a disk", follow)
     refusing.append(True)
     with pytest.raises(OSError, match="disk full"):
         grace.edit(batch_of(1))
@@ -287,7 +287,7 @@ def test_an_undo_that_fails_loses_no_edit_of_another_thread():
         with pytest.raises(OSError, match="disk full"):
             grace.undo(first.id)
 
-    grace.codebook.keep(FullDisk())
+    grace.codebook.retain(FullDisk())
     go = threading.Event()
     with thread(lambda: go.wait() and undo()) as undoing:
         go.set()
@@ -352,10 +352,10 @@ def test_what_was_sketched_leaves_no_trace():
             sketch.set_label(1, torch.tensor([9]))
             book.append(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1))
             assert sketch.rows == 4
-            assert sketch.snapshot().radius_of(0) == 7.0
+            assert sketch.snapshot().row(0).radius == 7.0
         after = draft.snapshot()
         assert (after.rows, after.counts) == (drafted.rows, drafted.counts)
-        assert after.value_of(2).tolist() == [5.0, 5.0]
+        assert after.row(2).value.tolist() == [5.0, 5.0]
         book.append(torch.full((1, 2), 6.0), torch.full((1, 2), 6.0), torch.ones(1))
     assert book.radii.tolist() == [1.0] * 4
     assert book.values[:, 0].tolist() == [1.0, 1.0, 5.0, 6.0]

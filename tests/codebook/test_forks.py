@@ -20,7 +20,7 @@ import torch
 import grace_fast as gf
 from grace_fast import _native
 from grace_fast.codebook import forks
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.editor import training
 from grace_fast.hook import compile
 from grace_fast.index import certificate

@@ -166,9 +166,9 @@ class Durable(RuleBasedStateMachine):
         assert len(book) == sum(row.is_live for row in model.rows)
         for number, row in enumerate(model.rows):
             if row.is_live:
-                assert np.array_equal(book.key_of(number).numpy(), row.key)
-                assert book.radius_of(number) == model.radius(number)
-                assert book.label_of(number).tolist() == [model.labels[row.edits[-1]]]
+                assert np.array_equal(book.row(number).key.numpy(), row.key)
+                assert book.row(number).radius == model.radius(number)
+                assert book.row(number).label.tolist() == [model.labels[row.edits[-1]]]
 
 
 def run(examples, steps):

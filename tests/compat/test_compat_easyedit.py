@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 import types
 
@@ -11,13 +12,15 @@ import torch
 from compat_cases import EPSILON, RATE, STEPS, stream
 from models import FAMILIES, build, edit_batch, prompt_batch, prompts
 from reference_rules import EasyEditAdaptor, PlainEditor
+from torch import nn
 from words import WORDS, tokenizer
 
 import grace_fast as gf
 from grace_fast import semantics
 from grace_fast.compat import easyedit
 from grace_fast.compat.easyedit import GRACE, GRACEAdapter, GraceHyperParams, apply_grace_to_model
-from grace_fast.edits.edits import History
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
 
 FAMILY = FAMILIES["gpt2"]
 YAML = """
@@ -100,7 +103,7 @@ def test_attached_with_easyedit_s_semantics_an_edit_meets_the_label_of_another_r
         book.append(keys, torch.zeros(3, 1), torch.ones(3), labels)
         with book.writing() as draft:
             query = torch.tensor([0.5])
-            done = history.enact(draft, rules, query, torch.tensor([3]), torch.zeros(1), 0)
+            done = history.apply(draft, rules, query, torch.tensor([3]), torch.zeros(1), 0)
         outcomes[name] = done.outcome
     assert outcomes == {"reference": "split", "easyedit": "reused"}
 
@@ -113,7 +116,7 @@ def test_a_removed_row_has_no_part_in_easyedit_s_order():
     rules = semantics.Rules(1.0, semantics="easyedit")
     with book.writing() as draft:
         query = torch.tensor([10.5])
-        done = History().enact(draft, rules, query, torch.tensor([2]), torch.zeros(1), 0)
+        done = History().apply(draft, rules, query, torch.tensor([2]), torch.zeros(1), 0)
     assert done.outcome == "reused"
 
 
@@ -158,6 +161,47 @@ def test_a_roll_back_of_the_newest_edit_restores_what_was_there():
         else:
             ours.rolllback("newest")
             ours.edit(ours.config, edits.batch(at), f"edit {at}")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_roll_back_leaves_what_undo_leaves(seed):
+    """Whatever the order, rows are those of a history of the same edits that took them back."""
+    drawn = random.Random(seed)
+    expand = ("coverage", "moving_average")[seed % 2]
+    adaptor = GRACEAdapter(hparams(eps=1.0, val_init="warm", eps_expand=expand), nn.Linear(2, 2))
+    rules = semantics.Rules(1.0, expand, semantics="reference")
+    book, history, names = gf.Codebook(2, 2), History(), {}
+    for number in range(24):
+        query = torch.tensor([0.4 * drawn.randint(-6, 6), 0.4 * drawn.randint(-1, 1)])
+        label = torch.tensor([[drawn.randint(0, 2)]])
+        adaptor.training, adaptor.iter, adaptor.edit_label = True, 0, label
+        names[number] = adaptor.edit_id = f"edit {drawn.randint(0, 12)}"
+        adaptor(query[None, None])
+        adaptor.training = False
+        with book.writing() as draft:
+            done = history.apply(draft, rules, query, label[0], torch.zeros(2), number)
+            draft.set_value(done.row, torch.full((2,), float(number)))
+            after = draft.snapshot().row(done.row)
+        with torch.no_grad():  # as an optimiser of the caller's, in place
+            adaptor.values[done.row] = float(number)
+        edit = Edit(number, done.outcome, done.row, 0.0, 0.0, query, label, None, after.value_slot)
+        history.record(edit, after.label_slot)
+    ids = sorted(set(names.values()))
+    drawn.shuffle(ids)
+    for name in ids:
+        adaptor.delete_key(name)
+        with book.writing() as draft:
+            for number in [each for each in history.edits if names[each] == name]:
+                history.undo(draft, number)
+        live = book.live
+        assert torch.equal(adaptor.keys, book.keys[live])
+        assert torch.equal(adaptor.epsilons.reshape(-1), book.radii[live])
+        labels = [label for label, on in zip(book.labels, live.tolist(), strict=True) if on]
+        assert [each.reshape(-1).tolist() for each in adaptor.key_labels] == [
+            each.tolist() for each in labels
+        ]
+        assert torch.equal(adaptor.values, book.values[live])
+    assert len(adaptor.keys) == 0
 
 
 def test_an_id_that_no_edit_has_is_refused_with_those_there_are():

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 
 FOLDER = Path(__file__).parents[1] / "golden"
 TRACES = json.loads((FOLDER / "index.json").read_text())
@@ -32,7 +32,7 @@ def test_every_recorded_decision_of_the_reference_is_made_again(trace):
             warm = trace["val_init"] == "warm"
             fresh = output[0, -1] if warm else recorded["values"][min(row, trace["keys"] - 1)]
             with book.writing() as draft:
-                history.enact(draft, rules, query, label.reshape(1), fresh, step)
+                history.apply(draft, rules, query, label.reshape(1), fresh, step)
         assert len(book) == recorded["n_keys"][step], step
         radii = recorded["radii"][step]
         torch.testing.assert_close(book.radii, radii[: len(book)], rtol=0, atol=1e-5)

@@ -62,7 +62,7 @@ def test_an_edit_beside_its_rows_decides_by_the_same_rules_and_is_undone(grace):
         edit = grace.edit({"inputs_embeds": query[None], "labels": torch.tensor([1])})
         assert (edit.outcome, edit.row) == (outcome, row)
         assert (grace.codebook.radii[9] < RADIUS) == (outcome == "split")
-        assert torch.equal(ask(grace, query)[0], grace.codebook.snapshot().value_of(row))
+        assert torch.equal(ask(grace, query)[0], grace.codebook.snapshot().row(row).value)
         assert torch.equal(ask(grace, keys[9:10])[0], values[9])
         assert grace.verify().ok
         grace.undo(edit.id)

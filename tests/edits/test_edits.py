@@ -10,7 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grace_fast as gf
-from grace_fast.edits.edits import Edit, History
+from grace_fast.edits.apply import apply
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
+from grace_fast.edits.verify import verify
 from grace_fast.semantics import Rules
 
 WIDTH = 16
@@ -27,7 +30,7 @@ class Stream:
         number = self.history.next_id
         query, label = torch.as_tensor(query).float(), torch.tensor([label])
         with self.book.writing() as draft:
-            done = self.history.enact(
+            done = self.history.apply(
                 draft, self.rules, query, label, torch.full((4,), -1.0), number
             )
             draft.set_value(done.row, torch.full((4,), float(number)))
@@ -41,9 +44,9 @@ class Stream:
             query=query,
             label=label,
             value_before=done.value_before,
-            value_after=after.value_slot_of(done.row),
+            value_after=after.row(done.row).value_slot,
         )
-        self.history.record(edit, after.label_slot_of(done.row))
+        self.history.record(edit, after.row(done.row).label_slot)
         return edit
 
     def undo(self, edit_id):
@@ -51,7 +54,7 @@ class Stream:
             return self.history.undo(draft, edit_id)
 
     def verify(self):
-        return self.history.verify(self.book, self.rules)
+        return verify(self.history, self.book, self.rules)
 
     def live_rows(self):
         live = self.book.live
@@ -183,10 +186,10 @@ def test_edits_undone_in_any_order_leave_what_the_remaining_ones_say(asked, orde
         snapshot = stream.book.snapshot()
         for row in rows:
             newest = [edit for edit in remaining if edit.row == row][-1]
-            assert snapshot.value_of(row)[0] == newest.id
+            assert snapshot.row(row).value[0] == newest.id
             event = stream.history.rows[row].events[-1]
-            assert snapshot.radius_of(row) == event.radius
-            assert snapshot.key_slot_of(row) == event.key_slot
+            assert snapshot.row(row).radius == event.radius
+            assert snapshot.row(row).key_slot == event.key_slot
     assert len(stream.book) == 0
     assert stream.history.rows == {}
 
@@ -238,6 +241,35 @@ def test_an_unknown_id_is_refused_with_the_known_ones():
     stream.edit(zero(), 1)
     with pytest.raises(KeyError, match="no edit has the id 3; there remain the ids 0 to 0"):
         stream.undo(3)
+
+
+BORDER = {  # epsilon, radius and the query's distance along two axes, squared to a hair over theirs
+    "split": (0.5, 0.5, (1.0, 2.0**-26), 2),
+    "expanded": (0.5, 0.5, (1.0, 2.0**-26), 1),
+    "split, far from the origin of radii": (0.25, 3.75, (4.0, 2.0**-24), 2),
+    "added, a float32 beyond": (0.5, 0.5, (1.0 + 2.0**-23, 0.0), 2),
+}
+
+
+@pytest.mark.parametrize("where", ["a codebook", "a codebook of many rows"])
+@pytest.mark.parametrize("case", list(BORDER))
+def test_a_query_on_the_border_of_a_ball_and_epsilon_meets_the_key_however_s_is_rounded(
+    case, where
+):
+    """The distance is epsilon and radius, and S is the next float64 after its square."""
+    epsilon, radius, offset, label = BORDER[case]
+    squared = sum(part * part for part in offset)
+    assert squared > (epsilon + radius) ** 2
+    assert (math.sqrt(squared) == epsilon + radius) == (not case.startswith("added"))
+    book = gf.Codebook(WIDTH, 4)
+    book.append(zero()[None], torch.zeros(1, 4), torch.tensor([radius]), [torch.tensor([1])])
+    if where == "a codebook of many rows":  # of which the codes prove what is far
+        others = 100 + 10 * torch.randn(3000, WIDTH, generator=torch.Generator().manual_seed(0))
+        book.append(others, torch.zeros(3000, 4), torch.full((3000,), min(radius, 0.1)))
+    rules = Rules(epsilon, margin=1e-5)
+    with book.writing() as draft:
+        done = apply(draft, rules, zero(*offset), torch.tensor([label]), torch.ones(4))
+    assert done.outcome == case.split(",")[0]
 
 
 PLACES = st.tuples(st.integers(-8, 8), st.integers(-3, 3), st.integers(0, 2))
@@ -311,8 +343,8 @@ def test_edits_whose_draft_was_dropped_leave_no_trace_in_the_history(rules, plac
     with pytest.raises(OSError, match="disk full"), attempt, stream.book.writing() as draft:  # noqa: PT012
         for number, (x, y, label) in enumerate(places[kept:], start=len(places[:kept])):
             query, value = torch.tensor([0.3 * x, 0.3 * y]), torch.full((4,), float(number))
-            done = stream.history.enact(draft, rules, query, torch.tensor([label]), value, number)
-            slot = draft.snapshot().value_slot_of(done.row)
+            done = stream.history.apply(draft, rules, query, torch.tensor([label]), value, number)
+            slot = draft.snapshot().row(done.row).value_slot
             stream.history.record(
                 Edit(
                     number,
@@ -325,7 +357,7 @@ def test_edits_whose_draft_was_dropped_leave_no_trace_in_the_history(rules, plac
                     done.value_before,
                     slot,
                 ),
-                draft.snapshot().label_slot_of(done.row),
+                draft.snapshot().row(done.row).label_slot,
             )
         raise OSError("disk full")
     assert same(stream.live_rows(), before)
@@ -357,7 +389,7 @@ def test_the_mean_of_two_large_keys_does_not_overflow(dtype):
     with book.writing() as draft:
         for number, query in enumerate((near, far)):
             value = torch.zeros(1, dtype=dtype)
-            done = history.enact(draft, rules, query[None], torch.tensor([1]), value, number)
+            done = history.apply(draft, rules, query[None], torch.tensor([1]), value, number)
             draft.set_radius(0, 0.0)  # so that the second one is outside, and moves the key
     assert done.outcome == "expanded"
     assert bool(book.keys.isfinite().all())

@@ -22,8 +22,8 @@ from torch import nn
 
 import grace_fast as gf
 from faults import shim
-from grace_fast.codebook.codebook import COLUMNS
-from grace_fast.edits.edits import History
+from grace_fast.codebook.pages import COLUMNS
+from grace_fast.edits.history import History
 
 WIDTH, CLASSES = 6, 4
 Operation = tuple[Any, ...]
@@ -115,7 +115,10 @@ def state(grace: gf.editor.Grace) -> str:
         book.value_slots[: book.counts.values].tolist(),
         [book.column(name).tolist() for name in COLUMNS],
         book.ids.tolist(),
-        [None if each is None else each.tolist() for each in book.stored_labels()],
+        [
+            None if each is None else each.tolist()
+            for each in book.label_slots.between(0, book.counts.labels)
+        ],
         edits,
         [(row, repr(_life(history, row))) for row in sorted(history.rows)],
         history.next_id,

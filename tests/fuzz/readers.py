@@ -460,7 +460,7 @@ def live(draw: Draw) -> None:
             assert model["one"] is foreign
             raise
     accelerated.adaptor(torch.zeros(1, 3, golden.WIDTH))
-    assert accelerated.give_back() is foreign
+    assert accelerated.restore() is foreign
 
 
 def hparams(draw: Draw) -> None:

@@ -10,7 +10,8 @@ import torch
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
+from grace_fast.edits.verify import verify
 from grace_fast.semantics import Rules
 from grace_fast.store import columns, history_columns
 
@@ -43,7 +44,7 @@ def assert_serves(
     ]
     assert list(history_again.edits) == list(history.edits)
     for edit in list(history.edits) if undone is None else undone:
-        history.verify(book, rules)
+        verify(history, book, rules)
         with book.writing() as draft:
             history.undo(draft, edit)
     assert not history.edits

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import grace_fast as gf
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.hook.counters import BOUNDS, Tally
 from grace_fast.index import certificate
 from grace_fast.lookup import lookup

@@ -327,8 +327,8 @@ def test_offsets_past_2_31_are_right():
     width, rows = 32768, 66000  # 2.2e9 elements of address space; few of them are ever touched
     book = gf.Codebook(width, 1, dtype=torch.float16, reserve_rows=rows)
     book.append(torch.ones(60, width).half(), torch.zeros(60, 1).half(), torch.ones(60))
-    book._keys.commit(rows)
-    book._keys.tensor[rows - 1] = 2
+    book._slots.keys.commit(rows)
+    book._slots.keys.tensor[rows - 1] = 2
     with book.writing() as draft:
         draft.point_key(7, rows - 1)
     query = torch.full((1, width), 2.0)

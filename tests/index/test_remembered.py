@@ -8,7 +8,7 @@ import torch
 from stepped import builder
 
 import grace_fast as gf
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate, segments
 from grace_fast.lookup.backends import cpu
 
@@ -257,7 +257,7 @@ def test_what_followers_saw_of_a_version_that_was_refused_is_forgotten():
         if snapshot.rows == 301 and len(seen) == 2:
             raise RuntimeError("refused")
 
-    book.tell("a follower", follow)
+    book.subscribe("a follower", follow)
     refused, key = beside(book.keys[0], 1.0), beside(book.keys[0], -1.0)
     with pytest.raises(RuntimeError, match="refused"):
         book.append(refused, torch.zeros(1, 2), torch.tensor([0.01]))

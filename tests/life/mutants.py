@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from grace_fast.codebook import codebook
+from grace_fast.codebook import caches, draft
 from grace_fast.compat import live
 from grace_fast.index import builder, certificate, native_view, segments
 from grace_fast.lookup import prepared, sharded
@@ -64,7 +64,7 @@ class Mutant:
     more: tuple[Any, str, str, str] | None = None  # what goes with it: owner, function, old, new
 
 
-C, S, D = certificate.Certificate, native_view, codebook.Draft
+C, S, D = certificate.Certificate, native_view, draft.Draft
 _STALE_WIDEST = """_stale_widest(self, snapshot)"""
 # The version that was told last, whatever its age; the newest where codes were published since.
 _LAST = (
@@ -265,9 +265,9 @@ MUTANTS = (
     ),
     Mutant(
         "one version's view serves another",
-        codebook.Snapshot,
-        "derived",
-        "known[0] is self",
+        caches.Cache,
+        "of",
+        "known[0] is snapshot",
         "True",
         quick=True,
     ),
@@ -307,7 +307,7 @@ MUTANTS = (
         "a prepared call keeps its version",
         prepared.Prepared,
         "__call__",
-        "self._book._current is not self._snapshot",
+        "self._book.current is not self._snapshot",
         "False",
         quick=True,
     ),

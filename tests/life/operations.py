@@ -279,7 +279,7 @@ def _behind_an_old_end(life: Life) -> None:
     rows = range(first, first + len(changes[0][1]))
     life.write(changes)
     life.narrowed = [(row, wide) for row in rows]
-    slots = [life.book.snapshot().key_slot_of(row) for row in rows]
+    slots = [life.book.snapshot().row(row).key_slot for row in rows]
     if rng.random() < 0.2:
         life.ask_version("find", life.book.snapshot(), life.model)
     narrower: list[Change] = [("radius", row, wide / 64) for row in rows]
@@ -535,10 +535,10 @@ def _take_back(life: Life) -> None:
     places = [life.model.columns[:, rows].T.copy(), model.columns[:, rows].T.copy()]
     with life.book.writing() as draft:
         for row in rows.tolist():
-            if then.key_slot_of(row) != draft.snapshot().key_slot_of(row):
-                draft.point_key(row, then.key_slot_of(row))
-            draft.set_radius(row, then.radius_of(row))
-            draft.point_value(row, then.value_slot_of(row))
+            if then.row(row).key_slot != draft.snapshot().row(row).key_slot:
+                draft.point_key(row, then.row(row).key_slot)
+            draft.set_radius(row, then.row(row).radius)
+            draft.point_value(row, then.row(row).value_slot)
     life.model.columns[:, rows] = model.columns[:, rows]
     life.model.radius[rows] = model.radius[rows]
     life.model.values[rows] = model.values[rows]

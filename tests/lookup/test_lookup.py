@@ -15,7 +15,7 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast import _native, semantics
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import cpu, cuda, reference, triton
 from grace_fast.lookup.backends.workload import Workload
@@ -164,7 +164,7 @@ def test_expanded_edits_beyond_25_keys_are_all_found_where_the_reference_loses_t
     with book.writing() as draft:
         for edit, query in enumerate(torch.cat((centres, queries))):
             label, value = torch.zeros(1).long(), torch.zeros(2)
-            done = history.enact(draft, rules, query, label, value, edit)
+            done = history.apply(draft, rules, query, label, value, edit)
         assert done.outcome == "expanded"
     assert len(book) == keys
     match = gf.find(queries, book)
@@ -550,7 +550,7 @@ def test_only_a_codebook_on_a_gpu_is_kept_for_graphs():
 def test_what_cannot_follow_an_edit_refuses_it():
     book = gf.Codebook(4, 2)
     followed = []
-    book.tell("a device", lambda snapshot: followed.append(snapshot.version))
+    book.subscribe("a device", lambda snapshot: followed.append(snapshot.version))
     book.append(torch.ones(1, 4), torch.ones(1, 2), torch.ones(1))
     assert followed == [0, 1]
 
@@ -558,7 +558,7 @@ def test_what_cannot_follow_an_edit_refuses_it():
         if snapshot.rows > 1:
             raise MemoryError("the device has no more")
 
-    book.tell("a device", out_of_memory)
+    book.subscribe("a device", out_of_memory)
     with pytest.raises(MemoryError, match="no more"):
         book.append(torch.zeros(1, 4), torch.ones(1, 2), torch.ones(1))
     assert len(book) == 1

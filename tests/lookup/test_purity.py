@@ -50,13 +50,15 @@ def digest(book):
     tensors = [
         snapshot.key_slots[: used.keys],
         snapshot.value_slots[: used.values],
-        snapshot._ids[: used.rows],
+        snapshot.id_slots[: used.rows],
         *(getattr(page, field) for page in snapshot.pages for field in PAGE_FIELDS),
-        *(label for label in snapshot.stored_labels() if label is not None),
+        *(label for label in snapshot.label_slots.between(0, used.labels) if label is not None),
     ]
     for tensor in tensors:
         found.update(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
-    found.update(repr((snapshot.version, used, len(book._label_slots), book._next_id)).encode())
+    found.update(
+        repr((snapshot.version, used, len(book._slots.labels), book._slots.next_id)).encode()
+    )
     return found.hexdigest()
 
 

@@ -42,7 +42,15 @@ def run(scenario: str, ranks: int, folder: Path) -> list[subprocess.CompletedPro
 
 @pytest.mark.parametrize(
     ("scenario", "ranks"),
-    [("agree", 4), ("split", 3), ("cover", 2), ("differ", 2)],
+    [
+        ("agree", 4),
+        ("split", 3),
+        ("cover", 2),
+        ("differ", 2),
+        ("attached", 2),
+        ("generate", 2),
+        ("refuse", 2),
+    ],
     ids=lambda x: str(x),
 )
 def test_ranks_together_are_one_codebook(scenario, ranks, tmp_path):
@@ -50,10 +58,10 @@ def test_ranks_together_are_one_codebook(scenario, ranks, tmp_path):
         assert process.returncode == 0, f"rank {rank}: {process.stdout[-3000:]}"
 
 
-@pytest.mark.parametrize("scenario", ["die", "hang"])
+@pytest.mark.parametrize("scenario", ["die", "hang", "die_attached"])
 def test_a_lost_rank_is_told_within_the_time_out(scenario, tmp_path):
     *others, lost = run(scenario, 3, tmp_path)
-    assert lost.returncode == (-9 if scenario == "die" else 0)
+    assert lost.returncode == (0 if scenario == "hang" else -9)
     for rank, process in enumerate(others):
         assert process.returncode == 0, f"rank {rank}: {process.stdout[-3000:]}"
         assert "reported" in process.stdout

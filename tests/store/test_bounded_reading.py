@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from test_changed_files import change_config, replace_tensor
 
 import grace_fast as gf
-from grace_fast.codebook.codebook import MAX_COUNTER, MAX_NUMBER
+from grace_fast.codebook.checks import MAX_COUNTER, MAX_NUMBER
 from grace_fast.compat import easyedit
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.store import archive, files, headers, manifest, strict_json, tensor_files
 from grace_fast.store.large import resident
 from grace_fast.store.records import redo

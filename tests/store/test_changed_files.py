@@ -189,10 +189,10 @@ def test_a_flipped_bit_is_seen_when_its_block_is_fetched(stem, parts, tmp_path):
         "keys": [
             lambda: gf.find(keys[3000:3001].float(), opened),
             lambda: gf.nearest(keys[:3].float(), opened),  # reads every key
-            lambda: snapshot.key_of(3000),
+            lambda: snapshot.row(3000).key,
             lambda: snapshot.keys_between(2999, 3001),
         ],
-        "values": [lambda: snapshot.values_of(rows), lambda: snapshot.value_of(3000)],
+        "values": [lambda: snapshot.values_of(rows), lambda: snapshot.row(3000).value],
     }
     of_all = [
         lambda: gf.open(tmp_path, verify=True),

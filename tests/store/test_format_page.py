@@ -22,8 +22,6 @@ PAGE = (Path(__file__).parents[2] / "docs" / "format.md").read_text()
 
 
 def rows_of(book):
-    snapshot = book.snapshot()
-    labels = [snapshot.label_of(row) for row in range(snapshot.rows)]
     return [
         {"id": number, "radius": radius, "live": live, "key": key, "value": value, "label": label}
         for number, radius, live, key, value, label in zip(
@@ -32,7 +30,7 @@ def rows_of(book):
             book.live.tolist(),
             book.keys.tolist(),
             book.values.tolist(),
-            [None if label is None else label.tolist() for label in labels],
+            [None if label is None else label.tolist() for label in book.labels],
             strict=True,
         )
     ]
@@ -50,8 +48,14 @@ def edits_of(history):
     }
 
 
+def on_disk(event):
+    fields = dict(vars(event))
+    owner = fields.pop("owner_row")
+    return fields | {"lasts_with": -1 if owner is None else owner}
+
+
 def events_of(history):
-    events = [vars(event) for life in history.rows.values() for event in life.events]
+    events = [on_disk(event) for life in history.rows.values() for event in life.events]
     return sorted(events, key=lambda event: (event["row"], event["edit"]))
 
 

@@ -21,7 +21,7 @@ from test_changed_files import change_config, replace_tensor
 import grace_fast as gf
 from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES
 from grace_fast.editor.attach import read_saved
-from grace_fast.edits.edits import History
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
 from grace_fast.store import (
     columns,

@@ -80,7 +80,7 @@ def test_only_the_blocks_that_are_fetched_are_tested(tmp_path):
     opened = gf.open(tmp_path)
     tested = opened.snapshot().key_file.tested
     assert not tested.any()
-    assert torch.equal(opened.snapshot().key_of(4999), keys[4999])
+    assert torch.equal(opened.snapshot().row(4999).key, keys[4999])
     assert tested.tolist() == [0] * (len(tested) - 2) + [1, 0]
     assert gf.open(tmp_path, verify=True).snapshot().key_file.tested[:-1].all()
 

@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
+from grace_fast.edits.edit import Edit, Event
 
-from grace_fast.edits.edits import Edit, Event
 from grace_fast.store import schema
 from grace_fast.store.schema import EDITS, EVENTS, Field
 
@@ -33,7 +33,9 @@ def test_every_field_of_an_edit_and_of_an_event_has_a_column():
     named = {field.name for field in EDITS.fields}
     beside = {"query", "label", "text"}  # a matrix, the label's slot, and the manifest
     assert {field.name for field in fields(Edit)} == named - {"label_slot"} | beside
-    assert {field.name for field in fields(Event)} == {field.name for field in EVENTS.fields}
+    assert {field.name for field in fields(Event)} == {
+        each.attribute or each.name for each in EVENTS.fields
+    }
 
 
 @pytest.mark.parametrize("each", [EDITS, EVENTS], ids=["edits", "events"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import grace_fast as gf
-from grace_fast.edits.edits import Replay, Verification
+from grace_fast.edits.verify import Replay, Verification
 from grace_fast.tools.demo import calibration, data, stream, walkthrough
 from grace_fast.tools.demo.data import Docstring, Rewording
 from grace_fast.tools.demo.stream import Final, Point

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.edits.edits import Edit, Event, History
+from grace_fast.edits.edit import Edit, Event
+from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
 from grace_fast.lookup import lookup
 from grace_fast.store.files import CodebookCorrupt
@@ -55,8 +56,8 @@ def book_of(
         text = None if told is None else told[at]
         history.add_event(Event(at, at, float(balls[at]), at, at))
         edit = Edit(
-            at, "added", at, math.inf, float(balls[at]), keys[at], now.label_of(at), None, at, 0.25,
-            7, True, at, text,
+            at, "added", at, math.inf, float(balls[at]), keys[at], now.row(at).label, None, at,
+            0.25, 7, True, at, text,
         )  # fmt: skip
         history.record(edit, at)
     described = {
@@ -299,14 +300,14 @@ def test_the_trade_off_is_that_of_codebooks_made_of_the_other_folds(tmp_path):
             for at in (at for at in range(45) if at % found.folds != fold):
                 with book.writing() as draft:
                     label = torch.tensor([labels[at]])
-                    made = history.enact(draft, rules, keys[at], label, torch.zeros(1), at)
+                    made = history.apply(draft, rules, keys[at], label, torch.zeros(1), at)
                     edit = Edit(at, made.outcome, made.row, 0, 0, keys[at], label, None, 0)
                     history.record(edit, 0)
             held = torch.arange(45)[torch.arange(45) % found.folds == fold]
             match = lookup.find(keys[held], book)
             for at, row in zip(held.tolist(), match.row.tolist(), strict=True):
                 if row >= 0:
-                    alike = int(book.snapshot().label_of(row)) == labels[at]
+                    alike = int(book.snapshot().row(row).label) == labels[at]
                     own, another = own + alike, another + (not alike)
         assert (each.own, each.another) == pytest.approx((own / 45, another / 45)), each.epsilon
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from grace_fast import _native, semantics
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.index.native_view import DTYPE_NUMBERS, View
 from grace_fast.lookup.backends.workload import Workload
@@ -29,6 +30,8 @@ NAME = "cpu"
 FIRST_OF_ANSWER = {torch.float64: 0, torch.int64: 8, torch.bool: 16}
 BYTES_PER_ANSWER = 17
 EFFORT = Struct("=qq")
+_Known = tuple[certificate.Certificate | None, View | None]
+_views: Cache[_Known] = Cache(NAME)
 
 
 def why_not(workload: Workload) -> str | None:
@@ -103,14 +106,14 @@ def view_of(snapshot: Snapshot) -> View | None:
 
     None where the extension is missing or the keys are not on the host.
     """
-    kept = snapshot.derived(NAME, _keep)
-    if kept is None:
+    cached = _views.of(snapshot, _made)
+    if cached is None:
         return _view_of_draft(snapshot) if _reads(snapshot) else None
-    known, view = kept
-    if known is not None and not known.is_current(view):
+    known, view = cached
+    if known is not None and view is not None and not known.is_current(view):
         view = known.view(snapshot, view)
-        kept[1] = view
-    return view  # type: ignore[no-any-return]
+        _views.put(snapshot, (known, view))
+    return view
 
 
 def _view(snapshot: Snapshot) -> View:
@@ -130,12 +133,12 @@ def _view_of_draft(snapshot: Snapshot) -> View:
     return view
 
 
-def _keep(snapshot: Snapshot, previous: Any) -> list[Any]:
+def _made(snapshot: Snapshot, previous: _Known | None) -> _Known:
     if not _reads(snapshot):
-        return [None, None]
+        return None, None
     known = certificate.of(snapshot)
     assert known is not None
-    return [known, known.view(snapshot, previous[1] if previous else None)]
+    return known, known.view(snapshot, previous[1] if previous else None)
 
 
 def _reads(snapshot: Snapshot) -> bool:

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate, quantizer, segments
 from grace_fast.index.native_view import State
 from grace_fast.index.segments import Array, Part
@@ -78,15 +80,15 @@ def replace_(output: Tensor, queries: Tensor, snapshot: Snapshot, mask: Tensor) 
 
 def keep_for_graphs(codebook: Codebook) -> None:
     """Bring every version to the device before it is published; see `graphs`."""
-    graphs.keep(codebook, NAME, Following())
+    graphs.retain(codebook, NAME, Listener())
 
 
-class Following:
+class Listener:
     """What writes each version's description to where the captured graphs read it."""
 
-    version = -1  # that was followed last
+    version = -1  # that was told last
 
-    def follow(self, snapshot: Snapshot) -> None:
+    def on_publish(self, snapshot: Snapshot) -> None:
         """Bring a version to the device."""
         table_of(snapshot)
         self.version = snapshot.version
@@ -95,19 +97,16 @@ class Following:
 def table_of(snapshot: Snapshot) -> Table:
     """Return a version as the kernels read it, with what its certificate says by now."""
     if graphs.is_capturing(snapshot):
-        graphs.kept_of(snapshot, NAME)
-        return snapshot.derived(NAME, _keep)[0]  # type: ignore[no-any-return]
-    if snapshot.is_draft:
+        graphs.retained(snapshot, NAME)
+    table = _tables.of(snapshot, _newest)
+    if table is None:
         return Table(_cuda, snapshot)
-    kept: list[Table] = snapshot.derived(NAME, _keep)
     known = certificate.of(snapshot)
-    if known is not None and known.current is not kept[0].state:
-        kept[0] = _newest(snapshot, kept[0])
-    return kept[0]
-
-
-def _keep(snapshot: Snapshot, previous: list[Table] | None) -> list[Table]:
-    return [_newest(snapshot, previous[0] if previous else None)]
+    if graphs.is_capturing(snapshot) or known is None or known.current is table.state:
+        return table
+    table = _newest(snapshot, table)
+    _tables.put(snapshot, table)
+    return table
 
 
 def _newest(snapshot: Snapshot, previous: Table | None) -> Table:
@@ -341,6 +340,7 @@ class Table:
         }
 
 
+_tables: Cache[Table] = Cache(NAME)
 _CHANGING = ("reach", "super_reach", "isolated")
 _COLUMNS = ("keys", "key_slot", "live", "radius", "values", "value_slot")
 _PART_COLUMNS = (

@@ -11,13 +11,16 @@ did not read. HNSW, product quantisation and whatever else FAISS knows find but 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends import faiss_index
 from grace_fast.lookup.backends.faiss_bounds import Array, norms
 from grace_fast.lookup.backends.faiss_index import INT32, MISSING, FaissIndex, Filled
@@ -94,19 +97,22 @@ def train(codebook: Codebook, index: FaissIndex) -> Filled:
 
 def drop(codebook: Codebook, index: FaissIndex) -> None:
     """Forget an index and give its memory back; the next look-up builds it again."""
-    codebook._derived.pop(_name(index), None)
+    _cache(index.description).invalidate(codebook.snapshot())
 
 
 def _kept(snapshot: Snapshot, index: FaissIndex) -> Filled:
     """Return the index of a version's codebook, as it is."""
-    published = _published(snapshot)
-    kept: Filled = published.derived(_name(index), lambda _, known: known or Filled(index))
-    return kept
+    filled = _cache(index.description).of(
+        _published(snapshot), lambda _, known: known or Filled(index)
+    )
+    assert filled is not None, "a draft's version was published"
+    return filled
 
 
-def _name(index: FaissIndex) -> str:
+@cache
+def _cache(description: str) -> Cache[Filled]:
     # How it is searched makes no other index.
-    return f"{NAME} {index.description}"
+    return Cache(f"{NAME} {description}")
 
 
 def _follow(kept: Filled, snapshot: Snapshot, index: FaissIndex) -> None:

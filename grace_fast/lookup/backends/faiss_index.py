@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from grace_fast.codebook import forks, scalars
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends.faiss_bounds import LARGEST_SQUARES, Array, Bounds, norms
 
 INT32 = 2**31 - 1

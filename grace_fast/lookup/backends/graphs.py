@@ -1,4 +1,4 @@
-"""What a look-up that is captured in a CUDA graph asks for: a codebook kept at fixed addresses.
+"""CUDA graphs: what a captured look-up reads is at fixed addresses, and is told of every edit.
 
 A graph replays addresses. A back end with `keep_for_graphs(codebook)` holds the newest version
 where it was from then on, written by whoever publishes an edit before the edit is seen. A capture
@@ -7,11 +7,27 @@ without that would never see an edit, and is refused.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.snapshot import Snapshot
+
+
+class Listener(Protocol):
+    """What holds the newest version of a codebook for graphs."""
+
+    @property
+    def version(self) -> int:
+        """The version that it was told of last."""
+
+    def on_publish(self, snapshot: Snapshot) -> None:
+        """Bring a version to the device. What is raised refuses it."""
+
+
+_listeners: Cache[dict[str, Any]] = Cache("listeners of graphs")  # by back end
 
 
 def is_capturing(snapshot: Snapshot) -> bool:
@@ -19,34 +35,31 @@ def is_capturing(snapshot: Snapshot) -> bool:
     return snapshot.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def keep(codebook: Codebook, backend: str, kept: Any) -> None:
-    """Let `kept` be told of every version (`follow`), and `kept_of` find it.
+def retain(codebook: Codebook, backend: str, listener: Listener) -> None:
+    """Let a listener be told of every version, unless one is, and `retained` find it.
 
-    Raises: what `follow` raises for the version that there is.
+    Raises: what `on_publish` raises for the version that there is.
     """
-    known = _kept(codebook.snapshot(), backend)
-    if not known:
-        codebook.tell(backend, kept.follow)
-        known.append(kept)
+    known = _known(codebook.snapshot())
+    if backend not in known:
+        codebook.subscribe(backend, listener.on_publish)
+        known[backend] = listener
 
 
-def kept_of(snapshot: Snapshot, backend: str) -> Any:
-    """Return what a back end keeps of a codebook for graphs.
+def retained(snapshot: Snapshot, backend: str) -> Any:
+    """Return the listener of a back end that holds this version of a codebook for graphs.
 
-    Raises: RuntimeError where it keeps nothing, or this is not the newest version.
+    Raises: RuntimeError where there is none, or this is not the newest version.
     """
-    known = _kept(snapshot, backend)
-    if not known or known[0].version != snapshot.version:
+    listener = _known(snapshot).get(backend)
+    if listener is None or listener.version != snapshot.version:
         raise RuntimeError(
             "a graph captured now would not see later edits: first call "
             "grace_fast.prepare(codebook, graphs=True), and look up in the codebook itself"
         )
-    return known[0]
+    return listener
 
 
-def _kept(snapshot: Snapshot, backend: str) -> list[Any]:
-    """Return a list of the one thing that is kept, or of nothing; the same for all versions."""
-    kept = snapshot.derived(
-        f"{backend}, for graphs", lambda _, previous: [] if previous is None else previous
-    )
-    return [] if kept is None else kept  # a draft has none
+def _known(snapshot: Snapshot) -> dict[str, Any]:
+    """Return the listeners of a codebook, the same for all versions; a draft has none."""
+    return _listeners.of(snapshot, lambda _, previous: {} if previous is None else previous) or {}

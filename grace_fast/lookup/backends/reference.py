@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from grace_fast import semantics
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends.workload import Workload
 
 NAME = "reference"

@@ -21,7 +21,10 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.codebook.buffers import FixedArrays
-from grace_fast.codebook.codebook import PAGE_ROWS, Codebook, Page, Snapshot
+from grace_fast.codebook.caches import Cache
+from grace_fast.codebook.codebook import Codebook
+from grace_fast.codebook.pages import PAGE_ROWS, Page
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.index.native_view import State
 from grace_fast.index.segments import Part
@@ -83,12 +86,12 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
     if graphs.is_capturing(snapshot):
-        kept: Captured = graphs.kept_of(snapshot, NAME)
-        return kept.find(_given(queries))
+        captured: Captured = graphs.retained(snapshot, NAME)
+        return captured.find(_given(queries))
     if not (len(snapshot) and len(queries)):
         row, squared = semantics.no_row(len(queries), queries.device)
         return row >= 0, row, squared
-    table: Table = snapshot.derived(NAME, _table) or _table(snapshot, None)
+    table = _tables.of(snapshot, Table) or Table(snapshot, None)
     return table.find(_given(queries))
 
 
@@ -108,7 +111,7 @@ def keep_for_graphs(codebook: Codebook) -> None:
 
     Raises: MemoryError where the device cannot.
     """
-    graphs.keep(codebook, NAME, Captured(codebook.device))
+    graphs.retain(codebook, NAME, Captured(codebook.device))
 
 
 def writes() -> bool:
@@ -123,15 +126,11 @@ def write_(
     from grace_fast.kernels import replace as kernel
 
     if graphs.is_capturing(snapshot):
-        slots = graphs.kept_of(snapshot, NAME).value_slot
+        slots = graphs.retained(snapshot, NAME).value_slot
     else:
         slots = snapshot.column("value_slot") if snapshot.counts.value_moves else None
         slots = None if slots is None else slots.to(output.device)
     kernel.replace(output, hit, row, snapshot.value_slots, slots, positions, mode)
-
-
-def _table(snapshot: Snapshot, previous: Table | None) -> Table:
-    return Table(snapshot, previous)
 
 
 def codes_pay(state: State, snapshot: Snapshot, batch: int) -> bool:
@@ -251,7 +250,7 @@ class Captured:
             return codes.find(queries, self._keys, self._codes)
         return dense.find(queries, self._keys)
 
-    def follow(self, snapshot: Snapshot) -> None:
+    def on_publish(self, snapshot: Snapshot) -> None:
         """Bring a version to the device.
 
         Raises: MemoryError where there is no room; what is held stays the version before then.
@@ -324,6 +323,7 @@ class Captured:
         self._codes, self._parts = placed, parts
 
 
+_tables: Cache[Table] = Cache(NAME)
 _COLUMNS = {
     "live": torch.bool,
     "radius": torch.float32,

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import MappedFile
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import certificate
 from grace_fast.store import atomic, columns, files, tensor_files
 from grace_fast.store.checks import check_radii

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-from grace_fast.edits.edits import Edit, Verification
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.verify import Verification, verify
 from grace_fast.tools.report.reading import Reading, answer_of, spread
 
 NEWEST = 200  # edits in the table
@@ -69,7 +70,7 @@ def _replay(reading: Reading) -> Verification | None:
     snapshot = reading.snapshot
     if len(reading.history.edits) * snapshot.rows * snapshot.key_dim > REPLAYED:
         return None
-    return reading.history.verify(snapshot, reading.rules)
+    return verify(reading.history, snapshot, reading.rules)
 
 
 def _verdicts(verification: Verification) -> dict[int, str]:

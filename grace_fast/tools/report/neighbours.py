@@ -108,7 +108,7 @@ def _affordable(rows: int, width: int) -> int:
 def _labels(reading: Reading, rows: NDArray[np.int64]) -> Tensor:
     """Return a number for the answer of each row, [n] int64: equal where the answers are."""
     known: dict[Hashable, int] = {}
-    asked = (reading.asks_for(reading.snapshot.label_of(row)) for row in rows.tolist())
+    asked = (reading.asks_for(reading.snapshot.row(row).label) for row in rows.tolist())
     return torch.tensor(
         [known.setdefault(answer, len(known)) for answer in asked], dtype=torch.int64, device="cpu"
     )
@@ -187,9 +187,9 @@ def _pairs(
     """Return what faces each row that was looked at, if anything does; facing: as in `_Found`."""
     found = []
     for one, places in zip(rows[asked].tolist(), facing.tolist(), strict=True):
-        own = reading.asks_for(reading.snapshot.label_of(one))
+        own = reading.asks_for(reading.snapshot.row(one).label)
         for other in rows[[place for place in places if place >= 0]].tolist():
-            if reading.asks_for(reading.snapshot.label_of(other)) != own:
+            if reading.asks_for(reading.snapshot.row(other).label) != own:
                 found.append((one, other))
                 break
     if not found:

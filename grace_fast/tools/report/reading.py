@@ -11,9 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Codebook, Snapshot
+from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.once import cached_property
-from grace_fast.edits.edits import Edit, History
+from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.edits.edit import Edit
+from grace_fast.edits.history import History
 from grace_fast.semantics import Rules, label_mean, scores_of
 from grace_fast.store.saved import Saved, read_newest
 
@@ -90,8 +92,8 @@ class Reading:
             0 if life is None else len(life.edits),
             None if newest is None else newest.id,
             None if text is None else text[0],
-            answer_of(newest, self.snapshot.label_of(row)),
-            self.snapshot.radius_of(row),
+            answer_of(newest, self.snapshot.row(row).label),
+            self.snapshot.row(row).radius,
             self.hits_on(row),
         )
 

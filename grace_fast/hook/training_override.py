@@ -1,4 +1,4 @@
-"""A value in training, written where it will be found once its edit is published.
+"""The override of one value while it is trained: written where it will be found once published.
 
 Nothing is looked up while it is trained: other threads edit the codebook meanwhile, and the draft
 that the edit was decided on is gone. What its own tokens hit is taken from that draft before.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.codebook import Snapshot
+from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.hook.answers import write_values
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Replacement
@@ -41,11 +41,12 @@ class Tokens:
 
 
 @dataclass
-class Trial:
-    """A value in training, in place of one row's."""
+class TrainingOverride:
+    """A value in training, in place of one row's, for those of a batch that it answers."""
 
-    value: Tensor  # [V]
     row: int
+    value: Tensor  # [V], the start until training sets another
+    picked: tuple[int, ...]  # rows of the batch
     tokens: Tokens | None = None  # where each token asks for itself
 
     def write(

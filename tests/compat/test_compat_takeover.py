@@ -92,7 +92,7 @@ def test_given_back_the_original_has_the_edits_made_meanwhile(kind):
     ours = plain.adaptor
     keys = ours.keys.clone()
     answer = plain.model(**other).logits
-    assert handle.give_back() is original
+    assert handle.restore() is original
     assert plain.adaptor is original
     assert torch.equal(original.keys, keys)
     assert original.epsilons.shape == (len(keys), 1)
@@ -103,7 +103,14 @@ def test_given_back_the_original_has_the_edits_made_meanwhile(kind):
         assert original.edit_ids[-1] == "later"
     plain.edit(edits.batch(3), STEPS, RATE, "after")
     with pytest.raises(RuntimeError, match="was given back already"):
-        handle.give_back()
+        handle.restore()
+
+
+def test_the_old_name_of_restore_says_what_it_is_now():
+    plain, _ = edited("authors", 1)
+    handle = take(plain)
+    with pytest.warns(DeprecationWarning, match=r"give_back\(\) is restore\(\) now"):
+        assert handle.give_back() is handle.original
 
 
 def test_an_editor_without_edits_is_taken_over_too():

@@ -1,4 +1,4 @@
-"""Taking over from a reference's live adaptor, codebook and all, and giving it back.
+"""The takeover of a reference's live adaptor, codebook and all, until it is restored.
 
 The references' adaptors are known by their attributes, not by an import. Nothing is computed anew:
 keys, values and radii are moved as they are, so decisions are those that exact arithmetic makes of
@@ -17,6 +17,7 @@ from grace_fast.codebook import printable
 from grace_fast.compat import easyedit, reference
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.live import CODEBOOK, as_epsilons, home
+from grace_fast.compat.reference import put
 from grace_fast.editor.edit_warnings import GraceWarning
 
 _NAMES = ("layer", "init_epsilon", "replacement", "key_id", "config")  # of any reference's adaptor
@@ -25,13 +26,13 @@ _STATE = ("key_id", "iter", "edit_label", "edit_id")
 
 
 class Accelerated:
-    """An adaptor that stands in for a reference's, until it is given back."""
+    """An adaptor that stands in for a reference's, until that is restored."""
 
     def __init__(self, model: nn.Module, layer: str, original: nn.Module, adaptor: Adaptor) -> None:
         self.model, self.layer, self.original, self.adaptor = model, layer, original, adaptor
-        _put(model, layer, adaptor)
+        put(model, layer, adaptor)
 
-    def give_back(self) -> nn.Module:
+    def restore(self) -> nn.Module:
         """Put the reference's adaptor back, with the edits made meanwhile, and return it.
 
         Raises: RuntimeError where it was given back already.
@@ -52,8 +53,13 @@ class Accelerated:
         for name in _STATE:
             if hasattr(adaptor, name):
                 object.__setattr__(original, name, getattr(adaptor, name))
-        _put(self.model, self.layer, original)
+        put(self.model, self.layer, original)
         return self.original
+
+    def give_back(self) -> nn.Module:
+        """Do what `restore` does, under its old name."""
+        warnings.warn("give_back() is restore() now", DeprecationWarning, stacklevel=2)
+        return self.restore()
 
 
 def accelerate(editor_or_model: Any) -> Accelerated:
@@ -161,8 +167,3 @@ def _flat(ids: Any) -> list[Any]:
     if not isinstance(ids, list):
         return [ids]
     return [flat for part in ids for flat in _flat(part)]
-
-
-def _put(model: nn.Module, layer: str, module: nn.Module) -> None:
-    parent, _, name = layer.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
