@@ -12,6 +12,7 @@ from torch import Tensor
 
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import tensor_files
+from grace_fast.store.columns import ROW_COLUMNS, row_columns
 from grace_fast.store.salvage import HISTORY, Dropped, Untrusted
 
 
@@ -76,3 +77,13 @@ def without_rows(live: Tensor, rows: Mapping[int, str]) -> Tensor:
     left = live.clone()
     left[list(rows)] = False
     return left
+
+
+def require_rows(columns: Mapping[str, Tensor]) -> None:
+    """Raise CodebookCorrupt, naming it, for a column of rows or labels that cannot be read."""
+    try:
+        row_columns(columns)
+    except CodebookCorrupt as error:
+        dtype = ROW_COLUMNS.get(str(error.field).removeprefix("rows."), torch.int64)
+        message = f"{error.field} must be {dtype}, one for each row"
+        raise CodebookCorrupt(message, field=error.field) from error

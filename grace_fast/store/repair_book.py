@@ -8,8 +8,8 @@ import torch
 
 from grace_fast.codebook.mapped import MappedFile
 from grace_fast.store import atomic, files, tensor_files
-from grace_fast.store.columns import fill_defaults, row_columns, unpack_rows
-from grace_fast.store.damage import Damaged, list_rows, read_columns, without_rows
+from grace_fast.store.columns import fill_defaults, unpack_rows
+from grace_fast.store.damage import Damaged, list_rows, read_columns, require_rows, without_rows
 from grace_fast.store.damaged_rows import DamagedRowFile
 from grace_fast.store.large import resident
 from grace_fast.store.salvage import CorruptSlots, Untrusted, mend_rows
@@ -28,7 +28,7 @@ class BookRepair:
         self._folder, self._key, self._report = folder, damaged.hmac_key, report
         found, _ = read_columns(folder, config.get("tensors"), report)
         columns = fill_defaults(found)
-        row_columns(columns)
+        require_rows(columns)
         self._files = {
             name: DamagedRowFile(*tensor_files.described_rows(folder, config, name, columns), name)
             for name in files.MAPPED

@@ -19,8 +19,15 @@ from grace_fast.edits.history import History
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, history_columns, saved, side_files, tensor_files
 from grace_fast.store.checks import check_radii
-from grace_fast.store.columns import pack_codebook, row_columns, unpack_codebook
-from grace_fast.store.damage import Damaged, Repaired, list_rows, read_columns, without_rows
+from grace_fast.store.columns import pack_codebook, unpack_codebook
+from grace_fast.store.damage import (
+    Damaged,
+    Repaired,
+    list_rows,
+    read_columns,
+    require_rows,
+    without_rows,
+)
 from grace_fast.store.journal import Entry, JournalFile
 from grace_fast.store.records import redo
 from grace_fast.store.salvage import (
@@ -81,7 +88,7 @@ class EditsRepair:
         drops: else rows whose numbers cannot be are noted, and stay with their edits for a journal
         that may take these back.
         """
-        row_columns(columns)
+        require_rows(columns)
         found = {}
         for name in files.MAPPED:
             slots = columns.get(name)
