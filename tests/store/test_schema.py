@@ -7,8 +7,8 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 import torch
-from grace_fast.edits.edit import Edit, Event
 
+from grace_fast.edits.edit import Edit, Event
 from grace_fast.store import schema
 from grace_fast.store.schema import EDITS, EVENTS, Field
 
