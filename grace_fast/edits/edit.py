@@ -47,16 +47,6 @@ class Event:
     key_slot: int
     owner_row: int | None  # it lasts as long as this row does; as its edit does where it is None
 
-    @property
-    def lasts_with(self) -> int:
-        """`owner_row` as it is on the disk: -1 where there is none."""
-        return -1 if self.owner_row is None else self.owner_row
-
-    @staticmethod
-    def read(edit: int, row: int, radius: float, key_slot: int, lasts_with: int) -> Event:
-        """Return an event of what is on the disk."""
-        return Event(edit, row, radius, key_slot, None if lasts_with < 0 else lasts_with)
-
 
 @dataclass(frozen=True)
 class Base:

@@ -13,7 +13,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
+from grace_fast.codebook.mapped import refuse_special
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, tensor_files
 from grace_fast.store.saved import read_newest, read_saved, write
 

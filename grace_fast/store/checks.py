@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grace_fast.codebook.checks import MAX_NUMBER
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt
 
 
 class Counts(NamedTuple):

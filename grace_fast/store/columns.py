@@ -17,8 +17,9 @@ from torch import Tensor
 from grace_fast.codebook.checks import DTYPES
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.labels import Labels
-from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile
+from grace_fast.codebook.mapped import MappedFile
 from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store.checks import (
     Counts,
     column,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import tensor_files
 from grace_fast.store.columns import ROW_COLUMNS, row_columns
 from grace_fast.store.salvage import HISTORY, Dropped, Untrusted

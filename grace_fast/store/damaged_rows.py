@@ -13,12 +13,12 @@ from torch import Tensor
 from grace_fast.codebook.mapped import (
     BLOCK_BYTES,
     HEADER_BYTES,
-    CodebookCorrupt,
     Shape,
     is_saved,
     not_finite,
     open_rows,
 )
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store.row_file import RowWriter, Written
 
 

@@ -20,15 +20,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from grace_fast.codebook import printable
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.diff import Change
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import EditRecorded, Reset, Step, Undone
 from grace_fast.edits.history import History
-from grace_fast.errors import CodebookCorrupt
-from grace_fast.errors import CodebookLocked as CodebookLocked
-from grace_fast.errors import CodebookReadOnly as CodebookReadOnly
+from grace_fast.errors import CodebookCorrupt, CodebookLocked, CodebookReadOnly, spelt
 from grace_fast.store import files, manifest
 from grace_fast.store.atomic import synchronise
 from grace_fast.store.journal import JournalFile
@@ -81,7 +78,7 @@ class EditableDirectory:
 
         Raises: OSError where it cannot be written; what was there before stays valid then.
         """
-        with book.held() as now:
+        with book.locked() as now:
             self.require_writable()
             name = secrets.token_hex(8)
             path = self.folder / f"{files.JOURNALS}-{name}.sqlite"
@@ -163,8 +160,8 @@ class EditableDirectory:
             try:
                 files.update(self.folder, {"hits": manifest.counted(hits)}, self._key)
             except (OSError, ValueError) as error:
-                spelt = (printable.spelt(self.folder), printable.spelt(error))
-                _log.warning("the hits of %s were not kept: %s", *spelt)
+                quoted = (spelt(self.folder), spelt(error))
+                _log.warning("the hits of %s were not kept: %s", *quoted)
         self._is_closed = True
         if self.journal is not None:
             self.journal.close()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from grace_fast.codebook.mapped import CodebookCorrupt as CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt as CodebookCorrupt
 from grace_fast.store import manifest, side_files
 from grace_fast.store.atomic import replace
 from grace_fast.store.locks import require_claim

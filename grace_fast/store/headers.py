@@ -19,7 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.mapped import CodebookCorrupt, open_regular
+from grace_fast.codebook.mapped import open_regular
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import strict_json
 
 MAX_BYTES = 100_000_000  # of any header: what the format allows

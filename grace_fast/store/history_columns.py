@@ -119,13 +119,13 @@ def _columns_of(history: History, row_count: int) -> HistoryColumns:
     edits, rows = history.edits.source, history.rows.source
     lives = history.rows.later
     added = [(edit, history.label_slots[edit.id]) for edit in history.edits.later.values()]
-    changed = [event for life in lives.values() for event in life.events]
+    changed = [vars(event) for life in lives.values() for event in life.events]
     found = [
         (row, life.base.value_slot, life.base.label_slot)
         for row, life in lives.items()
         if life.base is not None
     ]
-    edit_columns, events = schema.edit_columns(added), schema.event_columns(changed)
+    edit_columns, events = schema.edit_columns(added), EVENTS.numbers(changed)
     bases = np.array(found, np.int64).reshape(-1, len(schema.BASES))
     if isinstance(edits, _Edits):
         stay = history.edits.source_positions()

@@ -21,7 +21,7 @@ from typing import Any
 
 from grace_fast.codebook import forks
 from grace_fast.codebook.checks import MAX_COUNTER
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import side_files, sqlite_file
 from grace_fast.store.files import ChangedMeanwhile
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from grace_fast.codebook import forks
 from grace_fast.codebook.mapped import open_regular
-from grace_fast.errors import CodebookLocked as CodebookLocked
+from grace_fast.errors import CodebookLocked
 from grace_fast.store.atomic import synchronise
 
 LOCK = "lock"

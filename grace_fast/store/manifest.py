@@ -22,7 +22,7 @@ from typing import Any
 
 from grace_fast.codebook.checks import MAX_COUNTER as MAX_COUNTER
 from grace_fast.codebook.checks import MAX_NUMBER as MAX_NUMBER
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import strict_json
 
 FORMAT = 3

@@ -19,10 +19,10 @@ from grace_fast.codebook.checks import MAX_NUMBER
 from grace_fast.codebook.diff import Change
 from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.labels import columns_of
-from grace_fast.codebook.mapped import CodebookCorrupt
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import Base, BaseRecorded, EditRecorded, Event, Reset, Step, Undone
 from grace_fast.edits.history import History
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import headers, manifest, schema, strict_json
 from grace_fast.store.checks import Counts, column, not_finite, outside, refuse, row_faults
 from grace_fast.store.columns import ROW_COLUMNS, pack_labels, unpack_labels
@@ -44,7 +44,7 @@ class Version:
         """Return it as bytes."""
         change = self.change
         edits = [step for step in self.steps if isinstance(step, EditRecorded)]
-        events = [step for step in self.steps if isinstance(step, Event)]
+        events = [vars(step) for step in self.steps if isinstance(step, Event)]
         bases = [step for step in self.steps if isinstance(step, BaseRecorded)]
         gone = [step.edit for step in self.steps if isinstance(step, Undone)]
         order = [_KINDS.index(type(step)) for step in self.steps]
@@ -59,7 +59,7 @@ class Version:
             **EDITS.to_record(
                 schema.edit_columns([(each.edit, each.label_slot) for each in edits])
             ),
-            **EVENTS.to_record(schema.event_columns(events)),
+            **EVENTS.to_record(EVENTS.numbers(events)),
             "bases": _integers([(b.row, b.base.value_slot, b.base.label_slot) for b in bases]),
             "forgotten": _integers(gone),
         }

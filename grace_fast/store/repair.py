@@ -18,7 +18,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, saved
 from grace_fast.store.damage import Damaged, Repaired
 from grace_fast.store.large import resident

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from grace_fast.codebook.codebook import Codebook
-from grace_fast.codebook.mapped import CodebookCorrupt, open_regular
+from grace_fast.codebook.mapped import open_regular
 from grace_fast.edits.history import History
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, history_columns, saved, side_files, tensor_files
 from grace_fast.store.checks import check_radii
 from grace_fast.store.columns import pack_codebook, unpack_codebook

@@ -12,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.mapped import (
-    BLOCK_BYTES,
-    HEADER_BYTES,
-    CodebookCorrupt,
-    Shape,
-    open_regular,
-)
+from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES, Shape, open_regular
+from grace_fast.errors import CodebookCorrupt
 
 
 @dataclass(frozen=True)

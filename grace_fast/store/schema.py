@@ -38,6 +38,7 @@ class Field:
     place: int  # in a journal: among the whole numbers, or among the fractions
     number: Callable[[Any], Any] = _same  # of a value of the field
     value: Callable[[Any], Any] = _same  # of a number
+    attribute: str = ""  # of the edit or event, where it has another name on the disk
 
 
 OR_NONE = (
@@ -59,7 +60,7 @@ class Schema:
         """Return items, each by the names of its fields, as columns."""
         return {
             field.name: np.asarray(
-                [field.number(item[field.name]) for item in items],
+                [field.number(item[field.attribute or field.name]) for item in items],
                 dtype=_NUMPY[field.dtype],
             )
             for field in self.fields
@@ -67,7 +68,10 @@ class Schema:
 
     def values(self, columns: Columns, at: int) -> dict[str, Any]:
         """Return the fields of one item."""
-        return {each.name: each.value(columns[each.name].item(at)) for each in self.fields}
+        return {
+            each.attribute or each.name: each.value(columns[each.name].item(at))
+            for each in self.fields
+        }
 
     def to_base(self, columns: Columns) -> dict[str, Tensor]:
         """Return columns as the tensors of a base."""
@@ -145,7 +149,7 @@ EVENTS = Schema(
         Field("row", _INTEGER, 1),
         Field("radius", _FRACTION, 0),
         Field("key_slot", _INTEGER, 2),
-        Field("lasts_with", _INTEGER, 3),
+        Field("lasts_with", _INTEGER, 3, *OR_NONE, attribute="owner_row"),
     ),
 )
 BASES = ("row", "value_slot", "label_slot")  # the columns of `bases` [n, 3], in both
@@ -158,11 +162,6 @@ _NUMPY = {
 def edit_columns(edits: Sequence[tuple[Edit, int]]) -> Columns:
     """Return edits, each with the slot of its label, as columns."""
     return EDITS.numbers([vars(edit) | {"label_slot": slot} for edit, slot in edits])
-
-
-def event_columns(events: Sequence[Event]) -> Columns:
-    """Return events as columns."""
-    return EVENTS.numbers([vars(event) | {"lasts_with": event.lasts_with} for event in events])
 
 
 def recorded(
@@ -185,4 +184,4 @@ def recorded(
 
 def event(columns: Columns, at: int) -> Event:
     """Return one event of columns."""
-    return Event.read(**EVENTS.values(columns, at))
+    return Event(**EVENTS.values(columns, at))

@@ -13,7 +13,8 @@ import struct
 from contextlib import suppress
 from pathlib import Path
 
-from grace_fast.codebook.mapped import CodebookCorrupt, open_regular, refuse_special
+from grace_fast.codebook.mapped import open_regular, refuse_special
+from grace_fast.errors import CodebookCorrupt
 
 APPLICATION = 0x47524143  # "GRAC", in the header of every journal
 _LOGS = ("-wal", "-shm")  # of a mode that a journal is never in

@@ -16,7 +16,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from grace_fast.codebook import forks
-from grace_fast.codebook.mapped import CodebookCorrupt, refuse_special
+from grace_fast.codebook.mapped import refuse_special
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import side_files
 from grace_fast.store.atomic import synchronise
 

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from grace_fast.codebook.mapped import CodebookCorrupt, MappedFile, Shape, open_regular
+from grace_fast.codebook.mapped import MappedFile, Shape, open_regular
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import headers
 from grace_fast.store.atomic import synchronise
 from grace_fast.store.headers import Described

@@ -10,9 +10,9 @@ from typing import Any
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.diff import back
-from grace_fast.codebook.mapped import CodebookCorrupt
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.history import History
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import files
 from grace_fast.store.journal import JournalFile
 from grace_fast.store.records import redo
@@ -76,7 +76,7 @@ def replay(
 
 def go_back(book: Codebook, history: History, then: Snapshot, earlier: History) -> None:
     """Publish a version that decides as an earlier one did; ids that were given stay so."""
-    with book.held() as now, history.attempting(), book.writing() as draft:
+    with book.locked() as now, history.attempting(), book.writing() as draft:
         back(now, then).apply(draft)
         history.go_back(earlier)
 

@@ -48,8 +48,14 @@ def edits_of(history):
     }
 
 
+def on_disk(event):
+    fields = dict(vars(event))
+    owner = fields.pop("owner_row")
+    return fields | {"lasts_with": -1 if owner is None else owner}
+
+
 def events_of(history):
-    events = [vars(event) for life in history.rows.values() for event in life.events]
+    events = [on_disk(event) for life in history.rows.values() for event in life.events]
     return sorted(events, key=lambda event: (event["row"], event["edit"]))
 
 

@@ -17,7 +17,7 @@ from models import FAMILIES
 from typer.testing import CliRunner
 
 import grace_fast as gf
-from grace_fast.codebook.codebook import COLUMNS, PAGE_ROWS
+from grace_fast.codebook.pages import COLUMNS, PAGE_ROWS
 from grace_fast.store import atomic, files
 from grace_fast.store.saved import read_saved
 from grace_fast.tools.cli import app
@@ -61,7 +61,10 @@ def state(grace):
         ],
         "columns": [book.column(name).tolist() for name in COLUMNS],
         "ids": book.ids.tolist(),
-        "labels": [None if each is None else each.tolist() for each in book.stored_labels()],
+        "labels": [
+            None if each is None else each.tolist()
+            for each in book.label_slots.between(0, book.counts.labels)
+        ],
         "edits": edits,
         "rows": {row: vars(life) for row, life in sorted(history.rows.items())},
         "next_id": history.next_id,
@@ -400,7 +403,7 @@ def test_a_version_that_somebody_else_refuses_is_not_in_the_journal(model, tmp_p
             refused.append(snapshot)
             raise MemoryError("no room on the device")
 
-    grace.codebook.tell("device", refuse)
+    grace.codebook.subscribe("device", refuse)
     before = state(grace)
     with pytest.raises(MemoryError):
         grace.edit(batch(1, 1))

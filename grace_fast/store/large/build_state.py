@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from grace_fast.codebook.mapped import BLOCK_BYTES, CodebookCorrupt
+from grace_fast.codebook.mapped import BLOCK_BYTES
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, locks, manifest, strict_json, tensor_files
 
 STREAMED = (*files.MAPPED, "radii")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grace_fast.codebook.mapped import CodebookCorrupt
 from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.index import quantizer, segments
 from grace_fast.index.native_view import State
 from grace_fast.index.quantizer import FAR, NEAR, SLOTS

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grace_fast.codebook.mapped import CodebookCorrupt
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import headers
 
 _BLOCK_BYTES = 1 << 25

@@ -25,8 +25,9 @@ from torch import Tensor
 from grace_fast import _native
 from grace_fast.codebook.checks import DTYPES, checked_radii, checked_rows
 from grace_fast.codebook.codebook import Block, Blocks, Codebook
-from grace_fast.codebook.mapped import HEADER_BYTES, CodebookCorrupt, MappedFile
+from grace_fast.codebook.mapped import HEADER_BYTES, MappedFile
 from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import CodebookCorrupt
 from grace_fast.index.builder import Build
 from grace_fast.index.native_view import State
 from grace_fast.store import atomic, columns, files, locks, tensor_files
