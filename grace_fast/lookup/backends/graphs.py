@@ -62,4 +62,5 @@ def retained(snapshot: Snapshot, backend: str) -> Any:
 
 def _known(snapshot: Snapshot) -> dict[str, Any]:
     """Return the listeners of a codebook, the same for all versions; a draft has none."""
-    return _listeners.of(snapshot, lambda _, previous: {} if previous is None else previous) or {}
+    known = _listeners.of(snapshot, lambda _, previous: {} if previous is None else previous)
+    return {} if known is None else known
