@@ -59,6 +59,7 @@ class EditContext:
             settings = replace(settings, replacement="replace_last")
         self.settings = settings
         self.history = History()
+        self._asked_of: Any = None  # whose signature is known
         self.tokens_are_checked = self.scale_is_checked = False
         self._making = threading.Lock()
         site = Site(
@@ -228,7 +229,10 @@ class EditContext:
     def call(self, batch: Batch) -> Any:
         """Run the model on a batch, uncompiled, without a cache of keys and values."""
         reads = self.host.called if self.host.is_wrapper else self.host.model
-        accepted = inspect.signature(reads.forward).parameters
-        cacheless = {} if "use_cache" not in accepted else {"use_cache": False}
+        forward = getattr(reads.forward, "__func__", reads.forward)
+        if forward is not self._asked_of:
+            self._takes_cache = "use_cache" in inspect.signature(reads.forward).parameters
+            self._asked_of = forward
+        cacheless = {"use_cache": False} if self._takes_cache else {}
         with compile.stood_aside():
             return self.host.called(**{**cacheless, **batch})

@@ -81,18 +81,21 @@ def train(
         with torch.set_grad_enabled(not last):
             loss, correct = attempt(master.to(start.dtype)) if step or first is None else first
         reached = float(loss.detach())
-        if kept is None or not schedule.keep_best or _better((correct, reached), kept):
-            value = master.detach().to(start.dtype, copy=True)
-            kept = Trained(value, reached, step, correct)
         done = schedule.stop_loss is not None and correct and reached < schedule.stop_loss
         if not (last or done):
             gradient = _gradient(loss, master)
             stuck = stuck or _stuck(step, correct, reached, gradient)
-        if last or done or (stuck and schedule.keep_best):
+        is_over = last or done or bool(stuck and schedule.keep_best)
+        is_best = is_over
+        if schedule.keep_best:
+            is_best = kept is None or _better((correct, reached), kept)
+        if is_best:
+            kept = Trained(master.detach().to(start.dtype, copy=True), reached, step, correct)
+        if is_over:
+            assert kept is not None
             return replace(kept, steps=step, stuck=stuck)
         adam.step(gradient)
-    assert kept is not None, "a schedule that does not judge the last value has a step"
-    return replace(kept, value=master.detach(), steps=schedule.iterations, stuck=stuck)
+    return Trained(master.detach(), reached, schedule.iterations, correct, stuck)
 
 
 def _gradient(loss: Tensor, value: Tensor) -> Tensor:
