@@ -43,7 +43,7 @@ from grace_fast.lookup.prepared import Prepared
 
 
 class _Answers(NamedTuple):
-    """What answers: a codebook or several, and its ways to be asked."""
+    """What answers: a codebook of one process or of several, and its ways to be asked."""
 
     book: Any
     find: Any  # queries [B, D] to a `Match`
@@ -58,7 +58,7 @@ class Adapter:
 
     def __init__(self, site: Site, book: Codebook | None = None) -> None:
         self.book = book  # first: who copies a module with our hooks is told that this cannot be
-        self._with_keys: Snapshot | None = None  # a version that was seen to have some
+        self._with_keys: Any = None  # a version that was seen to have some
         self.site, self.model, self.stack = site, site.model, site.stack
         self.first_token = site.first_token
         self.hits: Counter[int] = Counter()  # by row; with `tally`, all that is written
@@ -89,12 +89,11 @@ class Adapter:
 
     @book.setter
     def book(self, book: Any) -> None:
-        if isinstance(book, Codebook):
-            self._answers = _Answers(book, Prepared(book), book.snapshot)
-        elif book is None:
+        if book is None:
             self._answers = _Answers(None, None, lambda: None)
         else:
-            self._answers = _Answers(book, book.find, lambda: book)
+            find = Prepared(book) if isinstance(book, Codebook) else book.find
+            self._answers = _Answers(book, find, book.snapshot)
 
     def install(self) -> None:
         """Put the hooks in."""
@@ -150,8 +149,7 @@ class Adapter:
     def _has_keys(self, now: Any) -> bool:
         if now is None or not len(now):
             return False
-        if isinstance(now, Snapshot):  # which stays as it is
-            self._with_keys = now
+        self._with_keys = now  # a version stays as it is
         return True
 
     def respond(self, hidden: Tensor, output: Tensor) -> tuple[Tensor, Tensor] | None:
