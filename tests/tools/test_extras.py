@@ -26,7 +26,7 @@ class Absent:
 
 absent, commands = map(json.loads, sys.argv[1:])
 sys.meta_path.insert(0, Absent())
-from grace_fast.cli import app
+from grace_fast.tools.cli import app
 ran = []
 for command in commands:
     out, err = io.StringIO(), io.StringIO()

@@ -25,8 +25,9 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.tools.bench.quick import DATA, EPSILON_RATIO, WIDTH, cpu_model, times_us
+from grace_fast.tools.bench.quick import DATA, EPSILON_RATIO, WIDTH
 from grace_fast.tools.terminal import say
+from grace_fast.tools.timing import cpu_model, times_us
 
 DTYPE = torch.float16
 BLOCK_ROWS = 1 << 14

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from grace_fast.tools.demo.data import MODULES, sources
 from grace_fast.tools.evaluate import cache, words
+from grace_fast.tools.evaluate.docstrings import MODULES, sources
 from grace_fast.tools.evaluate.task import Case, Sample, Task
 
 SHORTEST, LONGEST = 4, 12  # words of a line
@@ -221,24 +220,17 @@ def _train(model: nn.Module, tokenizer: Any, data: Data, seed: int, progress: bo
     learnt, unnamed = data.learnt, data.unnamed
     frames = sorted({word for form in (*TRAINED, *HELD_OUT, *VALIDATION) for word in form.split()})
     frames.remove("{}")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, STEPS, pct_start=0.1)
-    model.train()
-    bar = tqdm(range(STEPS), desc="training GPT-2 on lines", disable=None if progress else True)
-    for _ in bar:
-        named = round(NAMED * BATCH)
+    named = round(NAMED * BATCH)
+
+    def batch() -> dict[str, Tensor]:
         pairs = [
             (_question(line.about, frames, dealer), line.text)
             for line in dealer.choices(learnt, k=named)
         ]
         pairs += [(words.START, text) for text in dealer.choices(unnamed, k=BATCH - named)]
-        loss = model(**words.continuations(tokenizer, pairs)).loss
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        plan.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return words.continuations(tokenizer, pairs)
+
+    words.train(model, batch, STEPS, PEAK, "GPT-2 on lines", progress)
 
 
 def _question(about: str, frames: Sequence[str], dealer: random.Random) -> str:

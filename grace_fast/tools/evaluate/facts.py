@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from grace_fast.tools.evaluate import cache, words
 from grace_fast.tools.evaluate.task import Case, Sample, Task
@@ -251,24 +250,17 @@ def _train(
     dealer = random.Random(seed)
     names = [name for name in data.before for _ in EDITED]
     frame_words = sorted({word for frame in frames for word in frame.split()})
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, STEPS, pct_start=0.1)
-    model.train()
-    bar = tqdm(range(STEPS), desc="training T5 on facts", disable=None if progress else True)
-    for _ in bar:
+
+    def batch() -> dict[str, Tensor]:
         picked = [dealer.randrange(len(pairs)) for _ in range(BATCH * 3 // 4)]
         asked = [_noised(pairs[at][0], names[at], frame_words, dealer) for at in picked]
         wanted = [pairs[at][1] for at in picked]
         for prompt, answer in dealer.sample(list(codes), BATCH // 4):
             asked.append(prompt)
             wanted.append(answer)
-        loss = model(**_batch(tokenizer, asked, wanted)).loss
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        plan.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return _batch(tokenizer, asked, wanted)
+
+    words.train(model, batch, STEPS, PEAK, "T5 on facts", progress)
 
 
 def _noised(prompt: str, name: str, frame_words: Sequence[str], dealer: random.Random) -> str:

@@ -1,0 +1,5 @@
+"""`python -m grace_fast.tools.cli`."""
+
+from grace_fast.tools.cli import main
+
+main()
