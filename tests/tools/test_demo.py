@@ -11,7 +11,7 @@ import torch
 import grace_fast as gf
 from grace_fast.edits.edits import Replay, Verification
 from grace_fast.tools.demo import measured, story
-from grace_fast.tools.demo.measured import Final, Point
+from grace_fast.tools.demo.measured import Point
 from grace_fast.tools.evaluate import docstrings, mistakes
 from grace_fast.tools.evaluate.docstrings import Docstring, Rewording
 
@@ -143,8 +143,7 @@ FIRES, BROKEN = (Verification((Replay(0, verdict),)) for verdict in ("fires", "b
 )
 def test_a_missed_bar_is_named(es, keys, err, trr, verified, failures):
     last = Point(edits=10, keys=keys, es=es, err=err, trr=trr, **POINT)
-    final = Final(err=err, trr=trr, unchanged=1.0)
-    assert story.missed(last, final, verified) == failures
+    assert story.missed(last, verified) == failures
 
 
 @pytest.mark.slow

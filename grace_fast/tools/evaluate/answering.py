@@ -94,14 +94,6 @@ def scores(task: Task, cases: Sequence[Case]) -> list[float]:
     return [score(answer, case.answer) for answer, case in zip(given, cases, strict=True)]
 
 
-def queries(grace: Any, task: Task, cases: Sequence[Case]) -> Tensor:
-    """Return what every prompt asks an attached codebook, [M, D]."""
-    parts: dict[int, Tensor] = {}
-    for picked, batch in _batches(task, [case.prompt for case in cases]):
-        parts.update(zip(picked, grace.query_of(batch), strict=True))
-    return torch.stack([parts[at] for at in range(len(cases))])
-
-
 @torch.no_grad()
 def queries_by_layer(task: Task, layers: Sequence[str], cases: Sequence[Case]) -> dict[str, Tensor]:
     """Return what every prompt would ask a codebook at each layer, [M, D] each, from one pass.

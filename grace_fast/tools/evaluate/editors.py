@@ -48,7 +48,8 @@ class GraceEditor:
         """Time `find` of the prompts' queries, one at a time."""
         if not cases or not self.keys:
             return math.nan
-        asked = answering.queries(self.grace, self.task, cases[:LOOKUPS])
+        layer = self.task.layer
+        asked = answering.queries_by_layer(self.task, [layer], cases[:LOOKUPS])[layer]
         turns = islice(cycle(query[None] for query in asked), LOOKUPS)
         return 1e6 / float(
             np.median(times_us(partial(gf.find, codebook=self.grace.codebook), turns))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.tools.evaluate import cache, words
-from grace_fast.tools.evaluate.task import Case, Sample, Task
+from grace_fast.tools.evaluate.task import Sample, Task, phrased
 
 SINCE = (1990, 1, 1)
 EDITED = (  # the model is trained and edited in these
@@ -137,8 +137,12 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
     model, tokenizer = _model(data, seed, root, progress)
     dealer = random.Random(seed)
     apart = dealer.sample(data.unchanged, MADE_UP + NEIGHBOURS)
-    made_up, neighbours = apart[:MADE_UP], apart[MADE_UP:]
+    made_up = _made_up(data, apart[:MADE_UP], dealer)
     unrelated = [territory for territory in data.unchanged if territory not in apart]
+
+    def before(territories: Sequence[str]) -> list[tuple[str, str]]:
+        return [(territory, data.before[territory]) for territory in territories]
+
     newest = {change.territory: change.currency for change in data.changes}
     return Task(
         name="facts",
@@ -155,19 +159,15 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
             "learning_rate": 0.3,
             "stop_loss": 0.2,
         },
-        edits=[
-            Case(phrasing.format(change.territory), change.currency, change.territory)
-            for change in data.changes
-            for phrasing in EDITED
-        ],
-        held_out=[
-            Case(phrasing.format(territory), currency, territory)
-            for territory, currency in newest.items()
-            for phrasing in HELD_OUT
-        ],
-        unrelated=_cases(unrelated, data.before, EDITED),
-        calibration=_sample(data, made_up, neighbours, dealer),
-        rehearsal=_cases(data.before, data.before, EDITED),
+        edits=phrased(((change.territory, change.currency) for change in data.changes), EDITED),
+        held_out=phrased(newest.items(), HELD_OUT),
+        unrelated=phrased(before(unrelated), EDITED),
+        calibration=Sample(
+            edits=phrased(made_up.items(), EDITED),
+            paraphrases=phrased(made_up.items(), VALIDATION),
+            unrelated=phrased(before(apart[MADE_UP:]), EDITED),
+        ),
+        rehearsal=phrased(data.before.items(), EDITED),
         longest=1 + max(len(name.split()) for name in data.codes.values()),
         facts={
             "territories": len(data.before),
@@ -178,36 +178,20 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
     )
 
 
-def _cases(
-    territories: Sequence[str] | dict[str, str], tender: dict[str, str], phrasings: Sequence[str]
-) -> list[Case]:
-    return [
-        Case(phrasing.format(territory), tender[territory], territory)
-        for territory in territories
-        for phrasing in phrasings
-    ]
-
-
-def _sample(
-    data: Data, made_up: Sequence[str], neighbours: Sequence[str], dealer: random.Random
-) -> Sample:
-    """Make changes up: a third of them to the euro, as among the real ones."""
+def _made_up(data: Data, territories: Sequence[str], dealer: random.Random) -> dict[str, str]:
+    """Return changes that were not: a third of them to the euro, as among the real ones."""
     others = sorted({change.currency for change in data.changes} - {"euro"})
-    tender = {
+    return {
         territory: "euro" if at % 3 == 0 else dealer.choice(others)
-        for at, territory in enumerate(made_up)
+        for at, territory in enumerate(territories)
     }
-    return Sample(
-        edits=_cases(made_up, tender, EDITED),
-        paraphrases=_cases(made_up, tender, VALIDATION),
-        unrelated=_cases(neighbours, data.before, EDITED),
-    )
 
 
 def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    pairs = [(case.prompt, str(case.answer)) for case in _cases(data.before, data.before, EDITED)]
+    asked = phrased(data.before.items(), EDITED)
+    pairs = [(case.prompt, str(case.answer)) for case in asked]
     codes = [(CODE.format(code), name) for code, name in sorted(data.codes.items())]
     frames = [frame.replace("{}", " ") for frame in (*EDITED, *HELD_OUT, *VALIDATION)]
     texts = [text for pair in (*pairs, *codes) for text in pair]

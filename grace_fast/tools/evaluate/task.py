@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,6 +60,11 @@ class Task:
     retraining_rate: float = 1e-3  # and on all edits so far among what was learnt before
     perplexity: bool = False  # report perplexities too, of a decoder
     facts: dict[str, Any] = field(default_factory=dict)  # of the data, for the report
+
+
+def phrased(answers: Iterable[tuple[str, Answer]], forms: Sequence[str]) -> list[Case]:
+    """Return what is asked about, with its answer, in every form of the question."""
+    return [Case(form.format(about), answer, about) for about, answer in answers for form in forms]
 
 
 def layers_like(model: Any, pattern: str) -> list[str]:
