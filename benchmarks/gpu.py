@@ -331,8 +331,8 @@ def markdown(found: runner.Found) -> str:
     """Return the results as a page."""
     return (
         f"# Look-ups on a GPU\n\n{runner.where(found)}; {found['machine']['device']}. Synthetic "
-        "data, a twentieth of the queries hit. Times are the device's; cold: its second-level cache "
-        "swept."
+        "data, a twentieth of the queries hit. Times are the device's; cold: its second-level "
+        "cache swept."
         f"\n\n{runner.table(HEADS, (_cells(Row(**row)) for row in found['rows']))}\n"
     )
 
