@@ -1,4 +1,4 @@
-"""The few names of typer that the command line uses, on argparse, for where typer is not installed.
+"""Argparse stand-in for the few names of typer that the command line uses.
 
 `pip install .` brings no typer, and most commands need nothing else. One description of the
 commands, in `cli.py`, is read by either: typer adds colours and completion, and nothing more.

@@ -1,4 +1,4 @@
-"""What is printed: lines, tables, JSON and progress, with nothing of a stored text carried out.
+"""Output of commands: lines, tables, JSON, progress, with nothing of a stored text carried out.
 
 Every text goes through `shown` on its way. Rich and tqdm draw where they are installed and a
 terminal is there to draw on; without them, and into files and pipes, it is plain text.

@@ -1,4 +1,4 @@
-"""Build, open and time a codebook larger than memory: what `grace-fast bench --rows 10M` runs.
+"""Benchmark of a codebook larger than memory: built, opened, timed. `grace-fast bench --rows 10M`.
 
 Synthetic keys go from a stream to a directory, which is opened and asked. Every decision is held
 against the law first, by a scan of all keys that shares nothing with the back ends:

@@ -1,4 +1,4 @@
-"""Time look-ups on this machine in about a minute: synthetic keys, checked before they are timed.
+"""Benchmark of look-ups in about a minute: synthetic keys, checked before they are timed.
 
 What `grace-fast bench --quick` runs; torch and numpy are enough, faiss is a peer where it is
 installed. Everyone has one thread. Contestants take turns in short rounds, so that what disturbs

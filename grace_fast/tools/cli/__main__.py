@@ -1,4 +1,4 @@
-"""`python -m grace_fast.tools.cli`."""
+"""Entry point of `python -m grace_fast.tools.cli`."""
 
 from grace_fast.tools.cli import main
 

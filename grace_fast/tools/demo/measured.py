@@ -1,4 +1,4 @@
-"""What the demo measures beside an evaluation: times of look-ups, and what single inputs become."""
+"""Measurements of the demo beside an evaluation: times of look-ups, single inputs before and after."""
 
 from __future__ import annotations
 

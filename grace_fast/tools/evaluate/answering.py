@@ -1,4 +1,4 @@
-"""Asking a model: greedy answers, perplexities, and the batches that edits are made of."""
+"""Questions to a model: greedy answers, perplexities, and the batches that edits are made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GRACE as the stream drives it; the baselines are in `baselines`."""
+"""GRACE as a stream of edits drives it; the baselines are in `baselines`."""
 
 from __future__ import annotations
 

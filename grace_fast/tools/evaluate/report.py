@@ -1,4 +1,4 @@
-"""What an evaluation shows: tables on the terminal and two pictures."""
+"""Tables and pictures of an evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an evaluation asks: a model, the stream of its edits, and what they must not disturb."""
+"""A task of an evaluation: a model, the stream of its edits, and what they must not disturb."""
 
 from __future__ import annotations
 

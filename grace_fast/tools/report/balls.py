@@ -1,4 +1,4 @@
-"""How wide the balls are, and how often they are hit."""
+"""Sections on the radii of balls, and on their hits."""
 
 from __future__ import annotations
 

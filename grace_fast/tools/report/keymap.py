@@ -1,4 +1,4 @@
-"""The keys on a plane: the two directions in which they differ most, by principal components."""
+"""Map of the keys: the two directions in which they differ most, by principal components."""
 
 from __future__ import annotations
 

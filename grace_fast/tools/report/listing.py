@@ -1,4 +1,4 @@
-"""Which edits a page lists, and what became of all of them."""
+"""Section on the edits: the newest ones, and what became of all of them."""
 
 from __future__ import annotations
 

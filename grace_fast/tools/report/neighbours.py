@@ -1,4 +1,4 @@
-"""How near keys are to each other, and whose balls of different answers touch.
+"""Section on conflicts: how near keys are, and whose balls of different answers touch.
 
 A product of matrices in float64 finds, for every row that is looked at, what may be nearest; what
 is shown is summed again in the canonical order. Where there are too many products not every row is

@@ -1,4 +1,4 @@
-"""What a page says first: whose codebook it is, how it was made, and of which model."""
+"""Head of the page: whose codebook it is, how it was made, and of which model."""
 
 from __future__ import annotations
 

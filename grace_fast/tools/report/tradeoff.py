@@ -1,4 +1,4 @@
-"""What another epsilon would do, asked of stored edits that are held out in turn.
+"""Section on epsilon: what another one would do, asked of stored edits that are held out in turn.
 
 Asked with its own edits, a codebook answers all of them with any epsilon. So the edits are dealt
 into folds: each fold's queries are looked up among the edits of the others, which go through the
