@@ -1,7 +1,7 @@
 """Argparse stand-in for the few names of typer that the command line uses.
 
 `pip install .` brings no typer, and most commands need nothing else. One description of the
-commands, in `cli.py`, is read by either: typer adds colours and completion, and nothing more.
+commands, in `cli/`, is read by either: typer adds colours and completion, and nothing more.
 """
 
 from __future__ import annotations

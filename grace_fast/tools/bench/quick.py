@@ -140,8 +140,7 @@ def _contestants(
         return distance <= radii[row], row
 
     found: dict[str, Any] = {}
-    if hasattr(gf, "prepare"):
-        found["grace_fast prepared"] = (gf.prepare(book), of_match)
+    found["grace_fast prepared"] = (gf.prepare(book), of_match)
     found["grace_fast find"] = (lambda batch: gf.find(batch, book), of_match)
     found["torch cdist rule"] = (reference_rule, of_pair)
     if find_spec("faiss") is not None:

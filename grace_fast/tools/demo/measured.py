@@ -1,4 +1,4 @@
-"""Measurements of the demo beside an evaluation: times of look-ups, single inputs before and after."""
+"""Measurements of the demo beside an evaluation: times of look-ups, what inputs become."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from grace_fast.tools.evaluate import docstrings
+from grace_fast.tools.evaluate.answering import in_order, layer_inputs
 
 LENGTH = 40  # tokens; a docstring is cut off there
 BATCH = 32  # texts in a forward call of an evaluation
@@ -132,7 +132,7 @@ def batch_of(texts: Sequence[Tokens]) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits_of(model: nn.Module, texts: Sequence[Tokens]) -> Tensor:
     """Return the model's logits for every text, [M, C]."""
-    return _in_order([(picked, model(**batch).logits) for picked, batch in batches(texts)])
+    return in_order([(picked, model(**batch).logits) for picked, batch in batches(texts)])
 
 
 @torch.no_grad()
@@ -143,29 +143,15 @@ def features_of(
     ticks: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the head's input [M, H], and what every layer gets at the last token, [M, D]."""
-    seen: dict[str, Tensor] = {}
     means = []
     queries: dict[str, list[tuple[list[int], Tensor]]] = {layer: [] for layer in layers}
-    with ExitStack() as hooks:
-        for layer in layers:
-
-            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
-                seen[layer] = args[0]
-
-            handle = model.get_submodule(layer).register_forward_pre_hook(keep)
-            hooks.callback(handle.remove)
+    with layer_inputs(model, layers) as seen:
         for picked, batch in batches(texts, ticks):
             means.append((picked, model.features(**batch)))
             last = batch["attention_mask"].sum(dim=1) - 1
             for layer in layers:
                 queries[layer].append((picked, seen[layer][torch.arange(len(last)), last]))
-    return _in_order(means), {layer: _in_order(parts) for layer, parts in queries.items()}
-
-
-def _in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
-    """Return the rows of parts in the order of the texts they are of."""
-    order = torch.tensor([at for picked, _ in parts for at in picked])
-    return torch.cat([rows for _, rows in parts])[order.argsort()]
+    return in_order(means), {layer: in_order(parts) for layer, parts in queries.items()}
 
 
 def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:
