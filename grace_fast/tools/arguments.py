@@ -73,8 +73,10 @@ class Typer:
         self._first: Callable[..., Any] | None = None
         self._commands: dict[str, Callable[..., Any]] = {}
 
-    def callback(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Take a function for what comes before every command."""
+    def callback(
+        self, invoke_without_command: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Take a function for what comes before every command, or without one."""
 
         def take(function: Callable[..., Any]) -> Callable[..., Any]:
             self._first = function

@@ -67,7 +67,7 @@ def command(
     return take
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def version(
     show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
