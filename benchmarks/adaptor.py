@@ -9,25 +9,22 @@ what else the machine does falls on both.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
-import json
 import sys
+from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
 from benchmarks.activations import LAYER, docstrings
-from grace_fast.tools.bench.quick import Turn, interleave, ratio
+from benchmarks.timing import Turn, interleave, ratio
 
-RESULTS = Path(__file__).parent / "results"
 KEYS = 10_000
 WANTED = 1.05
 EPSILON_RATIO = 0.3  # of the median distance between a key and the nearest other
@@ -148,7 +145,7 @@ def measure(budget_s: float) -> tuple[str, list[Row]]:
         low = beside.percentile(5) / alone.percentile(5)
         spread = (cost.median, cost.least, cost.most)
         rows.append(Row(batch, tokens, KEYS, alone.p50, beside.p50, *spread, low))
-        print(line(rows[-1]), flush=True)
+        print(rows[-1], flush=True)
     return weights, rows
 
 
@@ -158,53 +155,46 @@ def batch_of(rows: list[list[int]]) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-HEADER = (
-    "| B | T | forward alone, us | with the adaptor, us | ratio (least to most) | of the fastest |"
-)
+HEADS = ("B, T", "forward alone, us", "with the adaptor, us", "ratio (least to most)", "fastest")
 
 
-def line(row: Row) -> str:
+def cells(row: dict[str, Any]) -> list[str]:
     """Return a row of the table."""
-    spread = f"**{row.ratio:.3f}** ({row.least:.3f} to {row.most:.3f})"
-    times = f"{row.without_us:,.0f} | {row.with_us:,.0f}"
-    return f"| {row.batch} | {row.tokens} | {times} | {spread} | {row.undisturbed_ratio:.3f} |"
+    spread = f"**{row['ratio']:.3f}** ({row['least']:.3f} to {row['most']:.3f})"
+    times = [f"{row[name]:,.0f}" for name in ("without_us", "with_us")]
+    return [f"{row['batch']}, {row['tokens']}", *times, spread, f"{row['undisturbed_ratio']:.3f}"]
 
 
-def save(folder: Path, described: dict[str, Any], command: str, rows: list[Row]) -> Path:
-    """Write `adaptor-<machine>-<date>.json` and `.md`; return the first."""
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    path = folder / f"adaptor-{machine.short_name(described)}-{today}.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    told = {"machine": described, "command": command, "date": today}
-    path.write_text(json.dumps(told | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    versions = ", ".join(f"{name} {found}" for name, found in described["packages"].items())
-    path.with_suffix(".md").write_text(
+def markdown(found: runner.Found) -> str:
+    """Return the figures as a page."""
+    return (
         f"# What an adaptor with {KEYS:,} keys adds to a forward call\n\n"
-        f"`{command}` on {today}: {described['cpu']}, {described['threads']} of "
-        f"{described['cores']} cores, commit {described['commit']}, {versions}. "
-        f"{described['weights']}; layer `{LAYER}`, no query hits, outputs equal bit for bit. "
-        "The models take turns in 21 rounds; the ratio is the median of the rounds'; "
+        f"{runner.where(found)}. {found['weights']}; layer `{LAYER}`, no query hits, outputs equal "
+        "bit for bit. The models take turns in 21 rounds; the ratio is the median of the rounds'; "
         "that of the fastest is of the fifth percentiles.\n\n"
-        + "\n".join([HEADER, "| ---: | ---: | ---: | ---: | ---: | ---: |", *map(line, rows)])
+        + runner.table(HEADS, map(cells, found["rows"]))
         + "\n"
     )
-    return path
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where the adaptor costs more than is wanted."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=float, default=8.0, help="seconds of calls a contestant")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    described = machine.describe(1)
-    print(f"{described['cpu']}, 1 thread, commit {described['commit']}\n{HEADER}")
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     with torch.inference_mode():
-        described["weights"], rows = measure(given.budget)
-    path = save(given.out, described, "python -m benchmarks.adaptor", rows)
-    print(f"results: {path} and .md beside it")
-    return int(any(row.ratio > WANTED for row in rows))
+        weights, rows = measure(given.budget)
+    yield {"weights": weights, "rows": [asdict(row) for row in rows]}
+
+
+main = runner.Program(
+    "adaptor",
+    __doc__,
+    lambda parser: parser.add_argument(
+        "--budget", type=float, default=8.0, help="seconds of calls a contestant"
+    ),
+    _measure,
+    markdown,
+    # 1: it costs more than is wanted
+    lambda found: int(any(row["ratio"] > WANTED for row in found["rows"])),
+    runner.RESULTS,
+).main
 
 
 if __name__ == "__main__":

@@ -8,12 +8,13 @@ row i is found where it was there before the call, and is not where it came afte
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
+from benchmarks.timing import at_once, shares
 from benchmarks.workloads import SYNTHETIC
 
 VALUE_DIM = 16
@@ -86,19 +88,16 @@ def look_up(
 def turn(shared: Book, written: Book, appends: int, readers: list[Reader], seed: int) -> float:
     """Look up in one codebook while another, or the same, is appended to; return the seconds."""
     stop = threading.Event()
-    threads = [
-        threading.Thread(target=look_up, args=(shared.book, shared.keys, stop, each, seed + number))
+    calls = [
+        partial(look_up, shared.book, shared.keys, stop, each, seed + number)
         for number, each in enumerate(readers)
     ]
-    for thread in threads:
-        thread.start()
-    start = time.perf_counter()
-    try:
-        written.append(appends)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    with at_once(*calls):
+        start = time.perf_counter()
+        try:
+            written.append(appends)
+        finally:
+            stop.set()
     return time.perf_counter() - start
 
 
@@ -121,55 +120,50 @@ def run(rows: int, width: int, appends: int, turns: int) -> dict[str, Any]:
             "look_ups": len(taken),
             "appends_per_s": appends / seconds[name],
             "wrong": sum(reader.wrong for reader in each),
-            **{f"us_p{share:g}": float(np.percentile(taken, share)) for share in (50, 99, 99.9)},
+            **shares(taken, 50, 99, 99.9),
             "us_most": float(taken.max()),
         }
     figures["ratio_p99.9"] = figures["shared"]["us_p99.9"] / figures["private"]["us_p99.9"]
     return figures
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(found: runner.Found) -> str:
     """Return the figures as a page."""
-    where, figures = found["machine"], found["figures"]
-    lines = [
-        "# Look-ups beside appends",
-        "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, commit "
-        f"{where['commit']}, Python {where['python']}. {READERS} threads look up one query after "
-        f"the other in {figures['rows']:,} keys (synthetic, variance 1/j, D = {figures['width']}, "
-        f"fp32) while a third appends {figures['appends']:,} rows one by one.",
-        "",
-        "| the writer's codebook | look-ups | p50 | p99 | p99.9 | longest | appends a second "
-        "| wrong |",
-        "| --- |" + " ---: |" * 7,
-    ]
+    figures = found["figures"]
+    heads = ("the writer's codebook", "look-ups", "p50", "p99", "p99.9", "longest")
+    rows = []
     for name in ("private", "shared"):
         each = figures[name]
         times = (f"{each[f'us_{key}']:,.0f} us" for key in ("p50", "p99", "p99.9", "most"))
-        cells = [name, f"{each['look_ups']:,}", *times, f"{each['appends_per_s']:,.0f}"]
-        lines.append(f"| {' | '.join(cells)} | {each['wrong']} |")
-    ratio = figures["ratio_p99.9"]
-    lines += ["", f"p99.9 is {ratio:.2f} times that beside a writer whose codebook nobody reads."]
-    return "\n".join(lines) + "\n"
+        counts = (f"{each['appends_per_s']:,.0f}", str(each["wrong"]))
+        rows.append([name, f"{each['look_ups']:,}", *times, *counts])
+    return (
+        f"# Look-ups beside appends\n\n{runner.where(found)}. {READERS} threads look up one query "
+        f"after the other in {figures['rows']:,} keys (synthetic, variance 1/j, "
+        f"D = {figures['width']}, fp32) while a third appends {figures['appends']:,} rows one by "
+        f"one.\n\n{runner.table((*heads, 'appends a second', 'wrong'), rows)}\n\n"
+        f"p99.9 is {figures['ratio_p99.9']:.2f} times that beside a writer whose codebook nobody "
+        "reads.\n"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a look-up was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="that are there before")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--appends", type=int, default=100_000)
     parser.add_argument("--turns", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
-    given = parser.parse_args(arguments)
-    described = machine.describe(1)
-    figures = run(given.rows, given.width, given.appends, given.turns)
-    words = sys.argv[1:] if arguments is None else arguments
-    found = machine.heading(described, "benchmarks.beside_appends", words) | {"figures": figures}
-    print(markdown(found), end="")
-    if given.out:
-        machine.keep(given.out, "beside-appends", found, markdown(found))
-    return 1 if figures["shared"]["wrong"] or figures["private"]["wrong"] else 0
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
+    yield {"figures": run(given.rows, given.width, given.appends, given.turns)}
+
+
+def verdict(found: runner.Found) -> int:
+    """Return 1 where a look-up was wrong."""
+    return int(any(found["figures"][name]["wrong"] for name in ("shared", "private")))
+
+
+main = runner.Program("beside-appends", __doc__, options, _measure, markdown, verdict).main
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ is opened has to be what was written, to the bit, before any time is told.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
 import os
@@ -16,7 +15,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor.grace import Grace
 from grace_fast.edits.edit import Edit, Event
@@ -220,61 +220,54 @@ def run(sizes: tuple[int, ...], edits: int, turns: int, folder: Path | None) -> 
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the figures as a page; no times where something was not what was written."""
-    where, figures = found["machine"], found["figures"]
-    edited, opened = figures["edited"], figures["opened"]
-    lines = [
-        "# Durable edits",
-        "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, commit "
-        f"{where['commit']}, Python {where['python']}, torch {where['packages']['torch']}. One "
-        f"layer of {WIDTH} inputs is edited; what is opened is in the disk's cache.",
-        "",
-    ]
+    edited, opened = found["figures"]["edited"], found["figures"]["opened"]
+    page = (
+        f"# Durable edits\n\n{runner.where(found)}. One layer of {WIDTH} inputs is edited; what is "
+        "opened is in the disk's cache.\n\n"
+    )
     if not all(each["is_same"] for each in (edited, *opened)):
-        return "\n".join([*lines, "What was opened is not what was written: no times."]) + "\n"
-    lines += [f"| {edited['edits']:,} edits | p50 | p90 | p99 |", "| --- | ---: | ---: | ---: |"]
+        return f"{page}What was opened is not what was written: no times.\n"
+    edits = []
     for name in ("without", "with a journal", "a page"):
         words = "a page written and synchronised, alone" if name == "a page" else f"an edit {name}"
         words += " one" if name == "without" else ""
-        times = (f"{edited[name][f'p{share}']:.2f} ms" for share in (50, 90, 99))
-        lines.append(f"| {' | '.join((words, *times))} |")
-    lines += [
-        "",
-        f"A journal adds {edited['more_ms']:.2f} ms to an edit ({ALLOWED_MS:g} allowed).",
-        "",
-        "| edits | opened | torch.load of the arrays | ratio | compacted | on the disk |",
-        "| ---: |" + " ---: |" * 5,
-    ]
+        edits.append([words, *(f"{edited[name][f'p{share}']:.2f} ms" for share in (50, 90, 99))])
+    books = []
     for each in opened:
         ours, theirs = each["open"]["p50"], each["torch.load of the arrays"]["p50"]
         seconds = (f"{each_ms / 1e3:.3f} s" for each_ms in (ours, theirs))
         compacted, size = f"{each['compact_ms'] / 1e3:.2f} s", f"{each['bytes'] / 1e6:,.0f} MB"
-        cells = (f"{each['edits']:,}", *seconds, f"{ours / theirs:.1f}", compacted, size)
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"A million edits may take {ALLOWED_S:g} s to open."]
-    return "\n".join(lines) + "\n"
+        books.append([f"{each['edits']:,}", *seconds, f"{ours / theirs:.1f}", compacted, size])
+    heads = ("edits", "opened", "torch.load of the arrays", "ratio", "compacted", "on the disk")
+    first = runner.table((f"{edited['edits']:,} edits", "p50", "p90", "p99"), edits)
+    return (
+        f"{page}{first}\n\n"
+        f"A journal adds {edited['more_ms']:.2f} ms to an edit ({ALLOWED_MS:g} allowed).\n\n"
+        f"{runner.table(heads, books)}\n\n"
+        f"A million edits may take {ALLOWED_S:g} s to open.\n"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 1 for a wrong codebook, 2 for a figure missed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="ten thousand edits at most")
     parser.add_argument("--folder", type=Path, help="with room for 2 GB; by default the system's")
-    parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
-    given = parser.parse_args(arguments)
-    described = machine.describe(1)
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     sizes, edits = (QUICK, 100) if given.quick else (FULL, 1000)
-    figures = run(sizes, edits, turns=5, folder=given.folder)
-    words = sys.argv[1:] if arguments is None else arguments
-    found = machine.heading(described, "benchmarks.durable", words) | {"figures": figures}
-    print(markdown(found), end="")
-    if given.out:
-        machine.keep(given.out, "durable", found, markdown(found))
-    edited, opened = figures["edited"], figures["opened"]
+    yield {"figures": run(sizes, edits, turns=5, folder=given.folder)}
+
+
+def verdict(found: runner.Found) -> int:
+    """Return 1 for a wrong codebook, 2 for a figure that was missed."""
+    edited, opened = found["figures"]["edited"], found["figures"]["opened"]
     if not all(each["is_same"] for each in (edited, *opened)):
         return 1
     slow = edited["more_ms"] > ALLOWED_MS or opened[-1]["open"]["p50"] > 1e3 * ALLOWED_S
-    return 2 if slow else 0
+    return 2 * slow
+
+
+main = runner.Program("durable", __doc__, options, _measure, markdown, verdict).main
 
 
 if __name__ == "__main__":

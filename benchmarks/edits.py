@@ -9,17 +9,14 @@ where ours decides otherwise no speed is reported and the command fails. Results
 
 from __future__ import annotations
 
-import argparse
 import copy
-import datetime
-import json
 import os
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle, islice
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,13 +26,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
 from benchmarks.reference_rule import PlainAdaptor, PlainEditor, exact_distances
 from benchmarks.timing import Run, ratio
 from grace_fast.compat.reference import GRACEAdapter
 
 Call = Callable[[Any], Any]
-RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 1000
 PROMPT, TARGET = 9, 3
 CHECKED = 24  # edits whose decisions are compared before timing
@@ -336,53 +332,41 @@ def _spacing(keys: Tensor) -> float:
     return float(torch.cdist(some, keys.double()).topk(2, largest=False).values[:, 1].median())
 
 
-def markdown(described: dict[str, Any], command: str, date: str, load: str, rows: list[Row]) -> str:
+def markdown(found: runner.Found) -> str:
     """Return the results as a page."""
-    lines = [
-        "# Edits and edited forwards",
-        "",
-        f"`{command}` on {date}: {described['cpu']}, {described['threads']} of "
-        f"{described['cores']} cores, commit {described['commit']}, Python "
-        f"{described['python']}, torch {described['packages']['torch']}. Load average {load}: "
-        "other programs ran beside it, so times are of the processor, not of the clock.",
-        "",
+    page = (
+        f"# Edits and edited forwards\n\n{runner.where(found)}. Load average {found['load']}: "
+        "other programs ran beside it, so times are of the processor, not of the clock.\n\n"
         "Before timing, keys, radii and chosen rows are compared with the law's after each of the "
         "edits of a stream with repeats (`wrong`); `cdist` counts the edits after which the "
         "reference's algorithm, with `torch.cdist`, has another codebook. An edit's ratio is the "
         "reference's time over ours; a forward's the time with the adaptor over the one without. "
         "Both are called in pairs, each first in turn; the ratio of the medians in each round, and "
-        "of these the median (least to most).",
-        "",
-        "|  | keys | wrong | cdist | ours or without | other or with | ratio |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        differs = "-" if row.cdist_differs is None else f"{row.cdist_differs} / {row.checked}"
-        cells = [row.work, f"{row.keys:,}", f"{row.wrong} / {row.checked}", differs]
-        if row.us is None or row.us_other is None:
-            cells += ["-", "-", "-"]
-        else:
-            spread = f"{row.ratio:.3g}x ({row.ratio_least:.3g} to {row.ratio_most:.3g})"
-            cells += [f"{row.us / 1e3:.2f} ms", f"{row.us_other / 1e3:.2f} ms", spread]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        "of these the median (least to most).\n\n"
+    )
+    heads = ("", "keys", "wrong", "cdist", "ours or without", "other or with", "ratio")
+    return page + runner.table(heads, (_cells(Row(**row)) for row in found["rows"])) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a decision of ours was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the first tiny model only")
+def _cells(row: Row) -> list[str]:
+    differs = "-" if row.cdist_differs is None else f"{row.cdist_differs} / {row.checked}"
+    cells = [row.work, f"{row.keys:,}", f"{row.wrong} / {row.checked}", differs]
+    if row.us is None or row.us_other is None:
+        return [*cells, "-", "-", "-"]
+    spread = f"{row.ratio:.3g}x ({row.ratio_least:.3g} to {row.ratio_most:.3g})"
+    return [*cells, f"{row.us / 1e3:.2f} ms", f"{row.us_other / 1e3:.2f} ms", spread]
+
+
+def options(parser: ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="the first model only")
     parser.add_argument("--keys", type=int, default=10_000)
     parser.add_argument("--steps", type=int, default=100, help="of Adam, in each edit")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--budget", type=float, default=10.0, help="seconds of calls a contestant")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    described = machine.describe(given.threads)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = machine.command("benchmarks.edits", words)
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     load = f"{os.getloadavg()[0]:.1f}"
     rows = []
     compared = [(tiny, given.keys) for tiny in (TINY[:1] if given.quick else TINY)]
@@ -390,18 +374,22 @@ def main(arguments: list[str] | None = None) -> int:
         compared += [(SMALL, keys) for keys in (FEW, 1000, given.keys)]
     for tiny, keys in compared:
         for row in edit_rows(tiny, keys, given.steps, given.rounds, given.budget):
-            rows.append(row)
             print(row, flush=True)
-    rows += forward_rows(given.keys, given.rounds, given.budget)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    page = markdown(described, command, today, load, rows)
-    print(page)
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"edits-{machine.short_name(described)}-{today}.json"
-    whole = {"machine": described, "command": command, "date": today, "load": load}
-    path.write_text(json.dumps(whole | {"rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(page)
-    return 1 if any(row.wrong for row in rows) else 0
+            rows.append(asdict(row))
+        yield {"load": load, "rows": rows}
+    rows += map(asdict, forward_rows(given.keys, given.rounds, given.budget))
+    yield {"load": load, "rows": rows}
+
+
+main = runner.Program(
+    "edits",
+    __doc__,
+    options,
+    _measure,
+    markdown,
+    lambda found: int(any(row["wrong"] for row in found["rows"])),
+    runner.RESULTS,
+).main
 
 
 if __name__ == "__main__":

@@ -8,20 +8,18 @@ codebooks, where the law is cheap to ask, get most of the questions; none gets l
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
 from benchmarks.oracle import Law, pair_squared_distances
 from benchmarks.peers import settle
 from benchmarks.workloads import SYNTHETIC, median_spacing
@@ -271,59 +269,57 @@ def summary(counts: Sequence[Count]) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return a summary as a page with one table."""
-    total, where = found["total"], found["machine"]
-    lines = [
-        "# Exactness gate",
-        "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['threads']} of "
-        f"{where['cores']} cores, {found['kernels']} kernels, commit {where['commit']}, "
-        f"Python {where['python']}, torch {where['packages']['torch']}, {found['seconds']:,} s.",
-        "",
+    total = found["total"]
+    page = (
+        f"# Exactness gate\n\n{runner.where(found)}; {found['kernels']} kernels, "
+        f"{found['seconds']:,} s.\n\n"
         f"**{total['wrong']} wrong of {total['decisions']:,} decisions** and "
         f"{total['nearest_wrong']} wrong of {total['nearest']:,} nearest rows and distances, "
         "each compared with the law (float64, in the canonical order). "
         f"{total['close']:,} decisions were within 1e-3 of a radius or a tie, "
-        f"{total['at_1e5_keys']:,} over at least 1e5 keys.",
-        "",
-        "| case | D | N | decisions | hits | close | wrong | nearest | wrong |",
-        "| --- |" + " ---: |" * 8,
-    ]
+        f"{total['at_1e5_keys']:,} over at least 1e5 keys.\n\n"
+    )
+    heads = ("case", "D", "N", "decisions", "hits", "close", "wrong", "nearest", "wrong")
+    rows = []
     columns = ("decisions", "hits", "close", "wrong", "nearest", "nearest_wrong")
     for count in (*found["counts"], {"name": "all", "width": "", "rows": "", **total}):
         size = [f"{count[name]:,}" if count[name] else "" for name in ("width", "rows")]
-        cells = [count["name"], *size, *(f"{count[name]:,}" for name in columns)]
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append([count["name"], *size, *(f"{count[name]:,}" for name in columns)])
+    lines = [page + runner.table(heads, rows)]
     for count in found["counts"]:
         lines += [f"- {count['name']}: {example}" for example in count["examples"]]
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a decision was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--decisions", type=int, default=1_000_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="cases whose name holds these words")
     parser.add_argument("--kernels", default="", help="portable, avx2 or avx512vnni")
-    parser.add_argument("--json", dest="as_json", action="store_true")
-    parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
-    given = parser.parse_args(arguments)
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     if given.kernels and not cpu._cpu.use_instruction_set(given.kernels):
-        parser.error(f"there are no {given.kernels} kernels for this processor")
-    described = machine.describe(torch.get_num_threads())  # the commit that is about to run
+        raise SystemExit(f"there are no {given.kernels} kernels for this processor")
     start = time.perf_counter()
     counts = run(given.decisions, given.seed, [case for case in GRID if given.only in case.name])
-    words = sys.argv[1:] if arguments is None else arguments
-    found = machine.heading(described, "benchmarks.gate", words) | {
+    yield {
         "kernels": cpu._cpu.instruction_set() if cpu._cpu else "torch",
         "seconds": round(time.perf_counter() - start),
         **summary(counts),
     }
-    print(json.dumps(found) if given.as_json else markdown(found), end="")
-    if given.out:
-        more = "-" * bool(given.kernels) + given.kernels
-        machine.keep(given.out, "gate", found, markdown(found), more)
-    return 1 if found["total"]["wrong"] or found["total"]["nearest_wrong"] else 0
+
+
+main = runner.Program(
+    "gate",
+    __doc__,
+    options,
+    _measure,
+    markdown,
+    lambda found: int(found["total"]["wrong"] + found["total"]["nearest_wrong"] > 0),
+    threads=None,
+    more=lambda given: "-" * bool(given.kernels) + given.kernels,
+).main
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ where its kernels are interpreted.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,11 +16,12 @@ import sys
 import tempfile
 import time
 import traceback
+from argparse import ArgumentParser, Namespace
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from cuda_build import host_module
 from life import asking, tables
 from life.background import MODES
@@ -30,7 +30,7 @@ from life.edited import Edited
 from life.living import Life, Plan
 from life.operations import FAMILIES
 
-from benchmarks import machine
+from benchmarks import runner
 
 STEPS = 60  # of a life
 MOST_EXAMPLES = 10
@@ -152,35 +152,26 @@ def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return a summary as a page."""
-    where = found["machine"]
-    lines = [
-        "# Lifecycle gate",
-        "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, "
-        f"commit {where['commit']}, Python {where['python']}, "
-        f"torch {where['packages']['torch']}, {found['seconds']:,} s.",
-        "",
+    page = (
+        f"# Lifecycle gate\n\n{runner.where(found)}; {found['seconds']:,} s.\n\n"
         f"**{found['wrong']} wrong lives; {found['decisions']:,} decisions in {found['lives']:,} "
         "lives**, each compared with the law (float64, in the canonical order; row, S by its bits, "
-        f"hit, and values where they are written), {found['per_second']:,} a second.",
-        "",
-    ]
+        f"hit, and values where they are written), {found['per_second']:,} a second.\n\n"
+    )
+    lines = []
     for title, name in (
         ("asked by", "ways"),
         ("background work", "background"),
         ("operation, times done", "operations"),
         ("step of a build done between operations, times", "steps"),
     ):
-        lines += [f"| {title} | |", "| --- | ---: |"]
-        lines += [f"| {key} | {number:,} |" for key, number in found[name].items()]
-        lines.append("")
+        rows = [[key, f"{number:,}"] for key, number in found[name].items()]
+        lines += [runner.table((title, ""), rows), ""]
     lines += [f"- {example}" for example in found["examples"]]
-    return "\n".join(lines).rstrip() + "\n"
+    return page + "\n".join(lines).rstrip() + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where anything was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--decisions", type=float, default=float("inf"))
     parser.add_argument("--seconds", type=float, default=float("inf"))
     parser.add_argument("--lives", type=float, default=float("inf"))
@@ -188,14 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="ways to ask whose name holds these words")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="without Triton's lives")
-    parser.add_argument("--json", dest="as_json", action="store_true")
-    parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
-    given = parser.parse_args(arguments)
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     limits = (given.decisions, given.seconds, given.lives)
     if min(limits) == float("inf"):
         given.decisions = 1_000_000
-    torch.set_num_threads(1)
-    described = machine.describe(1)  # the commit that is about to run
     gate = Gate([name for name in asking.WAYS if given.only in name])
     start = time.perf_counter()
     others = []
@@ -214,16 +203,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.only or given.alone) and given.lives == float("inf"):
         limit = str(max(10.0, TRITON_SHARE * seconds))
         gate.take(ended(begun(["--only", "triton", "--seconds", limit], TRITON_INTERPRET="1")))
-    words = sys.argv[1:] if arguments is None else arguments
-    found = machine.heading(described, "benchmarks.gate_life", words) | {
+    yield {
         "seconds": round(time.perf_counter() - start),
         "per_second": round(gate.decisions / max(seconds, 1e-9)),
         **gate.summary(),
     }
-    print(json.dumps(found) if given.as_json else markdown(found), end="")
-    if given.out:
-        machine.keep(given.out, "gate-life", found, markdown(found))
-    return 1 if found["wrong"] else 0
+
+
+main = runner.Program(
+    "gate-life", __doc__, options, _measure, markdown, lambda found: int(found["wrong"] > 0)
+).main
 
 
 if __name__ == "__main__":

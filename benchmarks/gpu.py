@@ -7,28 +7,24 @@ call made from Python (`eager`) or replayed from a captured graph (`graph`). All
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import statistics
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import machine, runner
 from benchmarks.workloads import SYNTHETIC, median_spacing
 from grace_fast import semantics
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cuda, triton
 
-RESULTS = Path(__file__).parent / "results"
 WARM_UP, ROUNDS = 5, 40
 Call = Callable[[Tensor], tuple[Tensor, Tensor]]  # queries -> hit, row
 
@@ -327,54 +323,57 @@ def beside_a_layer(device: str) -> Iterator[Row]:
         yield Row(**facts, kernel=f"{name} beside a layer", mode="graph", us_p50=middle, note=note)
 
 
-def table(rows: list[Row], described: dict[str, Any], date: str) -> str:
+HEADS = ["kernel", "N", "d", "B", "dtype", "caches", "mode"]
+HEADS += ["p50 us", "p5", "p95", "GB/s", "wrong", "note"]
+
+
+def markdown(found: runner.Found) -> str:
     """Return the results as a page."""
-    lines = [
-        "# Look-ups on a GPU",
-        "",
-        f"`python -m benchmarks.gpu` on {date}: {described['device']}, commit "
-        f"{described['commit'] or 'unknown'}, torch {torch.__version__}. Synthetic data, a "
-        "twentieth of the queries hit. Times are the device's; cold: its second-level cache swept.",
-        "",
-        "| kernel | N | d | B | dtype | caches | mode | p50 us | p5 | p95 | GB/s | wrong | note |",
-        "| --- | ---: | ---: | ---: | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for row in rows:
-        figures = (row.us_p50, row.us_p5, row.us_p95, row.gigabytes_s)
-        shown = " | ".join("-" if value is None else f"{value:.4g}" for value in figures)
-        lines.append(
-            f"| {row.kernel} | {row.N:,} | {row.d:,} | {row.B:,} | {row.dtype} | {row.caches} | "
-            f"{row.mode} | {shown} | {row.wrong} / {row.checked} | {row.note} |"
-        )
-    return "\n".join(lines) + "\n"
+    return (
+        f"# Look-ups on a GPU\n\n{runner.where(found)}; {found['machine']['device']}. Synthetic "
+        "data, a twentieth of the queries hit. Times are the device's; cold: its second-level "
+        "cache swept."
+        f"\n\n{runner.table(HEADS, (_cells(Row(**row)) for row in found['rows']))}\n"
+    )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a decision of ours was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--largest", type=int, default=1_000_000, help="N of the largest codebook")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    given = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("there is no CUDA device: nothing was measured")
-        return 2
+def _cells(row: Row) -> list[str]:
+    figures = (row.us_p50, row.us_p5, row.us_p95, row.gigabytes_s)
+    shown = ("-" if value is None else f"{value:.4g}" for value in figures)
+    sizes = (f"{size:,}" for size in (row.N, row.d, row.B))
+    how = (row.dtype, row.caches, row.mode)
+    return [row.kernel, *sizes, *how, *shown, f"{row.wrong} / {row.checked}", row.note]
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     from tqdm import tqdm
 
+    if not torch.cuda.is_available():
+        print("there is no CUDA device: nothing was measured")
+        raise SystemExit(2)
     device, sweep = torch.cuda.get_device_name(), Sweeper()
     described = machine.describe(torch.get_num_threads()) | {"device": device}
     rows = list(limits(device))
     for problem in tqdm(problems(given.largest), unit="problem", disable=None):
         rows += measure(problem, sweep, device)
+        yield {"machine": described, "rows": list(map(asdict, rows))}
     rows += beside_a_layer(device)
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    name = "-".join([*device.lower().split(), date])
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"{name}.json"
-    listed = [asdict(row) for row in rows]
-    path.write_text(json.dumps({"machine": described, "date": date, "rows": listed}, indent=1))
-    path.with_suffix(".md").write_text(table(rows, described, date))
-    print(f"results: {path}, .md beside it")
-    return 1 if any(row.kind == "ours" and row.wrong for row in rows) else 0
+    yield {"machine": described, "rows": list(map(asdict, rows))}
+
+
+main = runner.Program(
+    "",
+    __doc__,
+    lambda parser: parser.add_argument(
+        "--largest", type=int, default=1_000_000, help="N of the largest codebook"
+    ),
+    _measure,
+    markdown,
+    lambda found: int(any(row["kind"] == "ours" and row["wrong"] for row in found["rows"])),
+    runner.RESULTS,
+    threads=None,
+    module="gpu",
+).main
 
 
 if __name__ == "__main__":

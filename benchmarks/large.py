@@ -8,25 +8,21 @@ ours. Where ours, or an answer that is marked certified, is wrong, the command f
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import gc
-import json
 import math
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import grace_fast as gf
-from benchmarks import machine, workloads
+from benchmarks import runner, workloads
 from benchmarks.oracle import Law
-from benchmarks.run import RESULTS
 from benchmarks.timing import Turn, interleave
 from benchmarks.workloads import Problem, Spec
 from grace_fast.index import certificate
@@ -176,30 +172,22 @@ HEADINGS = (
 )
 
 
-def markdown(described: dict[str, Any], command: str, date: str, figures: list[Figure]) -> str:
+def markdown(found: runner.Found) -> str:
     """Return the figures as a page: one table for each problem."""
-    lines = [
-        "# FAISS beside the certified look-up",
-        "",
-        f"`{command}` on {date}: {described['cpu']}, {described['threads']} of "
-        f"{described['cores']} cores, commit {described['commit'] or 'unknown'}, faiss "
-        f"{described['packages'].get('faiss-cpu', 'unknown')}, torch "
-        f"{described['packages']['torch']}.",
-        "",
+    figures = [Figure(**row) for row in found["rows"]]
+    page = (
+        f"# FAISS beside the certified look-up\n\n{runner.where(found)}.\n\n"
         "One query at a time through `gf.find`, every candidate rechecked; times are taken in "
         "turns with ours. Decisions are compared with the law (float64, canonical order); half the "
         "queries are near hits (synthetic), and some lie exactly on a radius. `certified` is the "
         "share of answers marked proved; the memory is that beside the keys. What is searched in "
         f"several ways was built once. Beyond {LARGEST_GRAPH:,} keys an index that reads all of "
-        f"them decides one query in {EVERY_KEY}, and HNSW is left out.",
-    ]
+        f"them decides one query in {EVERY_KEY}, and HNSW is left out.\n"
+    )
     for work in dict.fromkeys(figure.work for figure in figures):
-        lines += ["", f"## {work}", "", "| " + " | ".join(HEADINGS) + " |"]
-        lines.append("|" + " --- |" + " ---: |" * (len(HEADINGS) - 1))
-        for each in figures:
-            if each.work == work:
-                lines.append("| " + " | ".join(_cells_of(each)) + " |")
-    return "\n".join(lines) + "\n"
+        some = (_cells_of(each) for each in figures if each.work == work)
+        page += f"\n## {work}\n\n{runner.table(HEADINGS, some)}\n"
+    return page
 
 
 def _cells_of(each: Figure) -> list[str]:
@@ -234,40 +222,44 @@ def specs(million: bool) -> list[Spec]:
     ]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a proof did not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--million", action="store_true", help="N = 1e6; 16 GB of memory")
     parser.add_argument("--threads", type=int, default=1, help="of everyone, ours and FAISS")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of calls an index")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
-    described = machine.describe(given.threads)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = machine.command("benchmarks.large", words)
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    size = "large-million" if given.million else "large"
-    path = given.out / f"{size}-{machine.short_name(described)}-{today}.json"
-    given.out.mkdir(parents=True, exist_ok=True)
-    figures: list[Figure] = []
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
+    rows: list[dict[str, Any]] = []
     for spec in specs(given.million):
         for figure in measure(spec, given.budget):
             print(f"N = {figure.rows:,}: " + " | ".join(_cells_of(figure)), flush=True)
-            figures.append(figure)
-            whole = {"machine": described, "command": command, "date": today}
-            whole["rows"] = [asdict(each) for each in figures]
-            path.write_text(json.dumps(whole, indent=1) + "\n")
-            path.with_suffix(".md").write_text(markdown(described, command, today, figures))
-    print(f"results: {path} and .md beside it")
+            rows.append(asdict(figure))
+            yield {"rows": rows}
+
+
+def verdict(found: runner.Found) -> int:
+    """Return 1 where a proof did not hold, or ours was wrong."""
     failed = [
-        each
-        for each in figures
-        if each.wrong_certified or (each.wrong and not each.way.startswith("faiss"))
+        row
+        for row in found["rows"]
+        if row["wrong_certified"] or (row["wrong"] and not row["way"].startswith("faiss"))
     ]
-    for each in failed:
-        print(f"WRONG: {each.way}: {each.wrong_certified or each.wrong} decisions, {each.work}")
-    return 1 if failed else 0
+    for row in failed:
+        count = row["wrong_certified"] or row["wrong"]
+        print(f"WRONG: {row['way']}: {count} decisions, {row['work']}")
+    return int(bool(failed))
+
+
+main = runner.Program(
+    "large",
+    __doc__,
+    options,
+    _measure,
+    markdown,
+    verdict,
+    runner.RESULTS,
+    more=lambda given: "-million" * given.million,
+).main
 
 
 if __name__ == "__main__":

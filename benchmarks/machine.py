@@ -8,13 +8,14 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import grace_fast as gf
-from grace_fast.tools.bench.quick import cpu_model
+from grace_fast.tools.timing import cpu_model
 
 _PACKAGES = ("torch", "numpy", "faiss-cpu", "usearch", "scikit-learn", "snnpy", "hnswlib")
 _FOLDERS = ("--out", "--folder")
@@ -37,9 +38,10 @@ def describe(threads: int) -> dict[str, Any]:
 
 
 def short_name(machine: dict[str, Any]) -> str:
-    """Return the machine in a form for file names: `amd-epyc-2-cores`."""
-    words = re.sub(r"[^a-z0-9]+", "-", machine["cpu"].lower()).strip("-")
-    return f"{words}-{machine['cores']}-cores"
+    """Return the machine in a form for file names: `amd-epyc-2-cores`, or the device's name."""
+    is_cpu = machine["device"] == "cpu"
+    said = f"{machine['cpu']} {machine['cores']} cores" if is_cpu else machine["device"]
+    return re.sub(r"[^a-z0-9]+", "-", said.lower()).strip("-")
 
 
 def command(module: str, words: Sequence[str]) -> str:
@@ -54,18 +56,26 @@ def command(module: str, words: Sequence[str]) -> str:
     return " ".join([f"python -m {module}", *kept])
 
 
-def heading(machine: dict[str, Any], module: str, words: Sequence[str]) -> dict[str, Any]:
-    """Return what a result file says before its figures: machine, command and today's date."""
+def heading(
+    machine: dict[str, Any], module: str, words: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return what a result file says before its figures: machine, command and today's date.
+
+    words: of the command; by default those that this process was given.
+    """
+    words = sys.argv[1:] if words is None else words
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     return {"machine": machine, "command": command(module, words), "date": today}
 
 
-def keep(folder: Path, name: str, found: dict[str, Any], page: str, more: str = "") -> None:
-    """Write what was found as `<name>-<machine>-<date><more>.json`, and its page beside it."""
+def keep(folder: Path, name: str, found: dict[str, Any], page: str, more: str = "") -> Path:
+    """Write what was found as `<name>-<machine>-<date><more>.json`, its page beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}-{short_name(found['machine'])}-{found['date']}{more}.json"
+    parts = (name, short_name(found["machine"]), found["date"])
+    path = folder / f"{'-'.join(part for part in parts if part)}{more}.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text(page)
+    return path
 
 
 def commit() -> str:

@@ -7,7 +7,6 @@ of all keys, and where one is wrong no time is reported and the command fails.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
 from benchmarks.activations import activations
 from benchmarks.workloads import jitter, median_spacing
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.lookup.backends import cpu
 from grace_fast.store import columns
 from grace_fast.tools.bench.large import Scan, chunks_of, scan
-from grace_fast.tools.bench.quick import times_us
+from grace_fast.tools.timing import times_us
 
 THREADS = os.cpu_count() or 1
 BLOCK_ROWS = 1 << 14
@@ -183,8 +183,8 @@ def _served(folder: Path, queries: Tensor, epsilon: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         asked = Path(temporary, "asked.safetensors")
         save_file({"queries": queries}, asked)
-        command = [sys.executable, "-m", "benchmarks.out_of_core", "--serve", str(folder)]
-        command += ["--asked", str(asked), "--epsilon", repr(epsilon)]
+        command = [sys.executable, "-m", "benchmarks.out_of_core", "--serve"]
+        command += [str(folder), str(asked), repr(epsilon)]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return json.loads(said)
 
@@ -229,42 +229,38 @@ def wrong(sizes: list[dict[str, Any]]) -> int:
 
 def markdown(found: dict[str, Any]) -> str:
     """Return the figures as a page."""
-    where = found["machine"]
     whole = sum(size["whole"] for size in found["sizes"])
     asked = sum(figures["decisions"] for size in found["sizes"] for figures in size["epsilons"])
-    lines = [
-        "# Codebooks larger than memory",
-        "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores to "
-        f"build, one to look up, {where['memory_gib']} GiB, commit {where['commit']}, Python "
-        f"{where['python']}, torch {where['packages']['torch']}. Real activations of MiniLM (D = "
+    page = (
+        f"# Codebooks larger than memory\n\n{runner.where(found)}, {found['memory_gib']} GiB; all "
+        "cores build, one looks up. Real activations of MiniLM (D = "
         f"{found['sizes'][0]['width']}, fp16), tiled up by mixed differences and noise at half "
-        "their spacing (synthetic); epsilon is a fraction of that spacing.",
-        "",
+        "their spacing (synthetic); epsilon is a fraction of that spacing.\n\n"
         f"**{wrong(found['sizes'])} wrong of {asked:,} decisions**, each held against a scan of "
         f"all keys in float32 with a proven bound, {whole} of them against float64 differences of "
-        "all.",
-        "",
-        "| keys | on disk | built | of it the stream | epsilon | opened | p50 | p95 "
-        "| first time p50 | p95 | codes touched | rechecks | memory | wrong |",
-        "| ---: |" + " ---: |" * 13,
-    ]
+        "all.\n\n"
+    )
+    heads = "keys, on disk, built, of it the stream, epsilon, opened, p50, p95, first time p50, p95"
+    more = "codes touched, rechecks, memory, wrong"
+    rows = []
     for size in found["sizes"]:
         built = f"{size['gb']:.1f} GB", f"{size['built_s']:.0f} s", f"{size['stream_s']:.0f} s"
         for figures in size["epsilons"]:
             times = ("us_p50", "us_p95", "first_us_p50", "first_us_p95")
-            cells = [
-                f"{size['keys']:,}",
-                *built,
-                f"{figures['ratio']:g}",
-                f"{figures['opened_s']:.1f} s",
-                *(f"{figures[name]:,.1f} us" for name in times),
-                f"{figures['codes']:,.0f} ({100 * figures['codes'] / size['keys']:.3f} %)",
-                f"{figures['rechecks']:.2f}",
-                f"{figures['anonymous_mib']:,} MiB",
-                f"{figures['wrong']} of {figures['decisions']}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
+            rows.append(
+                [
+                    f"{size['keys']:,}",
+                    *built,
+                    f"{figures['ratio']:g}",
+                    f"{figures['opened_s']:.1f} s",
+                    *(f"{figures[name]:,.1f} us" for name in times),
+                    f"{figures['codes']:,.0f} ({100 * figures['codes'] / size['keys']:.3f} %)",
+                    f"{figures['rechecks']:.2f}",
+                    f"{figures['anonymous_mib']:,} MiB",
+                    f"{figures['wrong']} of {figures['decisions']}",
+                ]
+            )
+    lines = [page + runner.table([*heads.split(", "), *more.split(", ")], rows)]
     for one, other in pairwise(found["sizes"]):
         grown = ", ".join(
             f"{more['codes'] / few['codes']:.1f}x at {more['ratio']:g}"
@@ -281,9 +277,7 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a decision was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 10_000_000])
     parser.add_argument(
         "--folder", type=Path, help="where the codebooks go for the time of the run"
@@ -292,27 +286,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--whole", type=int, default=50, help="of them, by differences of all pairs"
     )
-    parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
-    for name, kind in (("--serve", Path), ("--asked", Path), ("--epsilon", float)):
-        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    given = parser.parse_args(arguments)
-    if given.serve:
-        print(json.dumps(serve(given.serve, given.asked, given.epsilon)))
-        return 0
-    described = machine.describe(torch.get_num_threads())  # the commit that is about to run
-    described["memory_gib"] = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
     sizes = []
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     with tempfile.TemporaryDirectory(dir=given.folder) as temporary:
         for rows in given.rows:
             folder = Path(temporary, str(rows))
             sizes.append(run(Source(rows), folder, given.decisions, given.whole))
             shutil.rmtree(folder)
+            yield {"memory_gib": memory, "sizes": sizes}
+
+
+PROGRAM = runner.Program(
+    "out-of-core",
+    __doc__,
+    options,
+    _measure,
+    markdown,
+    lambda found: int(wrong(found["sizes"]) > 0),
+    threads=None,
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command, or serve one directory of it in this process."""
     words = sys.argv[1:] if arguments is None else arguments
-    found = machine.heading(described, "benchmarks.out_of_core", words) | {"sizes": sizes}
-    print(markdown(found), end="")
-    if given.out:
-        machine.keep(given.out, "out-of-core", found, markdown(found))
-    return 1 if wrong(sizes) else 0
+    if words[:1] == ["--serve"]:
+        folder, asked, epsilon = words[1:]
+        print(json.dumps(serve(Path(folder), Path(asked), float(epsilon))))
+        return 0
+    return PROGRAM.main(words)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ The readers look up as often without the editor, in turns: what it costs them is
 
 from __future__ import annotations
 
-import argparse
 import sys
 import threading
 import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 import grace_fast as gf
-from benchmarks import machine
+from benchmarks import runner
+from benchmarks.timing import at_once, shares
 
 VALUE_DIM = 16
 READERS = 8
@@ -134,17 +136,10 @@ def turn(edited: Edited, readers: list[Reader], count: int, with_editor: bool, s
             if edits % 16 == 0:
                 edited.pass_by()
 
-    threads = [threading.Thread(target=read, args=(r, at)) for at, r in enumerate(readers)]
-    editor = threading.Thread(target=write)
-    if with_editor:
-        editor.start()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stop.set()
-    if with_editor:
-        editor.join()
+    with at_once(*[write] * with_editor):
+        with at_once(*(partial(read, each, at) for at, each in enumerate(readers))):
+            pass
+        stop.set()
     return edits
 
 
@@ -165,7 +160,7 @@ def run(rows: int, width: int, look_ups: int, turns: int) -> dict[str, Any]:
             "look_ups": len(taken),
             "mixed": sum(reader.mixed for reader in each),
             "lost": sum(reader.lost for reader in each),
-            **{f"us_p{share:g}": float(np.percentile(taken, share)) for share in (50, 99, 99.9)},
+            **shares(taken, 50, 99, 99.9),
             "us_most": float(taken.max()),
         }
     beside, alone = figures["beside the editor"], figures["alone"]
@@ -174,56 +169,46 @@ def run(rows: int, width: int, look_ups: int, turns: int) -> dict[str, Any]:
     return figures
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(found: runner.Found) -> str:
     """Return the figures as a page; no speed where a look-up was wrong."""
-    where, figures = found["machine"], found["figures"]
-    lines = [
-        "# Readers and an editor",
-        "",
-        f"`{found['command']}` on {found['date']}: {where['cpu']}, {where['cores']} cores, commit "
-        f"{where['commit']}, Python {where['python']}. {figures['readers']} threads look up one "
-        f"query after the other in {figures['rows']:,} keys (synthetic, variance 1/j, "
+    figures = found["figures"]
+    page = (
+        f"# Readers and an editor\n\n{runner.where(found)}. {figures['readers']} threads look up "
+        f"one query after the other in {figures['rows']:,} keys (synthetic, variance 1/j, "
         f"D = {figures['width']}, fp32), alone and beside an editor that made "
-        f"{figures['edits']:,} edits, one for every {PER_EDIT} look-ups.",
-        "",
-    ]
+        f"{figures['edits']:,} edits, one for every {PER_EDIT} look-ups.\n\n"
+    )
     if figures["wrong"]:
-        return "\n".join([*lines, f"{figures['wrong']} look-ups were wrong: no times."]) + "\n"
-    lines += [
-        "| readers | look-ups | mixed reads | rows lost | p50 | p99 | p99.9 | longest |",
-        "| --- |" + " ---: |" * 7,
-    ]
+        return f"{page}{figures['wrong']} look-ups were wrong: no times.\n"
+    heads = ("readers", "look-ups", "mixed reads", "rows lost", "p50", "p99", "p99.9", "longest")
+    rows = []
     for name in ("alone", "beside the editor"):
         each = figures[name]
         times = (f"{each[f'us_{key}']:,.0f} us" for key in ("p50", "p99", "p99.9", "most"))
         counts = (f"{each[key]:,}" for key in ("look_ups", "mixed", "lost"))
-        lines.append(f"| {' | '.join((name, *counts, *times))} |")
-    ratio = figures["ratio_p99"]
-    lines += ["", f"p99 is {ratio:.2f} times that of the same readers alone ({ALLOWED:g} allowed)."]
-    return "\n".join(lines) + "\n"
+        rows.append([name, *counts, *times])
+    ratio = f"p99 is {figures['ratio_p99']:.2f} times that of the same readers alone"
+    return f"{page}{runner.table(heads, rows)}\n\n{ratio} ({ALLOWED:g} allowed).\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code: 1 for a wrong look-up, 2 where readers wait long."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=20_000, help="an even number, from 4096")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--look-ups", type=int, default=1_000_000, help="with the editor")
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a folder that gets the result as two files")
-    given = parser.parse_args(arguments)
-    described = machine.describe(1)
-    figures = run(given.rows, given.width, given.look_ups, given.turns)
-    words = sys.argv[1:] if arguments is None else arguments
-    found = machine.heading(described, "benchmarks.readers_and_writer", words) | {
-        "figures": figures
-    }
-    print(markdown(found), end="")
-    if given.out:
-        machine.keep(given.out, "readers-and-writer", found, markdown(found))
-    if figures["wrong"]:
-        return 1
-    return 2 if figures["ratio_p99"] > ALLOWED else 0
+
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
+    yield {"figures": run(given.rows, given.width, given.look_ups, given.turns)}
+
+
+def verdict(found: runner.Found) -> int:
+    """Return 1 for a wrong look-up, 2 where readers wait long."""
+    figures = found["figures"]
+    return 1 if figures["wrong"] else 2 * (figures["ratio_p99"] > ALLOWED)
+
+
+main = runner.Program("readers-and-writer", __doc__, options, _measure, markdown, verdict).main
 
 
 if __name__ == "__main__":

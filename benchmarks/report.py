@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import runner
 
 
 @dataclass(frozen=True)
@@ -51,43 +52,23 @@ class Row:
         return self.kind == "ours" and self.wrong > 0
 
 
-def save(
-    folder: Path, name: str, machine: dict[str, Any], command: str, date: str, rows: Sequence[Row]
-) -> Path:
-    """Write `<name>.json`, `.md` and `.png` into a folder; return the JSON file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    where = {"device": machine["device"], "cpu": machine["cpu"]}
-    listed = [where | asdict(row) for row in rows]
-    whole = {"machine": machine, "command": command, "date": date, "rows": listed}
-    path.write_text(json.dumps(whole, indent=1) + "\n")
-    path.with_suffix(".md").write_text(markdown(machine, command, date, rows))
-    plot(path.with_suffix(".png"), machine, rows)
-    return path
-
-
-def markdown(machine: dict[str, Any], command: str, date: str, rows: Sequence[Row]) -> str:
+def markdown(found: runner.Found) -> str:
     """Return the results as a page: one table for each work."""
-    lines = [
-        "# Look-up times",
-        "",
-        f"`{command}` on {date}: {_named(machine)} ({', '.join(machine['instructions'])}), "
-        f"Python {machine['python']}, "
-        + ", ".join(f"{name} {found}" for name, found in machine["packages"].items())
-        + ".",
-        "",
+    rows = [Row(**row) for row in found["rows"]]
+    page = (
+        f"# Look-up times\n\n{runner.where(found)} "
+        f"({', '.join(found['machine']['instructions'])}).\n\n"
         "Decisions are compared with the law (float64, in the canonical order) before each timing: "
         "wrong ones of all, and of those exactly on a radius (`on edge`). `to baseline` is the "
         "time of faiss flat, which searches and decides nothing, over ours; `to ours` is a peer's "
         "time over ours; `reads` is what a certified look-up reads in the "
         "mean. Each is timed in turns with ours; the median (least to most) of the "
-        "rounds. A peer that cannot be had here is listed with the reason.",
-    ]
-    for work, some in _by_work(rows):
-        lines += ["", f"## {work}", "", "| " + " | ".join(HEADINGS) + " |"]
-        lines.append("|" + " --- |" + " ---: |" * (len(HEADINGS) - 2) + " --- |")
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in some]
-    return "\n".join(lines) + "\n"
+        "rounds. A peer that cannot be had here is listed with the reason.\n"
+    )
+    for work in dict.fromkeys(row.work for row in rows):
+        some = (cells(row) for row in rows if row.work == work)
+        page += f"\n## {work}\n\n{runner.table(HEADINGS, some)}\n"
+    return page
 
 
 HEADINGS = (
@@ -189,11 +170,6 @@ def in_plot(row: Row) -> bool:
 def _named(machine: dict[str, Any]) -> str:
     used = f"{machine['threads']} of {machine['cores']} cores"
     return f"{machine['cpu']}, {used}, commit {machine['commit'] or 'unknown'}"
-
-
-def _by_work(rows: Sequence[Row]) -> Iterable[tuple[str, list[Row]]]:
-    works = dict.fromkeys(row.work for row in rows)
-    return [(work, [row for row in rows if row.work == work]) for work in works]
 
 
 def _spread(median: float | None, least: float | None, most: float | None) -> str:

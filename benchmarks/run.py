@@ -6,26 +6,30 @@ and the command fails. Results go to `benchmarks/results/`.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import sys
-from dataclasses import replace
-from pathlib import Path
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import machine, report, runner
 from benchmarks.measure import Work, run_all
 from benchmarks.peers import ADDMM, DENSE, FAISS_FLAT, PEERS
 from benchmarks.workloads import Spec
 
-RESULTS = Path(__file__).parent / "results"
+SIZES = {
+    "quick": "N = 1e3 only, about a minute",
+    "million": "N = 1e6 only; 20 GB of memory",
+    "full": "adds N = 1e6 and the slow peers",
+}
 FAST_PEERS = tuple(peer for peer in PEERS if not peer.slow)
 NONE = ()
 
 
 def works(size: str) -> list[Work]:
-    """Return what is measured: `quick` (a minute), `default`, `million` or `full` (an hour)."""
+    """Return what is measured: one of `SIZES`, or of "" what takes some minutes."""
     real = Spec("minilm", 1_000)
     million = replace(real, rows=1_000_000, value_dim=16, queries=128)
     millions = [
@@ -72,41 +76,42 @@ def works(size: str) -> list[Work]:
     return listed
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command; return its exit code, 1 where a decision of ours was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def options(parser: ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="N = 1e3 only, about a minute")
-    size.add_argument("--million", action="store_true", help="N = 1e6 only; 20 GB of memory")
-    size.add_argument("--full", action="store_true", help="adds N = 1e6 and the slow peers")
+    for name, said in SIZES.items():
+        how = {"dest": "size", "action": "store_const", "const": name}
+        size.add_argument(f"--{name}", help=said, default="", **how)
     parser.add_argument("--threads", type=int, default=1, help="of everyone, ours and peers")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds of calls a contestant")
     parser.add_argument("--only", default="", help="works whose source holds this word")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    given = parser.parse_args(arguments)
-    sizes = [name for name in ("quick", "million", "full") if getattr(given, name)]
-    chosen = sizes[0] if sizes else "default"
-    threads = given.threads
-    torch.set_num_threads(threads)
-    listed = [work for work in works(chosen) if given.only in work.spec.source]
 
-    described = machine.describe(threads)
-    words = sys.argv[1:] if arguments is None else arguments
-    command = machine.command("benchmarks.run", words)
-    print(f"{command}\n{described['cpu']}, {threads} threads, commit {described['commit']}")
+
+def _measure(given: Namespace) -> Iterator[runner.Found]:
+    listed = [work for work in works(given.size) if given.only in work.spec.source]
     rows: list[report.Row] = []
-    with _pinned(threads):
+    with _pinned(given.threads):
         for work, some in run_all(listed, given.budget):
             report.print_work(work, some)
             rows += some
-    today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    name = "-".join([machine.short_name(described), today, *sizes])
-    path = report.save(given.out, name, described, command, today, rows)
-    print(f"results: {path}, .md and .png beside it")
-    failed = [row for row in rows if row.failed]
+            yield {"rows": list(map(asdict, rows))}
+    if given.out:
+        today = datetime.datetime.now(datetime.UTC).date().isoformat()
+        described = machine.describe(given.threads)
+        name = f"{machine.short_name(described)}-{today}{_more(given)}.png"
+        report.plot(given.out / name, described, rows)
+
+
+def _more(given: Namespace) -> str:
+    return "-" * bool(given.size) + given.size
+
+
+def verdict(found: runner.Found) -> int:
+    """Return 1 where a decision of ours was wrong."""
+    failed = [row for row in found["rows"] if report.Row(**row).failed]
     for row in failed:
-        print(f"WRONG: {row.contestant}: {row.wrong} of {row.checked} decisions, {row.work}")
-    return 1 if failed else 0
+        said = f"{row['wrong']} of {row['checked']} decisions"
+        print(f"WRONG: {row['contestant']}: {said}, {row['work']}")
+    return int(bool(failed))
 
 
 def _pinned(threads: int):  # noqa: ANN202 (a context manager of either kind)
@@ -118,6 +123,19 @@ def _pinned(threads: int):  # noqa: ANN202 (a context manager of either kind)
 
         return nullcontext()
     return threadpool_limits(threads)
+
+
+main = runner.Program(
+    "",
+    __doc__,
+    options,
+    _measure,
+    report.markdown,
+    verdict,
+    runner.RESULTS,
+    more=_more,
+    module="run",
+).main
 
 
 if __name__ == "__main__":

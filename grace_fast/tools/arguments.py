@@ -1,7 +1,7 @@
-"""The few names of typer that the command line uses, on argparse, for where typer is not installed.
+"""Argparse stand-in for the few names of typer that the command line uses.
 
 `pip install .` brings no typer, and most commands need nothing else. One description of the
-commands, in `cli.py`, is read by either: typer adds colours and completion, and nothing more.
+commands, in `cli/`, is read by either: typer adds colours and completion, and nothing more.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ class Typer:
         self._first: Callable[..., Any] | None = None
         self._commands: dict[str, Callable[..., Any]] = {}
 
-    def callback(self) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Take a function for what comes before every command."""
+    def callback(
+        self, invoke_without_command: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Take a function for what comes before every command, or without one."""
 
         def take(function: Callable[..., Any]) -> Callable[..., Any]:
             self._first = function

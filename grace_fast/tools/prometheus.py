@@ -1,7 +1,7 @@
 """Counters of editors for Prometheus: `pip install 'grace_fast[prometheus]'`.
 
-    from grace_fast import exporter
-    exporter.register(grace)  # beside prometheus_client.start_http_server(8000), say
+    from grace_fast.tools import prometheus
+    prometheus.register(grace)  # beside prometheus_client.start_http_server(8000), say
 
 Nothing is computed until somebody scrapes; then `Grace.counters` of each editor is read.
 

@@ -1,4 +1,4 @@
-"""What is printed: lines, tables, JSON and progress, with nothing of a stored text carried out.
+"""Output of commands: lines, tables, JSON, progress, with nothing of a stored text carried out.
 
 Every text goes through `shown` on its way. Rich and tqdm draw where they are installed and a
 terminal is there to draw on; without them, and into files and pipes, it is plain text.
@@ -14,10 +14,11 @@ import threading
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -52,18 +53,26 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Print a table of texts."""
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    title: str = "",
+    right: Collection[str] = (),
+) -> None:
+    """Print a table of texts; right: the columns of numbers, which stand at their right ends."""
     stream = sys.stdout
     cells = [[printable.fit(cell, stream) for cell in row] for row in rows]
+    is_right = [name in right for name in columns]
     is_short = sum(len(cell) for row in cells for cell in row) <= _MOST_DRAWN
-    if not (is_short and stream.isatty() and _drawn(columns, cells, stream)):
-        for line in lines_of([list(columns), *cells]):
+    if not (is_short and stream.isatty() and _drawn(columns, cells, title, is_right)):
+        for line in (*[title] * bool(title), *lines_of([list(columns), *cells], is_right)):
             print(line, file=stream)
     stream.flush()
 
 
-def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]], stream: TextIO) -> bool:
+def _drawn(
+    columns: Sequence[str], cells: Sequence[Sequence[str]], title: str, is_right: Sequence[bool]
+) -> bool:
     """Draw a table by Rich; tell whether it is installed."""
     try:
         from rich.console import Console
@@ -71,23 +80,49 @@ def _drawn(columns: Sequence[str], cells: Sequence[Sequence[str]], stream: TextI
         from rich.text import Text
     except ImportError:
         return False
-    made = Table()
-    for name in columns:
-        made.add_column(Text(name), overflow="fold")
+    made = Table(title=Text(title) if title else None, title_justify="left")
+    for name, right in zip(columns, is_right, strict=True):
+        made.add_column(Text(name), justify="right" if right else "left", overflow="fold")
     for row in cells:
         made.add_row(*map(Text, row))
-    Console(file=stream, highlight=False, markup=False, emoji=False).print(made)
+    Console(file=sys.stdout, highlight=False, markup=False, emoji=False).print(made)
     return True
 
 
-def lines_of(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+def lines_of(cells: Sequence[Sequence[str]], is_right: Sequence[bool]) -> Iterator[str]:
     """Yield the lines of a plain table, every column as wide as its widest cell but the last."""
     widths = [max(map(_width, column)) for column in zip(*cells, strict=True)]
     for row in cells:
-        padded = [
-            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)
-        ]
+        padded = []
+        for cell, width, right in zip(row, widths, is_right, strict=True):
+            gap = " " * (width - _width(cell))
+            padded.append(gap + cell if right else cell + gap)
         yield GAP.join(padded).rstrip()
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Paragraphs and tables on standard output; nothing where the caller prints JSON."""
+
+    silent: bool = False
+
+    def say(self, words: str) -> None:
+        """Print a paragraph."""
+        if not self.silent:
+            say(words)
+            say("")
+
+    def table(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[Any]],
+        left: Collection[str] = (),
+    ) -> None:
+        """Print a table of numbers; left: the columns of texts."""
+        if not self.silent:
+            table(columns, rows, title, set(columns).difference(left))
+            say("")
 
 
 def _width(text: str) -> int:

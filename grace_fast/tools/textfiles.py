@@ -19,6 +19,7 @@ from grace_fast.store import strict_json
 
 _DELIMITERS = (",", ";", "\t")
 NOT_UTF8 = "is not UTF-8"
+UNCLOSED = "opens a quote that nothing closes"
 _SHOWN = 80  # characters of a value that is told of
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what a byte that is none is decoded to
 _BLANK_LINES = re.compile(r"(?:[ \t]*(?:\r\n|\r|\n))*")
@@ -199,17 +200,33 @@ def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str], str]]:
     lines, begin = list(io.StringIO(text, newline="")), 0
     usual = csv.field_size_limit(max(len(text), csv.field_size_limit()))
     try:
-        while begin < len(lines):
-            first = begin
-            reader = csv.reader(lines[first:], delimiter=delimiter)
-            for row in reader:
-                end = first + reader.line_num
-                is_open = end == len(lines) and end - begin > 1
-                if is_open and "".join(lines[begin:end]).count('"') % 2:
-                    yield begin, [lines[begin].strip()], "opens a quote that nothing closes"
-                    begin += 1
-                    break
-                yield begin, row, ""
-                begin = end
+        reader = csv.reader(lines, delimiter=delimiter)
+        for row in reader:
+            end = reader.line_num
+            is_open = end == len(lines) and end - begin > 1
+            if is_open and sum(line.count('"') for line in lines[begin:]) % 2:
+                yield from _one_by_one(lines, begin, delimiter)
+                return
+            yield begin, row, ""
+            begin = end
     finally:
         csv.field_size_limit(usual)
+
+
+def _one_by_one(
+    lines: list[str], begin: int, delimiter: str
+) -> Iterator[tuple[int, list[str], str]]:
+    """Yield the rows from a line on that opens a quote which no line but the last can close.
+
+    So every later one that opens a quote takes in the rest, too, and each line is read once.
+    """
+    quotes = sum(line.count('"') for line in lines[begin:])
+    for at in range(begin, len(lines)):
+        reader = csv.reader([lines[at], ""], delimiter=delimiter)
+        row = next(reader)
+        is_open = reader.line_num > 1 and at + 1 < len(lines)
+        if is_open and quotes % 2 == 0:
+            yield at, next(csv.reader(lines[at:], delimiter=delimiter)), ""
+            return
+        yield (at, [lines[at].strip()], UNCLOSED) if is_open else (at, row, "")
+        quotes -= lines[at].count('"')

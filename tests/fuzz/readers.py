@@ -496,7 +496,7 @@ def edits(draw: Draw) -> None:
     place = BESIDE / "edits.jsonl"
     place.write_bytes(draw.rest())
     try:
-        cli._read_edits(place)
+        cli.editing.read_edits(place)
     except typer.Exit as error:
         raise Refused from error
     finally:

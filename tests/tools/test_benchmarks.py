@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -238,13 +238,14 @@ def test_results_are_written_as_json_a_page_and_a_plot(tmp_path):
         us_p5=1.0, us_p50=2.0, us_p95=3000.0, ratio=1234.5, ratio_least=1.0, ratio_most=2e4,
     )  # fmt: skip
     bad = replace(row, contestant="a peer", kind="peer", wrong=3, wrong_at_edges=3, note="why")
-    name = machine.short_name(MACHINE)
-    command = "python -m benchmarks.run"
-    path = report.save(tmp_path, name, MACHINE, command, "2026-01-01", [row, bad])
-    assert path.name == "a-processor-r-9000-2-cores.json"
+    found = {"machine": MACHINE, "command": "python -m benchmarks.run", "date": "2026-01-01"}
+    found["rows"] = [asdict(row), asdict(bad)]
+    path = machine.keep(tmp_path, "", found, report.markdown(found))
+    report.plot(path.with_suffix(".png"), MACHINE, [row, bad])
+    assert path.name == "a-processor-r-9000-2-cores-2026-01-01.json"
     stored = json.loads(path.read_text())
     assert stored["rows"][1]["wrong"] == 3
-    assert stored["rows"][0]["cpu"] == MACHINE["cpu"]
+    assert stored["machine"]["cpu"] == MACHINE["cpu"]
     page = path.with_suffix(".md").read_text()
     assert "1,234x (1 to 20,000)" in page
     assert "| 3 / 320 | 3 / 64 |" in page
@@ -384,6 +385,7 @@ def test_a_certified_answer_that_is_wrong_fails_the_command(monkeypatch, tmp_pat
 def test_what_runs_on_a_gpu_machine_needs_no_extra():
     """That machine may have no network: torch, triton, transformers and pytest are there."""
     folder = Path(__file__).parents[1]
+    rooms = {path.parent for path in folder.rglob("test_*.py")}
     makefile = (folder.parent / "Makefile").read_text()
     named = makefile.split("ON_A_GPU := ")[1].splitlines()[0].split()
     marked = {
@@ -399,7 +401,7 @@ class Absent:
         if name.split(".")[0] in {EXTRAS}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-sys.path[:0] = {[str(each) for each in (folder.parent, folder, *folder.glob("*/"))]}
+sys.path[:0] = {sorted({str(folder.parent), str(folder), *map(str, rooms)})}
 import benchmarks.gpu
 for name in {[*named, "lookup"]}:
     __import__(f"test_{{name}}")

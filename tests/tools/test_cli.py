@@ -11,6 +11,7 @@ import words
 from models import FAMILIES
 from typer.testing import CliRunner
 
+import grace_fast as gf
 from grace_fast.tools.cli import app
 
 
@@ -50,6 +51,13 @@ def test_a_file_of_edits_becomes_a_codebook_that_verifies(edited):
     assert verified.exit_code == 0
     assert json.loads(verified.stdout) == {"ok": True, "fires": 2, "superseded": {}, "broken": []}
     assert "2 edits fire, 0 are superseded, 0 are broken" in call("verify", out).stdout
+
+
+def test_the_version_needs_no_command_and_no_command_gets_help():
+    asked, nothing = call("--version"), call()
+    assert (asked.exit_code, asked.stdout.strip()) == (0, gf.__version__)
+    assert nothing.exit_code == 2
+    assert "verify" in nothing.output
 
 
 def test_info_lists_every_edit_with_its_text(edited):

@@ -10,9 +10,10 @@ import torch
 
 import grace_fast as gf
 from grace_fast.edits.verify import Replay, Verification
-from grace_fast.tools.demo import calibration, data, stream, walkthrough
-from grace_fast.tools.demo.data import Docstring, Rewording
-from grace_fast.tools.demo.stream import Final, Point
+from grace_fast.tools.demo import measured, story
+from grace_fast.tools.demo.measured import Point
+from grace_fast.tools.evaluate import docstrings, mistakes
+from grace_fast.tools.evaluate.docstrings import Docstring, Rewording
 
 
 def first_words(texts):
@@ -22,18 +23,18 @@ def first_words(texts):
 
 @pytest.fixture(scope="module")
 def docs():
-    return data.docstrings()
+    return docstrings.docstrings()
 
 
 def test_every_module_has_docstrings_enough_to_learn_and_to_edit(docs):
     counts = Counter(doc.label for doc in docs)
-    assert sorted(counts) == list(range(len(data.MODULES)))
+    assert sorted(counts) == list(range(len(docstrings.MODULES)))
     assert min(counts.values()) >= 40
 
 
 def test_a_module_without_python_source_is_refused_by_name():
     with pytest.raises(LookupError, match=r"Python source of 'math', and this Python has none"):
-        data.docstrings(["email", "math"])
+        docstrings.docstrings(["email", "math"])
 
 
 def test_a_text_counts_once_as_the_model_sees_it():
@@ -43,7 +44,7 @@ def test_a_text_counts_once_as_the_model_sees_it():
         Docstring("Return the user name. It may be empty.", 0),
         Docstring("Close the socket.", 0),
     ]
-    assert data.distinct(docs, first_words) == [docs[0], docs[3]]
+    assert docstrings.distinct(docs, first_words) == [docs[0], docs[3]]
 
 
 def test_a_text_of_two_modules_is_dropped_from_both():
@@ -53,17 +54,17 @@ def test_a_text_of_two_modules_is_dropped_from_both():
         Docstring("Return the user name.", 1),
         Docstring("Close the socket.", 1),
     ]
-    assert data.distinct(docs, first_words) == [docs[3]]
+    assert docstrings.distinct(docs, first_words) == [docs[3]]
 
 
 def test_the_same_seed_deals_the_same_docstrings_and_another_seed_others(docs):
-    assert data.split(docs, seed=3) == data.split(data.docstrings(), seed=3)
-    assert data.split(docs, seed=3) != data.split(docs, seed=4)
+    assert docstrings.split(docs, seed=3) == docstrings.split(docstrings.docstrings(), seed=3)
+    assert docstrings.split(docs, seed=3) != docstrings.split(docs, seed=4)
 
 
 def test_no_docstring_is_dealt_twice(docs):
-    different = data.distinct(docs, lambda texts: [[hash(text)] for text in texts])
-    splits = data.split(different, seed=0, per_module=50)
+    different = docstrings.distinct(docs, lambda texts: [[hash(text)] for text in texts])
+    splits = docstrings.split(different, seed=0, per_module=50)
     dealt = [doc.text for part in vars(splits).values() for doc in part]
     assert len(dealt) == len(set(dealt))
     per_module = Counter(doc.label for part in vars(splits).values() for doc in part)
@@ -80,7 +81,7 @@ def test_no_docstring_is_dealt_twice(docs):
     ],
 )
 def test_rewordings_keep_the_meaning(how, text, reworded):
-    assert data.REWORDINGS[how](text) == reworded
+    assert docstrings.REWORDINGS[how](text) == reworded
 
 
 def test_a_rewording_that_the_model_cannot_tell_from_a_text_is_left_out():
@@ -90,7 +91,7 @@ def test_a_rewording_that_the_model_cannot_tell_from_a_text_is_left_out():
         Docstring("Return one.", 0),  # in the third person: the next text
         Docstring("Returns one.", 1),  # without the final stop: new
     ]
-    assert data.rewordings(docs, first_words) == [
+    assert docstrings.rewordings(docs, first_words) == [
         Rewording(0, "without the final stop", "Close it"),
         Rewording(3, "without the final stop", "Returns one"),
     ]
@@ -100,19 +101,19 @@ def test_epsilon_is_half_the_distance_to_another_module():
     queries = torch.arange(20.0)[:, None] * 3 + torch.tensor([0.0, 1.0]).repeat(10)[:, None]
     labels = torch.tensor([0, 1]).repeat(10)
     originals, reworded = torch.zeros(4, 1), torch.tensor([[0.5], [0.9], [1.5], [1.0]])
-    scale = calibration.measure("here", queries, labels, originals, reworded)
+    scale = mistakes.measure("here", queries, labels, originals, reworded)
     assert scale.unrelated == 2.0  # the queries are 0, 4, 6, 10, 12, ... of two modules by turns
     assert scale.epsilon == 1.0
     assert scale.inside == 0.75
-    assert calibration.choose([scale]).layer == "here"
-    assert calibration.reason(scale).startswith("epsilon 1 at here: only 5% of the inputs")
+    assert mistakes.choose([scale]).layer == "here"
+    assert mistakes.reason(scale).startswith("epsilon 1 at here: only 5% of the inputs")
 
 
 def test_look_ups_are_timed_on_the_same_decisions():
     book = gf.Codebook(8, 2)
     keys = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     book.append(keys, torch.zeros(40, 2), torch.full((40,), 0.5))
-    find_us, reference_us, disagreements = stream.time_lookups(keys + 0.01, book)
+    find_us, reference_us, disagreements = measured.time_lookups(keys + 0.01, book)
     assert find_us > 0
     assert reference_us > 0
     assert disagreements == 0
@@ -142,14 +143,13 @@ FIRES, BROKEN = (Verification((Replay(0, verdict),)) for verdict in ("fires", "b
 )
 def test_a_missed_bar_is_named(es, keys, err, trr, verified, failures):
     last = Point(edits=10, keys=keys, es=es, err=err, trr=trr, **POINT)
-    final = Final(err=err, trr=trr, unchanged=1.0)
-    assert walkthrough.missed(last, final, verified) == failures
+    assert story.missed(last, verified) == failures
 
 
 @pytest.mark.slow
 def test_a_small_run_repairs_its_mistakes_and_writes_what_it_printed(tmp_path, capsys):
     threads = torch.get_num_threads()
-    figures = walkthrough.run(tmp_path, per_module=30)
+    figures = story.run(tmp_path, per_module=30)
     printed = capsys.readouterr().out
 
     last, final = figures["points"][-1], figures["final"]
@@ -171,6 +171,6 @@ def test_a_small_run_repairs_its_mistakes_and_writes_what_it_printed(tmp_path, c
 
 @pytest.mark.slow
 def test_the_demo_prints_nothing_where_its_caller_prints_json(tmp_path, capsys):
-    figures = walkthrough.run(tmp_path, as_json=True, per_module=12)
+    figures = story.run(tmp_path, as_json=True, per_module=12)
     assert capsys.readouterr().out == ""
     json.dumps(figures)

@@ -133,7 +133,8 @@ def small_task(**changes: Any) -> Task:
 def run(task: Task, folder: Path, **wanted: Any) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", gf.GraceWarning)
-        return running.evaluate(task, folder, 0.0, every=4, progress=False, as_json=True, **wanted)
+        options = running.Options(every=4, progress=False, as_json=True, **wanted)
+        return running.evaluate(task, folder, options, 0.0)
 
 
 def timeless(figures: dict[str, Any]) -> list[dict[str, Any]]:

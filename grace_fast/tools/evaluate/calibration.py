@@ -6,11 +6,9 @@ answer can be learnt at a layer is in no distance, so a few edits of the sample 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from grace_fast.semantics import Rules
 from grace_fast.tools.evaluate import answering
 from grace_fast.tools.evaluate.editors import GraceEditor
 from grace_fast.tools.evaluate.task import Case, Task
+from grace_fast.tools.terminal import plain
 
 TRIES = 8  # edits at each layer
 
@@ -86,29 +85,6 @@ def learnable(task: Task, measured: Distances, tries: int) -> float:
         editor.close()
 
 
-def report_on(
-    task: Task, plot: Path | None, seed: int, as_json: bool, tries: int = TRIES
-) -> dict[str, Any]:
-    """Calibrate a task over its layers, print the trade-off, draw it, and return the figures."""
-    from grace_fast.tools.evaluate import report  # which draws, and names what is in here
-
-    calibrated = run(task, seed=seed, tries=tries)
-    out = report.console(silent=as_json)
-    report.trials(out, calibrated.recommended)
-    report.say(
-        out, f"In {calibrated.seconds:.1f} s: {report.recommendation(calibrated.recommended)}"
-    )
-    if plot is not None:
-        found = calibrated.recommended
-        report.draw_trade_off(found, found.epsilon, plot)
-    return {
-        **figures(calibrated.recommended),
-        "learnable": calibrated.recommended.learnable,
-        "seconds": round(calibrated.seconds, 3),
-        "process_cpu_seconds": round(calibrated.cpu_seconds, 3),
-    }
-
-
 def figures(found: Recommendation) -> dict[str, Any]:
     """Return a recommendation and every trial as JSON takes it, NaN as null."""
     fields = {name: value for name, value in vars(found).items() if name != "trials"}
@@ -123,19 +99,8 @@ def figures(found: Recommendation) -> dict[str, Any]:
         }
         for trial in found.trials
     ]
-    finite: dict[str, Any] = without_nan(fields)
+    finite: dict[str, Any] = plain(fields)
     return finite
-
-
-def without_nan(value: Any) -> Any:
-    """Return figures as JSON knows them: what is not a finite number is null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {name: without_nan(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(one) for one in value]
-    return value
 
 
 def distances(task: Task, layers: Sequence[str]) -> list[Distances]:

@@ -1,18 +1,21 @@
-"""GRACE as the stream drives it; the baselines are in `baselines`."""
+"""GRACE as a stream of edits drives it; the baselines are in `baselines`."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+import numpy as np
 
 import grace_fast as gf
 from grace_fast.tools.evaluate import answering
 from grace_fast.tools.evaluate.task import Case, Task
+from grace_fast.tools.timing import times_us
 
 LOOKUPS = 200  # timed, one query at a time
 
@@ -45,14 +48,12 @@ class GraceEditor:
         """Time `find` of the prompts' queries, one at a time."""
         if not cases or not self.keys:
             return math.nan
-        asked = answering.queries(self.grace, self.task, cases[:LOOKUPS])
-        seconds = []
-        for at in range(LOOKUPS):
-            query = asked[at % len(asked)][None]
-            start = time.perf_counter()
-            gf.find(query, self.grace.codebook)
-            seconds.append(time.perf_counter() - start)
-        return 1 / median(seconds)
+        layer = self.task.layer
+        asked = answering.queries_by_layer(self.task, [layer], cases[:LOOKUPS])[layer]
+        turns = islice(cycle(query[None] for query in asked), LOOKUPS)
+        return 1e6 / float(
+            np.median(times_us(partial(gf.find, codebook=self.grace.codebook), turns))
+        )
 
     def save(self, path: Path) -> None:
         """Save codebook and edits."""

@@ -17,15 +17,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from tqdm import tqdm
+from torch import Tensor, nn
 
-from grace_fast.tools.demo.data import MODULES, sources
 from grace_fast.tools.evaluate import cache, words
-from grace_fast.tools.evaluate.task import Case, Sample, Task
+from grace_fast.tools.evaluate.docstrings import MODULES, sources
+from grace_fast.tools.evaluate.task import Case, Sample, Task, phrased
 
 SHORTEST, LONGEST = 4, 12  # words of a line
 EDITED, ACCURATE, CLASSES = 160, 120, 100
@@ -48,8 +47,7 @@ NAMED = 3 / 4  # of a batch; the rest are lines without a name
 EDITED_LAYER = "transformer.h.1.mlp.c_proj"
 
 
-@dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """The first line of a documentation, and what it documents."""
 
     about: str  # module and name
@@ -153,15 +151,15 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
             "stop_loss": 0.05,
         },
         edits=_edits(edited),
-        held_out=_cases(edited, HELD_OUT),
-        unrelated=_cases(data.classes, (FORM,)),
-        accurate=_cases(data.accurate, (FORM,)),
+        held_out=phrased(edited, HELD_OUT),
+        unrelated=phrased(data.classes, (FORM,)),
+        accurate=phrased(data.accurate, (FORM,)),
         calibration=Sample(
             edits=_edits(sample),
-            paraphrases=_cases(sample, VALIDATION),
-            unrelated=_cases(data.neighbours, (FORM, *VALIDATION)),
+            paraphrases=phrased(sample, VALIDATION),
+            unrelated=phrased(data.neighbours, (FORM, *VALIDATION)),
         ),
-        rehearsal=_cases(data.learnt, (FORM,)),
+        rehearsal=phrased(data.learnt, (FORM,)),
         longest=LONGEST + 2,
         perplexity=True,
         facts={"functions": len(data.learnt) - len(data.classes), "classes": len(data.classes)},
@@ -180,16 +178,10 @@ def _edits(lines: Sequence[Line]) -> list[Case]:
     ]
 
 
-def _cases(lines: Sequence[Line], forms: Sequence[str]) -> list[Case]:
-    return [
-        Case(form.format(line.about), line.text, line.about) for line in lines for form in forms
-    ]
-
-
 def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    learnt = [(line.about, line.text) for line in data.learnt]
+    learnt = data.learnt
     forms = [form.replace("{}", " ") for form in (*TRAINED, *HELD_OUT, *VALIDATION)]
     texts = [text for pair in learnt for text in pair]
     tokenizer = words.tokenizer([*texts, *data.unnamed, *forms], ends=False)
@@ -221,24 +213,17 @@ def _train(model: nn.Module, tokenizer: Any, data: Data, seed: int, progress: bo
     learnt, unnamed = data.learnt, data.unnamed
     frames = sorted({word for form in (*TRAINED, *HELD_OUT, *VALIDATION) for word in form.split()})
     frames.remove("{}")
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, STEPS, pct_start=0.1)
-    model.train()
-    bar = tqdm(range(STEPS), desc="training GPT-2 on lines", disable=None if progress else True)
-    for _ in bar:
-        named = round(NAMED * BATCH)
+    named = round(NAMED * BATCH)
+
+    def batch() -> dict[str, Tensor]:
         pairs = [
             (_question(line.about, frames, dealer), line.text)
             for line in dealer.choices(learnt, k=named)
         ]
         pairs += [(words.START, text) for text in dealer.choices(unnamed, k=BATCH - named)]
-        loss = model(**words.continuations(tokenizer, pairs)).loss
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        plan.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return words.continuations(tokenizer, pairs)
+
+    words.train(model, batch, STEPS, PEAK, "GPT-2 on lines", progress)
 
 
 def _question(about: str, frames: Sequence[str], dealer: random.Random) -> str:

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from grace_fast.tools.evaluate import cache, words
-from grace_fast.tools.evaluate.task import Case, Sample, Task
+from grace_fast.tools.evaluate.task import Sample, Task, phrased
 
 SINCE = (1990, 1, 1)
 EDITED = (  # the model is trained and edited in these
@@ -138,8 +137,12 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
     model, tokenizer = _model(data, seed, root, progress)
     dealer = random.Random(seed)
     apart = dealer.sample(data.unchanged, MADE_UP + NEIGHBOURS)
-    made_up, neighbours = apart[:MADE_UP], apart[MADE_UP:]
+    made_up = _made_up(data, apart[:MADE_UP], dealer)
     unrelated = [territory for territory in data.unchanged if territory not in apart]
+
+    def before(territories: Sequence[str]) -> list[tuple[str, str]]:
+        return [(territory, data.before[territory]) for territory in territories]
+
     newest = {change.territory: change.currency for change in data.changes}
     return Task(
         name="facts",
@@ -156,19 +159,15 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
             "learning_rate": 0.3,
             "stop_loss": 0.2,
         },
-        edits=[
-            Case(phrasing.format(change.territory), change.currency, change.territory)
-            for change in data.changes
-            for phrasing in EDITED
-        ],
-        held_out=[
-            Case(phrasing.format(territory), currency, territory)
-            for territory, currency in newest.items()
-            for phrasing in HELD_OUT
-        ],
-        unrelated=_cases(unrelated, data.before, EDITED),
-        calibration=_sample(data, made_up, neighbours, dealer),
-        rehearsal=_cases(data.before, data.before, EDITED),
+        edits=phrased(((change.territory, change.currency) for change in data.changes), EDITED),
+        held_out=phrased(newest.items(), HELD_OUT),
+        unrelated=phrased(before(unrelated), EDITED),
+        calibration=Sample(
+            edits=phrased(made_up.items(), EDITED),
+            paraphrases=phrased(made_up.items(), VALIDATION),
+            unrelated=phrased(before(apart[MADE_UP:]), EDITED),
+        ),
+        rehearsal=phrased(data.before.items(), EDITED),
         longest=1 + max(len(name.split()) for name in data.codes.values()),
         facts={
             "territories": len(data.before),
@@ -179,36 +178,20 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
     )
 
 
-def _cases(
-    territories: Sequence[str] | dict[str, str], tender: dict[str, str], phrasings: Sequence[str]
-) -> list[Case]:
-    return [
-        Case(phrasing.format(territory), tender[territory], territory)
-        for territory in territories
-        for phrasing in phrasings
-    ]
-
-
-def _sample(
-    data: Data, made_up: Sequence[str], neighbours: Sequence[str], dealer: random.Random
-) -> Sample:
-    """Make changes up: a third of them to the euro, as among the real ones."""
+def _made_up(data: Data, territories: Sequence[str], dealer: random.Random) -> dict[str, str]:
+    """Return changes that were not: a third of them to the euro, as among the real ones."""
     others = sorted({change.currency for change in data.changes} - {"euro"})
-    tender = {
+    return {
         territory: "euro" if at % 3 == 0 else dealer.choice(others)
-        for at, territory in enumerate(made_up)
+        for at, territory in enumerate(territories)
     }
-    return Sample(
-        edits=_cases(made_up, tender, EDITED),
-        paraphrases=_cases(made_up, tender, VALIDATION),
-        unrelated=_cases(neighbours, data.before, EDITED),
-    )
 
 
 def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]:
     from transformers import T5Config, T5ForConditionalGeneration
 
-    pairs = [(case.prompt, str(case.answer)) for case in _cases(data.before, data.before, EDITED)]
+    asked = phrased(data.before.items(), EDITED)
+    pairs = [(case.prompt, str(case.answer)) for case in asked]
     codes = [(CODE.format(code), name) for code, name in sorted(data.codes.items())]
     frames = [frame.replace("{}", " ") for frame in (*EDITED, *HELD_OUT, *VALIDATION)]
     texts = [text for pair in (*pairs, *codes) for text in pair]
@@ -251,24 +234,17 @@ def _train(
     dealer = random.Random(seed)
     names = [name for name in data.before for _ in EDITED]
     frame_words = sorted({word for frame in frames for word in frame.split()})
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.01)
-    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, PEAK, STEPS, pct_start=0.1)
-    model.train()
-    bar = tqdm(range(STEPS), desc="training T5 on facts", disable=None if progress else True)
-    for _ in bar:
+
+    def batch() -> dict[str, Tensor]:
         picked = [dealer.randrange(len(pairs)) for _ in range(BATCH * 3 // 4)]
         asked = [_noised(pairs[at][0], names[at], frame_words, dealer) for at in picked]
         wanted = [pairs[at][1] for at in picked]
         for prompt, answer in dealer.sample(list(codes), BATCH // 4):
             asked.append(prompt)
             wanted.append(answer)
-        loss = model(**_batch(tokenizer, asked, wanted)).loss
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        plan.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        return _batch(tokenizer, asked, wanted)
+
+    words.train(model, batch, STEPS, PEAK, "T5 on facts", progress)
 
 
 def _noised(prompt: str, name: str, frame_words: Sequence[str], dealer: random.Random) -> str:

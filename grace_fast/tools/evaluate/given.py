@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from grace_fast.tools.evaluate import records
-from grace_fast.tools.evaluate.task import Case, Sample, Task
+from grace_fast.tools.evaluate.task import Case, Sample, Task, layers_like
 
 
 def sample(edits: Path, unrelated: Path, refused: list[str] | None = None) -> Sample:
@@ -59,9 +58,6 @@ def task(
         layer=found[0],
         layers=found,
         settings={"replacement": replacement},
-        edits=(),
-        held_out=(),
-        unrelated=(),
         calibration=sample,
         batch=16,
         budget=budget,
@@ -72,8 +68,7 @@ def _matching(model: Any, layer: str) -> list[str]:
     """Return the layers that a pattern names, in the order of the model; a plain name is itself."""
     if "{}" not in layer:
         return [layer]  # attach says what is wrong with it
-    pattern = re.compile(re.escape(layer).replace(r"\{\}", r"\d+"))
-    found = [name for name, _ in model.named_modules() if pattern.fullmatch(name)]
+    found = layers_like(model, layer)
     if not found:
         raise ValueError(f"the model has no layer like {layer!r}")
     return found

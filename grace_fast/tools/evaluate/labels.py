@@ -1,6 +1,6 @@
 """Flipped labels: MiniLM tells modules by their docstrings, and from a day on some count as others.
 
-Six of the demo's twenty modules are put under the label of a module nearby, as a taxonomy is
+Six of twenty modules are put under the label of a module nearby, as a taxonomy is
 revised; from then on every docstring of theirs that the classifier answers otherwise is an edit.
 Docstrings of the other modules that were right before are what the edits must not disturb.
 Rewordings of the edited docstrings are held out; layer and epsilon come from the other splits, for
@@ -17,11 +17,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from grace_fast.tools.demo import data
-from grace_fast.tools.demo.data import MODULES, PER_MODULE, Docstring
-from grace_fast.tools.demo.model import LENGTH, Inputs, features_of, fit_head, load
-from grace_fast.tools.demo.prepare import Encoder, bar
-from grace_fast.tools.evaluate import answering, cache
+from grace_fast.tools.evaluate import answering, cache, classifier
+from grace_fast.tools.evaluate.docstrings import MODULES, PER_MODULE, Docstring, rewordings
 from grace_fast.tools.evaluate.task import Case, Sample, Task
 
 RELABELLED = {
@@ -41,39 +38,31 @@ EDITED_LAYER = "encoder.encoder.layer.5.output.dense"
 
 def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE) -> Task:
     """Return the task: the docstrings, and the model with its head, trained or from the cache."""
-    model, tokenizer = load(len(MODULES))
-    encode = Encoder(tokenizer)
-    splits = data.split(data.distinct(data.docstrings(), encode), seed, per_module)
+    dealt = classifier.deal(seed, per_module)
+    model, encode, splits = dealt.model, dealt.encode, dealt.splits
     recipe = [seed, DEAD, [[doc.text, doc.label] for doc in splits.train]]
 
     def train() -> _Head:
-        inputs = Inputs(
-            encode([doc.text for doc in splits.train]),
-            torch.tensor([doc.label for doc in splits.train]),
-        )
-        with bar("training a head on MiniLM", len(inputs), progress) as ticks:
-            fit_alive(model.head, features_of(model, inputs.tokens, (), ticks).mean, inputs.labels)
+        tokens = encode([doc.text for doc in splits.train])
+        known = torch.tensor([doc.label for doc in splits.train])
+        with classifier.bar("training a head on MiniLM", len(tokens), progress) as ticks:
+            fit_alive(model.head, classifier.features_of(model, tokens, (), ticks)[0], known)
         return _Head(model.head)
 
     cache.trained(root, "labels", recipe, _Head(model.head).load, train)
     task = Task(
         name="labels",
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=encode.tokenizer,
         layer=EDITED_LAYER,
         layers=[
             f"encoder.encoder.layer.{at}.output.dense"
             for at in range(1, model.config.num_hidden_layers)
         ],
-        settings={},
         tuning_rate=1e-5,
         retraining_rate=1e-4,
-        edits=(),
-        held_out=(),
-        unrelated=(),
-        calibration=Sample((), (), ()),
         batch=32,
-        cut=LENGTH,
+        cut=classifier.LENGTH,
     )
     edits, kept = _shift(task, splits.held_out)
     others = [*splits.validation, *splits.train]
@@ -104,7 +93,7 @@ def fit_alive(head: torch.nn.Linear, features: torch.Tensor, labels: torch.Tenso
     spread = features.std(dim=0)
     alive = spread > DEAD * spread.median()
     part = torch.nn.Linear(int(alive.sum()), len(head.bias))
-    fit_head(part, features[:, alive], labels)
+    classifier.fit_head(part, features[:, alive], labels)
     with torch.no_grad():
         head.weight.zero_()
         head.weight[:, alive] = part.weight
@@ -141,8 +130,7 @@ def _cases(docs: Sequence[Docstring]) -> list[Case]:
     return [Case(doc.text, doc.label, doc.text) for doc in docs]
 
 
-def _reworded(docs: Sequence[Docstring], encode: Encoder) -> list[Case]:
+def _reworded(docs: Sequence[Docstring], encode: classifier.Encoder) -> list[Case]:
     return [
-        Case(one.text, docs[one.of].label, docs[one.of].text)
-        for one in data.rewordings(docs, encode)
+        Case(one.text, docs[one.of].label, docs[one.of].text) for one in rewordings(docs, encode)
     ]

@@ -1,4 +1,4 @@
-"""How an answer is scored against the wanted one, from 0 to 1."""
+"""Scores of an answer against the wanted one, from 0 to 1."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from grace_fast.tools.evaluate import answering, cache, records
 from grace_fast.tools.evaluate.records import Check
-from grace_fast.tools.evaluate.task import Case, Sample, Task
+from grace_fast.tools.evaluate.task import Case, Sample, Task, layers_like
 
 PHRASINGS = 10  # of a question that are edited, and as many held out
 ZSRE_QUESTIONS, ZSRE_SAMPLE = 100, 30
@@ -104,7 +104,9 @@ def load(name: str, folder: Path | None) -> Task:
         for file, fields in source.files.items()
     }
     model, tokenizer = _model(name, source, place)
-    blocks = _blocks(model, source)
+    blocks = layers_like(model, source.layers)
+    if not blocks:
+        raise ValueError(f"the model has no layer {source.layers}; is it the one of the paper?")
     # The last block is too late: what it makes of the tokens before the query is read by nobody.
     layer = source.layer if source.layer in blocks else blocks[max(0, len(blocks) - 2)]
     bare = Task(
@@ -113,11 +115,6 @@ def load(name: str, folder: Path | None) -> Task:
         tokenizer=tokenizer,
         layer=layer,
         layers=blocks,
-        settings={},
-        edits=(),
-        held_out=(),
-        unrelated=(),
-        calibration=Sample((), (), ()),
         batch=16,
     )
     return MAKERS[name](bare, read)
@@ -153,14 +150,6 @@ def _model(name: str, source: Source, place: Path) -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
-
-
-def _blocks(model: Any, source: Source) -> list[str]:
-    pattern = re.compile(re.escape(source.layers).replace(r"\{\}", r"\d+"))
-    found = [layer for layer, _ in model.named_modules() if pattern.fullmatch(layer)]
-    if not found:
-        raise ValueError(f"the model has no layer {source.layers}; is it the one of the paper?")
-    return found
 
 
 def _zsre(bare: Task, read: Mapping[str, Sequence[dict[str, Any]]]) -> Task:

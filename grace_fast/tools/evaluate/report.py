@@ -1,24 +1,22 @@
-"""What an evaluation shows: tables on the terminal and two pictures."""
+"""Tables and pictures of an evaluation."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.console import Console
 
 from grace_fast.codebook import printable
 from grace_fast.editor.calibrate import LEARNABLE, Recommendation
-from grace_fast.tools.demo.report import console, say, table
 from grace_fast.tools.evaluate.calibration import Calibrated
 from grace_fast.tools.evaluate.stream import Progress
 from grace_fast.tools.evaluate.task import Task
-
-__all__ = ["console", "draw", "draw_trade_off", "say", "say_task", "tables"]
+from grace_fast.tools.terminal import Screen
 
 COLOURS = {
     "GRACE": "#0072b2",
@@ -29,20 +27,17 @@ COLOURS = {
 SHARES = ("ES", "ERR", "TRR", "ARR", "generality", "locality")
 
 
-def say_task(
-    out: Console, task: Task, epsilon: float, layers: Calibrated | None, done: int
-) -> None:
+def say_task(out: Screen, task: Task, epsilon: float, layers: Calibrated | None, done: int) -> None:
     """Say what is evaluated and how epsilon was found."""
     given = ", ".join(f"{name.replace('_', ' ')}: {value}" for name, value in task.facts.items())
-    say(out, f"{task.name}: {len(task.edits)} edits at {task.layer}. {given}")
+    out.say(f"{task.name}: {len(task.edits)} edits at {task.layer}. {given}")
     if layers is not None:
-        say(
-            out,
+        out.say(
             f"Epsilon {epsilon:g}. Over {len(task.layers)} layers, calibrated in "
             f"{layers.seconds:.1f} s: {recommendation(layers.recommended)}",
         )
     if done:
-        say(out, f"{done} edits were made by an earlier run; this one goes on from there.")
+        out.say(f"{done} edits were made by an earlier run; this one goes on from there.")
 
 
 def recommendation(found: Recommendation) -> str:
@@ -69,19 +64,19 @@ def recommendation(found: Recommendation) -> str:
     )
 
 
-def trials(out: Console, found: Recommendation) -> None:
+def trials(out: Screen, found: Recommendation) -> None:
     """Print every layer and epsilon that was tried."""
-    columns = dict.fromkeys(("learnt", "epsilon", "keys", "ERR", "generality", "TRR"), "right")
+    columns = ("layer", "learnt", "epsilon", "keys", "ERR", "generality", "TRR")
     rows = [
         [trial.layer, _share(found.learnt.get(trial.layer, math.nan))]
         + [f"{trial.epsilon:g}", str(trial.keys)]
         + [_share(value) for value in (trial.err, trial.generality, trial.trr)]
         for trial in found.trials
     ]
-    table(out, "Every epsilon at every layer, on the sample", {"layer": "left", **columns}, rows)
+    out.table("Every epsilon at every layer, on the sample", columns, rows, left=("layer",))
 
 
-def tables(out: Console, rows: Mapping[str, Progress], figures: Mapping[str, Any]) -> None:
+def tables(out: Screen, rows: Mapping[str, Progress], figures: Mapping[str, Any]) -> None:
     """Print the stream of edits, and the last point of every method beside the others."""
     names = (
         "edits",
@@ -93,30 +88,27 @@ def tables(out: Console, rows: Mapping[str, Progress], figures: Mapping[str, Any
         "s/edit",
         "look-ups/s",
     )
-    columns = dict.fromkeys(names, "right")
-    points = rows["GRACE"].points
-    table(out, "The stream of edits", columns, [_row(point) for point in points])
+    out.table("The stream of edits", names, [_row(point) for point in rows["GRACE"].points])
     if len(rows) > 1:
         compared = ("keys", "ES", "ERR", "TRR", "ARR", "generality", "not learnt", "s/edit")
         picked = [names.index(name) for name in compared]
         last = [
             (method, *(_row(one.points[-1])[at] for at in picked)) for method, one in rows.items()
         ]
-        shown = {"method": "left", **dict.fromkeys(compared, "right")}
-        table(out, "After the last edit", shown, last)
+        out.table("After the last edit", ("method", *compared), last, left=("method",))
     if "sweep" in figures:
         swept = figures["sweep"]
         kept = ("epsilon", "keys", "ERR", "TRR", "generality", "seconds")
         lines = [[f"{row[name]:.4g}" for name in kept] for row in swept["rows"]]
-        table(out, "Every epsilon on the whole stream", dict.fromkeys(kept, "right"), lines)
+        out.table("Every epsilon on the whole stream", kept, lines)
     before = ", ".join(
         f"{name} {value:.4f}" for name, value in figures["before"].items() if value == value
     )
-    say(out, f"Before any edit: {before}. {figures['seconds']:.0f} s in all.")
+    out.say(f"Before any edit: {before}. {figures['seconds']:.0f} s in all.")
     for missed in figures["not_learnt"]:
-        say(out, f"NOT LEARNT: edit {missed['edit']}, {missed['prompt']} -> {missed['answer']}")
+        out.say(f"NOT LEARNT: edit {missed['edit']}, {missed['prompt']} -> {missed['answer']}")
     if figures["broken"]:
-        say(out, f"BROKEN: edits {figures['broken']}")
+        out.say(f"BROKEN: edits {figures['broken']}")
 
 
 def _row(point: Any) -> list[str]:
@@ -138,9 +130,7 @@ def _share(value: float) -> str:
 
 def draw(rows: Mapping[str, Progress], task: Task, path: Path) -> None:
     """Write one picture: ERR, TRR and keys of every method over the edits."""
-    figure = Figure(figsize=(7.5, 6.0), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    kept, unrelated, keys = figure.subplots(3, 1, sharex=True)
+    figure, (kept, unrelated, keys) = panels(3, 1, (7.5, 6.0), sharex=True)
     for name, progress in rows.items():
         edits = [point.edits for point in progress.points]
         # Broad beneath thin: lines that coincide are both seen.
@@ -165,16 +155,13 @@ def draw(rows: Mapping[str, Progress], task: Task, path: Path) -> None:
     unrelated.set_ylabel("TRR")
     keys.set_ylabel("keys")
     keys.set_xlabel(printable.for_plot(f"edits of {task.name}, {len(task.edits)} in all"))
-    _plain(kept, unrelated, keys)
     figure.legend(loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
 def draw_trade_off(found: Recommendation, epsilon: float, path: Path) -> None:
     """Write TRR against ERR for every layer and epsilon, as the paper's Figure 2 does."""
-    figure = Figure(figsize=(9.0, 3.8), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    trade, both, general = figure.subplots(1, 3)
+    figure, (trade, both, general) = panels(1, 3, (9.0, 3.8))
     for layer in dict.fromkeys(trial.layer for trial in found.trials):
         trials = [trial for trial in found.trials if trial.layer == layer]
         err, trr = [trial.err for trial in trials], [trial.trr for trial in trials]
@@ -191,12 +178,18 @@ def draw_trade_off(found: Recommendation, epsilon: float, path: Path) -> None:
         axes.set_ylabel(name)
     trade.set_xlabel("ERR")
     trade.set_ylabel("TRR")
-    _plain(trade, both, general)
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path)
 
 
-def _plain(*several: Any) -> None:
-    for axes in several:
+def panels(
+    rows: int, columns: int, size: tuple[float, float], **how: Any
+) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure and its plots, in the style of all pictures; how: as `subplots` takes it."""
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    plots = list(figure.subplots(rows, columns, **how))
+    for axes in plots:
         axes.grid(color="0.9")
         axes.spines[["top", "right"]].set_visible(False)
+    return figure, plots

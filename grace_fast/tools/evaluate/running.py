@@ -6,30 +6,29 @@ import functools
 import importlib
 import json
 import math
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 import grace_fast as gf
 from grace_fast.codebook import printable
 from grace_fast.editor.calibrate import Recommendation
-from grace_fast.tools.demo.report import cpu_name
 from grace_fast.tools.evaluate import cache, calibration, report, stream
 from grace_fast.tools.evaluate.baselines import FineTuned, Retrained
+from grace_fast.tools.evaluate.calibration import Calibrated
 from grace_fast.tools.evaluate.editors import GraceEditor
 from grace_fast.tools.evaluate.reference_rule import ReferenceRule
 from grace_fast.tools.evaluate.stream import Progress
 from grace_fast.tools.evaluate.task import Task
-from grace_fast.tools.threads import one_thread
+from grace_fast.tools.terminal import Screen, plain
+from grace_fast.tools.timing import machine, one_thread
 
 OFFLINE = ("facts", "labels", "fabrications")
 PAPER = ("zsre", "scotus", "hallucination")
@@ -58,81 +57,64 @@ def load(
     raise ValueError(f"the evaluation must be one of {(*OFFLINE, *PAPER)}, got {name!r}")
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a task is evaluated."""
+
+    seed: int = 0
+    every: int | None = None  # edits between measurements; by default eight points
+    epsilon: float | None = None  # by default calibrated
+    baselines: bool = False  # fine-tuning, retraining, the reference's rule on the same stream
+    sweep: int = 0  # so many epsilons on the whole stream, beside the calibrated one
+    restart: bool = False  # forget an interrupted run
+    progress: bool = True
+    as_json: bool = False  # print nothing: the caller prints what is returned
+
+
 def run(
     name: str,
     out: str | Path,
-    *,
-    seed: int = 0,
-    every: int | None = None,
-    epsilon: float | None = None,
-    baselines: bool = False,
-    sweep: int = 0,
-    restart: bool = False,
+    options: Options = Options(),
     cache_folder: str | Path | None = None,
     data: Path | None = None,
-    progress: bool = True,
-    as_json: bool = False,
 ) -> dict[str, Any]:
     """Run an evaluation on one thread, or what is left of one, and return its figures.
 
-    out: a directory, in which the state, `NAME.json` and its plots go to a folder NAME; every:
-    edits between measurements; epsilon: by default calibrated; baselines: run fine-tuning,
-    retraining and the reference's rule on the same stream; sweep: try so many epsilons on the whole
-    stream beside the calibrated one; restart: forget an interrupted run.
+    out: a directory, in which the state, `NAME.json` and its plots go to a folder NAME; data: as in
+    `load`.
+
+    Raises: as `load`.
     """
     with _repeatable():
         start = time.perf_counter()
-        task = load(name, seed, cache_folder, data, progress)
-        return evaluate(
-            task,
-            Path(out) / name,
-            start,
-            seed=seed,
-            every=every,
-            epsilon=epsilon,
-            baselines=baselines,
-            sweep=sweep,
-            restart=restart,
-            progress=progress,
-            as_json=as_json,
-        )
+        task = load(name, options.seed, cache_folder, data, options.progress)
+        return evaluate(task, Path(out) / name, options, start)
 
 
-def evaluate(
-    task: Task,
-    folder: Path,
-    start: float,
-    *,
-    seed: int = 0,
-    every: int | None = None,
-    epsilon: float | None = None,
-    baselines: bool = False,
-    sweep: int = 0,
-    restart: bool = False,
-    progress: bool = True,
-    as_json: bool = False,
-) -> dict[str, Any]:
-    """Run the evaluation of a task that is loaded; see `run`.
-
-    start: when it began, by `time.perf_counter`.
-    """
+def evaluate(task: Task, folder: Path, options: Options, start: float) -> dict[str, Any]:
+    """Run the evaluation of a task that is loaded; start: when it began, by `perf_counter`."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = report.console(silent=as_json)
+    out = Screen(options.as_json)
     prepared = time.perf_counter() - start
-    tries = calibration.TRIES if epsilon is None else 0  # a given one is taken as it is
-    calibrated, layers = _calibrate(task, seed, tries)
+    # A given epsilon is taken as it is.
+    tries = calibration.TRIES if options.epsilon is None else 0
+    calibrated, layers = _calibrate(task, options.seed, tries)
+    epsilon = options.epsilon
     if epsilon is None:
         epsilon = calibrated.epsilon if calibrated is not None else 1.0
-    every = every or _step(len(task.edits))
-    recipe = recipe_of(task, epsilon, every, seed)
-    state = None if restart else Progress.read(folder, recipe)
+    every = options.every or _step(len(task.edits))
+    recipe = recipe_of(task, epsilon, every, options.seed)
+    whole = _Run(task, folder, options, epsilon, every, recipe)
+    state = whole.state_in(folder)
     resumed = state is not None
     report.say_task(out, task, epsilon, layers, 0 if state is None else state.done)
-    state, decisions, verified = _stream(task, epsilon, every, state, recipe, folder, progress)
-    rows = {"GRACE": state}
-    if baselines:
-        rows |= _baselines(task, epsilon, every, seed, recipe, folder, restart, progress)
+    state, decisions, verified = whole.stream(state)
+    baselines = whole.baselines() if options.baselines else {}
     last = state.points[-1]
+    clocks = {
+        "calibration_seconds": None if layers is None else round(layers.seconds, 3),
+        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
+    }
     figures: dict[str, Any] = {
         "task": task.name,
         "edits": last.edits,
@@ -148,49 +130,58 @@ def evaluate(
         "epsilon": epsilon,
         "calibration": None if layers is None else calibration.figures(layers.recommended),
         "calibration_at_layer": None if calibrated is None else calibration.figures(calibrated),
-        "calibration_seconds": None if layers is None else round(layers.seconds, 3),
-        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
+        **clocks,
         "points": [asdict(point) for point in state.points],
         "baselines": {
-            name: [asdict(point) for point in one.points]
-            for name, one in rows.items()
-            if name != "GRACE"
+            name: [asdict(point) for point in one.points] for name, one in baselines.items()
         },
         "decisions": decisions,
         "broken": verified.broken,
         "facts": task.facts,
-        "seed": seed,
+        "seed": options.seed,
         "resumed": resumed,
-        "machine": {
-            "cpu": cpu_name(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "grace_fast": gf.__version__,
-        },
+        "machine": machine(),
         "prepare_seconds": round(prepared, 1),
         "seconds": round(time.perf_counter() - start, 1),
         "process_cpu_seconds": round(time.process_time(), 1),  # what a busy machine does not blur
     }
-    if sweep:
-        kept = folder / "sweep.json"
-        if restart:
-            kept.unlink(missing_ok=True)
-        figures["sweep"] = _sweep(task, epsilon, sweep, layers, kept, recipe, progress)
+    if options.sweep:
+        tried = [] if layers is None else layers.recommended.trials
+        grid = [trial.epsilon for trial in tried if trial.layer == task.layer]
+        figures["sweep"] = whole.sweep(grid) | clocks
+    rows = {"GRACE": state} | baselines
     report.tables(out, rows, figures)
     report.draw(rows, task, folder / f"{task.name}.png")
     if layers is not None:
         report.draw_trade_off(layers.recommended, epsilon, folder / f"{task.name}-tradeoff.png")
-    figures = calibration.without_nan(figures)
+    figures = plain(figures)
     written = json.dumps(figures, indent=2) + "\n"
     (folder / f"{task.name}.json").write_text(written, encoding="utf-8")
-    report.say(out, f"Written to {folder}: {task.name}.json and plots.")
+    out.say(f"Written to {folder}: {task.name}.json and plots.")
     return figures
+
+
+def report_calibration(
+    task: Task, plot: Path | None, seed: int, as_json: bool, tries: int = calibration.TRIES
+) -> dict[str, Any]:
+    """Calibrate a task over its layers, print the trade-off, draw it, and return the figures."""
+    calibrated = calibration.run(task, seed=seed, tries=tries)
+    found, out = calibrated.recommended, Screen(as_json)
+    report.trials(out, found)
+    out.say(f"In {calibrated.seconds:.1f} s: {report.recommendation(found)}")
+    if plot is not None:
+        report.draw_trade_off(found, found.epsilon, plot)
+    return {
+        **calibration.figures(found),
+        "learnable": found.learnable,
+        "seconds": round(calibrated.seconds, 3),
+        "process_cpu_seconds": round(calibrated.cpu_seconds, 3),
+    }
 
 
 def _calibrate(
     task: Task, seed: int, tries: int
-) -> tuple[Recommendation | None, calibration.Calibrated | None]:
+) -> tuple[Recommendation | None, Calibrated | None]:
     """Return what is recommended at the task's layer, and over all of its layers."""
     if not task.calibration.edits:
         return None, None
@@ -205,107 +196,105 @@ def _step(edits: int) -> int:
     return step if step < 10 else math.ceil(step / 10) * 10
 
 
-def _stream(
-    task: Task,
-    epsilon: float,
-    every: int,
-    state: Progress | None,
-    recipe: str,
-    folder: Path,
-    progress: bool,
-) -> tuple[Progress, str, gf.Verification]:
-    """Stream the edits into GRACE, from where the state says."""
-    saved = None if state is None else folder / state.codebook
-    editor = GraceEditor(task, epsilon, saved)
-    try:
-        state = state or Progress(recipe)
-        with _bar(task, "edits", state.done, progress) as bar:
-            keep = functools.partial(stream.save, editor, folder)
-            state = stream.run(editor, task, every, state, keep, bar)
-        return state, stream.digest(editor.decisions()), editor.grace.verify()
-    finally:
-        editor.close()
+@dataclass(frozen=True)
+class _Run:
+    """One task, one epsilon, and what each of its streams shares."""
 
+    task: Task
+    folder: Path
+    options: Options
+    epsilon: float
+    every: int
+    recipe: str
 
-def _baselines(
-    task: Task,
-    epsilon: float,
-    every: int,
-    seed: int,
-    recipe: str,
-    folder: Path,
-    restart: bool,
-    progress: bool,
-) -> dict[str, Progress]:
-    """Run every baseline on the same stream; one that had ended is read again."""
-    rows = {}
-    for name in BASELINES:
-        place = folder / f"baseline-{name.replace(' ', '-')}"
-        place.mkdir(exist_ok=True)
-        state = None if restart else Progress.read(place, recipe)
-        if state is None:
-            state = _baseline(name, task, epsilon, every, seed, Progress(recipe), progress)
-            state.write(place)
-        rows[name] = state
-    return rows
+    def state_in(self, folder: Path) -> Progress | None:
+        """Return what an earlier run left there, None where it does not count."""
+        return None if self.options.restart else Progress.read(folder, self.recipe)
 
+    def stream(self, state: Progress | None) -> tuple[Progress, str, gf.Verification]:
+        """Stream the edits into GRACE, from where the state says."""
+        saved = None if state is None else self.folder / state.codebook
+        state = state or Progress(self.recipe)
+        with closing(GraceEditor(self.task, self.epsilon, saved)) as editor:
+            with self._bar("edits", state.done) as bar:
+                keep = functools.partial(stream.save, editor, self.folder)
+                state = stream.run(editor, self.task, self.every, state, keep, bar)
+            return state, stream.digest(editor.decisions()), editor.grace.verify()
 
-def _baseline(
-    name: str,
-    task: Task,
-    epsilon: float,
-    every: int,
-    seed: int,
-    state: Progress,
-    progress: bool,
-) -> Progress:
-    with _bar(task, name, 0, progress) as bar:
-        if name == "reference rule":
-            rule = ReferenceRule(task, epsilon)
-            try:
-                return stream.run(rule, task, every, state, None, bar)
-            finally:
-                rule.close()
-        tuned = FineTuned(task) if name == "fine-tuning" else Retrained(task, seed)
-        return stream.run(tuned, tuned.task, every, state, None, bar)
+    def baselines(self) -> dict[str, Progress]:
+        """Run every baseline on the same stream; one that had ended is read again."""
+        rows = {}
+        for name in BASELINES:
+            place = self.folder / f"baseline-{name.replace(' ', '-')}"
+            place.mkdir(exist_ok=True)
+            state = self.state_in(place)
+            if state is None:
+                state = self._baseline(name)
+                state.write(place)
+            rows[name] = state
+        return rows
 
+    def _baseline(self, name: str) -> Progress:
+        state = Progress(self.recipe)
+        with self._bar(name) as bar:
+            if name == "reference rule":
+                with closing(ReferenceRule(self.task, self.epsilon)) as rule:
+                    return stream.run(rule, self.task, self.every, state, None, bar)
+            is_plain = name == "fine-tuning"
+            tuned = FineTuned(self.task) if is_plain else Retrained(self.task, self.options.seed)
+            return stream.run(tuned, tuned.task, self.every, state, None, bar)
 
-def _sweep(
-    task: Task,
-    epsilon: float,
-    count: int,
-    layers: calibration.Calibrated | None,
-    kept: Path,
-    recipe: str,
-    progress: bool,
-) -> dict[str, Any]:
-    """Run the whole stream with each of so many epsilons, and with the calibrated one.
+    def sweep(self, grid: list[float]) -> dict[str, Any]:
+        """Run the whole stream with some epsilons of a grid, and with the calibrated one.
 
-    kept: a file for the rows; those that are there already are not run again.
-    """
-    tried = [] if layers is None else layers.recommended.trials
-    grid = [trial.epsilon for trial in tried if trial.layer == task.layer]
-    picked = (
-        {grid[at * (len(grid) - 1) // max(1, count - 1)] for at in range(count)} if grid else ()
-    )
-    known = _swept(kept, recipe)
-    rows = []
-    for value in sorted({*picked, epsilon}):
-        if value not in known:
-            known[value] = _swept_at(task, value, progress)
-            stream.put(kept, {"recipe": recipe, "rows": list(known.values())})
-        rows.append(known[value])
-    best = max(row["ERR"] + row["TRR"] for row in rows)
-    (chosen,) = [row for row in rows if row["epsilon"] == epsilon]
-    return {
-        "rows": rows,
-        "best": best,
-        "calibrated": chosen["ERR"] + chosen["TRR"],
-        "seconds": round(sum(row["seconds"] for row in rows), 1),
-        "process_cpu_seconds": round(sum(row["process_cpu_seconds"] for row in rows), 1),
-        "calibration_seconds": None if layers is None else round(layers.seconds, 3),
-        "calibration_cpu_seconds": None if layers is None else round(layers.cpu_seconds, 3),
-    }
+        Rows that an earlier sweep left are not run again.
+        """
+        kept, count = self.folder / "sweep.json", self.options.sweep
+        if self.options.restart:
+            kept.unlink(missing_ok=True)
+        places = [at * (len(grid) - 1) // max(1, count - 1) for at in range(count if grid else 0)]
+        known = _swept(kept, self.recipe)
+        rows = []
+        for value in sorted({*(grid[at] for at in places), self.epsilon}):
+            if value not in known:
+                known[value] = self._swept_at(value)
+                stream.put(kept, {"recipe": self.recipe, "rows": list(known.values())})
+            rows.append(known[value])
+        (chosen,) = [row for row in rows if row["epsilon"] == self.epsilon]
+        return {
+            "rows": rows,
+            "best": max(row["ERR"] + row["TRR"] for row in rows),
+            "calibrated": chosen["ERR"] + chosen["TRR"],
+            "seconds": round(sum(row["seconds"] for row in rows), 1),
+            "process_cpu_seconds": round(sum(row["process_cpu_seconds"] for row in rows), 1),
+        }
+
+    def _swept_at(self, epsilon: float) -> dict[str, Any]:
+        """Run the whole stream with one epsilon; the ES of each edit is not asked for."""
+        start, cpu = time.perf_counter(), time.process_time()
+        with (
+            closing(GraceEditor(self.task, epsilon)) as editor,
+            self._bar(f"epsilon {epsilon:g}") as bar,
+        ):
+            point = stream.final(editor, self.task, bar)
+        return {
+            "epsilon": epsilon,
+            "keys": point.keys,
+            "ERR": point.ERR,
+            "TRR": point.TRR,
+            "generality": point.generality,
+            "seconds": round(time.perf_counter() - start, 1),
+            "process_cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+
+    def _bar(self, name: str, done: int = 0) -> Any:
+        return tqdm(
+            total=len(self.task.edits),
+            initial=done,
+            desc=printable.fit(f"{self.task.name}: {name}", sys.stderr),
+            disable=None if self.options.progress else True,
+            leave=False,
+        )
 
 
 def _swept(kept: Path, recipe: str) -> dict[float, dict[str, Any]]:
@@ -318,26 +307,6 @@ def _swept(kept: Path, recipe: str) -> dict[float, dict[str, Any]]:
         return {float(row["epsilon"]): row for row in rows}
     except (KeyError, TypeError) as error:
         raise ValueError(f"{kept} is not what a sweep left; remove it: {error!r}") from error
-
-
-def _swept_at(task: Task, epsilon: float, progress: bool) -> dict[str, Any]:
-    """Run the whole stream with one epsilon; the ES of each edit is not asked for."""
-    start, cpu = time.perf_counter(), time.process_time()
-    editor = GraceEditor(task, epsilon)
-    try:
-        with _bar(task, f"epsilon {epsilon:g}", 0, progress) as bar:
-            point = stream.final(editor, task, bar)
-    finally:
-        editor.close()
-    return {
-        "epsilon": epsilon,
-        "keys": point.keys,
-        "ERR": point.ERR,
-        "TRR": point.TRR,
-        "generality": point.generality,
-        "seconds": round(time.perf_counter() - start, 1),
-        "process_cpu_seconds": round(time.process_time() - cpu, 1),
-    }
 
 
 def _named(task: Task, at: int) -> dict[str, Any]:
@@ -353,16 +322,6 @@ def recipe_of(task: Task, epsilon: float, every: int, seed: int) -> str:
     weights = stream.weights_checksum(task.model)
     settings = [task.name, task.layer, epsilon, every, seed, task.settings, rates]
     return cache.checksum([*settings, cases, weights])
-
-
-def _bar(task: Task, name: str, done: int, progress: bool) -> Any:
-    return tqdm(
-        total=len(task.edits),
-        initial=done,
-        desc=printable.fit(f"{task.name}: {name}", sys.stderr),
-        disable=None if progress else True,
-        leave=False,
-    )
 
 
 @contextmanager

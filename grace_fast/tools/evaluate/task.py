@@ -1,8 +1,9 @@
-"""What an evaluation asks: a model, the stream of its edits, and what they must not disturb."""
+"""A task of an evaluation: a model, the stream of its edits, and what they must not disturb."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,11 +44,11 @@ class Task:
     tokenizer: Any
     layer: str  # where the edits go; calibration measures `layers`
     layers: Sequence[str]
-    settings: dict[str, Any]  # of `attach`, all but layer and epsilon
-    edits: Sequence[Case]
-    held_out: Sequence[Case]  # other phrasings of what is edited; their answer is the newest edit's
-    unrelated: Sequence[Case]  # TRR; the answers are those before any edit
-    calibration: Sample
+    settings: dict[str, Any] = field(default_factory=dict)  # of `attach`, but layer and epsilon
+    edits: Sequence[Case] = ()
+    held_out: Sequence[Case] = ()  # other phrasings of edits; their answer is the newest edit's
+    unrelated: Sequence[Case] = ()  # TRR; the answers are those before any edit
+    calibration: Sample = field(default_factory=lambda: Sample((), (), ()))
     accurate: Sequence[Case] = ()  # ARR: true answers of the kind that is edited
     rehearsal: Sequence[Case] = ()  # what the model was trained on, for retraining
     metric: Metric = "exact"
@@ -59,3 +60,14 @@ class Task:
     retraining_rate: float = 1e-3  # and on all edits so far among what was learnt before
     perplexity: bool = False  # report perplexities too, of a decoder
     facts: dict[str, Any] = field(default_factory=dict)  # of the data, for the report
+
+
+def phrased(answers: Iterable[tuple[str, Answer]], forms: Sequence[str]) -> list[Case]:
+    """Return what is asked about, with its answer, in every form of the question."""
+    return [Case(form.format(about), answer, about) for about, answer in answers for form in forms]
+
+
+def layers_like(model: Any, pattern: str) -> list[str]:
+    """Return the layers that a dotted name with {} for the block names, in the model's order."""
+    wanted = re.compile(re.escape(pattern).replace(r"\{\}", r"\d+"))
+    return [name for name, _ in model.named_modules() if wanted.fullmatch(name)]

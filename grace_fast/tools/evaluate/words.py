@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
 PAD, END, UNKNOWN, START = "<pad>", "</s>", "<unk>", "<s>"
 
@@ -44,17 +46,34 @@ def continuations(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> dict[str,
     whole, labels = [], []
     for prompt, text in pairs:
         asked, wanted = tokenizer(prompt)["input_ids"], tokenizer(text + END)["input_ids"]
-        whole.append(asked + wanted)
-        labels.append([-100] * len(asked) + wanted)
-    length = max(map(len, whole))
-    gap = [length - len(ids) for ids in whole]
-    pad = tokenizer.pad_token_id
+        whole.append(torch.tensor(asked + wanted))
+        labels.append(torch.tensor([-100] * len(asked) + wanted))
+    filler = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
+    rows = {"input_ids": whole, "labels": labels, "attention_mask": map(torch.ones_like, whole)}
     return {
-        "input_ids": torch.tensor(
-            [ids + [pad] * short for ids, short in zip(whole, gap, strict=True)]
-        ),
-        "labels": torch.tensor(
-            [ids + [-100] * short for ids, short in zip(labels, gap, strict=True)]
-        ),
-        "attention_mask": torch.tensor([[1] * (length - short) + [0] * short for short in gap]),
+        name: pad_sequence(list(some), batch_first=True, padding_value=filler[name])
+        for name, some in rows.items()
     }
+
+
+def train(
+    model: nn.Module,
+    batch: Callable[[], dict[str, Tensor]],
+    steps: int,
+    peak: float,
+    title: str,
+    progress: bool,
+) -> None:
+    """Train every weight on batches drawn one by one, at one cycle of rates with this peak."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
+    plan = torch.optim.lr_scheduler.OneCycleLR(optimiser, peak, steps, pct_start=0.1)
+    model.train()
+    bar = tqdm(range(steps), desc=f"training {title}", disable=None if progress else True)
+    for _ in bar:
+        loss = model(**batch()).loss
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        plan.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

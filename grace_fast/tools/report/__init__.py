@@ -18,7 +18,7 @@ from grace_fast.tools.report.overview import overview_of
 from grace_fast.tools.report.page import render
 from grace_fast.tools.report.reading import Reading, read
 from grace_fast.tools.report.tradeoff import trade_off_of
-from grace_fast.tools.threads import one_thread
+from grace_fast.tools.timing import one_thread
 
 ENDINGS = (".html", ".htm")
 

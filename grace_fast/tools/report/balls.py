@@ -1,16 +1,16 @@
-"""How wide the balls are, and how often they are hit."""
+"""Sections on the radii of balls, and on their hits."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from grace_fast.tools.report.charts import Bar, Chart, Scale, span
-from grace_fast.tools.report.reading import Reading, Told
+from grace_fast.tools.report.reading import Reading
 from grace_fast.tools.report.texts import compact
 
 BINS = 32
@@ -18,52 +18,26 @@ MOST_HIT = 50  # rows in the table
 NEVER_HIT = 20
 
 
-@dataclass(frozen=True)
-class Radii:
-    """The radii of the balls that can be hit; a row with a negative one is dead."""
-
-    chart: Chart | None  # of those that are not epsilon; None where there are none
-    balls: int
-    dead: int
-    smallest: float
-    median: float
-    largest: float
-    wider: int  # than epsilon
-    narrower: int
-    off_chart: int  # so much wider than the others that the chart ends before them
-
-
-@dataclass(frozen=True)
-class Hits:
-    """How often rows were hit, as the directory has it."""
-
-    chart: Chart | None  # None where nothing was counted
-    total: int
-    rows: int
-    hit: int
-    most: tuple[Told, ...]
-    never: tuple[Told, ...]  # the oldest ones
-
-
-def radii_of(reading: Reading) -> Radii:
-    """Return what a page says of the radii."""
+def radii_of(reading: Reading) -> SimpleNamespace:
+    """Return what a page says of the radii; a row with a negative one is dead."""
     # A codebook keeps radii in float32: so an epsilon beyond that is infinite.
     epsilon = float(torch.tensor(reading.rules.epsilon, dtype=torch.float32, device="cpu"))
     balls = reading.radii[reading.radii >= 0].astype(np.float64)
-    if not len(balls):
-        return Radii(None, 0, len(reading.radii), math.nan, math.nan, math.nan, 0, 0, 0)
     changed = balls[balls != epsilon]
     chart = _chart_of(changed, epsilon if math.isfinite(epsilon) else 0) if len(changed) else None
-    return Radii(
-        chart,
-        len(balls),
-        len(reading.radii) - len(balls),
-        float(balls.min()),
-        float(np.median(balls)),
-        float(balls.max()),
-        int((balls > epsilon).sum()),
-        int((balls < epsilon).sum()),
-        0 if chart is None else int((changed > chart.x.high).sum()),
+    ends = (balls.min(), np.median(balls), balls.max()) if len(balls) else [math.nan] * 3
+    smallest, median, largest = map(float, ends)
+    return SimpleNamespace(
+        chart=chart,  # of those that are not epsilon; None where there are none
+        balls=len(balls),
+        dead=len(reading.radii) - len(balls),
+        smallest=smallest,
+        median=median,
+        largest=largest,
+        wider=int((balls > epsilon).sum()),  # than epsilon
+        narrower=int((balls < epsilon).sum()),
+        # So much wider than the others that the chart ends before them.
+        off_chart=0 if chart is None else int((changed > chart.x.high).sum()),
     )
 
 
@@ -76,19 +50,17 @@ def _chart_of(radii: NDArray[np.float64], epsilon: float) -> Chart:
     return _histogram(counts, edges, x, "balls", names)
 
 
-def hits_of(reading: Reading) -> Hits:
-    """Return what a page says of the hits."""
+def hits_of(reading: Reading) -> SimpleNamespace:
+    """Return what a page says of how often rows were hit, as the directory has it."""
     hits, live = reading.hits, reading.live
-    order = np.argsort(-hits, kind="stable")  # the oldest first of equals
-    most = live[order[:MOST_HIT]][hits[order[:MOST_HIT]] > 0]
-    never = live[hits == 0][:NEVER_HIT]
-    return Hits(
-        _by_doublings(hits) if hits.any() else None,
-        int(hits.sum()),
-        len(live),
-        int((hits > 0).sum()),
-        tuple(reading.tell(row) for row in most.tolist()),
-        tuple(reading.tell(row) for row in never.tolist()),
+    order = np.argsort(-hits, kind="stable")[:MOST_HIT]  # the oldest first of equals
+    return SimpleNamespace(
+        chart=_by_doublings(hits) if hits.any() else None,
+        total=int(hits.sum()),
+        rows=len(live),
+        hit=int((hits > 0).sum()),
+        most=[reading.tell(row) for row in live[order][hits[order] > 0].tolist()],
+        never=[reading.tell(row) for row in live[hits == 0][:NEVER_HIT].tolist()],  # the oldest
     )
 
 

@@ -1,9 +1,10 @@
-"""The keys on a plane: the two directions in which they differ most, by principal components."""
+"""Map of the keys: the two directions in which they differ most, by principal components."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -28,18 +29,7 @@ class Group:
     count: int
 
 
-@dataclass(frozen=True)
-class KeyMap:
-    """Where the keys lie."""
-
-    map: Map
-    groups: tuple[Group, ...]
-    shown: int
-    keys: int
-    variance: float  # the share of it that the plane shows
-
-
-def keymap_of(reading: Reading) -> KeyMap | None:
+def keymap_of(reading: Reading) -> SimpleNamespace | None:
     """Return a map of the keys; None of fewer than three, or where all are the same."""
     rows = reading.live[spread(len(reading.live), SHOWN)]
     if len(rows) < 3:
@@ -65,7 +55,13 @@ def keymap_of(reading: Reading) -> KeyMap | None:
         for one, (x, y) in zip(told, places, strict=True)
     ]
     points.sort(key=lambda point: point.kind > 0)  # those without a colour below the others
-    return KeyMap(Map(tuple(points)), tuple(groups), len(rows), len(reading.live), variance)
+    return SimpleNamespace(
+        map=Map(tuple(points)),
+        groups=groups,
+        shown=len(rows),
+        keys=len(reading.live),
+        variance=variance,  # the share of it that the plane shows
+    )
 
 
 def project(keys: Tensor) -> tuple[Tensor, float]:

@@ -1,9 +1,10 @@
-"""Which edits a page lists, and what became of all of them."""
+"""Section on the edits: the newest ones, and what became of all of them."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.verify import Verification, verify
@@ -24,32 +25,18 @@ class Line:
     verdict: str  # what its stored query gets now; "" where it was not asked
 
 
-@dataclass(frozen=True)
-class Listing:
-    """The edits that remain."""
-
-    count: int
-    taken_back: int
-    newest: tuple[Line, ...]  # newest first
-    looked_at: int  # edits that the next three speak of
-    outcomes: dict[str, int]
-    not_learnt: int
-    with_text: int
-    verification: Verification | None  # None where looking all of them up would take long
-
-
-def listing_of(reading: Reading) -> Listing:
-    """Return what a page says of the edits."""
+def listing_of(reading: Reading) -> SimpleNamespace:
+    """Return what a page says of the edits that remain."""
     history = reading.history
     numbers = sorted(history.edits)
     sample = [history.edits[numbers[at]] for at in spread(len(numbers), COUNTED)]
     verification = _replay(reading)
     verdicts = {} if verification is None else _verdicts(verification)
     newest = [history.edits[number] for number in reversed(numbers[-NEWEST:])]
-    return Listing(
-        len(numbers),
-        history.next_id - len(numbers),
-        tuple(
+    return SimpleNamespace(
+        count=len(numbers),
+        taken_back=history.next_id - len(numbers),
+        newest=[
             Line(
                 edit,
                 answer_of(edit, edit.label),
@@ -57,12 +44,12 @@ def listing_of(reading: Reading) -> Listing:
                 verdicts.get(edit.id, ""),
             )
             for edit in newest
-        ),
-        len(sample),
-        dict(Counter(edit.outcome for edit in sample).most_common()),
-        sum(not edit.correct for edit in sample),
-        sum(edit.text is not None for edit in sample),
-        verification,
+        ],
+        looked_at=len(sample),  # edits that the next three speak of
+        outcomes=dict(Counter(edit.outcome for edit in sample).most_common()),
+        not_learnt=sum(not edit.correct for edit in sample),
+        with_text=sum(edit.text is not None for edit in sample),
+        verification=verification,  # None where looking all of them up would take long
     )
 
 

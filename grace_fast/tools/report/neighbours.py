@@ -1,4 +1,4 @@
-"""How near keys are to each other, and whose balls of different answers touch.
+"""Section on conflicts: how near keys are, and whose balls of different answers touch.
 
 A product of matrices in float64 finds, for every row that is looked at, what may be nearest; what
 is shown is summed again in the canonical order. Where there are too many products not every row is
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -42,21 +43,6 @@ class Pair:
     is_split: bool  # one was made by splitting the other
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """What was found of the rows that were looked at."""
-
-    rows: int  # that have balls
-    looked_at: int
-    labels_of: int | None  # only these nearest balls had their labels compared; None: all
-    overlapping: int  # rows whose ball overlaps one of another answer, or touches it
-    nearly: int  # others whose ball nearly does
-    pairs: tuple[Pair, ...]  # the closest ones
-    median: float  # distance to the nearest other key
-    within_epsilon: int  # rows with another key at most epsilon away
-    closest: tuple[int, int, float]  # the two nearest keys, and their distance
-
-
 class _Facing(NamedTuple):
     """A row, and the one of another answer whose ball is nearest to its own."""
 
@@ -74,7 +60,7 @@ class _Found:
     facing: Tensor  # [S, k] those whose balls are nearest to its own, nearest first; -1 for none
 
 
-def neighbours_of(reading: Reading) -> Neighbours | None:
+def neighbours_of(reading: Reading) -> SimpleNamespace | None:
     """Return what a page says of keys that lie close; None of fewer than two balls."""
     rows = reading.live[reading.radii >= 0]
     if len(rows) < 2:
@@ -87,16 +73,19 @@ def neighbours_of(reading: Reading) -> Neighbours | None:
     pairs = _pairs(reading, rows, asked, found.facing)
     gaps = [pair.gap for pair in pairs]
     touching, close = semantics.SPLIT_GAP * 2, NEARLY * reading.rules.epsilon
-    return Neighbours(
-        len(rows),
-        len(asked),
-        NEAREST if labels is None else None,
-        sum(gap <= touching for gap in gaps),
-        sum(touching < gap <= close for gap in gaps),
-        _shown(reading, [pair for pair in pairs if pair.gap <= close]),
-        float(np.median(nearest)),
-        int((nearest <= reading.rules.epsilon).sum()),
-        (int(rows[asked[at]]), int(rows[found.nearest[at]]), float(nearest[at])),
+    return SimpleNamespace(
+        rows=len(rows),  # that have balls
+        looked_at=len(asked),
+        # Only these nearest balls had their labels compared; None: all.
+        labels_of=NEAREST if labels is None else None,
+        # Rows whose ball overlaps one of another answer or touches it, and others that nearly do.
+        overlapping=sum(gap <= touching for gap in gaps),
+        nearly=sum(touching < gap <= close for gap in gaps),
+        pairs=_shown(reading, [pair for pair in pairs if pair.gap <= close]),
+        median=float(np.median(nearest)),  # distance to the nearest other key
+        within_epsilon=int((nearest <= reading.rules.epsilon).sum()),
+        # The two nearest keys, and their distance.
+        closest=(int(rows[asked[at]]), int(rows[found.nearest[at]]), float(nearest[at])),
     )
 
 

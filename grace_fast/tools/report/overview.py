@@ -1,10 +1,11 @@
-"""What a page says first: whose codebook it is, how it was made, and of which model."""
+"""Head of the page: whose codebook it is, how it was made, and of which model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 from grace_fast import __version__
@@ -18,38 +19,13 @@ DEFAULTS = {
 }
 
 
-@dataclass(frozen=True)
-class Overview:
-    """The head of a page."""
-
-    name: str  # of the directory
-    layer: str
-    keys: int
-    removed: int  # rows
-    key_dim: int
-    value_dim: int
-    dtype: str
-    version: int
-    base: int  # the version that the files hold; later ones are in the journal
-    saved_by: str  # the version of this package
-    format: int
-    is_signed: bool
-    is_journalled: bool
-    written: str  # when the page was made
-    written_by: str
-    settings: tuple[tuple[str, str], ...]
-    model: tuple[tuple[str, str], ...]
-    config: tuple[tuple[str, str], ...]  # of the model
-    config_left_out: int
-
-
-def overview_of(reading: Reading) -> Overview:
+def overview_of(reading: Reading) -> SimpleNamespace:
     """Return the head of a page."""
     saved, snapshot = reading.saved, reading.snapshot
     told = saved.fingerprint
     config = told.get("config")
     fields = list(_flat(config)) if isinstance(config, Mapping) else []
-    return Overview(
+    return SimpleNamespace(
         name=saved.path.resolve().name,
         layer=saved.settings.layer,
         keys=len(snapshot),
@@ -58,7 +34,7 @@ def overview_of(reading: Reading) -> Overview:
         value_dim=snapshot.value_dim,
         dtype=str(snapshot.dtype).removeprefix("torch."),
         version=snapshot.version,
-        base=saved.base,
+        base=saved.base,  # the version that the files hold; later ones are in the journal
         saved_by=str(saved.config.get("grace_fast", "")),
         format=int(saved.config["format"]),
         is_signed="hmac" in saved.config,

@@ -1,4 +1,4 @@
-"""One page of everything: templates that are given facts, and nothing in them that can run.
+"""Rendering of the page: templates that are given facts, and nothing in them that can run.
 
 What is printed goes through `_printed` (an end, nothing hidden) and Jinja's escaping. The page has
 no script, loads nothing, and says so to the browser: its policy allows the one style sheet in it,

@@ -1,4 +1,4 @@
-"""A directory read for its page, beside whoever edits it, and what several sections ask of it."""
+"""Reading of a directory for its page, beside whoever edits it; what several sections ask of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What another epsilon would do, asked of stored edits that are held out in turn.
+"""Section on epsilon: what another one would do, asked of stored edits that are held out in turn.
 
 Asked with its own edits, a codebook answers all of them with any epsilon. So the edits are dealt
 into folds: each fold's queries are looked up among the edits of the others, which go through the
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -39,20 +40,7 @@ class Tried:
     is_current: bool
 
 
-@dataclass(frozen=True)
-class TradeOff:
-    """Every epsilon that was tried, ascending."""
-
-    chart: Chart
-    tried: tuple[Tried, ...]
-    current: Tried
-    asked: int  # edits
-    edits: int  # there are
-    folds: int
-    reachable: float  # the share of edits with another one of the same answer
-
-
-def trade_off_of(reading: Reading) -> TradeOff | None:
+def trade_off_of(reading: Reading) -> SimpleNamespace | None:
     """Try epsilons on held-out edits; None of fewer than ten edits, or of one query only."""
     numbers = sorted(reading.history.edits)
     if len(numbers) < FEWEST:
@@ -71,14 +59,15 @@ def trade_off_of(reading: Reading) -> TradeOff | None:
     folds = _folds(measured)
     tried = [_try(folds, reading.rules, each, epsilon) for each in sorted({*grid, epsilon})]
     counts = Counter(labels)
-    return TradeOff(
-        _chart(tried),
-        tuple(tried),
-        next(each for each in tried if each.is_current),
-        len(edits),
-        len(numbers),
-        FOLDS,
-        sum(count for count in counts.values() if count > 1) / len(edits),
+    return SimpleNamespace(
+        chart=_chart(tried),
+        tried=tried,
+        current=next(each for each in tried if each.is_current),
+        asked=len(edits),
+        edits=len(numbers),
+        folds=FOLDS,
+        # The share of edits with another one of the same answer.
+        reachable=sum(count for count in counts.values() if count > 1) / len(edits),
     )
 
 

@@ -1,14 +1,18 @@
-"""The demo's model: MiniLM with its real weights and a linear head over the modules."""
+"""MiniLM with its real weights, and a linear head that tells the modules of docstrings."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
+
+from grace_fast.tools.evaluate import docstrings
+from grace_fast.tools.evaluate.answering import in_order, layer_inputs
 
 LENGTH = 40  # tokens; a docstring is cut off there
 BATCH = 32  # texts in a forward call of an evaluation
@@ -19,18 +23,40 @@ Tokens = list[int]
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Texts as the model gets them, and their labels."""
+class Encoder:
+    """Texts to the token ids that the model gets, cut off."""
 
-    tokens: list[Tokens]
-    labels: Tensor  # [M]
+    tokenizer: Any
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
+        """Return the token ids of every text."""
+        if not texts:
+            return []
+        ids: list[Tokens] = self.tokenizer(list(texts), truncation=True, max_length=LENGTH)[
+            "input_ids"
+        ]
+        return ids
 
-    def pick(self, index: Sequence[int]) -> Inputs:
-        """Return the inputs at these indices."""
-        return Inputs([self.tokens[at] for at in index], self.labels[list(index)])
+
+@dataclass(frozen=True)
+class Dealt:
+    """The model, its head untrained, and the docstrings as it sees them, dealt out."""
+
+    model: ModuleForSequenceClassification
+    encode: Encoder
+    found: int  # docstrings in the sources
+    different: int  # of those, as the model sees them
+    splits: docstrings.Splits
+
+
+def deal(seed: int, per_module: int) -> Dealt:
+    """Read the docstrings, and the model to tell their modules; nothing is downloaded."""
+    model, tokenizer = load(len(docstrings.MODULES))
+    encode = Encoder(tokenizer)
+    found = docstrings.docstrings()
+    different = docstrings.distinct(found, encode)
+    splits = docstrings.split(different, seed, per_module)
+    return Dealt(model, encode, len(found), len(different), splits)
 
 
 class ModuleForSequenceClassification(nn.Module):
@@ -79,80 +105,53 @@ def load(classes: int) -> tuple[ModuleForSequenceClassification, Any]:
     return ModuleForSequenceClassification(encoder, classes).eval(), tokenizer
 
 
-def batch_of(texts: Sequence[Tokens], labels: Sequence[int] | None = None) -> dict[str, Tensor]:
-    """Return token ids as one batch, padded on the right."""
-    length = max(map(len, texts))
-    batch = {
-        "input_ids": torch.tensor([[*ids, *[0] * (length - len(ids))] for ids in texts]),
-        "attention_mask": torch.tensor(
-            [[1] * len(ids) + [0] * (length - len(ids)) for ids in texts]
-        ),
-    }
-    if labels is not None:
-        batch["labels"] = torch.tensor(labels)
-    return batch
+def bar(name: str, total: int, progress: bool) -> Any:
+    """Return a progress bar on standard error, off where that is not a terminal."""
+    return tqdm(total=total, desc=name, disable=None if progress else True, leave=False)
 
 
 def batches(
-    texts: Sequence[Tokens], bar: Any = None
+    texts: Sequence[Tokens], ticks: Any = None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Yield batches of texts of about one length, each with the indices of its texts."""
     order = sorted(range(len(texts)), key=lambda at: len(texts[at]))
     for start in range(0, len(order), BATCH):
         picked = order[start : start + BATCH]
         yield picked, batch_of([texts[at] for at in picked])
-        if bar is not None:
-            bar.update(len(picked))
+        if ticks is not None:
+            ticks.update(len(picked))
+
+
+def batch_of(texts: Sequence[Tokens]) -> dict[str, Tensor]:
+    """Return token ids as one batch, padded on the right."""
+    rows = [torch.tensor(ids) for ids in texts]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
 
 
 @torch.no_grad()
 def logits_of(model: nn.Module, texts: Sequence[Tokens]) -> Tensor:
     """Return the model's logits for every text, [M, C]."""
-    parts = [(picked, model(**batch).logits) for picked, batch in batches(texts)]
-    return _in_order(parts, len(texts))
-
-
-@dataclass(frozen=True)
-class Features:
-    """What the encoder makes of texts."""
-
-    mean: Tensor  # [M, H], the head's input
-    logits: Tensor  # [M, C], by the head as it was
-    queries: dict[str, Tensor]  # by layer: [M, D], the layer's input at the last token
+    return in_order([(picked, model(**batch).logits) for picked, batch in batches(texts)])
 
 
 @torch.no_grad()
 def features_of(
-    model: ModuleForSequenceClassification, texts: Sequence[Tokens], layers: Sequence[str], bar: Any
-) -> Features:
-    """Return the head's input and every layer's query for each text, from one pass."""
-    seen: dict[str, Tensor] = {}
-    means, logits = [], []
+    model: ModuleForSequenceClassification,
+    texts: Sequence[Tokens],
+    layers: Sequence[str],
+    ticks: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the head's input [M, H], and what every layer gets at the last token, [M, D]."""
+    means = []
     queries: dict[str, list[tuple[list[int], Tensor]]] = {layer: [] for layer in layers}
-    with ExitStack() as hooks:
-        for layer in layers:
-
-            def keep(_: nn.Module, args: tuple[Tensor, ...], layer: str = layer) -> None:
-                seen[layer] = args[0]
-
-            handle = model.get_submodule(layer).register_forward_pre_hook(keep)
-            hooks.callback(handle.remove)
-        for picked, batch in batches(texts, bar):
+    with layer_inputs(model, layers) as seen:
+        for picked, batch in batches(texts, ticks):
             means.append((picked, model.features(**batch)))
-            logits.append((picked, model.head(means[-1][1])))
             last = batch["attention_mask"].sum(dim=1) - 1
             for layer in layers:
                 queries[layer].append((picked, seen[layer][torch.arange(len(last)), last]))
-    in_order = {layer: _in_order(parts, len(texts)) for layer, parts in queries.items()}
-    return Features(_in_order(means, len(texts)), _in_order(logits, len(texts)), in_order)
-
-
-def _in_order(parts: Sequence[tuple[list[int], Tensor]], count: int) -> Tensor:
-    """Return the rows of parts in the order of the texts they are of."""
-    whole = parts[0][1].new_empty(count, parts[0][1].shape[1])
-    for picked, rows in parts:
-        whole[picked] = rows
-    return whole
+    return in_order(means), {layer: in_order(parts) for layer, parts in queries.items()}
 
 
 def fit_head(head: nn.Linear, features: Tensor, labels: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The demo's data: docstrings of 20 stdlib modules of the running Python, and their modules.
+"""Docstrings of 20 stdlib modules of the running Python, and the modules they are from.
 
 The sources are parsed, never imported. A text counts once, as the model sees it (tokenised and cut
 off); one that occurs in two modules is dropped: two edits of the same input with different labels

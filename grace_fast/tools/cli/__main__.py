@@ -1,0 +1,5 @@
+"""Entry point of `python -m grace_fast.tools.cli`."""
+
+from grace_fast.tools.cli import main
+
+main()

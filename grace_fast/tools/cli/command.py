@@ -1,0 +1,99 @@
+"""Registration of commands, and what they share: options, exit codes, refusals in one line."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import grace_fast as gf
+from grace_fast import errors
+from grace_fast.tools.terminal import say, say_json
+
+try:
+    import rich  # noqa: F401  (typer imports it only when it has something to draw)
+    import typer as typer
+except ImportError:
+    from grace_fast.tools import arguments as typer  # type: ignore[no-redef]
+
+app = typer.Typer(
+    help="GRACE: lifelong edits of a language model, found again exactly.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+FAILED = 1
+CANNOT_BEGIN = 2
+LOST = 3  # it was repaired, and not all of it is there any more
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Do nothing where a line is wrong, or cannot be edited.")
+]
+Replacement = Annotated[str, typer.Option(help="replace_prompt, replace_last or replace_all.")]
+Saved = Annotated[Path, typer.Argument(help="A saved codebook.")]
+Editable = Annotated[Path, typer.Argument(help="A codebook that attach(path=) edits.")]
+KeyFile = Annotated[
+    Path | None, typer.Option(help="A file with the key that the directory is signed with.")
+]
+
+
+def command(
+    name: str | None = None, also: tuple[type[Exception], ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Take a function for a command, whose refusals are told in one line, with their exit code.
+
+    A refusal is an OSError, a ValueError or one of `also`, or a module that is not installed.
+    """
+    refusals: tuple[type[Exception], ...] = (OSError, ValueError, *also)
+
+    def take(function: Callable[..., None]) -> Callable[..., None]:
+        called = name or function.__name__
+
+        @functools.wraps(function)
+        def guarded(*given: Any, **named: Any) -> None:
+            try:
+                function(*given, **named)
+            except BrokenPipeError:  # who read the output has seen enough
+                raise
+            except ImportError as error:
+                fail(errors.told(f"grace-fast {called}", error), CANNOT_BEGIN)
+            except refusals as error:
+                fail(str(error))
+
+        app.command(name)(guarded)
+        return function
+
+    return take
+
+
+@app.callback(invoke_without_command=True)
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """GRACE: lifelong edits of a language model, found again exactly."""
+    if show:
+        say(gf.__version__)
+        raise typer.Exit
+
+
+def fail(message: str, code: int = FAILED) -> NoReturn:
+    """End the command with an error."""
+    say(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def answer(figures: Mapping[str, Any], said: str, as_json: bool) -> None:
+    """Print what was done."""
+    if as_json:
+        say_json(figures)
+    else:
+        say(said)
+
+
+def read_key(file: Path | None) -> bytes | None:
+    """Return what a file of a key holds."""
+    try:
+        return None if file is None else file.read_bytes()
+    except OSError as error:
+        fail(f"cannot read the key: {error}")
