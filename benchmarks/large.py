@@ -29,7 +29,7 @@ from benchmarks.oracle import Law
 from benchmarks.run import RESULTS
 from benchmarks.timing import Turn, interleave
 from benchmarks.workloads import Problem, Spec
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import faiss
 
@@ -86,7 +86,7 @@ def measure(spec: Spec, budget_s: float) -> Iterator[Figure]:
     start = time.perf_counter()
     prepared = gf.prepare(problem.book)
     build_s = time.perf_counter() - start
-    known = certificate.of(problem.book.snapshot())
+    known = maintained.of(problem.book.snapshot())
     words = {
         "work": f"{problem.label}, N = {spec.rows:,}, D = {problem.book.key_dim}, "
         f"epsilon = {spec.epsilon_ratio:g} spacing",

@@ -71,16 +71,17 @@ int32_t sum_of(__m256i a) {
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
 
-__m256i cut_at(Cut cut, const float* reach) {
-  const __m256 bound = _mm256_add_ps(
-      _mm256_mul_ps(_mm256_loadu_ps(reach), _mm256_set1_ps(cut.slope)), _mm256_set1_ps(cut.offset));
+__m256i thresholds_at(CodeThreshold threshold, const float* max_radius) {
+  const __m256 bound =
+      _mm256_add_ps(_mm256_mul_ps(_mm256_loadu_ps(max_radius), _mm256_set1_ps(threshold.slope)),
+                    _mm256_set1_ps(threshold.offset));
   const __m256 square = _mm256_add_ps(
       _mm256_mul_ps(_mm256_mul_ps(bound, bound), _mm256_set1_ps(1.00001f)), _mm256_set1_ps(1.0f));
   return _mm256_cvttps_epi32(_mm256_min_ps(square, _mm256_set1_ps(2147483000.0f)));
 }
 
-int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
-                   const int16_t* point, Cut cut, int32_t* found) {
+int64_t test_boxes(const int16_t* boxes, const float* max_radius, int64_t first, int64_t last,
+                   const int16_t* point, CodeThreshold threshold, int32_t* found) {
   const __m256i most = _mm256_set1_epi16(2047), none = _mm256_setzero_si256();
   __m256i at[8];
 #pragma GCC unroll 8
@@ -101,7 +102,7 @@ int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int6
           _mm256_min_epi16(_mm256_max_epi16(_mm256_max_epi16(below, above), none), most);
       sum = _mm256_add_epi32(sum, _mm256_madd_epi16(apart, apart));
     }
-    const __m256i past = _mm256_cmpgt_epi32(sum, cut_at(cut, reach + i));
+    const __m256i past = _mm256_cmpgt_epi32(sum, thresholds_at(threshold, max_radius + i));
     unsigned within = ~static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(past))) & 255u;
     if (last - i < 8) within &= (1u << (last - i)) - 1;
     for (; within; within &= within - 1) {
@@ -112,8 +113,8 @@ int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int6
 }
 
 int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
-                   const float* reach, const uint8_t* code, Cut cut, int32_t* position,
-                   int32_t* sum) {
+                   const float* max_radius, const uint8_t* code, CodeThreshold threshold,
+                   int32_t* position, int32_t* sum) {
   constexpr int64_t kLeafBytes = kLeaf * kNear, kAhead = 6;
   __m256i query[4];
 #pragma GCC unroll 4
@@ -129,7 +130,7 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
       const auto* next = reinterpret_cast<const char*>(near + leaves[i + kAhead] * kLeafBytes);
       for (int64_t line = 0; line < kLeafBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
     }
-    const __m256i limit = _mm256_set1_epi32(cut.at(reach[leaf]));
+    const __m256i limit = _mm256_set1_epi32(threshold.at(max_radius[leaf]));
     for (int64_t at = leaf * kLeaf; at < (leaf + 1) * kLeaf; at += kBlock) {
       const uint8_t* block = near + at * kNear;
       __m256i low = apart_squared(wide(block), query[0]);
@@ -158,22 +159,24 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
   return kept;
 }
 
-int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, Cut cut,
-                         int64_t count, int32_t* position, const int32_t* sum) {
+int64_t refine_positions(const Segment& segment, bool norm_slot, const uint8_t* code,
+                         CodeThreshold threshold, int64_t count, int32_t* position,
+                         const int32_t* sum) {
   constexpr int64_t kAhead = 8;
   const __m256i query = wide(code + kNear);
   const __m256i query_end = _mm256_zextsi128_si256(Lanes::half(code + kNear + 32));
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {
-      _mm_prefetch(reinterpret_cast<const char*>(part.far + int64_t{position[i + kAhead]} * kFar),
-                   _MM_HINT_T0);
+      _mm_prefetch(
+          reinterpret_cast<const char*>(segment.far + int64_t{position[i + kAhead]} * kFar),
+          _MM_HINT_T0);
     }
     const int64_t at = position[i];
-    const uint8_t* far = part.far + at * kFar;
+    const uint8_t* far = segment.far + at * kFar;
     int32_t total = sum[i];
     if (norm_slot) {
-      const uint8_t byte = part.near[at / kBlock * kBlock * kNear + 192 + at % kBlock * 4 + 3];
+      const uint8_t byte = segment.near[at / kBlock * kBlock * kNear + 192 + at % kBlock * 4 + 3];
       const int apart = static_cast<int8_t>(static_cast<uint8_t>(byte - code[kNear - 1]));
       const int size = apart < 0 ? -apart : apart;
       total -= size < 127 ? size * size : 127 * 127;
@@ -181,7 +184,7 @@ int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, 
     const __m256i end = _mm256_zextsi128_si256(Lanes::half(far + 32));
     total +=
         sum_of(_mm256_add_epi32(apart_squared(wide(far), query), apart_squared(end, query_end)));
-    if (total <= cut.at(part.reach[at / kLeaf])) position[kept++] = position[i];
+    if (total <= threshold.at(segment.leaf_max_radius[at / kLeaf])) position[kept++] = position[i];
   }
   return kept;
 }

@@ -72,16 +72,17 @@ __m512i add_apart_squared(__m512i sum, __m512i a, __m512i b) {
   return _mm512_dpbusd_epi32(sum, apart, apart);
 }
 
-__m512i cut_at(Cut cut, const float* reach) {
-  const __m512 bound = _mm512_add_ps(
-      _mm512_mul_ps(_mm512_loadu_ps(reach), _mm512_set1_ps(cut.slope)), _mm512_set1_ps(cut.offset));
+__m512i thresholds_at(CodeThreshold threshold, const float* max_radius) {
+  const __m512 bound =
+      _mm512_add_ps(_mm512_mul_ps(_mm512_loadu_ps(max_radius), _mm512_set1_ps(threshold.slope)),
+                    _mm512_set1_ps(threshold.offset));
   const __m512 square = _mm512_add_ps(
       _mm512_mul_ps(_mm512_mul_ps(bound, bound), _mm512_set1_ps(1.00001f)), _mm512_set1_ps(1.0f));
   return _mm512_cvttps_epi32(_mm512_min_ps(square, _mm512_set1_ps(2147483000.0f)));
 }
 
-int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
-                   const int16_t* point, Cut cut, int32_t* found) {
+int64_t test_boxes(const int16_t* boxes, const float* max_radius, int64_t first, int64_t last,
+                   const int16_t* point, CodeThreshold threshold, int32_t* found) {
   const __m512i most = _mm512_set1_epi16(2047), none = _mm512_setzero_si512();
   __m512i at[8];
 #pragma GCC unroll 8
@@ -102,7 +103,7 @@ int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int6
           _mm512_min_epi16(_mm512_max_epi16(_mm512_max_epi16(below, above), none), most);
       sum = _mm512_dpwssd_epi32(sum, apart, apart);
     }
-    unsigned within = _mm512_cmple_epi32_mask(sum, cut_at(cut, reach + i));
+    unsigned within = _mm512_cmple_epi32_mask(sum, thresholds_at(threshold, max_radius + i));
     if (last - i < 16) within &= (1u << (last - i)) - 1;
     for (; within; within &= within - 1) {
       found[count++] = static_cast<int32_t>(i + __builtin_ctz(within));
@@ -112,8 +113,8 @@ int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int6
 }
 
 int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
-                   const float* reach, const uint8_t* code, Cut cut, int32_t* position,
-                   int32_t* sum) {
+                   const float* max_radius, const uint8_t* code, CodeThreshold threshold,
+                   int32_t* position, int32_t* sum) {
   constexpr int64_t kLeafBytes = kLeaf * kNear, kAhead = 6;
   __m512i query[4];
 #pragma GCC unroll 4
@@ -129,7 +130,7 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
       const auto* next = reinterpret_cast<const char*>(near + leaves[i + kAhead] * kLeafBytes);
       for (int64_t line = 0; line < kLeafBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
     }
-    const __m512i limit = _mm512_set1_epi32(cut.at(reach[leaf]));
+    const __m512i limit = _mm512_set1_epi32(threshold.at(max_radius[leaf]));
     for (int64_t at = leaf * kLeaf; at < (leaf + 1) * kLeaf; at += kBlock) {
       const uint8_t* block = near + at * kNear;
       __m512i apart = _mm512_setzero_si512();
@@ -149,28 +150,30 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
   return kept;
 }
 
-int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, Cut cut,
-                         int64_t count, int32_t* position, const int32_t* sum) {
+int64_t refine_positions(const Segment& segment, bool norm_slot, const uint8_t* code,
+                         CodeThreshold threshold, int64_t count, int32_t* position,
+                         const int32_t* sum) {
   constexpr int64_t kAhead = 8;
   constexpr uint64_t far_slots = (uint64_t{1} << kFar) - 1;
   const __m512i query = _mm512_maskz_loadu_epi8(far_slots, code + kNear);
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) {
-      _mm_prefetch(reinterpret_cast<const char*>(part.far + int64_t{position[i + kAhead]} * kFar),
-                   _MM_HINT_T0);
+      _mm_prefetch(
+          reinterpret_cast<const char*>(segment.far + int64_t{position[i + kAhead]} * kFar),
+          _MM_HINT_T0);
     }
     const int64_t at = position[i];
     int32_t total = sum[i];
     if (norm_slot) {
-      const uint8_t byte = part.near[at / kBlock * kBlock * kNear + 192 + at % kBlock * 4 + 3];
+      const uint8_t byte = segment.near[at / kBlock * kBlock * kNear + 192 + at % kBlock * 4 + 3];
       const int apart = static_cast<int8_t>(static_cast<uint8_t>(byte - code[kNear - 1]));
       const int size = apart < 0 ? -apart : apart;
       total -= size < 127 ? size * size : 127 * 127;
     }
-    const __m512i far = _mm512_maskz_loadu_epi8(far_slots, part.far + at * kFar);
+    const __m512i far = _mm512_maskz_loadu_epi8(far_slots, segment.far + at * kFar);
     total += _mm512_reduce_add_epi32(add_apart_squared(_mm512_setzero_si512(), far, query));
-    if (total <= cut.at(part.reach[at / kLeaf])) position[kept++] = position[i];
+    if (total <= threshold.at(segment.leaf_max_radius[at / kLeaf])) position[kept++] = position[i];
   }
   return kept;
 }

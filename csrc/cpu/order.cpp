@@ -1,6 +1,6 @@
 // The kd order: points of 16 int16 slots, split at the median of the slot that varies most.
 //
-// Halves are whole leaves, and whole super leaves of 64 leaves while there are more than one.
+// Halves are whole leaves, and whole level-2 nodes of 64 leaves while there are more than one.
 #include <algorithm>
 #include <vector>
 
@@ -36,7 +36,7 @@ int widest_slot(const Point* points, int64_t count) {
   return widest;
 }
 
-// The first half's length: whole leaves, or whole super leaves; 0 for points that are one leaf.
+// The first half's length: whole leaves, or whole level-2 nodes; 0 for points that are one leaf.
 int64_t half_of(int64_t count) {
   if (count <= kLeaf) return 0;
   const int64_t unit = count > kLeaf * kLeaf ? kLeaf * kLeaf : kLeaf;

@@ -32,7 +32,7 @@ class Dense {
   GRACE_FAST_DEVICE explicit Dense(const Call& call)
       : call_(call),
         book_(*call.book),
-        band_(call.width),
+        error_bound_(call.width),
         lane_(thread_index() % kWarp),
         warp_(thread_index() / kWarp),
         warps_(thread_count() / kWarp),
@@ -44,7 +44,7 @@ class Dense {
   GRACE_FAST_DEVICE void read() {
     stage_queries();
     const double widest = book_.widest;
-    const float limit = widest >= 0 ? band_.above(widest * widest) : -1.0f;
+    const float limit = widest >= 0 ? error_bound_.above(widest * widest) : -1.0f;
     if (few_) {
       read_tiles<1>(limit);
     } else {
@@ -74,7 +74,7 @@ class Dense {
     const BestTwo* slot = slots(b) + block;
     return {load_fresh(&slot->first), load_fresh(&slot->second)};
   }
-  GRACE_FAST_DEVICE double floor() const { return 0; }
+  GRACE_FAST_DEVICE double min_radius() const { return 0; }
   GRACE_FAST_DEVICE int owner(const Exact&) const { return -1; }
   GRACE_FAST_DEVICE bool needs(int, int) const { return false; }  // every key has been read
 
@@ -168,7 +168,7 @@ class Dense {
 
   const Call& call_;
   const Book& book_;
-  const Band band_;
+  const ErrorBound error_bound_;
   const int lane_, warp_, warps_;
   const int stride_;
   const bool wide_loads_;

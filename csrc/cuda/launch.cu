@@ -1,9 +1,9 @@
 // The kernels' instances and their launches.
 //
-// A look-up by certificate is two nodes, `encode` and `certified`; from sm_90 on the second is
+// A look-up by the index is two nodes, `encode` and `indexed`; from sm_90 on the second is
 // started while the first still runs, and waits where it first needs it.
-#include "certified.cuh"
 #include "dense.cuh"
+#include "indexed.cuh"
 #include "launch.h"
 
 namespace grace_fast::device {
@@ -87,14 +87,14 @@ int launch_dense_of(const Call& call, int blocks, void* stream) {
 }
 
 template <typename Key>
-int launch_certified_of(const Call& call, int blocks, void* stream) {
+int launch_indexed_of(const Call& call, int blocks, void* stream) {
   Device device;
   if (const int error = current_device(&device)) return error;
   const dim3 grid(kEncodeBlocks, call.batch);
   const int error = launch(encode_kernel, call, grid, kEncodeThreads, sizeof(EncodeShared), stream);
   if (error) return error;
-  return launch(certified_kernel<Key>, call, dim3(blocks), kThreads, sizeof(CertifiedShared),
-                stream, device.major >= 9);
+  return launch(indexed_kernel<Key>, call, dim3(blocks), kThreads, sizeof(IndexedShared), stream,
+                device.major >= 9);
 }
 
 // Launch a look-up, with the writing of values as a further node where there is much to write.
@@ -155,15 +155,15 @@ int launch_dense(const Call& call, int blocks, void* stream) {
   });
 }
 
-int launch_certified(const Call& call, int blocks, void* stream) {
+int launch_indexed(const Call& call, int blocks, void* stream) {
   return with_writing(call, stream, [&](const Call& decision) {
     switch (call.key_dtype) {
       case Dtype::bfloat16:
-        return launch_certified_of<BFloat16>(decision, blocks, stream);
+        return launch_indexed_of<BFloat16>(decision, blocks, stream);
       case Dtype::float16:
-        return launch_certified_of<Float16>(decision, blocks, stream);
+        return launch_indexed_of<Float16>(decision, blocks, stream);
       default:
-        return launch_certified_of<float>(decision, blocks, stream);
+        return launch_indexed_of<float>(decision, blocks, stream);
     }
   });
 }

@@ -21,6 +21,6 @@ const char* error_text(int error);
 
 // Queue a look-up of call.batch <= 32 queries on a stream. Nothing is allocated or waited for.
 int launch_dense(const Call& call, int blocks, void* stream);
-int launch_certified(const Call& call, int blocks, void* stream);
+int launch_indexed(const Call& call, int blocks, void* stream);
 
 }  // namespace grace_fast::device

@@ -74,9 +74,9 @@ GRACE_FAST_DEVICE uint64_t least_of_warp(uint64_t value) {
 }
 
 // What a float32 S says about the law's S (csrc/cpu/candidates.h).
-struct Band {
+struct ErrorBound {
   double slack, tiny;
-  GRACE_FAST_DEVICE explicit Band(int width)
+  GRACE_FAST_DEVICE explicit ErrorBound(int width)
       : slack((width / 32.0 + 17) * 0x1p-24), tiny(width * 0x1p-118) {}
   // A float32 S above this belongs to a larger S than `squared`, itself in float32 or the law's.
   GRACE_FAST_DEVICE float above(double squared) const {

@@ -1,19 +1,19 @@
 // The last block of a look-up: from every block's best two to the law's decision.
 //
-//   one candidate within the band     its radius says miss, or its canonical S decides
+//   one candidate within the error bound     its radius says miss, or its canonical S decides
 //   several                           the canonical S of each decides
 //   a block's second is among them    a third may hide behind it: the look-up reads again
-//   a hit that is not settled         (certified only) the look-up reads again, at its distance
+//   a hit that is not settled         (by the index only) the look-up reads again, at its distance
 // A look-up is a class with
 //   batch()          queries that this block decides, the first of which is query first()
 //   query(b)         the query as float32
 //   state(b)         whether it can be answered from the slots
 //   best(b)          BestTwo [blocks], written before the ticket was taken
-//   floor()          a hit nearer than this needs no second look
+//   min_radius()          a hit nearer than this needs no second look
 //   read_again(b, limit, skip, look)   call look(row, alone) by whole warps for every row whose S
-//                    in float32 may be within `limit`, but for those of part `skip`
-//   owner(exact)     the part whose other keys are proved to be farther than a hit, or -1
-//   needs(b, owner)  whether any part is left to be read again
+//                    in float32 may be within `limit`, but for those of segment `skip`
+//   owner(exact)     the segment whose other keys are proved to be farther than a hit, or -1
+//   needs(b, owner)  whether any segment is left to be read again
 #pragma once
 #include "numbers.cuh"
 
@@ -55,7 +55,7 @@ class Settle {
       : call_(call),
         book_(book),
         lookup_(lookup),
-        band_(call.width),
+        error_bound_(call.width),
         lane_(thread_index() % kWarp),
         warp_(thread_index() / kWarp),
         warps_(thread_count() / kWarp) {}
@@ -81,7 +81,7 @@ class Settle {
     if (lookup_.state(b) != kEncoded) return lookup_.state(b) == kNotFinite;
     const uint64_t nearest = nearest_of(b);
     if (nearest == kNone) return true;
-    const float limit = band_.above(squared_of(nearest));
+    const float limit = error_bound_.above(squared_of(nearest));
     int within = 0;
     for (int i = lane_; i < block_count(); i += kWarp) {
       const BestTwo two = lookup_.best(b, i);
@@ -93,8 +93,8 @@ class Settle {
     const uint32_t tag = tag_of(nearest);
     const double radius = book_.radius[tag >> 1];
     const float found = squared_of(nearest);
-    if (!(radius >= 0) || found > band_.above(radius * radius)) return true;
-    Exact exact{band_.at_most(found), tag};
+    if (!(radius >= 0) || found > error_bound_.above(radius * radius)) return true;
+    Exact exact{error_bound_.at_most(found), tag};
     const bool inside = exact.squared <= radius * radius;
     if (!inside || call_.squared) {
       exact.squared = canonical(b, tag);
@@ -112,7 +112,7 @@ class Settle {
     float limit = infinity();
     if (lookup_.state(b) == kEncoded) {
       const uint64_t nearest = nearest_of(b);
-      limit = band_.above(squared_of(nearest));
+      limit = error_bound_.above(squared_of(nearest));
       for (int i = warp_; i < block_count(); i += warps_) {
         const BestTwo two = lookup_.best(b, i);
         if (two.first != kNone && squared_of(two.first) <= limit) look(b, tag_of(two.first), &best);
@@ -167,8 +167,8 @@ class Settle {
 
   // Whether nothing nearer than a hit can have been passed over.
   GRACE_FAST_DEVICE bool is_settled(int b, const Exact& hit) const {
-    const double floor = lookup_.floor();
-    return hit.squared <= floor * floor || !lookup_.needs(b, lookup_.owner(hit));
+    const double min_radius = lookup_.min_radius();
+    return hit.squared <= min_radius * min_radius || !lookup_.needs(b, lookup_.owner(hit));
   }
 
   GRACE_FAST_DEVICE Exact best_of_block(const Exact& of_warp) {
@@ -194,7 +194,7 @@ class Settle {
   const Call& call_;
   const Book& book_;
   Lookup& lookup_;
-  const Band band_;
+  const ErrorBound error_bound_;
   const int lane_, warp_, warps_;
 };
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grace_fast import semantics
 from grace_fast.codebook.codebook import Codebook, Snapshot
-from grace_fast.index import certificate, segments
+from grace_fast.index import maintained, segments
 from grace_fast.lookup.backends import cpu, cuda, faiss, reference, triton
 from grace_fast.lookup.backends.faiss_index import FaissIndex
 from grace_fast.lookup.backends.workload import Verb, Workload
@@ -52,7 +52,7 @@ class Holding:
 WAYS: tuple[tuple[str, Callable[[Holding], bool]], ...] = (
     ("row shards", lambda held: held.ranks > 1),
     ("faiss", lambda held: held.backend == faiss.NAME or isinstance(held.backend, FaissIndex)),
-    ("dense", lambda held: held.rows < certificate.SMALLEST),
+    ("dense", lambda held: held.rows < maintained.SMALLEST),
     ("dense", lambda held: held.predicted_bytes >= held.rows * held.key_bytes),
     ("certified, linear", lambda held: held.rows < segments.ORDER_ROWS),
     ("certified, in order", lambda held: True),

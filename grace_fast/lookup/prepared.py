@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from grace_fast.codebook.codebook import Codebook, Snapshot
-from grace_fast.index import certificate
-from grace_fast.index.certificate import Certificate
-from grace_fast.index.native_view import View
+from grace_fast.index import maintained
+from grace_fast.index.maintained import Index
+from grace_fast.index.native_view import NativeView
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import cpu
 from grace_fast.lookup.lookup import Match
@@ -32,13 +32,13 @@ _numbers = itertools.count(1)
 class Prepared:
     """`find` for one codebook; made by `prepare`, sees every later edit."""
 
-    __slots__ = ("_book", "_certificate", "_handle", "_snapshot", "_view")
+    __slots__ = ("_book", "_handle", "_index", "_snapshot", "_view")
 
     def __init__(self, codebook: Codebook) -> None:
         self._book = codebook
         self._snapshot: Snapshot | None = None
-        self._view: View | None = None
-        self._certificate: Certificate | None = None
+        self._view: NativeView | None = None
+        self._index: Index | None = None
         self._handle = next(_numbers)
         _books[self._handle] = codebook
 
@@ -51,7 +51,7 @@ class Prepared:
         if (
             view is None
             or self._book._current is not self._snapshot
-            or self._certificate._state is not view.made_from  # type: ignore[union-attr]
+            or self._index._state is not view.made_from  # type: ignore[union-attr]
         ):
             view = self._renew()
         answer = None if view is None else view.version.ask(queries)
@@ -79,19 +79,19 @@ class Prepared:
     def _registered(self, queries: Tensor) -> Match:
         return Match(None, fields=torch.ops.grace_fast.find(queries, self._handle))
 
-    def _renew(self) -> View | None:
+    def _renew(self) -> NativeView | None:
         self._snapshot = snapshot = self._book.snapshot()
-        self._certificate = certificate.of(snapshot)
+        self._index = maintained.of(snapshot)
         self._view = cpu.view_of(snapshot)
         return self._view
 
     def settle(self) -> None:
         """Wait for what is computed from the keys that are there."""
         self._renew()
-        if self._certificate is not None and self._snapshot is not None:
-            with self._certificate.held(self._snapshot):  # starts what has to be made
+        if self._index is not None and self._snapshot is not None:
+            with self._index.held(self._snapshot):  # starts what has to be made
                 pass
-            self._certificate.settle()
+            self._index.settle()
 
 
 def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prepared:

@@ -3,7 +3,7 @@
 // Blocks are smaller than on a GPU, and how many are there at once differs from launch to launch.
 #include "launch.h"
 
-#include "certified.cuh"
+#include "indexed.cuh"
 #include "dense.cuh"
 #include "on_host_order.h"
 
@@ -40,9 +40,9 @@ int launch_dense_of(const Call& call, int blocks) {
 }
 
 template <typename Key>
-int launch_certified_of(const Call& call, int blocks) {
+int launch_indexed_of(const Call& call, int blocks) {
   launch(encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
-  return launch(certified_kernel<Key>, call, blocks, 1, order().threads, sizeof(CertifiedShared));
+  return launch(indexed_kernel<Key>, call, blocks, 1, order().threads, sizeof(IndexedShared));
 }
 
 template <typename Launch>
@@ -79,10 +79,10 @@ int launch_dense(const Call& call, int blocks, void*) {
                     [&](auto key) { return launch_dense_of<decltype(key)>(each, blocks); });
   });
 }
-int launch_certified(const Call& call, int blocks, void*) {
+int launch_indexed(const Call& call, int blocks, void*) {
   return with_writing(call, [&](const Call& each) {
     return with_key(each.key_dtype,
-                    [&](auto key) { return launch_certified_of<decltype(key)>(each, blocks); });
+                    [&](auto key) { return launch_indexed_of<decltype(key)>(each, blocks); });
   });
 }
 

@@ -461,7 +461,7 @@ def test_the_table_says_what_is_done():
         gf.prepare(book)
         view = cpu.view_of(book.snapshot())
         done = "dense" if not view.keys_pay else "certified, linear"
-        if view.keys_pay and any(part.leaf_boxes is not None for part in view.holds[0].runs):
+        if view.keys_pay and any(part.leaf_boxes is not None for part in view.holds[0].segments):
             done = "certified, in order"
         assert lookup.way_of(book) == done == name
         assert lookup.way_of(book, "faiss") == "faiss"

@@ -22,9 +22,9 @@ from torch import Tensor
 from grace_fast import semantics
 from grace_fast.codebook.buffers import FixedArrays
 from grace_fast.codebook.codebook import PAGE_ROWS, Codebook, Page, Snapshot
-from grace_fast.index import certificate
-from grace_fast.index.native_view import State
-from grace_fast.index.segments import Part
+from grace_fast.index import maintained
+from grace_fast.index.native_view import IndexState
+from grace_fast.index.segments import Segment
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends.workload import Workload
 
@@ -134,7 +134,7 @@ def _table(snapshot: Snapshot, previous: Table | None) -> Table:
     return Table(snapshot, previous)
 
 
-def codes_pay(state: State, snapshot: Snapshot, batch: int) -> bool:
+def codes_pay(state: IndexState, snapshot: Snapshot, batch: int) -> bool:
     """Tell whether codes are predicted to read less for a query than all keys would.
 
     Queries of one tile share what it reads, but not what survives it. Not measured.
@@ -166,10 +166,10 @@ class Table:
             widest=torch.tensor([snapshot.widest], device=device, dtype=torch.float32),
             key_slot=snapshot.device_key_slot,
         )
-        self._certificate = None if snapshot.is_draft else certificate.of(snapshot)
-        self._state: State | None = None
+        self._certificate = None if snapshot.is_draft else maintained.of(snapshot)
+        self._state: IndexState | None = None
         self._codes: DeviceCodes | None = other._codes if other is not None else None
-        self._parts: tuple[Part, ...] = other._parts if other is not None else ()
+        self._parts: tuple[Segment, ...] = other._parts if other is not None else ()
         self._filter: FilterKeys | None = other._filter if other is not None else None
         self._take_codes_in()
 
@@ -202,13 +202,18 @@ class Table:
             if state is None:
                 return
             covered = min(state.covered, snapshot.rows)
-            parts = [*state.runs, state.tail]
-            known = self._codes if self._parts == state.runs else None
+            parts = [*state.segments, state.delta]
+            known = self._codes if self._parts == state.segments else None
             if known is None or not codes.refresh(known, parts, covered):
                 self._codes = codes.device_codes(
-                    state.phi, parts, covered, state.floor, snapshot.device, room=TAIL_ROOM
+                    state.projection,
+                    parts,
+                    covered,
+                    state.min_radius,
+                    snapshot.device,
+                    room=TAIL_ROOM,
                 )
-                self._parts = state.runs
+                self._parts = state.segments
             self._state = state
 
 
@@ -230,8 +235,8 @@ class Captured:
         self._keys: Keys | None = None
         self._coded: dict[tuple[bool, bool], tuple[FixedArrays, DeviceCodes]] = {}  # by shape
         self._codes: DeviceCodes | None = None  # of this version
-        self._parts: tuple[Part, ...] = ()
-        self._state: State | None = None  # whose codes they are
+        self._parts: tuple[Segment, ...] = ()
+        self._state: IndexState | None = None  # whose codes they are
         self.value_slot: Tensor | None = None
 
     @property
@@ -288,7 +293,7 @@ class Captured:
     def _follow_codes(self, snapshot: Snapshot) -> None:
         from grace_fast.kernels import codes
 
-        known = certificate.of(snapshot)
+        known = maintained.of(snapshot)
         if known is None:
             return
         with known.held(snapshot) as state:
@@ -296,16 +301,16 @@ class Captured:
                 self._take_codes(None, ())
                 self._state = None
                 return
-            parts, covered = [*state.runs, state.tail], min(state.covered, snapshot.rows)
-            known_codes = self._codes if self._parts == state.runs else None
+            parts, covered = [*state.segments, state.delta], min(state.covered, snapshot.rows)
+            known_codes = self._codes if self._parts == state.segments else None
             if known_codes is None or not codes.refresh(known_codes, parts, covered):
                 made = codes.device_codes(
-                    state.phi, parts, covered, state.floor, self._device, room=TAIL_ROOM
+                    state.projection, parts, covered, state.min_radius, self._device, room=TAIL_ROOM
                 )
-                self._take_codes(made, state.runs)
+                self._take_codes(made, state.segments)
             self._state = state
 
-    def _take_codes(self, made: DeviceCodes | None, parts: tuple[Part, ...]) -> None:
+    def _take_codes(self, made: DeviceCodes | None, parts: tuple[Segment, ...]) -> None:
         """Put codes where those of their shape are, and leave graphs of another shape none."""
         placed = None
         if made is not None:

@@ -39,8 +39,8 @@ from grace_fast.codebook.mapped import (
     refuse_special,
 )
 from grace_fast.index.builder import Build
-from grace_fast.index.native_view import State
-from grace_fast.index.quantizer import Codes
+from grace_fast.index.native_view import IndexState
+from grace_fast.index.quantizer import Quantized
 from grace_fast.index.segments import Encoded
 from grace_fast.store import columns, files, headers, manifest
 from grace_fast.store.large import resident
@@ -294,8 +294,8 @@ class _Unfinished:
         encoded = _EncodedOnDisk(self._work, made.rows, self._state.get("encoded"), self._note, bar)
         made.encode(encoded, threads)
         part = made.sort(encoded, threads)
-        state = State(made.phi, made.fitted_rows, made.floor)
-        state.runs, state.covered = (part,), made.rows
+        state = IndexState(made.projection, made.fitted_rows, made.min_radius)
+        state.segments, state.covered = (part,), made.rows
         state.predicted_bytes = made.predicted_bytes
         return snapshot, pack_state(state, snapshot.rows)
 
@@ -308,13 +308,13 @@ class _Unfinished:
             tensors = files.read_file(self._work, self._state["map"])
             if "floor" not in tensors:
                 raise CodebookCorrupt(f"{self._work}: the map has no floor; remove {self._work}")
-            made.phi = unpack_map(tensors, self._state["widths"]["keys"])
-            made.floor = float(tensors["floor"])
+            made.projection = unpack_map(tensors, self._state["widths"]["keys"])
+            made.min_radius = float(tensors["floor"])
             return True
         if not made.fit():
             return False
-        floor = torch.tensor(made.floor, dtype=torch.float64, device="cpu")
-        stored = files.store(self._work, "map", pack_map(made.phi) | {"floor": floor})
+        floor = torch.tensor(made.min_radius, dtype=torch.float64, device="cpu")
+        stored = files.store(self._work, "map", pack_map(made.projection) | {"floor": floor})
         self._save_state(map=stored)
         return True
 
@@ -332,7 +332,7 @@ class _Unfinished:
 
 
 class _EncodedOnDisk(Encoded):
-    """Codes in order of rows, in files: what was noted down need not be encoded again."""
+    """Quantized in order of rows, in files: what was noted down need not be encoded again."""
 
     def __init__(
         self,
@@ -354,7 +354,7 @@ class _EncodedOnDisk(Encoded):
         self._note, self._bar, self._noted = note, bar, self.rows
         bar.update(self.rows)
 
-    def put(self, codes: Codes) -> None:
+    def put(self, codes: Quantized) -> None:
         """Take the codes of the next keys in."""
         super().put(codes)
         self._bar.update(len(codes.whole))
