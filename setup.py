@@ -21,7 +21,7 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall",
 
 # GRACE_FAST_EMULATE_AVX512=1, for tests on a processor without AVX-512: its kernels through SIMDe.
 if os.environ.get("GRACE_FAST_EMULATE_AVX512") == "1":
-    FLAGS.append("-DGRACE_FAST_EMULATE_AVX512")
+    FLAGS += ["-DGRACE_FAST_EMULATE_AVX512", "-Itests"]
 
 # GRACE_FAST_SANITIZE=1, for `make sanitize`: stop at the first invalid access or undefined step.
 SANITIZED = os.environ.get("GRACE_FAST_SANITIZE") == "1"

@@ -106,19 +106,15 @@ struct Plan {
             of["node_max_radius"],
             of["isolated"]};
   }
-  py::dict effort(const Book& book, Address first, int64_t stride, int dtype, int64_t batch) const {
+  py::tuple effort(const Book& book, Address first, int64_t stride, int dtype,
+                   int64_t batch) const {
     Effort effort{};
     answered(batch, &effort, [&](bool* hit, int64_t* row, double* squared, Effort* read) {
       return find_indexed(book.queries(first, stride, dtype, batch), book.keys, index, 1, hit, row,
                           squared, read);
     });
-    py::dict read;
-    read["boxes"] = effort.boxes;
-    read["codes"] = effort.codes;
-    read["candidates"] = effort.candidates;
-    read["exact_reranks"] = effort.exact_reranks;
-    read["exhaustive"] = effort.exhaustive;
-    return read;
+    return py::make_tuple(effort.boxes, effort.codes, effort.candidates, effort.exact_reranks,
+                          effort.exhaustive);
   }
   void isolated(const Book& book, int64_t segment, Address positions, int64_t count,
                 Address bits) const {
@@ -137,19 +133,18 @@ struct Version {
   double predicted_bytes;  // of one query, by the index
   int64_t indexed_up_to;
 
+  // by_index: only keys that are not farther than `within`; there has to be a plan.
   void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
-               Address squared) const {
+               Address squared, double within, bool by_index) const {
     const py::gil_scoped_release unlocked;
-    nearest_dense(book.queries(first, stride, dtype, batch), book.keys, threads,
-                  pointer<int64_t>(row), pointer<double>(squared));
-    check_not_lost(book.keys);
-  }
-  // The same by the index, for keys that are not farther than `within`.
-  void nearest_within(Address first, int64_t stride, int dtype, int64_t batch, int threads,
-                      Address row, Address squared, double within) const {
-    const py::gil_scoped_release unlocked;
-    nearest_indexed(book.queries(first, stride, dtype, batch), book.keys, plan->index, within,
-                    threads, pointer<int64_t>(row), pointer<double>(squared));
+    const Queries queries = book.queries(first, stride, dtype, batch);
+    int64_t* const rows = pointer<int64_t>(row);
+    if (by_index) {
+      nearest_indexed(queries, book.keys, plan->index, within, threads, rows,
+                      pointer<double>(squared));
+    } else {
+      nearest_dense(queries, book.keys, threads, rows, pointer<double>(squared));
+    }
     check_not_lost(book.keys);
   }
   py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
@@ -233,9 +228,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def_readwrite("indexed_up_to", &Version::indexed_up_to,
                      "the largest batch that is looked up by the index")
       .def("nearest", &Version::nearest,
-           "queries, stride, dtype, batch, threads, row, squared; written there")
-      .def("nearest_within", &Version::nearest_within,
-           "queries, stride, dtype, batch, threads, row, squared, within; there has to be a plan")
+           "queries, stride, dtype, batch, threads, row, squared, within, by_index; written there")
       .def("find", &Version::find,
            "queries, stride, dtype, batch, threads; (number of hits, answers)")
       .def("ask", &Version::ask, "queries [B, D]; as `find`, or None");

@@ -44,6 +44,13 @@ class Lookup {
         wide_(memory_.query.resized(padded_width(keys.width))),
         candidates_(memory_.candidates) {}
 
+  // The threshold of keys within a distance, whatever the radii are, for an error of keys.
+  auto within(double distance) const {
+    return [this, distance](double key_error) {
+      return encoder_.threshold_within(distance, encoded_.near_error, key_error);
+    };
+  }
+
   Best find(const Queries& queries, int64_t b) {
     const double widest = index_.widest;
     if (widest < 0) return Best{};  // every key is dead
@@ -51,11 +58,10 @@ class Lookup {
     balls_ = true;
     Best early;
     if (!start(queries, b, &early)) return early;
-    for (size_t segment = 0; segment < index_.segments.size(); ++segment) {
-      const Segment& codes = index_.segments[segment];
-      const CodeThreshold threshold = encoder_.threshold(encoded_.near_error, codes.near_error);
-      if (!collect(static_cast<int32_t>(segment), threshold, nullptr)) return read_all();
-    }
+    const auto per_leaf = [&](double key_error) {
+      return encoder_.threshold(encoded_.near_error, key_error);
+    };
+    if (!collect_all(per_leaf)) return read_all();
     read_rows(index_.covered, keys_.rows);
     const Best best = settle();
     const double min_radius = index_.min_radius;
@@ -63,19 +69,24 @@ class Lookup {
     return confirm(best);
   }
 
-  // The nearest live row, in its ball or not, if it is not farther than `within`.
-  Best nearest(const Queries& queries, int64_t b, double within) {
-    limit_ = error_bound_.above(within * within);
+  // The nearest live row, in its ball or not, if it is not farther than `distance`.
+  Best nearest(const Queries& queries, int64_t b, double distance) {
+    limit_ = error_bound_.above(distance * distance);
     balls_ = false;
     Best best;
-    if (start(queries, b, &best)) best = nearest_coded(within);
-    return best.squared <= within * within ? best : Best{};
+    if (start(queries, b, &best)) {
+      const bool some = collect_all(within(distance));
+      if (some) read_rows(index_.covered, keys_.rows);
+      best = some ? settle() : read_all();
+    }
+    return best.squared <= distance * distance ? best : Best{};
   }
 
   // Tell whether no other row of a segment has a key within twice the radius of the row at a
   // position.
-  bool isolated(int32_t segment, int64_t position) {
-    const int64_t self = index_.segments[segment].rows[position];
+  bool isolated(int32_t number, int64_t position) {
+    const Segment& segment = index_.segments[number];
+    const int64_t self = segment.rows[position];
     fetch(keys_, self);
     const Queries key{key_of(keys_, self), 0, keys_.dtype, 1};
     const double apart = 2.0 * radius_of(keys_, self);
@@ -83,23 +94,17 @@ class Lookup {
     query_ = wide_;
     far_known_ = false;
     if (!encoder_.near(query_, &encoded_)) return false;
-    Other other{self, error_bound_.above(apart * apart * (1 + 1e-6))};
-    const double key_error = index_.segments[segment].near_error;
-    return collect(segment, encoder_.threshold_within(apart, encoded_.near_error, key_error),
-                   &other) &&
-           !other.found;
+    const float limit = error_bound_.above(apart * apart * (1 + 1e-6));
+    bool alone = true;
+    const auto look = [&](int64_t row, int32_t) {
+      if (alone && row != self) alone = read(row, limit) > limit;
+    };
+    return collect(segment, within(apart)(segment.near_error), look) && alone;
   }
 
   Effort effort{};
 
  private:
-  // What `isolated` looks for: a key that is not `self` and not above the limit.
-  struct Other {
-    int64_t self;
-    float limit;
-    bool found = false;
-  };
-
   // Take a query and encode it; false where that settles it.
   bool start(const Queries& queries, int64_t b, Best* best) {
     query_ = as_it_is(queries, b, keys_.width);
@@ -117,55 +122,55 @@ class Lookup {
     return false;
   }
 
-  Best nearest_coded(double within) {
-    const auto& segments = index_.segments;
-    for (size_t segment = 0; segment < segments.size(); ++segment) {
-      const CodeThreshold threshold =
-          encoder_.threshold_within(within, encoded_.near_error, segments[segment].near_error);
-      if (!collect(static_cast<int32_t>(segment), threshold, nullptr)) return read_all();
-    }
-    read_rows(index_.covered, keys_.rows);
-    return settle();
-  }
-
   // Nothing nearer than a hit may be hidden behind a smaller largest radius: read all at its
   // distance.
   Best confirm(const Best& best) {
-    const double distance = std::sqrt(best.squared);
-    const auto& segments = index_.segments;
-    const uint8_t* bits = best.segment < 0 ? nullptr : segments[best.segment].isolated;
+    const uint8_t* bits = best.segment < 0 ? nullptr : index_.segments[best.segment].isolated;
     const bool alone = bits && (bits[best.position / 8] >> best.position % 8 & 1);
-    for (size_t segment = 0; segment < segments.size(); ++segment) {
-      if (alone && static_cast<int32_t>(segment) == best.segment) continue;
-      const CodeThreshold threshold =
-          encoder_.threshold_within(distance, encoded_.near_error, segments[segment].near_error);
-      if (!collect(static_cast<int32_t>(segment), threshold, nullptr)) return read_all();
-    }
-    return settle();
+    const bool some = collect_all(within(std::sqrt(best.squared)), alone ? best.segment : -1);
+    return some ? settle() : read_all();
   }
 
-  // Offer every key of a segment within the threshold; false where so many are that reading all is
-  // cheaper.
-  bool collect(int32_t number, CodeThreshold threshold, Other* other) {
-    const Segment& segment = index_.segments[number];
+  // Offer every key within the threshold of its segment, but for one segment; false where so many
+  // are that reading all is cheaper.
+  template <typename Threshold>
+  bool collect_all(const Threshold& threshold, int32_t but = -1) {
+    for (int32_t i = 0; i < static_cast<int32_t>(index_.segments.size()); ++i) {
+      if (i == but) continue;
+      const Segment& segment = index_.segments[i];
+      const auto offer = [this, i](int64_t row, int32_t position) {
+        if (!is_live(keys_, row)) return;
+        candidates_.offer(error_bound_, {row, read(row, candidates_.limit()), i, position});
+      };
+      if (!collect(segment, threshold(segment.near_error), offer)) return false;
+    }
+    return true;
+  }
+
+  // Look at every key of a segment within the threshold; false where so many are that reading all
+  // is cheaper.
+  template <typename Look>
+  bool collect(const Segment& segment, CodeThreshold threshold, const Look& look) {
     const int64_t leaves = (segment.count + kLeaf - 1) / kLeaf;
     const int64_t most = std::max<int64_t>(1024, keys_.rows / 8);
+    // In order the leaves whose boxes are touched, otherwise all.
+    const bool ordered = segment.leaf_boxes != nullptr;
+    const int64_t scanned = ordered ? touch_leaves(segment, leaves, threshold) : leaves;
     int64_t kept = 0;
-    if (segment.leaf_boxes) {
-      const int64_t touched = touch_leaves(segment, leaves, threshold);
-      for (int64_t i = 0; i < touched && kept <= most; i += kChunk) {
-        kept += scan(segment, memory_.leaves.data() + i, 0, std::min(kChunk, touched - i),
-                     threshold, kept);
-      }
-    } else {
-      for (int64_t i = 0; i < leaves && kept <= most; i += kChunk) {
-        kept += scan(segment, nullptr, i, std::min(kChunk, leaves - i), threshold, kept);
-      }
+    for (int64_t i = 0; i < scanned && kept <= most; i += kChunk) {
+      const int32_t* touched = ordered ? memory_.leaves.data() + i : nullptr;
+      const int64_t count = std::min(kChunk, scanned - i);
+      kept += scan(segment, touched, ordered ? 0 : i, count, threshold, kept);
     }
     effort.candidates += kept;
     if (kept > most) return false;
     if (kept > kAlone && index_.projection.far) kept = refine(segment, threshold, kept);
-    read_positions(number, kept, other);
+    for (int64_t i = 0; i < kept; ++i) {
+      const int32_t position = memory_.positions[i];
+      if (position >= segment.count) continue;  // the rest of the last leaf
+      const int64_t row = segment.rows[position];
+      if (row < keys_.rows) look(row, position);  // or a later row than this snapshot's
+    }
     return true;
   }
 
@@ -206,22 +211,6 @@ class Lookup {
                                                      (segment.far_error - segment.near_error))};
     return kernels().refine(segment, index_.projection.norm_slot, encoded_.code, threshold, count,
                             memory_.positions.data(), memory_.sums.data());
-  }
-
-  void read_positions(int32_t number, int64_t count, Other* other) {
-    const Segment& segment = index_.segments[number];
-    for (int64_t i = 0; i < count; ++i) {
-      const int32_t position = memory_.positions[i];
-      if (position >= segment.count) continue;  // the rest of the last leaf
-      const int64_t row = segment.rows[position];
-      if (row >= keys_.rows) continue;  // a later row than this snapshot's
-      if (other) {
-        if (other->found || row == other->self) continue;
-        other->found = read(row, other->limit) <= other->limit;
-      } else if (is_live(keys_, row)) {
-        candidates_.offer(error_bound_, {row, read(row, candidates_.limit()), number, position});
-      }
-    }
   }
 
   void read_rows(int64_t first, int64_t last) {

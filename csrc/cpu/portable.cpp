@@ -134,15 +134,6 @@ int64_t refine_positions(const Segment& segment, bool norm_slot, const uint8_t* 
 
 }  // namespace
 
-const Kernels portable_kernels = {
-    "portable",
-    centre_query,
-    project_rows,
-    test_boxes,
-    scan_codes,
-    refine_positions,
-    {squared_of<float>, squared_of<BFloat16>, squared_of<Float16>},
-    {tile_of<float>, tile_of<BFloat16>, tile_of<Float16>},
-};
+const Kernels portable_kernels = all_kernels("portable", test_boxes, scan_codes, refine_positions);
 
 }  // namespace grace_fast

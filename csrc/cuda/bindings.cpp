@@ -146,8 +146,7 @@ struct Lookup {
     if (made.batch < 1 || made.batch > kMostQueries) {
       throw std::invalid_argument("a call takes 1 .. " + std::to_string(kMostQueries) + " queries");
     }
-    const auto launch = indexed ? launch_indexed : launch_dense;
-    check(launch(made, blocks, pointer<void>(stream)));
+    check(launch_look_up(made, indexed, blocks, pointer<void>(stream)));
   }
   Call asked(Address queries, int64_t stride, int dtype, int batch, Address hit, Address row,
              Address squared) const {

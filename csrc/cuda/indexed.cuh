@@ -85,15 +85,10 @@ GRACE_FAST_DEVICE int code_distance(uint4 code, const uint32_t* query, int sum) 
 }
 
 template <typename Key>
-class Indexed {
+class Indexed : Place {
  public:
   GRACE_FAST_DEVICE explicit Indexed(const Call& call)
-      : call_(call),
-        book_(*call.book),
-        error_bound_(call.width),
-        lane_(thread_index() % kWarp),
-        warp_(thread_index() / kWarp),
-        warps_(thread_count() / kWarp),
+      : Place(call),
         padded_((call.width + kPadding - 1) / kPadding * kPadding),
         wide_loads_(in_16_bytes<Key>(book_, call.width)),
         slope_(
@@ -115,14 +110,7 @@ class Indexed {
       read_rows(search, book_.covered, look);
       read_candidates(search, look);
     }
-    join_warps();
-  }
-
-  GRACE_FAST_DEVICE void decide() {
-    if (!is_last_block(call_.workspace.tickets)) return;
-    Settle<Key, Indexed> settle(call_, book_, *this);
-    settle.run();
-    write_values(call_, book_, 0, call_.batch);
+    join_warps(shared()->best, 0, call_.batch);
   }
 
   // What Settle asks.
@@ -133,10 +121,6 @@ class Indexed {
   }
   GRACE_FAST_DEVICE int state(int b) const {
     return book_.widest >= 0 ? shared()->query[b].state : kNotFinite;
-  }
-  GRACE_FAST_DEVICE BestTwo best(int b, int block) const {
-    const BestTwo* slot = slots(b) + block;
-    return {load_fresh(&slot->first), load_fresh(&slot->second)};
   }
   GRACE_FAST_DEVICE double min_radius() const { return book_.min_radius; }
 
@@ -199,15 +183,15 @@ class Indexed {
     return ballot(lane_ < call_.batch && shared()->query[lane_].state == kEncoded);
   }
 
+  // What sums of code differences are at most within a radius, for the errors of query and keys.
+  GRACE_FAST_DEVICE int limit(const Search& search, float max_radius, float of_query,
+                              float of_keys) const {
+    const CodeThreshold threshold{slope_, of_query + of_keys + kSlackSteps};
+    return threshold.at(search.at_one_radius ? search.radius : max_radius);
+  }
   GRACE_FAST_DEVICE int near_limit(const Search& search, const Segment& segment, int b,
                                    float max_radius) const {
-    const float errors = shared()->query[b].near_error + segment.near_error + kSlackSteps;
-    return CodeThreshold{slope_, errors}.at(search.at_one_radius ? search.radius : max_radius);
-  }
-  GRACE_FAST_DEVICE int far_limit(const Search& search, const Segment& segment, int b,
-                                  float max_radius) const {
-    const float errors = shared()->query[b].far_error + segment.far_error + kSlackSteps;
-    return CodeThreshold{slope_, errors}.at(search.at_one_radius ? search.radius : max_radius);
+    return limit(search, max_radius, shared()->query[b].near_error, segment.near_error);
   }
 
   // Offer every key of a segment within the threshold, of this block's share.
@@ -311,7 +295,7 @@ class Indexed {
       for (int i = 0; i < kFar / 16; ++i) {
         sum = code_distance(load16(far + 16 * i), query.code + 4 + 4 * i, sum);
       }
-      kept = sum <= far_limit(search, segment, b, max_radius);
+      kept = sum <= limit(search, max_radius, query.far_error, segment.far_error);
     }
     if (kept) {
       const int64_t row = segment.rows[position];
@@ -365,26 +349,7 @@ class Indexed {
     if (squared <= search.limit) look(b, tag, squared);
   }
 
-  GRACE_FAST_DEVICE void join_warps() {
-    sync_block();
-    const int b = thread_index();
-    if (b >= call_.batch) return;
-    BestTwo joined{kNone, kNone};
-    for (int i = 0; i < warps_; ++i) {
-      offer(&joined, shared()->best[i][b].first);
-      offer(&joined, shared()->best[i][b].second);
-    }
-    slots(b)[block_index()] = joined;
-  }
-
-  GRACE_FAST_DEVICE BestTwo* slots(int b) const {
-    return call_.workspace.best + static_cast<int64_t>(b) * block_count();
-  }
-
-  const Call& call_;
-  const Book& book_;
-  const ErrorBound error_bound_;
-  const int lane_, warp_, warps_, padded_;
+  const int padded_;
   const bool wide_loads_;
   const float slope_;
 };
@@ -396,7 +361,7 @@ indexed_kernel(const __grid_constant__ Call call) {
   // the other.
   Indexed<Key> reader(call), decider(call);
   reader.read();
-  decider.decide();
+  decide<Key>(call, decider);
 }
 
 }  // namespace grace_fast::device

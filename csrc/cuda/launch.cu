@@ -142,29 +142,12 @@ const char* error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-int launch_dense(const Call& call, int blocks, void* stream) {
+int launch_look_up(const Call& call, bool indexed, int blocks, void* stream) {
   return with_writing(call, stream, [&](const Call& decision) {
-    switch (call.key_dtype) {
-      case Dtype::bfloat16:
-        return launch_dense_of<BFloat16>(decision, blocks, stream);
-      case Dtype::float16:
-        return launch_dense_of<Float16>(decision, blocks, stream);
-      default:
-        return launch_dense_of<float>(decision, blocks, stream);
-    }
-  });
-}
-
-int launch_indexed(const Call& call, int blocks, void* stream) {
-  return with_writing(call, stream, [&](const Call& decision) {
-    switch (call.key_dtype) {
-      case Dtype::bfloat16:
-        return launch_indexed_of<BFloat16>(decision, blocks, stream);
-      case Dtype::float16:
-        return launch_indexed_of<Float16>(decision, blocks, stream);
-      default:
-        return launch_indexed_of<float>(decision, blocks, stream);
-    }
+    return with_key(call.key_dtype, [&](auto key) {
+      return indexed ? launch_indexed_of<decltype(key)>(decision, blocks, stream)
+                     : launch_dense_of<decltype(key)>(decision, blocks, stream);
+    });
   });
 }
 

@@ -13,6 +13,12 @@
 namespace grace_fast::device {
 
 enum class Dtype : int32_t { float32, bfloat16, float16 };  // as in lookup.h
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
 constexpr int kNear = 16;          // code bytes read for every key of a leaf that is touched
 constexpr int kFar = 48;           // further code bytes, read for candidates

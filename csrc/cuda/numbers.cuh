@@ -13,13 +13,6 @@ constexpr int kWarp = 32;
 constexpr uint64_t kNone = ~uint64_t{0};
 constexpr int32_t kMostSum = 0x7fffffff;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 GRACE_FAST_DEVICE float infinity() { return float_of(0x7f800000u); }
 GRACE_FAST_DEVICE float widen(float x) { return x; }
 GRACE_FAST_DEVICE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

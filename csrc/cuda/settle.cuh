@@ -8,7 +8,6 @@
 //   batch()          queries that this block decides, the first of which is query first()
 //   query(b)         the query as float32
 //   state(b)         whether it can be answered from the slots
-//   best(b)          BestTwo [blocks], written before the ticket was taken
 //   min_radius()          a hit nearer than this needs no second look
 //   read_again(b, limit, skip, look)   call look(row, alone) by whole warps for every row whose S
 //                    in float32 may be within `limit`, but for those of segment `skip`
@@ -48,17 +47,52 @@ GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
   return shared->last != 0;
 }
 
-template <typename Key, typename Lookup>
-class Settle {
+// What every part of a look-up knows: the call, the place of a thread, and what blocks have seen.
+class Place {
  public:
-  GRACE_FAST_DEVICE Settle(const Call& call, const Book& book, Lookup& lookup)
+  GRACE_FAST_DEVICE explicit Place(const Call& call)
       : call_(call),
-        book_(book),
-        lookup_(lookup),
+        book_(*call.book),
         error_bound_(call.width),
         lane_(thread_index() % kWarp),
         warp_(thread_index() / kWarp),
         warps_(thread_count() / kWarp) {}
+
+ protected:
+  // Of one query of the call, by block.
+  GRACE_FAST_DEVICE BestTwo* slots(int query) const {
+    return call_.workspace.best + static_cast<int64_t>(query) * block_count();
+  }
+  GRACE_FAST_DEVICE BestTwo seen(int query, int block) const {
+    const BestTwo* slot = slots(query) + block;
+    return {load_fresh(&slot->first), load_fresh(&slot->second)};
+  }
+  // Write down the best two of the block's warps for `batch` queries, of which `first` is the
+  // first.
+  template <int kColumns>
+  GRACE_FAST_DEVICE void join_warps(const BestTwo (&best)[kMostWarps][kColumns], int first,
+                                    int batch) const {
+    sync_block();
+    const int b = thread_index();
+    if (b >= batch) return;
+    BestTwo joined{kNone, kNone};
+    for (int i = 0; i < warps_; ++i) {
+      offer(&joined, best[i][b].first);
+      offer(&joined, best[i][b].second);
+    }
+    slots(first + b)[block_index()] = joined;
+  }
+
+  const Call& call_;
+  const Book& book_;
+  const ErrorBound error_bound_;
+  const int lane_, warp_, warps_;
+};
+
+template <typename Key, typename Lookup>
+class Settle : Place {
+ public:
+  GRACE_FAST_DEVICE Settle(const Call& call, Lookup& lookup) : Place(call), lookup_(lookup) {}
 
   // Leave the answers in shared memory and write those that are asked for.
   GRACE_FAST_DEVICE void run() {
@@ -84,7 +118,7 @@ class Settle {
     const float limit = error_bound_.above(squared_of(nearest));
     int within = 0;
     for (int i = lane_; i < block_count(); i += kWarp) {
-      const BestTwo two = lookup_.best(b, i);
+      const BestTwo two = seen(lookup_.first() + b, i);
       within += two.first != kNone && squared_of(two.first) <= limit;
       within += two.second != kNone && squared_of(two.second) <= limit;
     }
@@ -114,14 +148,14 @@ class Settle {
       const uint64_t nearest = nearest_of(b);
       limit = error_bound_.above(squared_of(nearest));
       for (int i = warp_; i < block_count(); i += warps_) {
-        const BestTwo two = lookup_.best(b, i);
+        const BestTwo two = seen(lookup_.first() + b, i);
         if (two.first != kNone && squared_of(two.first) <= limit) look(b, tag_of(two.first), &best);
         if (two.second != kNone && squared_of(two.second) <= limit) {
           look(b, tag_of(two.second), &best);
         }
       }
       for (int i = lane_; i < block_count(); i += kWarp) {
-        const BestTwo two = lookup_.best(b, i);
+        const BestTwo two = seen(lookup_.first() + b, i);
         crowded |= two.second != kNone && squared_of(two.second) <= limit;
       }
     } else {
@@ -143,7 +177,7 @@ class Settle {
   GRACE_FAST_DEVICE uint64_t nearest_of(int b) const {
     uint64_t nearest = kNone;
     for (int i = lane_; i < block_count(); i += kWarp) {
-      const BestTwo two = lookup_.best(b, i);
+      const BestTwo two = seen(lookup_.first() + b, i);
       if (two.first < nearest) nearest = two.first;
     }
     return least_of_warp(nearest);
@@ -191,11 +225,7 @@ class Settle {
     if (call_.squared) call_.squared[query] = answer.squared;
   }
 
-  const Call& call_;
-  const Book& book_;
   Lookup& lookup_;
-  const ErrorBound error_bound_;
-  const int lane_, warp_, warps_;
 };
 
 // Write one value over one token, by a warp.
@@ -240,7 +270,17 @@ GRACE_FAST_DEVICE void write_values(const Call& call, const Book& book, int firs
   }
 }
 
-// The same for many tokens, by a node of its own: a block for some tokens of one query.
+// Let the block that takes the last ticket of its group answer the queries of a look-up.
+template <typename Key, typename Lookup>
+GRACE_FAST_DEVICE void decide(const Call& call, Lookup& lookup) {
+  if (!is_last_block(call.workspace.tickets + group_index())) return;
+  Settle<Key, Lookup> settle(call, lookup);
+  settle.run();
+  write_values(call, *call.book, lookup.first(), lookup.batch());
+}
+
+// What `write_values` does for many tokens, by a node of its own: a block for some tokens of one
+// query.
 GRACE_FAST_KERNEL(kMostThreads)
 write_kernel(const __grid_constant__ Call call) {
   const int query = group_index();

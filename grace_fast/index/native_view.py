@@ -112,12 +112,11 @@ class NativeView:
     def effort(self, queries: Tensor) -> Effort:
         """Return what `find` reads for queries [B, D] whose rows' elements are side by side."""
         batch, width = queries.shape
-        read = {
-            n: total / batch for n, total in self.plan.effort(self.book, *asked(queries)).items()
-        }
-        total = BOX_BYTES * read["boxes"] + quantizer.NEAR * read["codes"]
-        total += quantizer.FAR * read["candidates"] + read["exact_reranks"] * self.key_bytes
-        return Effort(**read, bytes=total + quantizer.NEAR * width * 2)
+        read = [total / batch for total in self.plan.effort(self.book, *asked(queries))]
+        boxes, codes, candidates, exact_reranks, _ = read
+        total = BOX_BYTES * boxes + quantizer.NEAR * codes
+        total += quantizer.FAR * candidates + exact_reranks * self.key_bytes
+        return Effort(*read, bytes=total + quantizer.NEAR * width * 2)
 
     def use_keys_of(self, base: NativeView) -> None:
         """Let the nearest key be found by the codes of another version, whose keys are these.

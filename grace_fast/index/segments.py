@@ -83,11 +83,10 @@ def _padded(count: int, step: int) -> int:
 def max_radius_of_each(radii: Array, min_radius: float) -> Array:
     """Return the largest radius of each 64, at least `min_radius`, padded for 16 at a time."""
     leaves = _padded(len(radii), LEAF) // LEAF
-    padded = np.full(leaves * LEAF, min_radius, np.float32)
-    np.maximum(radii, min_radius, out=padded[: len(radii)], casting="same_kind")
-    reach = np.full(_padded(leaves, BLOCK) + BLOCK, min_radius, np.float32)
-    reach[:leaves] = padded.reshape(leaves, LEAF).max(axis=1)
-    return reach
+    largest = np.full(_padded(leaves, BLOCK) + BLOCK, min_radius, np.float32)
+    here = np.maximum.reduceat(radii, np.arange(0, len(radii), LEAF))
+    np.maximum(here, min_radius, out=largest[:leaves], casting="same_kind")
+    return largest
 
 
 def _gathered(codes: Array, order: Array) -> Array:
@@ -117,15 +116,8 @@ def _boxes(low: Array, high: Array) -> Array:
 
 def _edges(low: Array, high: Array) -> tuple[Array, Array]:
     """Return the boxes around each 64 of boxes [n, 16]."""
-    return _each_64(np.min, low), _each_64(np.max, high)
-
-
-def _each_64(extreme: Any, edges: Array) -> Array:
-    whole = len(edges) // LEAF * LEAF
-    found = extreme(edges[:whole].reshape(-1, LEAF, NEAR), axis=1)
-    if whole == len(edges):
-        return found  # type: ignore[no-any-return]
-    return np.concatenate([found, extreme(edges[whole:], axis=0)[None]])
+    firsts = np.arange(0, len(low), LEAF)
+    return np.minimum.reduceat(low, firsts), np.maximum.reduceat(high, firsts)
 
 
 @dataclass(eq=False)
@@ -170,7 +162,7 @@ def sorted_segment(
     if ordered:
         points = np.ascontiguousarray(encoded.points)
         kd_order(points=points.ctypes.data, count=count, order=order.ctypes.data)
-    reach = max_radius_of_each(radii[order], min_radius)
+    leaf_max_radius = max_radius_of_each(radii[order], min_radius)
     boxes: dict[str, Array] = {}
     if ordered:
         points = encoded.points[order]
@@ -179,7 +171,7 @@ def sorted_segment(
         boxes["leaf_boxes"] = _boxes(low, high)
         boxes["node_boxes"] = _boxes(*_edges(low, high))
         boxes["node_max_radius"] = max_radius_of_each(
-            reach[: _padded(count, LEAF) // LEAF], min_radius
+            leaf_max_radius[: _padded(count, LEAF) // LEAF], min_radius
         )
     places = np.empty(count, np.int32)
     places[order] = np.arange(count, dtype=np.int32)
@@ -189,7 +181,7 @@ def sorted_segment(
         rows=order + np.int32(first),
         near=_packed(_gathered(encoded.near, order)),
         far=_gathered(encoded.far, order),
-        leaf_max_radius=reach,
+        leaf_max_radius=leaf_max_radius,
         near_error=encoded.near_error + 1e-9,
         far_error=encoded.far_error + 1e-9,
         first=first,

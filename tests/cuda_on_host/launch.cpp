@@ -54,13 +54,6 @@ int with_writing(const Call& call, const Launch& look_up) {
   return launch(write_kernel, call, 2, call.batch, order().threads, 0);
 }
 
-template <typename Work>
-int with_key(Dtype dtype, const Work& work) {
-  if (dtype == Dtype::bfloat16) return work(BFloat16{});
-  if (dtype == Dtype::float16) return work(Float16{});
-  return work(float{});
-}
-
 }  // namespace
 
 int device_count(int* count) {
@@ -73,16 +66,12 @@ int describe_device(int, Device* device) {
 }
 const char* error_text(int) { return "none"; }
 
-int launch_dense(const Call& call, int blocks, void*) {
+int launch_look_up(const Call& call, bool indexed, int blocks, void*) {
   return with_writing(call, [&](const Call& each) {
-    return with_key(each.key_dtype,
-                    [&](auto key) { return launch_dense_of<decltype(key)>(each, blocks); });
-  });
-}
-int launch_indexed(const Call& call, int blocks, void*) {
-  return with_writing(call, [&](const Call& each) {
-    return with_key(each.key_dtype,
-                    [&](auto key) { return launch_indexed_of<decltype(key)>(each, blocks); });
+    return with_key(each.key_dtype, [&](auto key) {
+      return indexed ? launch_indexed_of<decltype(key)>(each, blocks)
+                     : launch_dense_of<decltype(key)>(each, blocks);
+    });
   });
 }
 

@@ -176,7 +176,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was put into the tail during a build is dropped",
-        *(C, "_publish", "keep >= build.tail_count", "keep >= old.count"),
+        *(C, "_publish", "keep >= build.delta_count", "keep >= old.count"),
     ),
     Mutant(
         "edits during a build are not taken in",

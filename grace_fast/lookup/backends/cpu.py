@@ -48,12 +48,10 @@ def nearest(queries: Tensor, snapshot: Snapshot, within: float = math.inf) -> tu
     queries, view = in_rows(queries), _view(snapshot)
     row = torch.empty(batch, dtype=torch.int64, device="cpu")
     squared = torch.empty(batch, dtype=torch.float64, device="cpu")
-    call = (*asked(queries), torch.get_num_threads(), row.data_ptr(), squared.data_ptr())
-    if within < math.inf and view.keys_pay:
-        view.version.nearest_within(*call, within)
-        return row, squared
-    view.version.nearest(*call)
-    return semantics.not_beyond(within, row, squared)
+    by_index = within < math.inf and view.keys_pay
+    answers = (row.data_ptr(), squared.data_ptr(), within, by_index)
+    view.version.nearest(*asked(queries), torch.get_num_threads(), *answers)
+    return (row, squared) if by_index else semantics.not_beyond(within, row, squared)
 
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
