@@ -105,22 +105,27 @@ struct Effort {
   int64_t proved;         // misses for which no key was read
 };
 
+// Where answers go, [B] each.
+struct Answers {
+  int64_t* row;
+  double* squared;
+  bool* hit;  // null for `nearest`
+};
+
 // For each query: the live row of least finite S, the lowest on a tie, and that S; (-1, inf) where
-// there is none.   row [B], squared [B]
-void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
-                   double* squared);
-// The same where S <= within^2, and (-1, inf) where it is not. The index has to know the keys
-// of the rows it covers; their radii may be others.
+// there is none.
+void nearest_dense(const Queries& queries, const Keys& keys, int threads, const Answers& answers);
+// The same where S <= within^2, and (-1, inf) where it is not. The index has to know the keys of
+// the rows it covers; their radii may be others.
 void nearest_indexed(const Queries& queries, const Keys& keys, const Index& index, double within,
-                     int threads, int64_t* row, double* squared);
+                     int threads, const Answers& answers);
 
 // For each query: whether it is in the ball of its nearest row, and then that row and its S, else
-// (-1, inf). Returns the number of hits.   hit [B], row [B], squared [B]
-// What was read is added to `effort`, where there is one.
-int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
-                   int64_t* row, double* squared, Effort* effort);
+// (-1, inf). Returns the number of hits. What was read is added to `effort`, where there is one.
+int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads,
+                   const Answers& answers, Effort* effort);
 int64_t find_indexed(const Queries& queries, const Keys& keys, const Index& index, int threads,
-                     bool* hit, int64_t* row, double* squared, Effort* effort);
+                     const Answers& answers, Effort* effort);
 
 // Set the isolated bit of the positions of a segment whose rows have no other key of it within 2
 // radii.

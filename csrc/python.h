@@ -25,6 +25,8 @@ class Fields {
     operator T() const {
       if constexpr (std::is_pointer_v<T>) {
         return reinterpret_cast<T>(value.cast<Address>());
+      } else if constexpr (std::is_enum_v<T>) {
+        return static_cast<T>(value.cast<int>());
       } else {
         return value.cast<T>();
       }
@@ -35,5 +37,12 @@ class Fields {
  private:
   pybind11::dict from_;
 };
+
+// The projection of the host's layout, or of the device's.
+template <typename Projection>
+Projection projection_of(const Fields& of) {
+  return {of["centre"],   of["rows"], of["turn"],      of["step"], of["lipschitz"],
+          of["row_norm"], of["eta"],  of["norm_slot"], of["far"]};
+}
 
 }  // namespace grace_fast

@@ -135,41 +135,41 @@ class Dense {
 };
 
 // Return how many keys were read, once for each query.
-int64_t answer(const Queries& queries, const Keys& keys, float limit, bool balls, int threads,
-               int64_t* row, double* squared) {
+int64_t answer(const Queries& queries, const Keys& keys, float limit, int threads,
+               const Answers& answers) {
   Dense dense(queries, keys, limit);
   std::vector<Candidates>& candidates = dense.run(threads);
   in_parallel(queries.batch, threads, [&](int64_t b) {
+    const bool balls = answers.hit != nullptr;
     const Best best =
         dense.finite(b) ? candidates[b].settle(dense.query(b), dense.error_bound(), balls) : Best{};
-    row[b] = best.row;
-    squared[b] = best.squared;
+    answers.row[b] = best.row;
+    answers.squared[b] = best.squared;
   });
   return dense.keys_read();
 }
 
 }  // namespace
 
-void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
-                   double* squared) {
+void nearest_dense(const Queries& queries, const Keys& keys, int threads, const Answers& answers) {
   const UsualRounding usual;
-  answer(queries, keys, std::numeric_limits<float>::infinity(), false, threads, row, squared);
+  answer(queries, keys, std::numeric_limits<float>::infinity(), threads, answers);
 }
 
-int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
-                   int64_t* row, double* squared, Effort* effort) {
+int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads,
+                   const Answers& answers, Effort* effort) {
   const UsualRounding usual;
   int64_t hits = 0;
   if (widest >= 0) {
     const float limit = ErrorBound(keys.width).above(static_cast<double>(widest) * widest);
-    const int64_t read = answer(queries, keys, limit, true, threads, row, squared);
+    const int64_t read = answer(queries, keys, limit, threads, answers);
     if (effort) effort->exact_reranks += read;
   } else {  // every key is dead
     if (effort) effort->proved += queries.batch;
-    std::fill(row, row + queries.batch, -1);
-    std::fill(squared, squared + queries.batch, std::numeric_limits<double>::infinity());
+    std::fill_n(answers.row, queries.batch, -1);
+    std::fill_n(answers.squared, queries.batch, std::numeric_limits<double>::infinity());
   }
-  for (int64_t b = 0; b < queries.batch; ++b) hits += hit[b] = row[b] >= 0;
+  for (int64_t b = 0; b < queries.batch; ++b) hits += answers.hit[b] = answers.row[b] >= 0;
   return hits;
 }
 

@@ -277,26 +277,26 @@ void look_up(const Queries& queries, const Keys& keys, const Index& index, int t
 }  // namespace
 
 int64_t find_indexed(const Queries& queries, const Keys& keys, const Index& index, int threads,
-                     bool* hit, int64_t* row, double* squared, Effort* effort) {
+                     const Answers& answers, Effort* effort) {
   int64_t hits = 0;
   look_up(queries, keys, index, threads, effort, [&](Lookup& lookup, int64_t b) {
     const int64_t read_before = lookup.effort.exact_reranks;
     const Best best = lookup.find(queries, b);
     lookup.effort.proved += best.row < 0 && lookup.effort.exact_reranks == read_before;
-    hit[b] = best.row >= 0;
-    row[b] = best.row;
-    squared[b] = best.squared;
-    if (hit[b]) __atomic_fetch_add(&hits, 1, __ATOMIC_RELAXED);
+    answers.hit[b] = best.row >= 0;
+    answers.row[b] = best.row;
+    answers.squared[b] = best.squared;
+    if (best.row >= 0) __atomic_fetch_add(&hits, 1, __ATOMIC_RELAXED);
   });
   return hits;
 }
 
 void nearest_indexed(const Queries& queries, const Keys& keys, const Index& index, double within,
-                     int threads, int64_t* row, double* squared) {
+                     int threads, const Answers& answers) {
   look_up(queries, keys, index, threads, nullptr, [&](Lookup& lookup, int64_t b) {
     const Best best = lookup.nearest(queries, b, within);
-    row[b] = best.row;
-    squared[b] = best.squared;
+    answers.row[b] = best.row;
+    answers.squared[b] = best.squared;
   });
 }
 

@@ -19,6 +19,7 @@ using namespace grace_fast::device;
 using grace_fast::Address;
 using grace_fast::Fields;
 using grace_fast::pointer;
+using grace_fast::projection_of;
 using py::arg;
 
 namespace {
@@ -51,11 +52,6 @@ int64_t lay_out(Address base, int64_t width, int64_t blocks, Workspace* workspac
 int64_t workspace_bytes(int64_t width, int64_t blocks) {
   Workspace unused;
   return lay_out(0, width, blocks, &unused);
-}
-
-Projection projection_of(const Fields& of) {
-  return {of["centre"],   of["rows"], of["turn"],      of["step"], of["lipschitz"],
-          of["row_norm"], of["eta"],  of["norm_slot"], of["far"]};
 }
 
 Segment segment_of(const Fields& of) {
@@ -99,7 +95,7 @@ py::bytes pack_book(const py::dict& columns, int64_t rows, int64_t covered, floa
             {},
             {}};
   if (!projection.is_none()) {
-    book.projection = projection_of(Fields(projection));
+    book.projection = projection_of<Projection>(Fields(projection));
     for (const py::handle each : segments) {
       book.segment[book.segments++] = segment_of(Fields(each));
     }
@@ -130,9 +126,10 @@ struct Lookup {
   Call call{};
   int blocks;
   bool indexed;
+  Device device{};
 
   Lookup(Address book, Address workspace, int blocks_, int width, int dtype, int value_width,
-         bool indexed_)
+         bool indexed_, int device_index)
       : blocks(blocks_), indexed(indexed_) {
     if (blocks < 1 || width < 1) throw std::invalid_argument("blocks and width must be positive");
     call.book = pointer<const Book>(book);
@@ -140,13 +137,14 @@ struct Lookup {
     call.width = width;
     call.value_width = value_width;
     lay_out(workspace, width, blocks, &call.workspace);
+    check(describe_device(device_index, &device));
   }
 
   void launch(const Call& made, Address stream) const {
     if (made.batch < 1 || made.batch > kMostQueries) {
       throw std::invalid_argument("a call takes 1 .. " + std::to_string(kMostQueries) + " queries");
     }
-    check(launch_look_up(made, indexed, blocks, pointer<void>(stream)));
+    check(launch_look_up(made, indexed, blocks, device, pointer<void>(stream)));
   }
   Call asked(Address queries, int64_t stride, int dtype, int batch, Address hit, Address row,
              Address squared) const {
@@ -196,9 +194,9 @@ PYBIND11_MODULE(GRACE_FAST_MODULE, module) {
              arg("widest"), arg("min_radius"), arg("projection").none(true), arg("segments"),
              "The bytes of a Book, to be copied to the device.");
   py::class_<Lookup>(module, "Lookup", "Look-ups in one book with one stream's workspace.")
-      .def(py::init<Address, Address, int, int, int, int, bool>(), py::kw_only(), arg("book"),
+      .def(py::init<Address, Address, int, int, int, int, bool, int>(), py::kw_only(), arg("book"),
            arg("workspace"), arg("blocks"), arg("width"), arg("dtype"), arg("value_width"),
-           arg("indexed"))
+           arg("indexed"), arg("device"))
       .def("find", &Lookup::find, "queries, stride, dtype, batch, hit, row, squared, stream")
       .def("replace", &Lookup::replace,
            "queries, stride, dtype, batch, hit, row, output, output_dtype, output_stride, "

@@ -65,8 +65,7 @@ class Dense : Place {
   template <typename Look>
   GRACE_FAST_DEVICE void read_again(int b, float limit, int, const Look& look) {
     for (int block = 0; block < block_count(); ++block) {
-      const uint64_t second = seen(first() + b, block).second;
-      if (second == kNone || squared_of(second) > limit) continue;
+      if (!is_within(seen(first() + b, block).second, limit)) continue;
       const int keys = few_ ? 1 : kManyKeys<kQueries>;
       for (int64_t i = warp_;; i += warps_) {
         const int64_t row = (i / keys * block_count() + block) * keys + i % keys;

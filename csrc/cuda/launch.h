@@ -28,6 +28,6 @@ int with_key(Dtype dtype, const Work& work) {
 }
 
 // Queue a look-up of call.batch <= 32 queries on a stream. Nothing is allocated or waited for.
-int launch_look_up(const Call& call, bool indexed, int blocks, void* stream);
+int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream);
 
 }  // namespace grace_fast::device

@@ -108,6 +108,8 @@ GRACE_FAST_DEVICE uint64_t packed(float squared, uint32_t tag) {
 GRACE_FAST_DEVICE float squared_of(uint64_t found) {
   return float_of(static_cast<uint32_t>(found >> 32));
 }
+// Never for kNone, whose S is NaN.
+GRACE_FAST_DEVICE bool is_within(uint64_t found, float limit) { return squared_of(found) <= limit; }
 GRACE_FAST_DEVICE uint32_t tag_of(uint64_t found) { return static_cast<uint32_t>(found); }
 
 template <typename Key>

@@ -119,8 +119,7 @@ class Settle : Place {
     int within = 0;
     for (int i = lane_; i < block_count(); i += kWarp) {
       const BestTwo two = seen(lookup_.first() + b, i);
-      within += two.first != kNone && squared_of(two.first) <= limit;
-      within += two.second != kNone && squared_of(two.second) <= limit;
+      within += is_within(two.first, limit) + is_within(two.second, limit);
     }
     if (sum_of_warp(within) != 1) return false;
 
@@ -149,14 +148,11 @@ class Settle : Place {
       limit = error_bound_.above(squared_of(nearest));
       for (int i = warp_; i < block_count(); i += warps_) {
         const BestTwo two = seen(lookup_.first() + b, i);
-        if (two.first != kNone && squared_of(two.first) <= limit) look(b, tag_of(two.first), &best);
-        if (two.second != kNone && squared_of(two.second) <= limit) {
-          look(b, tag_of(two.second), &best);
-        }
+        if (is_within(two.first, limit)) look(b, tag_of(two.first), &best);
+        if (is_within(two.second, limit)) look(b, tag_of(two.second), &best);
       }
       for (int i = lane_; i < block_count(); i += kWarp) {
-        const BestTwo two = seen(lookup_.first() + b, i);
-        crowded |= two.second != kNone && squared_of(two.second) <= limit;
+        crowded |= is_within(seen(lookup_.first() + b, i).second, limit);
       }
     } else {
       crowded = 1;  // no slots: read all

@@ -129,8 +129,7 @@ class Build:
         view = self._alone(segment)
         positions = segment.places[large].astype(np.int64)
         bits = np.zeros_like(segment.isolated)
-        view.plan.isolated(
-            book=view.book,
+        view.version.isolated(
             segment=0,
             positions=positions.ctypes.data,
             count=len(positions),

@@ -143,10 +143,6 @@ class Index:
         """What was published last, of the newest version seen."""
         return self._state
 
-    def is_current(self, view: NativeView) -> bool:
-        """Tell whether a new view of the same version would say no more."""
-        return view.made_from is self._state
-
     def build(self, snapshot: Snapshot) -> None:
         """Have all codes of a version that can be had, before returning."""
         with self.held(snapshot):  # starts what has to be made

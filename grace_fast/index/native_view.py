@@ -17,7 +17,7 @@ from torch import Tensor
 from grace_fast.codebook.codebook import Snapshot
 from grace_fast.codebook.once import cached_property
 from grace_fast.index import quantizer, segments
-from grace_fast.index.segments import Segment
+from grace_fast.index.segments import Array, Segment
 
 ANY_BATCH = 1 << 62
 BOX_BYTES = 64
@@ -40,54 +40,37 @@ class Effort:
     bytes: float  # of all that, and of the rows that the query is projected on
 
 
-class PageTable:
-    """The addresses of a snapshot's pages, made from those of another snapshot where they agree."""
-
-    def __init__(self, snapshot: Snapshot, other: PageTable | None = None) -> None:
-        self.pages = snapshot.pages
-        self.addresses = np.zeros((3, len(self.pages)), np.uint64)  # radius, live, key slot
-        known = other.pages if other is not None else ()
-        shared = min(len(known), len(self.pages))
-        if other is not None:
-            self.addresses[:, :shared] = other.addresses[:, :shared]
-        for number, page in enumerate(self.pages):
-            if number < shared and page is known[number]:
-                continue
-            fields = (page.radius, page.live, page.key_slot)
-            self.addresses[:, number] = [field.data_ptr() for field in fields]
-
-    def book(self, cpu: Any, snapshot: Snapshot) -> Any:
-        """Return the extension's description of the snapshot's keys."""
-        radius, live, key_slot = (int(row.ctypes.data) for row in self.addresses)
-        return cpu.Book(
-            slots=snapshot.key_slots.data_ptr(),
-            slot_pages=key_slot if snapshot.counts.key_moves else 0,
-            live_pages=live,
-            radius_pages=radius,
-            rows=snapshot.rows,
-            width=snapshot.key_dim,
-            dtype=DTYPE_NUMBERS[snapshot.dtype],
-            mapped=snapshot.key_file.for_extension() if snapshot.key_file is not None else None,
-        )
-
-
 class NativeView:
     """One version, ready to be looked up: what the extension reads and what keeps it alive."""
 
     def __init__(self, cpu: Any, snapshot: Snapshot, other: NativeView | None) -> None:
-        self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
         self._cpu = cpu
         self.pages = snapshot.pages
+        self._table = self._page_table(other)
         self.keys, self.key_file = snapshot.key_slots, snapshot.key_file
-        self.book = self.table.book(cpu, snapshot)
         self.plan: Any = None  # None while the index says nothing about this version
         self.made_from: Any = None  # the index's state
         self.holds: Any = None  # what the plan points into
-        self.rows = snapshot.rows
+        self.rows, self.width = snapshot.rows, snapshot.key_dim
+        self.key_moves = snapshot.counts.key_moves
         self.key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
         self.widest = float("inf")
         self.predicted_bytes = float("inf")
         self.knows_radii = True  # whether the plan's bounds on the radii are of this version
+
+    def _page_table(self, other: NativeView | None) -> Array:
+        """Return the addresses of the pages, those of another view where they agree."""
+        addresses = np.zeros((3, len(self.pages)), np.uint64)  # radius, live, key slot
+        known = other.pages if other is not None else ()
+        shared = min(len(known), len(self.pages))
+        if other is not None:
+            addresses[:, :shared] = other._table[:, :shared]
+        for number, page in enumerate(self.pages):
+            if number < shared and page is known[number]:
+                continue
+            fields = (page.radius, page.live, page.key_slot)
+            addresses[:, number] = [field.data_ptr() for field in fields]
+        return addresses
 
     @cached_property
     def version(self) -> Any:
@@ -96,13 +79,25 @@ class NativeView:
         # one keeps the memory (Zen 3, N = 1e5, D = 1536).
         shared = self.rows * self.key_bytes / max(self.predicted_bytes, 1.0)
         up_to = ANY_BATCH if shared > 12 else math.ceil(shared) - 1
-        return self._cpu.Version(
-            book=self.book,
-            plan=self.plan,
-            widest=self.widest,
-            predicted_bytes=min(self.predicted_bytes, 1e30),
-            indexed_up_to=up_to if self.knows_radii else 0,
-        )
+        fields = self._fields() | {
+            "widest": self.widest,
+            "predicted_bytes": min(self.predicted_bytes, 1e30),
+            "indexed_up_to": up_to if self.knows_radii else 0,
+        }
+        mapped = None if self.key_file is None else self.key_file.for_extension()
+        return self._cpu.Version(fields=fields, mapped=mapped, plan=self.plan)
+
+    def _fields(self) -> dict[str, Any]:
+        radius, live, key_slot = (int(row.ctypes.data) for row in self._table)
+        return {
+            "slots": self.keys.data_ptr(),
+            "slot_pages": key_slot if self.key_moves else 0,
+            "live_pages": live,
+            "radius_pages": radius,
+            "rows": self.rows,
+            "width": self.width,
+            "dtype": DTYPE_NUMBERS[self.keys.dtype],
+        }
 
     @property
     def keys_pay(self) -> bool:
@@ -112,7 +107,7 @@ class NativeView:
     def effort(self, queries: Tensor) -> Effort:
         """Return what `find` reads for queries [B, D] whose rows' elements are side by side."""
         batch, width = queries.shape
-        read = [total / batch for total in self.plan.effort(self.book, *asked(queries))]
+        read = [total / batch for total in self.version.effort(*asked(queries))]
         boxes, codes, candidates, exact_reranks, _ = read
         total = BOX_BYTES * boxes + quantizer.NEAR * codes
         total += quantizer.FAR * candidates + exact_reranks * self.key_bytes

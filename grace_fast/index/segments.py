@@ -210,9 +210,8 @@ def append(
     segment: Segment, codes: Quantized, rows: Array, radii: Array, min_radius: float
 ) -> Segment | None:
     """Return the buffer with keys added, itself or a larger one; None if one cannot be bounded."""
-    if float(codes.near_error.max()) > segment.near_error or (
-        float(codes.far_error.max()) > segment.far_error
-    ):
+    near_error, far_error = float(codes.near_error.max()), float(codes.far_error.max())
+    if near_error > segment.near_error or far_error > segment.far_error:
         return None
     whole = codes.whole.numpy()
     near, far = whole[:, :NEAR].astype(np.uint8), whole[:, NEAR:].astype(np.uint8)
@@ -226,13 +225,10 @@ def append_codes(
     count = segment.count + len(rows)
     if count > len(segment.rows):
         larger = delta_buffer(2 * count, min_radius)
-        used = segment.count
-        larger.rows[:used], larger.far[:used] = segment.rows[:used], segment.far[:used]
-        larger.near[: len(segment.near)] = segment.near
-        larger.leaf_max_radius[: len(segment.leaf_max_radius)] = np.maximum(
-            segment.leaf_max_radius, min_radius
-        )
-        larger.count, segment = used, larger
+        for name in ("rows", "near", "far", "leaf_max_radius"):
+            known = getattr(segment, name)
+            getattr(larger, name)[: len(known)] = known
+        larger.count, segment = segment.count, larger
     at = np.arange(segment.count, count)
     segment.rows[at], segment.far[at] = rows, far
     segment.near[at // BLOCK, :, at % BLOCK, :] = near.reshape(-1, NEAR // 4, 4)

@@ -89,9 +89,7 @@ class Prepared:
         """Wait for what is computed from the keys that are there."""
         self._renew()
         if self._index is not None and self._snapshot is not None:
-            with self._index.held(self._snapshot):  # starts what has to be made
-                pass
-            self._index.settle()
+            self._index.build(self._snapshot)
 
 
 def prepare(codebook: Codebook, wait: bool = True, graphs: bool = False) -> Prepared:

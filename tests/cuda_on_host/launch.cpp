@@ -66,7 +66,7 @@ int describe_device(int, Device* device) {
 }
 const char* error_text(int) { return "none"; }
 
-int launch_look_up(const Call& call, bool indexed, int blocks, void*) {
+int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, void*) {
   return with_writing(call, [&](const Call& each) {
     return with_key(each.key_dtype, [&](auto key) {
       return indexed ? launch_indexed_of<decltype(key)>(each, blocks)

@@ -2,7 +2,9 @@
 
 import math
 import threading
+import weakref
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -474,6 +476,22 @@ def test_small_balls_are_read_through_the_certificate():
     keys = data.normal(3000, 64) * torch.arange(1, 65).float() ** -1
     book = settled(book_of(keys, torch.full((3000,), 0.05)))
     assert cpu.view_of(book.snapshot()).version.indexed_up_to >= 256
+
+
+def test_what_a_look_up_reads_lives_until_it_is_done(monkeypatch):
+    """Another thread may put a newer view in the place of the one that is asked."""
+
+    class View:
+        pass
+
+    def only_here(snapshot):
+        view = View()
+        alive = weakref.ref(view)
+        view.version = SimpleNamespace(find=lambda *asked: (alive() is not None, bytearray()))
+        return view
+
+    monkeypatch.setattr(cpu, "_view", only_here)
+    assert cpu.find_packed(torch.zeros(1, 4), None)[0]
 
 
 @pytest.mark.slow

@@ -209,12 +209,7 @@ MUTANTS = (
     ),
     Mutant(
         "a tail that grows loses its reaches",
-        *(
-            segments,
-            "append_codes",
-            "np.maximum(segment.leaf_max_radius, min_radius)",
-            "min_radius",
-        ),
+        *(segments, "append_codes", ', "leaf_max_radius"):', "):"),
     ),
     Mutant(
         "a run's reaches are the floor",
@@ -242,17 +237,17 @@ MUTANTS = (
     # What a version is read by.
     Mutant(
         "the page table is not refreshed",
-        S.PageTable,
-        "__init__",
+        S.NativeView,
+        "_page_table",
         "number < shared and page is known[number]",
         "number < shared",
         quick=True,
     ),
     Mutant(
         "moved slots are not read",
-        S.PageTable,
-        "book",
-        "if snapshot.counts.key_moves",
+        S.NativeView,
+        "_fields",
+        "if self.key_moves",
         "if False",
         quick=True,
     ),

@@ -297,10 +297,10 @@ int64_t ask(const Codebook& book, const Version& version, const Index& index,
   double squared[kBatch];
   int64_t wrong = 0;
   Effort effort{};  // as every look-up from Python counts it
-  find_indexed(asked, keys, index, 1, hit, found, squared, &effort);
+  find_indexed(asked, keys, index, 1, {found, squared, hit}, &effort);
   for (int b = 0; b < kBatch; ++b) wrong += found[b] != expected[b];
   if (random() % 64) return wrong;
-  find_dense(asked, keys, kLarge, 1, hit, found, squared, &effort);
+  find_dense(asked, keys, kLarge, 1, {found, squared, hit}, &effort);
   for (int b = 0; b < kBatch; ++b) wrong += found[b] != expected[b];
   return wrong;
 }

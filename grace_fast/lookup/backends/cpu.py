@@ -65,9 +65,8 @@ def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
     """Return the number of hits and the answers, to be unpacked by whoever reads them."""
     if not len(queries):
         return 0, bytearray()
-    queries = in_rows(queries)
-    version = _view(snapshot).version
-    return version.find(*asked(queries), torch.get_num_threads())  # type: ignore[no-any-return]
+    queries, view = in_rows(queries), _view(snapshot)  # which keeps alive what is read
+    return view.version.find(*asked(queries), torch.get_num_threads())  # type: ignore[no-any-return]
 
 
 def unpack(answers: bytearray | None, dtype: torch.dtype) -> Tensor:
@@ -105,7 +104,7 @@ def view_of(snapshot: Snapshot) -> NativeView | None:
     if kept is None:
         return _view_of_draft(snapshot) if _reads(snapshot) else None
     known, view = kept
-    if known is not None and not known.is_current(view):
+    if known is not None and known.current is not view.made_from:  # it says more by now
         view = known.view(snapshot, view)
         kept[1] = view
     return view  # type: ignore[no-any-return]

@@ -206,8 +206,8 @@ class Table:
         self._ordered: dict[Segment, dict[str, Tensor]] = {}  # what later versions take from here
         known = previous._ordered if previous else {}
         self.device = device = snapshot.device
-        index = device.index if device.index is not None else 0
-        self.blocks = blocks or module.device(index)["multiprocessors"]
+        self._index = device.index or 0
+        self.blocks = blocks or module.device(self._index)["multiprocessors"]
         self.tensors: dict[str, Tensor] = {
             "keys": snapshot.key_slots,
             "live": snapshot.live.contiguous(),
@@ -294,6 +294,7 @@ class Table:
             dtype=DTYPE_NUMBERS[self.snapshot.dtype],
             value_width=self.snapshot.value_dim,
             indexed=self.indexed,
+            device=self._index,
         )
 
     def _address(self, name: str) -> int:
