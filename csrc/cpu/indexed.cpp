@@ -1,11 +1,9 @@
 // The look-up by the index: most misses are proved from a few code bytes, the rest is read exactly.
 //
-//   bounding boxes of level-2 nodes -> of leaves -> near codes -> far codes -> float32 S ->
-//   canonical S
-// Each step drops only keys that are farther than the largest radius of their leaf, so the nearest
-// key among those left is the nearest of all if it is in its ball within `min_radius`, which every
-// max_radius is at least. A hit farther than that is looked up once more, everywhere, at its own
-// distance.
+//   boxes of nodes -> boxes of leaves -> near codes -> far codes -> float32 S -> canonical S
+// Each step drops only keys that are farther than the largest radius of their leaf. That is at
+// least `min_radius`, so the nearest key among those left is the nearest of all if it is in its
+// ball within that. A hit farther away is looked up once more, everywhere, at its own distance.
 #include <algorithm>
 
 #include "encode.h"
@@ -122,8 +120,7 @@ class Lookup {
     return false;
   }
 
-  // Nothing nearer than a hit may be hidden behind a smaller largest radius: read all at its
-  // distance.
+  // Nothing nearer than a hit may be hidden in a leaf of small radii: read all at its distance.
   Best confirm(const Best& best) {
     const uint8_t* bits = best.segment < 0 ? nullptr : index_.segments[best.segment].isolated;
     const bool alone = bits && (bits[best.position / 8] >> best.position % 8 & 1);

@@ -1,21 +1,18 @@
 // The look-up by the index of a few queries: most misses are proved from a few code bytes.
 //
-//   bounding boxes of level-2 nodes -> of leaves -> near codes -> far codes -> float32 S ->
-//   canonical S
+//   boxes of nodes -> boxes of leaves -> near codes -> far codes -> float32 S -> canonical S
 // Each step drops only keys that are farther than the largest radius of their leaf
-// (csrc/cpu/indexed.cpp says why the nearest of the others decides). The second node, after
+// (csrc/cpu/indexed.cpp says why the nearest of the others decides). The second launch, after
 // `encode`:
 //
 //   boxes     a warp takes a level-2 node: a lane tests its box for a query each, then its leaves
-//   for
-//             all queries that are left; leaves in max_radius go to a list of the block
+//             for all queries that are left; leaves that may hold a hit go to a list of the block
 //   codes     a warp takes a leaf of the list, a lane two keys of it
 //   keys      a warp takes a candidate of the block and reads it; best two as in dense.cuh
 //   decision  by the block with the last ticket (settle.cuh)
-// Parts without boxes are scanned leaf by leaf, and rows without a code are read as they are. A
+// Segments without boxes are scanned leaf by leaf, and rows without a code are read as they are. A
 // candidate that finds the list full is read at once: a list is a convenience, not a limit. When
-// the last block must look again, it does the same at one radius, for all keys, with canonical
-// sums.
+// the last block must look again, it does so at one radius, for all keys, with canonical sums.
 #pragma once
 #include "encode.cuh"
 #include "settle.cuh"

@@ -111,7 +111,7 @@ class NativeView:
         boxes, codes, candidates, exact_reranks, _ = read
         total = BOX_BYTES * boxes + quantizer.NEAR * codes
         total += quantizer.FAR * candidates + exact_reranks * self.key_bytes
-        return Effort(*read, bytes=total + quantizer.NEAR * width * 2)
+        return Effort(*read, total + quantizer.NEAR * width * 2)
 
     def use_keys_of(self, base: NativeView) -> None:
         """Let the nearest key be found by the codes of another version, whose keys are these.

@@ -1,5 +1,5 @@
 // Readers beside a writer under ThreadSanitizer, by the rules that Python follows (codebook.py,
-// index.py): slots are appended, pages are copied before they are written, a version is
+// maintained.py): slots are appended, pages are copied before they are written, a version is
 // published by one store, and whoever asks first for a version takes it into the codes, under a
 // lock. Every answer is held against the version that was asked.
 //
@@ -86,7 +86,7 @@ struct Codes {
         max_radius(capacity / kLeaf + 32, kSmall) {
     exempt(near, "a leaf is scanned to its end, and what is found past the count is dropped");
     exempt(far, "likewise");
-    exempt(max_radius, "a max_radius only grows: the larger one makes a reader read more");
+    exempt(max_radius, "a largest radius only grows: the larger one makes a reader read more");
     exempt(isolated, "a bit is only cleared: without it a reader reads more");
   }
   void append(const float* key, int64_t of_row, float radius) {
