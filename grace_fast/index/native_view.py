@@ -108,10 +108,11 @@ class NativeView:
         """Return what `find` reads for queries [B, D] whose rows' elements are side by side."""
         batch, width = queries.shape
         read = [total / batch for total in self.version.effort(*asked(queries))]
-        boxes, codes, candidates, exact_reranks, _ = read
+        boxes, codes, candidates, exact_reranks, exhaustive = read
         total = BOX_BYTES * boxes + quantizer.NEAR * codes
         total += quantizer.FAR * candidates + exact_reranks * self.key_bytes
-        return Effort(*read, total + quantizer.NEAR * width * 2)
+        total += quantizer.NEAR * width * 2
+        return Effort(boxes, codes, candidates, exact_reranks, exhaustive, bytes=total)
 
     def use_keys_of(self, base: NativeView) -> None:
         """Let the nearest key be found by the codes of another version, whose keys are these.
