@@ -21,7 +21,7 @@ FLAGS = ["-O3", "-ffp-contract=off", "-fopenmp", "-fvisibility=hidden", "-Wall",
 
 # GRACE_FAST_EMULATE_AVX512=1, for tests on a processor without AVX-512: its kernels through SIMDe.
 if os.environ.get("GRACE_FAST_EMULATE_AVX512") == "1":
-    FLAGS.append("-DGRACE_FAST_EMULATE_AVX512")
+    FLAGS += ["-DGRACE_FAST_EMULATE_AVX512", "-Itests"]
 
 # GRACE_FAST_SANITIZE=1, for `make sanitize`: stop at the first invalid access or undefined step.
 SANITIZED = os.environ.get("GRACE_FAST_SANITIZE") == "1"
@@ -88,7 +88,7 @@ extensions = [
     Pybind11Extension(
         "grace_fast._cpu",
         ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-        depends=["csrc/lookup.h", *sorted(glob("csrc/cpu/*.h")), *glob("csrc/cpu/*.inl")],
+        depends=[*glob("csrc/*.h"), *sorted(glob("csrc/cpu/*.h")), *glob("csrc/cpu/*.inl")],
         cxx_std=17,
         extra_compile_args=FLAGS,
         extra_link_args=["-fopenmp", *(SANITIZERS if SANITIZED else [])],
@@ -100,7 +100,7 @@ if NVCC is not None:
         Pybind11Extension(
             "grace_fast._cuda",
             ["csrc/cuda/bindings.cpp", KERNELS],
-            depends=[*sorted(glob("csrc/cuda/*.h")), *sorted(glob("csrc/cuda/*.cuh"))],
+            depends=["csrc/python.h", *glob("csrc/cuda/*.h"), *sorted(glob("csrc/cuda/*.cuh"))],
             cxx_std=17,
             extra_compile_args=["-O2", "-fvisibility=hidden", "-Wall", "-Wextra"],
             library_dirs=toolkit_libraries(NVCC),

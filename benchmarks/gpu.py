@@ -142,7 +142,7 @@ def ours(problem: Problem) -> Iterator[tuple[str, Call]]:
         plain = cuda.Table(cuda._cuda, snapshot)
         yield "cuda dense", lambda queries: plain.find(queries)[:2]
         coded = cuda._newest(snapshot, None)
-        if coded.certified:
+        if coded.indexed:
             yield "cuda codes", lambda queries: coded.find(queries)[:2]
 
 

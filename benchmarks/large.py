@@ -25,7 +25,7 @@ from benchmarks import runner, workloads
 from benchmarks.oracle import Law
 from benchmarks.timing import Turn, interleave
 from benchmarks.workloads import Problem, Spec
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.lookup.backends import cpu, faiss
 
 LARGEST_GRAPH = 100_000  # keys above which HNSW takes too long to build
@@ -81,7 +81,7 @@ def measure(spec: Spec, budget_s: float) -> Iterator[Figure]:
     start = time.perf_counter()
     prepared = gf.prepare(problem.book)
     build_s = time.perf_counter() - start
-    known = certificate.of(problem.book.snapshot())
+    known = maintained.of(problem.book.snapshot())
     words = {
         "work": f"{problem.label}, N = {spec.rows:,}, D = {problem.book.key_dim}, "
         f"epsilon = {spec.epsilon_ratio:g} spacing",
@@ -142,7 +142,7 @@ def _way(book: gf.Codebook) -> str:
     view = cpu.view_of(book.snapshot())
     if view is None or not view.keys_pay:
         return "dense"
-    ordered = any(part.leaf_boxes is not None for part in view.holds[0].runs)
+    ordered = any(part.leaf_boxes is not None for part in view.holds[0].segments)
     return "certified, in order" if ordered else "certified, linear"
 
 

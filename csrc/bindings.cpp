@@ -4,14 +4,12 @@
 // take the same few addresses by position, because names cost more than a look-up in a small
 // codebook.
 #include <omp.h>
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "lookup.h"
+#include "python.h"
 #include "tensors.h"
 
 namespace py = pybind11;
@@ -19,20 +17,6 @@ using namespace grace_fast;
 using py::arg;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Dtype dtype_of(const std::string& name) {
-  if (name == "float32") return Dtype::float32;
-  if (name == "bfloat16") return Dtype::bfloat16;
-  if (name == "float16") return Dtype::float16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
-}
 
 // The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool, and what it
 // took: proved misses and keys read, int64 each. Tensors are made of it when they are read; three
@@ -43,14 +27,15 @@ py::tuple answered(int64_t batch, Effort* effort, const Find& find) {
       PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(17 * batch + 16)));
   if (!buffer) throw py::error_already_set();
   char* squared = PyByteArray_AS_STRING(buffer.ptr());
+  const Answers answers{reinterpret_cast<int64_t*>(squared + 8 * batch),
+                        reinterpret_cast<double*>(squared),
+                        reinterpret_cast<bool*>(squared + 16 * batch)};
   int64_t hits;
   {
     const py::gil_scoped_release unlocked;
-    hits = find(reinterpret_cast<bool*>(squared + 16 * batch),
-                reinterpret_cast<int64_t*>(squared + 8 * batch), reinterpret_cast<double*>(squared),
-                effort);
+    hits = find(answers);
   }
-  const int64_t work[] = {effort->proved, effort->rechecks};
+  const int64_t work[] = {effort->proved, effort->exact_reranks};
   std::memcpy(squared + 17 * batch, work, sizeof work);
   return py::make_tuple(hits, buffer);
 }
@@ -79,108 +64,79 @@ void check_not_lost(const Keys& keys) {
   if (keys.mapped && is_lost(keys.mapped->guarded)) keys.mapped->lose();
 }
 
-struct Book {
-  Keys keys;
-  Book(Address slots, Address slot_pages, Address live_pages, Address radius_pages, int64_t rows,
-       int64_t width, const std::string& dtype, const MappedKeys* mapped)
-      : keys{pointer<const void>(slots),
-             pointer<const int64_t* const>(slot_pages),
-             pointer<const bool* const>(live_pages),
-             pointer<const float* const>(radius_pages),
-             rows,
-             width,
-             dtype_of(dtype),
-             mapped ? &mapped->mapped : nullptr} {}
-
-  Queries queries(Address first, int64_t stride, int dtype, int64_t batch) const {
-    return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
-  }
-};
+Queries queries_at(Address first, int64_t stride, int dtype, int64_t batch) {
+  return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
+}
 
 struct Plan {
-  Certificate certificate{};
+  Index index;
 
-  void set_map(Address centre, Address rows, Address turn, double step, double lipschitz,
-               double row_norm, double eta, bool norm_slot, bool far) {
-    certificate.map = {pointer<const float>(centre),
-                       pointer<const uint16_t>(rows),
-                       pointer<const double>(turn),
-                       step,
-                       lipschitz,
-                       row_norm,
-                       eta,
-                       norm_slot,
-                       far};
+  Plan(const py::dict& projection, const py::list& segments, int64_t covered, float min_radius,
+       float widest)
+      : index{projection_of<Projection>(Fields(projection)), {}, covered, min_radius, widest} {
+    for (const py::handle segment : segments) index.segments.push_back(segment_of(Fields(segment)));
   }
-  void set_bounds(int64_t covered, float floor, float widest) {
-    certificate.covered = covered;
-    certificate.floor = floor;
-    certificate.widest = widest;
-  }
-  void add_part(int64_t count, Address row, Address near, Address far, Address reach,
-                double near_residual, double far_residual, Address leaf_boxes, Address super_boxes,
-                Address super_reach, Address isolated) {
-    certificate.parts.push_back(
-        {count, pointer<const int32_t>(row), pointer<const uint8_t>(near),
-         pointer<const uint8_t>(far), pointer<const float>(reach), near_residual, far_residual,
-         pointer<const int16_t>(leaf_boxes), pointer<const int16_t>(super_boxes),
-         pointer<const float>(super_reach), pointer<const uint8_t>(isolated)});
-  }
-  py::dict effort(const Book& book, Address first, int64_t stride, int dtype, int64_t batch) const {
-    Effort effort{};
-    answered(batch, &effort, [&](bool* hit, int64_t* row, double* squared, Effort* read) {
-      return find_certified(book.queries(first, stride, dtype, batch), book.keys, certificate, 1,
-                            hit, row, squared, read);
-    });
-    py::dict read;
-    read["boxes"] = effort.boxes;
-    read["codes"] = effort.codes;
-    read["survivors"] = effort.survivors;
-    read["rechecks"] = effort.rechecks;
-    read["exhaustive"] = effort.exhaustive;
-    return read;
-  }
-  void isolated(const Book& book, int64_t part, Address positions, int64_t count,
-                Address bits) const {
-    const py::gil_scoped_release unlocked;
-    find_isolated(book.keys, certificate, part, pointer<const int64_t>(positions), count,
-                  pointer<uint8_t>(bits));
+  static Segment segment_of(const Fields& of) {
+    return {of["count"],
+            of["rows"],
+            of["near"],
+            of["far"],
+            of["leaf_max_radius"],
+            of["near_error"],
+            of["far_error"],
+            of["leaf_boxes"],
+            of["node_boxes"],
+            of["node_max_radius"],
+            of["isolated"]};
   }
 };
 
-// A version of a codebook, ready to be asked: its keys, what its certificate says of them (or
-// nothing), and up to which batch reading by it is predicted to cost less than reading all keys.
+// A version of a codebook, ready to be asked: its keys, what its index says of them (or nothing),
+// and up to which batch reading by it is predicted to cost less than reading all keys.
 struct Version {
-  const Book& book;
+  Keys keys;
   const Plan* plan;
   float widest;
-  double predicted_bytes;  // of one query, by the certificate
-  int64_t certified_up_to;
+  double predicted_bytes;  // of one query, by the index
+  int64_t indexed_up_to;
 
-  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
-               Address squared) const {
-    const py::gil_scoped_release unlocked;
-    nearest_dense(book.queries(first, stride, dtype, batch), book.keys, threads,
-                  pointer<int64_t>(row), pointer<double>(squared));
-    check_not_lost(book.keys);
+  // What `find` reads for some queries, by the plan that has to be there.
+  py::tuple effort(Address first, int64_t stride, int dtype, int64_t batch) const {
+    Effort effort{};
+    answered(batch, &effort, [&](const Answers& answers) {
+      return find_indexed(queries_at(first, stride, dtype, batch), keys, plan->index, 1, answers,
+                          &effort);
+    });
+    return py::make_tuple(effort.boxes, effort.codes, effort.candidates, effort.exact_reranks,
+                          effort.exhaustive);
   }
-  // The same by the certificate, for keys that are not farther than `within`.
-  void nearest_within(Address first, int64_t stride, int dtype, int64_t batch, int threads,
-                      Address row, Address squared, double within) const {
+  void isolated(int64_t segment, Address positions, int64_t count, Address bits) const {
     const py::gil_scoped_release unlocked;
-    nearest_certified(book.queries(first, stride, dtype, batch), book.keys, plan->certificate,
-                      within, threads, pointer<int64_t>(row), pointer<double>(squared));
-    check_not_lost(book.keys);
+    find_isolated(keys, plan->index, segment, pointer<const int64_t>(positions), count,
+                  pointer<uint8_t>(bits));
+  }
+  // by_index: only keys that are not farther than `within`; there has to be a plan.
+  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
+               Address squared, double within, bool by_index) const {
+    const py::gil_scoped_release unlocked;
+    const Queries queries = queries_at(first, stride, dtype, batch);
+    const Answers answers{pointer<int64_t>(row), pointer<double>(squared), nullptr};
+    if (by_index) {
+      nearest_indexed(queries, keys, plan->index, within, threads, answers);
+    } else {
+      nearest_dense(queries, keys, threads, answers);
+    }
+    check_not_lost(keys);
   }
   py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
-    return found(book.queries(first, stride, dtype, batch), threads);
+    return found(queries_at(first, stride, dtype, batch), threads);
   }
   // The same for a tensor [B, D] on the host; None for any that has to be looked at in Python.
   py::object ask(py::handle queries) const {
     TensorView view;
     Dtype dtype;
     if (!tensors.view(queries.ptr(), &view) || view.device_kind != TensorView::kHost ||
-        view.dimensions != 2 || view.shape[0] < 1 || view.shape[1] != book.keys.width ||
+        view.dimensions != 2 || view.shape[0] < 1 || view.shape[1] != keys.width ||
         view.strides[1] != 1 || !view.dtype(&dtype)) {
       return py::none();
     }
@@ -195,23 +151,21 @@ struct Version {
  private:
   py::tuple found(const Queries& queries, int threads) const {
     Effort effort{};
-    return answered(queries.batch, &effort,
-                    [&](bool* hit, int64_t* row, double* squared, Effort* read) {
-                      const int64_t hits = decided(queries, threads, hit, row, squared, read);
-                      check_not_lost(book.keys);
-                      return hits;
-                    });
+    return answered(queries.batch, &effort, [&](const Answers& answers) {
+      const int64_t hits = decided(queries, threads, answers, &effort);
+      check_not_lost(keys);
+      return hits;
+    });
   }
-  int64_t decided(const Queries& queries, int threads, bool* hit, int64_t* row, double* squared,
+  int64_t decided(const Queries& queries, int threads, const Answers& answers,
                   Effort* effort) const {
-    if (!plan || queries.batch > certified_up_to) {
-      return find_dense(queries, book.keys, widest, threads, hit, row, squared, effort);
+    if (!plan || queries.batch > indexed_up_to) {
+      return find_dense(queries, keys, widest, threads, answers, effort);
     }
     // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
     const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
-    return find_certified(queries, book.keys, plan->certificate,
-                          static_cast<int>(std::min<double>(threads, wanted)), hit, row, squared,
-                          effort);
+    const int worth = static_cast<int>(std::min<double>(threads, wanted));
+    return find_indexed(queries, keys, plan->index, worth, answers, effort);
   }
 };
 
@@ -230,39 +184,27 @@ PYBIND11_MODULE(_cpu, module) {
       .def(py::init<int64_t, int64_t, Address, py::function, py::function, int>(), py::kw_only(),
            arg("slots"), arg("block_bytes"), arg("tested"), arg("test"), arg("lose"),
            arg("guarded"));
-  py::class_<Book>(module, "Book", "The keys of one version: addresses of slots and page tables.")
-      .def(py::init<Address, Address, Address, Address, int64_t, int64_t, const std::string&,
-                    const MappedKeys*>(),
-           py::kw_only(), arg("slots"), arg("slot_pages"), arg("live_pages"), arg("radius_pages"),
-           arg("rows"), arg("width"), arg("dtype"), arg("mapped").none(true),
-           py::keep_alive<1, 9>());
-  py::class_<Plan>(module, "Plan", "A certificate as one version sees it.")
-      .def(py::init<>())
-      .def("set_map", &Plan::set_map, py::kw_only(), arg("centre"), arg("rows"), arg("turn"),
-           arg("step"), arg("lipschitz"), arg("row_norm"), arg("eta"), arg("norm_slot"), arg("far"))
-      .def("set_bounds", &Plan::set_bounds, py::kw_only(), arg("covered"), arg("floor"),
-           arg("widest"))
-      .def("add_part", &Plan::add_part, py::kw_only(), arg("count"), arg("row"), arg("near"),
-           arg("far"), arg("reach"), arg("near_residual"), arg("far_residual"), arg("leaf_boxes"),
-           arg("super_boxes"), arg("super_reach"), arg("isolated"))
-      .def("effort", &Plan::effort,
-           "book, queries, stride, dtype, batch; what `find` reads for them")
-      .def("isolated", &Plan::isolated, py::kw_only(), arg("book"), arg("part"), arg("positions"),
-           arg("count"), arg("bits"));
+  py::class_<Plan>(module, "Plan", "A index as one version sees it.")
+      .def(py::init<py::dict, py::list, int64_t, float, float>(), py::kw_only(), arg("projection"),
+           arg("segments"), arg("covered"), arg("min_radius"), arg("widest"));
   py::class_<Version>(module, "Version", "A version, ready to be asked.")
-      .def(py::init([](const Book& book, const Plan* plan, float widest, double predicted_bytes,
-                       int64_t certified_up_to) {
-             return Version{book, plan, widest, predicted_bytes, certified_up_to};
+      .def(py::init([](const py::dict& fields, const MappedKeys* mapped, const Plan* plan) {
+             const Fields of(fields);
+             const Keys keys{of["slots"],      of["slot_pages"],
+                             of["live_pages"], of["radius_pages"],
+                             of["rows"],       of["width"],
+                             of["dtype"],      mapped ? &mapped->mapped : nullptr};
+             return Version{keys, plan, of["widest"], of["predicted_bytes"], of["indexed_up_to"]};
            }),
-           py::kw_only(), arg("book"), arg("plan").none(true), arg("widest"),
-           arg("predicted_bytes"), arg("certified_up_to"), py::keep_alive<1, 2>(),
-           py::keep_alive<1, 3>())
-      .def_readwrite("certified_up_to", &Version::certified_up_to,
-                     "the largest batch that is looked up by the certificate")
+           py::kw_only(), arg("fields"), arg("mapped").none(true), arg("plan").none(true),
+           py::keep_alive<1, 3>(), py::keep_alive<1, 4>())
+      .def("effort", &Version::effort, "queries, stride, dtype, batch; what `find` reads for them")
+      .def("isolated", &Version::isolated, py::kw_only(), arg("segment"), arg("positions"),
+           arg("count"), arg("bits"))
+      .def_readwrite("indexed_up_to", &Version::indexed_up_to,
+                     "the largest batch that is looked up by the index")
       .def("nearest", &Version::nearest,
-           "queries, stride, dtype, batch, threads, row, squared; written there")
-      .def("nearest_within", &Version::nearest_within,
-           "queries, stride, dtype, batch, threads, row, squared, within; there has to be a plan")
+           "queries, stride, dtype, batch, threads, row, squared, within, by_index; written there")
       .def("find", &Version::find,
            "queries, stride, dtype, batch, threads; (number of hits, answers)")
       .def("ask", &Version::ask, "queries [B, D]; as `find`, or None");

@@ -6,9 +6,9 @@
 // the law. Everything faster only finds candidates; what is within its rounding of a decision is
 // summed again so.
 //
-// The certificate (grace_fast/codes.py has the proof): phi is 1-Lipschitz up to `lipschitz`, z_k
-// and z_q are the integers nearest phi / step on a torus of 256, and a key within radius r of the
-// query has
+// The index (grace_fast/index/quantizer.py has the proof): phi is 1-Lipschitz up to `lipschitz`,
+// z_k and z_q are the integers nearest phi / step on a torus of 256, and a key within radius r of
+// the query has
 //   sum (z_q - z_k)^2 <= ((lipschitz * r + delta) / step + e_q + e_k)^2.
 #pragma once
 #include <cstdint>
@@ -19,10 +19,10 @@ namespace grace_fast {
 
 enum class Dtype { float32, bfloat16, float16 };
 
-constexpr int64_t kPageRows = 4096;  // grace_fast/codebook.py
-constexpr int64_t kLeaf = 64;        // keys of a leaf, and leaves of a super leaf
+constexpr int64_t kPageRows = 4096;  // grace_fast/codebook/codebook.py
+constexpr int64_t kLeaf = 64;        // keys of a leaf, and leaves of a level-2 node
 constexpr int kNear = 16;            // code bytes read for every key of a leaf that is touched
-constexpr int kFar = 48;             // further code bytes, read for survivors
+constexpr int kFar = 48;             // further code bytes, read for candidates
 constexpr int kBlock = 16;           // keys of a block: [kNear / 4][16 keys][4 bytes]
 constexpr int kPadding = 64;         // widths are padded with zeros to a multiple of this
 
@@ -61,9 +61,9 @@ struct Queries {
 };
 
 // The 1-Lipschitz map: centre, project on rows, turn the near slots.
-struct Map {
+struct Projection {
   const float* centre;   // [Dp], D padded with zeros
-  const uint16_t* rows;  // [64, Dp] bfloat16, see codes.packed_rows; near slots first
+  const uint16_t* rows;  // [64, Dp] bfloat16, see quantizer.Projection; near slots first
   const double* turn;    // [16, 16], makes the near rows orthonormal up to `eta`
   double step;           // a power of two
   double lipschitz;      // >= the largest singular value of the rows
@@ -73,58 +73,64 @@ struct Map {
   bool far;              // whether the far slots say anything
 };
 
-// Codes of some rows: a run in kd order under two levels of boxes, or the tail in order of arrival.
-struct Part {
-  int64_t count;              // positions in use
-  const int32_t* row;         // [count]
-  const uint8_t* near;        // [blocks][kNear / 4][16][4]
-  const uint8_t* far;         // [leaves * 64][kFar]
-  const float* reach;         // [leaves], >= every radius of the leaf; only ever grows
-  double near_residual;       // >= e_k of the near slots, in steps
-  double far_residual;        // >= e_k of all slots, in steps
+// Codes of some rows: a segment in kd order under two levels of bounding boxes, or the delta
+// buffer, in order of arrival.
+struct Segment {
+  int64_t count;                 // positions in use
+  const int32_t* rows;           // [count], the row at each position
+  const uint8_t* near;           // [blocks][kNear / 4][16][4]
+  const uint8_t* far;            // [leaves * 64][kFar]
+  const float* leaf_max_radius;  // [leaves], >= every radius of the leaf; only ever grows
+  double near_error;             // >= e_k of the near slots, in steps
+  double far_error;              // >= e_k of all slots, in steps
   const int16_t* leaf_boxes;  // [leaves / 16][8 slot pairs][low, high][16 boxes][2]; null: no order
-  const int16_t* super_boxes;  // the same of 64 leaves each
-  const float* super_reach;    // [supers]
-  const uint8_t* isolated;     // [count / 8] bits: no other key of the part within 2 radii; or null
+  const int16_t* node_boxes;  // the same of 64 leaves each
+  const float* node_max_radius;  // [nodes]
+  const uint8_t* isolated;  // [count / 8] bits: no other key of the segment within 2 radii; or null
 };
 
-struct Certificate {
-  Map map;
-  std::vector<Part> parts;
-  int64_t covered;  // rows below have a position in a part; the others are read as they are
-  float floor;      // every reach is at least this
-  float widest;     // >= every radius
+struct Index {
+  Projection projection;
+  std::vector<Segment> segments;
+  int64_t covered;   // rows below have a position in a segment; the others are read as they are
+  float min_radius;  // every largest radius of a leaf is at least this
+  float widest;      // >= every radius
 };
 
 // What the look-ups of a batch read; the calibration predicts bytes from it, and adaptors count it.
 struct Effort {
-  int64_t boxes, codes, survivors;
-  int64_t rechecks;    // keys read whole
-  int64_t exhaustive;  // look-ups that read every key after all
-  int64_t proved;      // misses for which no key was read
+  int64_t boxes, codes, candidates;
+  int64_t exact_reranks;  // keys read whole
+  int64_t exhaustive;     // look-ups that read every key after all
+  int64_t proved;         // misses for which no key was read
+};
+
+// Where answers go, [B] each.
+struct Answers {
+  int64_t* row;
+  double* squared;
+  bool* hit;  // null for `nearest`
 };
 
 // For each query: the live row of least finite S, the lowest on a tie, and that S; (-1, inf) where
-// there is none.   row [B], squared [B]
-void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
-                   double* squared);
-// The same where S <= within^2, and (-1, inf) where it is not. The certificate has to know the keys
-// of the rows it covers; their radii may be others.
-void nearest_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
-                       double within, int threads, int64_t* row, double* squared);
+// there is none.
+void nearest_dense(const Queries& queries, const Keys& keys, int threads, const Answers& answers);
+// The same where S <= within^2, and (-1, inf) where it is not. The index has to know the keys of
+// the rows it covers; their radii may be others.
+void nearest_indexed(const Queries& queries, const Keys& keys, const Index& index, double within,
+                     int threads, const Answers& answers);
 
 // For each query: whether it is in the ball of its nearest row, and then that row and its S, else
-// (-1, inf). Returns the number of hits.   hit [B], row [B], squared [B]
-// What was read is added to `effort`, where there is one.
-int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
-                   int64_t* row, double* squared, Effort* effort);
-int64_t find_certified(const Queries& queries, const Keys& keys, const Certificate& certificate,
-                       int threads, bool* hit, int64_t* row, double* squared, Effort* effort);
+// (-1, inf). Returns the number of hits. What was read is added to `effort`, where there is one.
+int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads,
+                   const Answers& answers, Effort* effort);
+int64_t find_indexed(const Queries& queries, const Keys& keys, const Index& index, int threads,
+                     const Answers& answers, Effort* effort);
 
-// Set the isolated bit of the positions of a part whose rows have no other key of it within 2
+// Set the isolated bit of the positions of a segment whose rows have no other key of it within 2
 // radii.
-void find_isolated(const Keys& keys, const Certificate& certificate, int64_t part,
-                   const int64_t* positions, int64_t count, uint8_t* isolated);
+void find_isolated(const Keys& keys, const Index& index, int64_t segment, const int64_t* positions,
+                   int64_t count, uint8_t* isolated);
 
 // Write the kd order of points [count, 16]: leaves of 64, the widest slot split at its median. It
 // is the same for any number of threads.

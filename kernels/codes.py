@@ -121,7 +121,7 @@ def device_codes(
         _box_rows(part.leaf_boxes, _whole(part.count, LEAF * LEAF) // LEAF) for part in ordered
     ]
     super_boxes = [
-        _box_rows(part.super_boxes, _whole(part.count, LEAF * LEAF) // (LEAF * LEAF))
+        _box_rows(part.node_boxes, _whole(part.count, LEAF * LEAF) // (LEAF * LEAF))
         for part in ordered
     ]
     # Steps for a unit, a power of two, and steps for a unit of radius.
@@ -165,8 +165,8 @@ def refresh(codes: DeviceCodes, parts: list[Any], covered: int) -> bool:
     for part in ordered:
         leaves = _whole(part.count, LEAF) // LEAF
         supers = _whole(part.count, LEAF * LEAF) // (LEAF * LEAF)
-        codes.reach[at // LEAF :][:leaves] = torch.from_numpy(part.reach[:leaves])
-        codes.super_reach[at_super:][:supers] = torch.from_numpy(part.super_reach[:supers])
+        codes.reach[at // LEAF :][:leaves] = torch.from_numpy(part.leaf_max_radius[:leaves])
+        codes.super_reach[at_super:][:supers] = torch.from_numpy(part.node_max_radius[:supers])
         at, at_super = at + supers * LEAF * LEAF, at_super + supers
     # Of several ordered runs an isolated key of one says nothing about the others.
     if len(ordered) == 1 and ordered[0].isolated is not None:
@@ -178,7 +178,7 @@ def refresh(codes: DeviceCodes, parts: list[Any], covered: int) -> bool:
         if at + whole > len(codes.row):
             return False
         here = slice(at // LEAF, (at + whole) // LEAF)
-        codes.reach[here] = torch.from_numpy(part.reach[: whole // LEAF])
+        codes.reach[here] = torch.from_numpy(part.leaf_max_radius[: whole // LEAF])
         at += whole
     if linear:
         tail, whole = linear[-1], _whole(linear[-1].count, LEAF)
@@ -212,7 +212,7 @@ def _laid_out(part: Any, room: int) -> dict[str, Tensor]:
     row = torch.full((room,), -1, dtype=torch.int32, device="cpu")
     row[:count] = torch.from_numpy(part.rows[:count])
     reach = torch.zeros(room // LEAF, dtype=torch.float32, device="cpu")
-    reach[: leaves // LEAF] = torch.from_numpy(part.reach[: leaves // LEAF])
+    reach[: leaves // LEAF] = torch.from_numpy(part.leaf_max_radius[: leaves // LEAF])
     words = (near.view(torch.int32), far.view(torch.int32))
     return {"near": words[0], "far": words[1], "row": row, "reach": reach}
 

@@ -3,11 +3,11 @@
 from collections import deque
 from collections.abc import Iterator
 
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 
 
 class Builder:
-    """What takes the place of `certificate.background`: nothing is done until it is asked for."""
+    """What takes the place of `maintained.background`: nothing is done until it is asked for."""
 
     def __init__(self) -> None:
         self._builds: deque[Iterator[str]] = deque()  # whose first step is known
@@ -53,5 +53,5 @@ class Builder:
 def builder(monkeypatch) -> Builder:
     """Let all builds of a test wait for it."""
     made = Builder()
-    monkeypatch.setattr(certificate, "background", made)
+    monkeypatch.setattr(maintained, "background", made)
     return made

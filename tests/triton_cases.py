@@ -225,13 +225,13 @@ def certificate(name: str, device: str):
     for last in getattr(case, "runs", ()) or (len(keys),):
         encoded = host_codes.encode_keys(phi, keys[first:last])
         if parts and last == case.runs[-1]:
-            room = segments.tail(last - first, floor)
+            room = segments.delta_buffer(last - first, floor)
             rows = np.arange(first, last, dtype=np.int32)
             parts.append(segments.append(room, encoded, rows, radii[first:last].numpy(), floor))
         else:
             made = segments.Encoded.room(last - first)
             made.put(encoded)
-            part = segments.run(made, first, radii[first:last].numpy(), floor, kd_order)
+            part = segments.sorted_segment(made, first, radii[first:last].numpy(), floor, kd_order)
             look_around(part, keys, radii)
             parts.append(part)
         first = last
@@ -245,7 +245,7 @@ def kd_order(**arguments: int) -> None:
         cpu._cpu.kd_order(**arguments)
 
 
-def look_around(part: segments.Part, keys: Tensor, radii: Tensor) -> None:
+def look_around(part: segments.Segment, keys: Tensor, radii: Tensor) -> None:
     """Set the isolated bits: no other key of the part within twice the radius."""
     rows = torch.from_numpy(part.rows[: part.count].astype(np.int64))
     apart = semantics.squared_distances(keys[rows], keys[rows]).fill_diagonal_(math.inf).sqrt()

@@ -18,7 +18,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import grace_fast as gf
 from grace_fast import semantics
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends import triton as backend
 
@@ -130,11 +130,11 @@ def replays(codes_pay: bool) -> None:
     with recorded() as refused, pytest.raises(RuntimeError, match="would not see later edits"):
         gf.find(queries, book, backend="triton")
     assert not refused
-    usual = certificate.SMALLEST
+    usual = maintained.SMALLEST
     if codes_pay:
         settle(book)
     else:  # no codes before the capture
-        certificate.SMALLEST = 1 << 40
+        maintained.SMALLEST = 1 << 40
     backend.keep_for_graphs(book)
     backend.SHARED = 1
     written = output.clone()
@@ -144,7 +144,7 @@ def replays(codes_pay: bool) -> None:
     names = {launch.args[0].__name__ for launch in launches}
     assert ("collect" in names) == codes_pay
     assert "write_values" in names
-    certificate.SMALLEST = usual
+    maintained.SMALLEST = usual
 
     def assert_replayed(what: str) -> None:
         written.copy_(output)
@@ -176,7 +176,7 @@ def replays(codes_pay: bool) -> None:
     settle(book)
     append(queries[:1] + 0.02, 0.05)
     assert_replayed("by new codes")
-    known = certificate.of(book.snapshot())
+    known = maintained.of(book.snapshot())
     known._state, known._build_if_needed = None, lambda: None
     append(queries[1:2] + 0.02, 0.05)
     assert_replayed("after the codes were given up")

@@ -63,130 +63,50 @@ struct Lanes {
 
 #include "floats.inl"
 
-__m512i wide(const void* from) { return _mm512_loadu_si512(from); }
-
-// Add the squares of four circular differences to each key's int32.
-__m512i add_apart_squared(__m512i sum, __m512i a, __m512i b) {
-  const __m512i apart =
-      _mm512_min_epu8(_mm512_abs_epi8(_mm512_sub_epi8(a, b)), _mm512_set1_epi8(127));
-  return _mm512_dpbusd_epi32(sum, apart, apart);
-}
-
-__m512i cut_at(Cut cut, const float* reach) {
-  const __m512 bound = _mm512_add_ps(
-      _mm512_mul_ps(_mm512_loadu_ps(reach), _mm512_set1_ps(cut.slope)), _mm512_set1_ps(cut.offset));
-  const __m512 square = _mm512_add_ps(
-      _mm512_mul_ps(_mm512_mul_ps(bound, bound), _mm512_set1_ps(1.00001f)), _mm512_set1_ps(1.0f));
-  return _mm512_cvttps_epi32(_mm512_min_ps(square, _mm512_set1_ps(2147483000.0f)));
-}
-
-int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
-                   const int16_t* point, Cut cut, int32_t* found) {
-  const __m512i most = _mm512_set1_epi16(2047), none = _mm512_setzero_si512();
-  __m512i at[8];
-#pragma GCC unroll 8
-  for (int pair = 0; pair < 8; ++pair) {
-    int32_t both;
-    __builtin_memcpy(&both, point + 2 * pair, sizeof both);
-    at[pair] = _mm512_set1_epi32(both);
+struct Bytes {
+  static constexpr int kKeys = 16;
+  using Vector = __m512i;
+  static Vector load(const void* from) { return _mm512_loadu_si512(from); }
+  static Vector all(int32_t x) { return _mm512_set1_epi32(x); }
+  static void store(int32_t* to, Vector a) { _mm512_store_si512(to, a); }
+  static unsigned at_most(Vector a, Vector limit) { return _mm512_cmple_epi32_mask(a, limit); }
+  static Vector thresholds(CodeThreshold threshold, const float* max_radius) {
+    const __m512 steps =
+        _mm512_mul_ps(_mm512_loadu_ps(max_radius), _mm512_set1_ps(threshold.slope));
+    const __m512 bound = _mm512_add_ps(steps, _mm512_set1_ps(threshold.offset));
+    const __m512 wider = _mm512_mul_ps(_mm512_mul_ps(bound, bound), _mm512_set1_ps(1.00001f));
+    const __m512 square = _mm512_add_ps(wider, _mm512_set1_ps(1.0f));
+    return _mm512_cvttps_epi32(_mm512_min_ps(square, _mm512_set1_ps(2147483000.0f)));
   }
-  int64_t count = 0;
-  for (int64_t i = first; i < last; i += 16) {
-    const int16_t* group = boxes + i / 16 * 512;
-    __m512i sum = none;
-#pragma GCC unroll 8
-    for (int pair = 0; pair < 8; ++pair) {
-      const __m512i below = _mm512_subs_epi16(wide(group + pair * 64), at[pair]);
-      const __m512i above = _mm512_subs_epi16(at[pair], wide(group + pair * 64 + 32));
-      const __m512i apart =
-          _mm512_min_epi16(_mm512_max_epi16(_mm512_max_epi16(below, above), none), most);
-      sum = _mm512_dpwssd_epi32(sum, apart, apart);
-    }
-    unsigned within = _mm512_cmple_epi32_mask(sum, cut_at(cut, reach + i));
-    if (last - i < 16) within &= (1u << (last - i)) - 1;
-    for (; within; within &= within - 1) {
-      found[count++] = static_cast<int32_t>(i + __builtin_ctz(within));
-    }
+  static Vector add_apart(Vector sum, Vector a, Vector b) {
+    const __m512i apart =
+        _mm512_min_epu8(_mm512_abs_epi8(_mm512_sub_epi8(a, b)), _mm512_set1_epi8(127));
+    return _mm512_dpbusd_epi32(sum, apart, apart);
   }
-  return count;
-}
+  static Vector add_outside(Vector sum, Vector low, Vector high, Vector at) {
+    const __m512i below = _mm512_subs_epi16(low, at), above = _mm512_subs_epi16(at, high);
+    const __m512i outside = _mm512_max_epi16(_mm512_max_epi16(below, above), all(0));
+    const __m512i apart = _mm512_min_epi16(outside, _mm512_set1_epi16(2047));
+    return _mm512_dpwssd_epi32(sum, apart, apart);
+  }
+  struct Far {
+    const Vector query;
+    static Vector bytes(const uint8_t* from) {
+      return _mm512_maskz_loadu_epi8((uint64_t{1} << kFar) - 1, from);
+    }
+    explicit Far(const uint8_t* code) : query(bytes(code)) {}
+    int32_t apart(const uint8_t* far) const {
+      return _mm512_reduce_add_epi32(add_apart(all(0), bytes(far), query));
+    }
+  };
+};
 
-int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
-                   const float* reach, const uint8_t* code, Cut cut, int32_t* position,
-                   int32_t* sum) {
-  constexpr int64_t kLeafBytes = kLeaf * kNear, kAhead = 6;
-  __m512i query[4];
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    int32_t slots;
-    __builtin_memcpy(&slots, code + 4 * i, sizeof slots);
-    query[i] = _mm512_set1_epi32(slots);
-  }
-  int64_t kept = 0;
-  for (int64_t i = first; i < first + count; ++i) {
-    const int64_t leaf = leaves ? leaves[i] : i;
-    if (leaves && i + kAhead < first + count) {
-      const auto* next = reinterpret_cast<const char*>(near + leaves[i + kAhead] * kLeafBytes);
-      for (int64_t line = 0; line < kLeafBytes; line += 64) _mm_prefetch(next + line, _MM_HINT_T0);
-    }
-    const __m512i limit = _mm512_set1_epi32(cut.at(reach[leaf]));
-    for (int64_t at = leaf * kLeaf; at < (leaf + 1) * kLeaf; at += kBlock) {
-      const uint8_t* block = near + at * kNear;
-      __m512i apart = _mm512_setzero_si512();
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j) apart = add_apart_squared(apart, wide(block + 64 * j), query[j]);
-      unsigned within = _mm512_cmple_epi32_mask(apart, limit);
-      if (!within) continue;
-      alignas(64) int32_t sums[16];
-      _mm512_store_si512(sums, apart);
-      for (; within; within &= within - 1) {
-        const int lane = __builtin_ctz(within);
-        position[kept] = static_cast<int32_t>(at + lane);
-        sum[kept++] = sums[lane];
-      }
-    }
-  }
-  return kept;
-}
-
-int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, Cut cut,
-                         int64_t count, int32_t* position, const int32_t* sum) {
-  constexpr int64_t kAhead = 8;
-  constexpr uint64_t far_slots = (uint64_t{1} << kFar) - 1;
-  const __m512i query = _mm512_maskz_loadu_epi8(far_slots, code + kNear);
-  int64_t kept = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i + kAhead < count) {
-      _mm_prefetch(reinterpret_cast<const char*>(part.far + int64_t{position[i + kAhead]} * kFar),
-                   _MM_HINT_T0);
-    }
-    const int64_t at = position[i];
-    int32_t total = sum[i];
-    if (norm_slot) {
-      const uint8_t byte = part.near[at / kBlock * kBlock * kNear + 192 + at % kBlock * 4 + 3];
-      const int apart = static_cast<int8_t>(static_cast<uint8_t>(byte - code[kNear - 1]));
-      const int size = apart < 0 ? -apart : apart;
-      total -= size < 127 ? size * size : 127 * 127;
-    }
-    const __m512i far = _mm512_maskz_loadu_epi8(far_slots, part.far + at * kFar);
-    total += _mm512_reduce_add_epi32(add_apart_squared(_mm512_setzero_si512(), far, query));
-    if (total <= cut.at(part.reach[at / kLeaf])) position[kept++] = position[i];
-  }
-  return kept;
-}
+#include "codes.inl"
 
 }  // namespace
 
-const Kernels avx512vnni_kernels = {
-    "avx512vnni",
-    centre_query,
-    project_rows,
-    test_boxes,
-    scan_codes,
-    refine_positions,
-    {squared_of<float>, squared_of<BFloat16>, squared_of<Float16>},
-    {tile_of<float>, tile_of<BFloat16>, tile_of<Float16>},
-};
+const Kernels avx512vnni_kernels =
+    all_kernels("avx512vnni", test_boxes, scan_codes, refine_positions);
 
 }  // namespace grace_fast
 

@@ -15,20 +15,20 @@ namespace grace_fast {
 struct Candidate {
   int64_t row;
   float squared;         // S in float32
-  int32_t part = -1;     // where its code is; -1 for a row that has none
-  int32_t position = 0;  // in that part
+  int32_t segment = -1;  // where its code is; -1 for a row that has none
+  int32_t position = 0;  // in that segment
 };
 
 struct Best {
   int64_t row = -1;
   double squared = std::numeric_limits<double>::infinity();
-  int32_t part = -1;
+  int32_t segment = -1;
   int32_t position = 0;
 };
 
-struct Band {
+struct ErrorBound {
   double slack, tiny;
-  explicit Band(int64_t width)
+  explicit ErrorBound(int64_t width)
       : slack((static_cast<double>(width) / 8 + 16) * 0x1p-24),
         tiny(static_cast<double>(width) * 0x1p-118) {}
   // A bound for float32 sums: what is above it has a larger S than `squared`.
@@ -92,22 +92,22 @@ class Candidates {
     sweep_at_ = 256;
   }
   float limit() const { return limit_; }
-  void offer(const Band& band, Candidate candidate) {
+  void offer(const ErrorBound& error_bound, Candidate candidate) {
     if (candidate.squared > limit_) return;
     kept_.push_back(candidate);
-    const float bound = band.above(candidate.squared);
+    const float bound = error_bound.above(candidate.squared);
     if (bound < limit_) limit_ = bound;
     if (kept_.size() >= sweep_at_) {
       sweep();
       sweep_at_ = 2 * kept_.size() + 256;
     }
   }
-  void merge(const Band& band, const Candidates& others) {
-    for (const Candidate& other : others.kept_) offer(band, other);
+  void merge(const ErrorBound& error_bound, const Candidates& others) {
+    for (const Candidate& other : others.kept_) offer(error_bound, other);
   }
   // The nearest row and its S, the lowest row on a tie. With `balls`, none unless it is in its
   // ball.
-  Best settle(const float* query, const Band& band, bool balls);
+  Best settle(const float* query, const ErrorBound& error_bound, bool balls);
 
  private:
   void sweep();

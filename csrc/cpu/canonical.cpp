@@ -45,12 +45,12 @@ void Candidates::sweep() {
   kept_.erase(std::remove_if(kept_.begin(), kept_.end(), lost), kept_.end());
 }
 
-Best Candidates::settle(const float* query, const Band& band, bool balls) {
+Best Candidates::settle(const float* query, const ErrorBound& error_bound, bool balls) {
   sweep();
   Best best;
   const auto may_hit = [&](const Candidate& candidate) {
     const double radius = radius_of(*keys_, candidate.row);
-    return radius >= 0 && !band.surely_above(candidate.squared, radius * radius);
+    return radius >= 0 && !error_bound.surely_above(candidate.squared, radius * radius);
   };
   if (kept_.empty() || (balls && std::none_of(kept_.begin(), kept_.end(), may_hit))) return best;
   squared_.resize(kept_.size());
@@ -58,7 +58,7 @@ Best Candidates::settle(const float* query, const Band& band, bool balls) {
   for (size_t i = 0; i < kept_.size(); ++i) {
     const bool nearer = squared_[i] < best.squared;
     if (nearer || (squared_[i] == best.squared && kept_[i].row < best.row)) {
-      best = {kept_[i].row, squared_[i], kept_[i].part, kept_[i].position};
+      best = {kept_[i].row, squared_[i], kept_[i].segment, kept_[i].position};
     }
   }
   if (balls && (best.row < 0 || !in_ball(best.squared, radius_of(*keys_, best.row)))) return Best{};

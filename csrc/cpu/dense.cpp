@@ -22,7 +22,7 @@ struct Task {
 class Dense {
  public:
   Dense(const Queries& queries, const Keys& keys, float limit)
-      : keys_(keys), band_(keys.width), batch_(queries.batch), limit_(limit) {
+      : keys_(keys), error_bound_(keys.width), batch_(queries.batch), limit_(limit) {
     stride_ = padded_width(keys.width);
     wide_ = memory_.resized(std::max<int64_t>(1, (batch_ + kGroup) * stride_));
     finite_.resize(static_cast<size_t>(batch_));
@@ -38,7 +38,7 @@ class Dense {
 
   const float* query(int64_t b) const { return wide_ + b * stride_; }
   bool finite(int64_t b) const { return finite_[b]; }
-  const Band& band() const { return band_; }
+  const ErrorBound& error_bound() const { return error_bound_; }
   int64_t keys_read() const { return keys_read_; }  // once for each query
 
   // Leave the candidates of every query in the first batch_ of the returned.
@@ -56,7 +56,7 @@ class Dense {
       read(task, candidates_.data() + (by_query ? 0 : i * batch_));
     });
     for (int64_t i = batch_; i < static_cast<int64_t>(candidates_.size()); ++i) {
-      candidates_[i % batch_].merge(band_, candidates_[i]);
+      candidates_[i % batch_].merge(error_bound_, candidates_[i]);
     }
     return candidates_;
   }
@@ -93,7 +93,7 @@ class Dense {
     for (int64_t b = first; b < first + count; ++b) {
       for (const int64_t row : rows) {
         const float sum = squared(query(b), key_of(keys_, row), keys_.width, candidates[b].limit());
-        candidates[b].offer(band_, {row, sum});
+        candidates[b].offer(error_bound_, {row, sum});
       }
     }
   }
@@ -117,13 +117,13 @@ class Dense {
       for (int64_t b = 0; b < count; ++b) {
         const float sum = sums[i / 2 * 8 + 2 * b + i % 2];
         if (sum > candidates[first + b].limit()) continue;
-        candidates[first + b].offer(band_, {rows[i], sum});
+        candidates[first + b].offer(error_bound_, {rows[i], sum});
       }
     }
   }
 
   const Keys& keys_;
-  const Band band_;
+  const ErrorBound error_bound_;
   const int64_t batch_;
   const float limit_;
   int64_t stride_;
@@ -135,41 +135,41 @@ class Dense {
 };
 
 // Return how many keys were read, once for each query.
-int64_t answer(const Queries& queries, const Keys& keys, float limit, bool balls, int threads,
-               int64_t* row, double* squared) {
+int64_t answer(const Queries& queries, const Keys& keys, float limit, int threads,
+               const Answers& answers) {
   Dense dense(queries, keys, limit);
   std::vector<Candidates>& candidates = dense.run(threads);
   in_parallel(queries.batch, threads, [&](int64_t b) {
+    const bool balls = answers.hit != nullptr;
     const Best best =
-        dense.finite(b) ? candidates[b].settle(dense.query(b), dense.band(), balls) : Best{};
-    row[b] = best.row;
-    squared[b] = best.squared;
+        dense.finite(b) ? candidates[b].settle(dense.query(b), dense.error_bound(), balls) : Best{};
+    answers.row[b] = best.row;
+    answers.squared[b] = best.squared;
   });
   return dense.keys_read();
 }
 
 }  // namespace
 
-void nearest_dense(const Queries& queries, const Keys& keys, int threads, int64_t* row,
-                   double* squared) {
+void nearest_dense(const Queries& queries, const Keys& keys, int threads, const Answers& answers) {
   const UsualRounding usual;
-  answer(queries, keys, std::numeric_limits<float>::infinity(), false, threads, row, squared);
+  answer(queries, keys, std::numeric_limits<float>::infinity(), threads, answers);
 }
 
-int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads, bool* hit,
-                   int64_t* row, double* squared, Effort* effort) {
+int64_t find_dense(const Queries& queries, const Keys& keys, float widest, int threads,
+                   const Answers& answers, Effort* effort) {
   const UsualRounding usual;
   int64_t hits = 0;
   if (widest >= 0) {
-    const float limit = Band(keys.width).above(static_cast<double>(widest) * widest);
-    const int64_t read = answer(queries, keys, limit, true, threads, row, squared);
-    if (effort) effort->rechecks += read;
+    const float limit = ErrorBound(keys.width).above(static_cast<double>(widest) * widest);
+    const int64_t read = answer(queries, keys, limit, threads, answers);
+    if (effort) effort->exact_reranks += read;
   } else {  // every key is dead
     if (effort) effort->proved += queries.batch;
-    std::fill(row, row + queries.batch, -1);
-    std::fill(squared, squared + queries.batch, std::numeric_limits<double>::infinity());
+    std::fill_n(answers.row, queries.batch, -1);
+    std::fill_n(answers.squared, queries.batch, std::numeric_limits<double>::infinity());
   }
-  for (int64_t b = 0; b < queries.batch; ++b) hits += hit[b] = row[b] >= 0;
+  for (int64_t b = 0; b < queries.batch; ++b) hits += answers.hit[b] = answers.row[b] >= 0;
   return hits;
 }
 

@@ -29,61 +29,63 @@ double encode_slot(double value, double step, uint8_t* code, int* integer) {
 
 }  // namespace
 
-Encoder::Encoder(const Map& map, int64_t width, Floats* memory)
-    : map_(map),
+Encoder::Encoder(const Projection& projection, int64_t width, Floats* memory)
+    : projection_(projection),
       padded_(padded_width(width)),
       rounding_(dot_roundings(width) * kUnit * 1.0001),
-      slope_(map.lipschitz * (1 + 1e-6) / map.step),
+      slope_(projection.lipschitz * (1 + 1e-6) / projection.step),
       x_(memory->resized(padded_)) {}
 
 bool Encoder::near(const float* query, Encoded* out) {
-  square_ = kernels().centre(query, map_.centre, padded_, x_);
+  square_ = kernels().centre(query, projection_.centre, padded_, x_);
   if (!(square_ < 1e30)) return false;
   norm_ = std::sqrt(square_) * 1.0001 + 1e-16;
   float sums[kNear];
-  kernels().project(map_.rows, x_, padded_, kNear, sums);
+  kernels().project(projection_.rows, x_, padded_, kNear, sums);
   double turned[kNear] = {};
   for (int j = 0; j < kNear; ++j) {
-    for (int i = 0; i < kNear; ++i) turned[i] += map_.turn[j * kNear + i] * sums[j];  // symmetric
+    for (int i = 0; i < kNear; ++i)
+      turned[i] += projection_.turn[j * kNear + i] * sums[j];  // symmetric
   }
 
-  const int slots = map_.norm_slot ? kNear - 1 : kNear;
+  const int slots = projection_.norm_slot ? kNear - 1 : kNear;
   int integers[kNear];
   double residual = 0, inside = 0;
   for (int i = 0; i < slots; ++i) {
-    residual += encode_slot(turned[i], map_.step, out->code + i, integers + i);
+    residual += encode_slot(turned[i], projection_.step, out->code + i, integers + i);
     inside += turned[i] * turned[i];
   }
   near_residual_ = residual;
-  double error = norm_ * (std::sqrt(slots) * rounding_ * map_.row_norm + kUnit * map_.lipschitz);
-  if (map_.norm_slot) {
+  double error =
+      norm_ * (std::sqrt(slots) * rounding_ * projection_.row_norm + kUnit * projection_.lipschitz);
+  if (projection_.norm_slot) {
     const double wrong =
         1.001 * ((rounding_ + 4 * kUnit) * norm_ * norm_ + 2 * std::sqrt(inside) * error +
-                 error * error + 2 * map_.eta * inside) +
+                 error * error + 2 * projection_.eta * inside) +
         1e-30;
     const double left = std::sqrt(std::max(0.0, square_ - inside));
     const double apart = wrong / std::max(left, std::sqrt(wrong)) + left * 0x1p-23;
-    residual += encode_slot(left, map_.step, out->code + slots, integers + slots);
+    residual += encode_slot(left, projection_.step, out->code + slots, integers + slots);
     error = std::sqrt(error * error + apart * apart);
   }
   for (int i = 0; i < kNear; ++i) {
     out->point[i] = static_cast<int16_t>(std::clamp(integers[i], -kPointLimit, kPointLimit));
   }
-  out->near_error = std::sqrt(residual) + error / map_.step;
+  out->near_error = std::sqrt(residual) + error / projection_.step;
   return true;
 }
 
 void Encoder::far(Encoded* out) {
   float sums[kFar];
-  kernels().project(map_.rows + kNear * padded_, x_, padded_, kFar, sums);
+  kernels().project(projection_.rows + kNear * padded_, x_, padded_, kFar, sums);
   double residual = near_residual_;
   for (int i = 0; i < kFar; ++i) {
     int integer;
-    residual += encode_slot(sums[i], map_.step, out->code + kNear + i, &integer);
+    residual += encode_slot(sums[i], projection_.step, out->code + kNear + i, &integer);
   }
-  const double error =
-      norm_ * (std::sqrt(kNear + kFar) * rounding_ * map_.row_norm + kUnit * map_.lipschitz);
-  out->far_error = std::sqrt(residual) + error / map_.step;
+  const double error = norm_ * (std::sqrt(kNear + kFar) * rounding_ * projection_.row_norm +
+                                kUnit * projection_.lipschitz);
+  out->far_error = std::sqrt(residual) + error / projection_.step;
 }
 
 }  // namespace grace_fast

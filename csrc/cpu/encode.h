@@ -1,4 +1,4 @@
-// A query under the certificate's map, with everything that may be wrong with it.
+// A query under the projection, with everything that may be wrong with it.
 #pragma once
 #include "scratch.h"
 
@@ -13,26 +13,27 @@ struct Encoded {
 
 class Encoder {
  public:
-  Encoder(const Map& map, int64_t width, Floats* memory);
+  Encoder(const Projection& projection, int64_t width, Floats* memory);
 
   // Encode the near slots of a query padded with zeros; false where float32 cannot hold its norm.
   bool near(const float* query, Encoded* out);
   // Encode the far slots of the same query.
   void far(Encoded* out);
 
-  // The cut of all keys within their reach; `key_error` is e_k, in steps.
-  Cut cut(double query_error, double key_error) const {
+  // The threshold of all keys within the largest radius of their leaf; `key_error` is e_k, in
+  // steps.
+  CodeThreshold threshold(double query_error, double key_error) const {
     return {static_cast<float>(slope_), static_cast<float>(query_error + key_error + kSlack)};
   }
-  // The cut of all keys within one radius.
-  Cut cut_within(double radius, double query_error, double key_error) const {
+  // The threshold of all keys within one radius.
+  CodeThreshold threshold_within(double radius, double query_error, double key_error) const {
     return {0.0f, static_cast<float>(radius * slope_ + query_error + key_error + kSlack)};
   }
 
  private:
   // In steps: what underflow may take from a projection; a step is at least 2^-40.
   static constexpr double kSlack = 1e-3;
-  const Map& map_;
+  const Projection& projection_;
   const int64_t padded_;
   const double rounding_;  // of a dot product, relative to the norms
   const double slope_;     // steps for a unit of radius

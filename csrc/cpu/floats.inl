@@ -130,3 +130,16 @@ void tile_of(const float* queries, int64_t stride, const void* stored0, const vo
     squared[i] += rest;
   }
 }
+
+// The kernels of an instruction set: those of floats, and its own of codes.
+constexpr Kernels all_kernels(const char* name, decltype(Kernels::boxes) boxes,
+                              decltype(Kernels::scan) scan, decltype(Kernels::refine) refine) {
+  return {name,
+          centre_query,
+          project_rows,
+          boxes,
+          scan,
+          refine,
+          {squared_of<float>, squared_of<BFloat16>, squared_of<Float16>},
+          {tile_of<float>, tile_of<BFloat16>, tile_of<Float16>}};
+}

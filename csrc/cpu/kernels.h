@@ -23,11 +23,11 @@ struct Float16 {
   uint16_t bits;
 };
 
-// An integer threshold as a function of a reach: everything within it has a sum <= at(reach).
-struct Cut {
+// An integer threshold as a function of a radius: every key within it has a sum <= at(radius).
+struct CodeThreshold {
   float slope, offset;
-  int32_t at(float reach) const {
-    const float bound = reach * slope + offset;  // four roundings, below the factor that follows
+  int32_t at(float radius) const {
+    const float bound = radius * slope + offset;  // four roundings, below the factor that follows
     const float square = bound * bound * 1.00001f + 1.0f;
     return square < 2147483000.0f ? static_cast<int32_t>(square) : INT32_MAX;
   }
@@ -42,19 +42,21 @@ struct Kernels {
   // sums[r] = rows[r] . x for `count` rows (a multiple of 8).
   void (*project)(const uint16_t* rows, const float* x, int64_t padded, int count, float* sums);
 
-  // Append the boxes of [first, last) within the cut; first is a multiple of 16. Returns how many.
-  int64_t (*boxes)(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
-                   const int16_t* point, Cut cut, int32_t* found);
+  // Append the boxes of [first, last) within the threshold; first is a multiple of 16. Returns how
+  // many.
+  int64_t (*boxes)(const int16_t* boxes, const float* max_radius, int64_t first, int64_t last,
+                   const int16_t* point, CodeThreshold threshold, int32_t* found);
 
-  // Append the positions of `count` leaves within the cut and their sums. `leaves` null: from leaf
-  // 0.
+  // Append the positions of `count` leaves within the threshold and their sums. `leaves` null: from
+  // leaf 0.
   int64_t (*scan)(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
-                  const float* reach, const uint8_t* code, Cut cut, int32_t* position,
-                  int32_t* sum);
+                  const float* max_radius, const uint8_t* code, CodeThreshold threshold,
+                  int32_t* position, int32_t* sum);
 
-  // Keep those of `count` positions whose near and far sum is within the cut. Returns how many.
-  int64_t (*refine)(const Part& part, bool norm_slot, const uint8_t* code, Cut cut, int64_t count,
-                    int32_t* position, const int32_t* sum);
+  // Keep those of `count` positions whose near and far sum is within the threshold. Returns how
+  // many.
+  int64_t (*refine)(const Segment& segment, bool norm_slot, const uint8_t* code,
+                    CodeThreshold threshold, int64_t count, int32_t* position, const int32_t* sum);
 
   // S of one key in float32, or something above `limit` once it is.   by Dtype
   float (*squared[3])(const float* query, const void* key, int64_t width, float limit);

@@ -1,6 +1,6 @@
 // The kd order: points of 16 int16 slots, split at the median of the slot that varies most.
 //
-// Halves are whole leaves, and whole super leaves of 64 leaves while there are more than one.
+// Halves are whole leaves, and whole level-2 nodes of 64 leaves while there are more than one.
 #include <algorithm>
 #include <vector>
 
@@ -8,6 +8,8 @@
 
 namespace grace_fast {
 namespace {
+
+constexpr int64_t kWorthATask = 1 << 14;  // points
 
 struct Point {
   int16_t slot[kNear];
@@ -36,7 +38,7 @@ int widest_slot(const Point* points, int64_t count) {
   return widest;
 }
 
-// The first half's length: whole leaves, or whole super leaves; 0 for points that are one leaf.
+// The first half's length: whole leaves, or whole level-2 nodes; 0 for points that are one leaf.
 int64_t half_of(int64_t count) {
   if (count <= kLeaf) return 0;
   const int64_t unit = count > kLeaf * kLeaf ? kLeaf * kLeaf : kLeaf;
@@ -53,36 +55,15 @@ int64_t divide(Point* points, int64_t count) {
   return half;
 }
 
+// Halves share nothing: of many points the first is left to whichever thread has nothing to do.
 void split(Point* points, int64_t count) {
+  const UsualRounding usual;  // each thread has its own
   while (const int64_t half = divide(points, count)) {
+#pragma omp task if (half > kWorthATask)
     split(points, half);
     points += half;
     count -= half;
   }
-}
-
-struct Range {
-  Point* points;
-  int64_t count;
-};
-
-// Divide all ranges until there are a few for each thread; what no range shares, threads share.
-std::vector<Range> shares(Point* points, int64_t count, int threads) {
-  std::vector<Range> ranges{{points, count}};
-  while (threads > 1 && static_cast<int>(ranges.size()) < 4 * threads) {
-    std::vector<int64_t> halves(ranges.size());
-    in_parallel(static_cast<int64_t>(ranges.size()), threads,
-                [&](int64_t i) { halves[i] = divide(ranges[i].points, ranges[i].count); });
-    std::vector<Range> finer;
-    for (size_t i = 0; i < ranges.size(); ++i) {
-      const auto [first, length] = ranges[i];
-      if (halves[i]) finer.push_back({first, halves[i]});
-      finer.push_back({first + halves[i], length - halves[i]});
-    }
-    if (finer.size() == ranges.size()) break;
-    ranges.swap(finer);
-  }
-  return ranges;
 }
 
 }  // namespace
@@ -93,9 +74,13 @@ void kd_order(const int16_t* points, int64_t count, int threads, int32_t* order)
     std::copy_n(points + i * kNear, kNear, sorted[i].slot);
     sorted[i].row = static_cast<int32_t>(i);
   }
-  const std::vector<Range> ranges = shares(sorted.data(), count, threads);
-  in_parallel(static_cast<int64_t>(ranges.size()), threads,
-              [&](int64_t i) { split(ranges[i].points, ranges[i].count); });
+  if (threads <= 1) {  // without OpenMP, whose locks a forked child might find taken
+    split(sorted.data(), count);
+  } else {
+#pragma omp parallel num_threads(threads)
+#pragma omp single
+    split(sorted.data(), count);
+  }
   for (int64_t i = 0; i < count; ++i) order[i] = sorted[i].row;
 }
 

@@ -67,8 +67,8 @@ int outside(int low, int high, int point) {
   return apart < 0 ? 0 : apart < 2047 ? apart : 2047;
 }
 
-int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int64_t last,
-                   const int16_t* point, Cut cut, int32_t* found) {
+int64_t test_boxes(const int16_t* boxes, const float* max_radius, int64_t first, int64_t last,
+                   const int16_t* point, CodeThreshold threshold, int32_t* found) {
   int64_t count = 0;
   for (int64_t i = first; i < last; ++i) {
     const int16_t* group = boxes + i / 16 * 512;
@@ -78,7 +78,7 @@ int64_t test_boxes(const int16_t* boxes, const float* reach, int64_t first, int6
       const int apart = outside(pair[0], pair[32], point[slot]);
       sum += apart * apart;
     }
-    if (sum <= cut.at(reach[i])) found[count++] = static_cast<int32_t>(i);
+    if (sum <= threshold.at(max_radius[i])) found[count++] = static_cast<int32_t>(i);
   }
   return count;
 }
@@ -95,12 +95,12 @@ int32_t near_sum(const uint8_t* near, int64_t position, const uint8_t* code) {
 }
 
 int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, int64_t count,
-                   const float* reach, const uint8_t* code, Cut cut, int32_t* position,
-                   int32_t* sum) {
+                   const float* max_radius, const uint8_t* code, CodeThreshold threshold,
+                   int32_t* position, int32_t* sum) {
   int64_t kept = 0;
   for (int64_t i = first; i < first + count; ++i) {
     const int64_t leaf = leaves ? leaves[i] : i;
-    const int32_t limit = cut.at(reach[leaf]);
+    const int32_t limit = threshold.at(max_radius[leaf]);
     for (int64_t at = leaf * kLeaf; at < (leaf + 1) * kLeaf; ++at) {
       const int32_t apart = near_sum(near, at, code);
       if (apart > limit) continue;
@@ -111,37 +111,29 @@ int64_t scan_codes(const uint8_t* near, const int32_t* leaves, int64_t first, in
   return kept;
 }
 
-int64_t refine_positions(const Part& part, bool norm_slot, const uint8_t* code, Cut cut,
-                         int64_t count, int32_t* position, const int32_t* sum) {
+int64_t refine_positions(const Segment& segment, bool norm_slot, const uint8_t* code,
+                         CodeThreshold threshold, int64_t count, int32_t* position,
+                         const int32_t* sum) {
   int64_t kept = 0;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = position[i];
     int32_t total = sum[i];
     if (norm_slot) {  // what rows 0 .. 14 leave over is what the far rows look at
-      const uint8_t* block = part.near + at / kBlock * kBlock * kNear;
+      const uint8_t* block = segment.near + at / kBlock * kBlock * kNear;
       const int apart = circular_difference(block[192 + at % kBlock * 4 + 3], code[kNear - 1]);
       total -= apart * apart;
     }
     for (int slot = 0; slot < kFar; ++slot) {
-      const int apart = circular_difference(part.far[at * kFar + slot], code[kNear + slot]);
+      const int apart = circular_difference(segment.far[at * kFar + slot], code[kNear + slot]);
       total += apart * apart;
     }
-    if (total <= cut.at(part.reach[at / kLeaf])) position[kept++] = position[i];
+    if (total <= threshold.at(segment.leaf_max_radius[at / kLeaf])) position[kept++] = position[i];
   }
   return kept;
 }
 
 }  // namespace
 
-const Kernels portable_kernels = {
-    "portable",
-    centre_query,
-    project_rows,
-    test_boxes,
-    scan_codes,
-    refine_positions,
-    {squared_of<float>, squared_of<BFloat16>, squared_of<Float16>},
-    {tile_of<float>, tile_of<BFloat16>, tile_of<Float16>},
-};
+const Kernels portable_kernels = all_kernels("portable", test_boxes, scan_codes, refine_positions);
 
 }  // namespace grace_fast

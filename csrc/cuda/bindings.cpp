@@ -2,13 +2,12 @@
 //
 // A look-up is described once (`Lookup`); what is called for every query takes addresses by
 // position. `pack_book` is the only place that knows how a Book lies in memory.
-#include <pybind11/pybind11.h>
-
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "../python.h"
 #include "launch.h"
 #ifdef GRACE_FAST_ON_HOST
 #include "on_host.h"
@@ -17,25 +16,15 @@
 
 namespace py = pybind11;
 using namespace grace_fast::device;
+using grace_fast::Address;
+using grace_fast::Fields;
+using grace_fast::pointer;
+using grace_fast::projection_of;
 using py::arg;
 
 namespace {
 
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
 int64_t padded_width(int64_t width) { return (width + kPadding - 1) / kPadding * kPadding; }
-
-Dtype dtype_of(const std::string& name) {
-  if (name == "float32") return Dtype::float32;
-  if (name == "bfloat16") return Dtype::bfloat16;
-  if (name == "float16") return Dtype::float16;
-  throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
-}
 
 void check(int error) {
   if (error) {
@@ -65,62 +54,51 @@ int64_t workspace_bytes(int64_t width, int64_t blocks) {
   return lay_out(0, width, blocks, &unused);
 }
 
-Map map_of(const py::dict& from) {
-  Map map{};
-  map.centre = pointer<const float>(from["centre"].cast<Address>());
-  map.rows = pointer<const uint16_t>(from["rows"].cast<Address>());
-  map.turn = pointer<const double>(from["turn"].cast<Address>());
-  map.step = from["step"].cast<double>();
-  map.lipschitz = from["lipschitz"].cast<double>();
-  map.row_norm = from["row_norm"].cast<double>();
-  map.eta = from["eta"].cast<double>();
-  map.norm_slot = from["norm_slot"].cast<bool>();
-  map.far = from["far"].cast<bool>();
-  return map;
+Segment segment_of(const Fields& of) {
+  const auto rounded_up = [](double error) { return static_cast<float>(error * (1 + 1e-6)); };
+  return {of["rows"],
+          of["near"],
+          of["far"],
+          of["leaf_max_radius"],
+          of["leaf_boxes"],
+          of["node_boxes"],
+          of["node_max_radius"],
+          of["isolated"],
+          of["count"],
+          of["first"],
+          of["last"],
+          rounded_up(of["near_error"]),
+          rounded_up(of["far_error"]),
+          0};
 }
 
-Part part_of(const py::dict& from) {
-  const auto address = [&](const char* name) { return from[name].cast<Address>(); };
-  Part part{};
-  part.row = pointer<const int32_t>(address("row"));
-  part.near = pointer<const uint8_t>(address("near"));
-  part.far = pointer<const uint8_t>(address("far"));
-  part.reach = pointer<const float>(address("reach"));
-  part.leaf_boxes = pointer<const int16_t>(address("leaf_boxes"));
-  part.super_boxes = pointer<const int16_t>(address("super_boxes"));
-  part.super_reach = pointer<const float>(address("super_reach"));
-  part.isolated = pointer<const uint8_t>(address("isolated"));
-  part.count = from["count"].cast<int32_t>();
-  part.first = from["first"].cast<int32_t>();
-  part.last = from["last"].cast<int32_t>();
-  // In float32, rounded up.
-  part.near_residual = static_cast<float>(from["near_residual"].cast<double>() * (1 + 1e-6));
-  part.far_residual = static_cast<float>(from["far_residual"].cast<double>() * (1 + 1e-6));
-  return part;
-}
-
-py::bytes pack_book(Address keys, Address key_slot, Address live, Address radius, Address values,
-                    Address value_slot, int64_t rows, int64_t covered, float widest, float floor,
-                    const py::object& map, const py::list& parts) {
+py::bytes pack_book(const py::dict& columns, int64_t rows, int64_t covered, float widest,
+                    float min_radius, const py::object& projection, const py::list& segments) {
   if (rows < 0 || rows > INT32_MAX) throw std::invalid_argument("rows must be in [0, 2^31)");
-  if (py::len(parts) > kMostParts) {
-    throw std::invalid_argument("at most " + std::to_string(kMostParts) + " parts, got " +
-                                std::to_string(py::len(parts)));
+  if (py::len(segments) > kMostSegments) {
+    throw std::invalid_argument("at most " + std::to_string(kMostSegments) + " parts, got " +
+                                std::to_string(py::len(segments)));
   }
-  Book book{};
-  book.keys = pointer<const void>(keys);
-  book.key_slot = pointer<const int64_t>(key_slot);
-  book.live = pointer<const bool>(live);
-  book.radius = pointer<const float>(radius);
-  book.values = pointer<const void>(values);
-  book.value_slot = pointer<const int64_t>(value_slot);
-  book.rows = rows;
-  book.covered = covered;
-  book.widest = widest;
-  book.floor = floor;
-  if (!map.is_none()) {
-    book.map = map_of(map.cast<py::dict>());
-    for (const auto& each : parts) book.part[book.parts++] = part_of(each.cast<py::dict>());
+  const Fields of(columns);
+  Book book{of["keys"],
+            of["key_slot"],
+            of["live"],
+            of["radius"],
+            of["values"],
+            of["value_slot"],
+            rows,
+            covered,
+            widest,
+            min_radius,
+            0,
+            0,
+            {},
+            {}};
+  if (!projection.is_none()) {
+    book.projection = projection_of<Projection>(Fields(projection));
+    for (const py::handle each : segments) {
+      book.segment[book.segments++] = segment_of(Fields(each));
+    }
   }
   return py::bytes(reinterpret_cast<const char*>(&book), sizeof book);
 }
@@ -147,25 +125,26 @@ py::object devices() {
 struct Lookup {
   Call call{};
   int blocks;
-  bool certified;
+  bool indexed;
+  Device device{};
 
-  Lookup(Address book, Address workspace, int blocks_, int width, const std::string& dtype,
-         int value_width, bool certified_)
-      : blocks(blocks_), certified(certified_) {
+  Lookup(Address book, Address workspace, int blocks_, int width, int dtype, int value_width,
+         bool indexed_, int device_index)
+      : blocks(blocks_), indexed(indexed_) {
     if (blocks < 1 || width < 1) throw std::invalid_argument("blocks and width must be positive");
     call.book = pointer<const Book>(book);
-    call.key_dtype = dtype_of(dtype);
+    call.key_dtype = static_cast<Dtype>(dtype);
     call.width = width;
     call.value_width = value_width;
     lay_out(workspace, width, blocks, &call.workspace);
+    check(describe_device(device_index, &device));
   }
 
   void launch(const Call& made, Address stream) const {
     if (made.batch < 1 || made.batch > kMostQueries) {
       throw std::invalid_argument("a call takes 1 .. " + std::to_string(kMostQueries) + " queries");
     }
-    const auto launch = certified ? launch_certified : launch_dense;
-    check(launch(made, blocks, pointer<void>(stream)));
+    check(launch_look_up(made, indexed, blocks, device, pointer<void>(stream)));
   }
   Call asked(Address queries, int64_t stride, int dtype, int batch, Address hit, Address row,
              Address squared) const {
@@ -206,28 +185,18 @@ struct Lookup {
 
 PYBIND11_MODULE(GRACE_FAST_MODULE, module) {
   module.doc() = "Look-ups on a GPU; see csrc/cuda/layout.h for the contract.";
-  module.attr("MOST_QUERIES") = kMostQueries;
-  module.attr("MOST_PARTS") = kMostParts;
-  module.attr("BOOK_BYTES") = sizeof(Book);
-  py::dict offsets;
-  offsets["rows"] = offsetof(Book, rows);
-  offsets["covered"] = offsetof(Book, covered);
-  offsets["widest"] = offsetof(Book, widest);
-  offsets["floor"] = offsetof(Book, floor);
-  offsets["parts"] = offsetof(Book, parts);
-  module.attr("BOOK_OFFSETS") = offsets;
+  module.attr("ROWS_OFFSET") = offsetof(Book, rows);
   module.def("devices", &devices, "The number of devices, or in words why there is none.");
   module.def("device", &device, arg("index"), "What the launches need to know of a device.");
   module.def("workspace_bytes", &workspace_bytes, py::kw_only(), arg("width"), arg("blocks"),
              "Bytes of one stream's workspace; to be zero before the first look-up.");
-  module.def("pack_book", &pack_book, py::kw_only(), arg("keys"), arg("key_slot"), arg("live"),
-             arg("radius"), arg("values"), arg("value_slot"), arg("rows"), arg("covered"),
-             arg("widest"), arg("floor"), arg("map"), arg("parts"),
+  module.def("pack_book", &pack_book, py::kw_only(), arg("columns"), arg("rows"), arg("covered"),
+             arg("widest"), arg("min_radius"), arg("projection").none(true), arg("segments"),
              "The bytes of a Book, to be copied to the device.");
   py::class_<Lookup>(module, "Lookup", "Look-ups in one book with one stream's workspace.")
-      .def(py::init<Address, Address, int, int, const std::string&, int, bool>(), py::kw_only(),
-           arg("book"), arg("workspace"), arg("blocks"), arg("width"), arg("dtype"),
-           arg("value_width"), arg("certified"))
+      .def(py::init<Address, Address, int, int, int, int, bool, int>(), py::kw_only(), arg("book"),
+           arg("workspace"), arg("blocks"), arg("width"), arg("dtype"), arg("value_width"),
+           arg("indexed"), arg("device"))
       .def("find", &Lookup::find, "queries, stride, dtype, batch, hit, row, squared, stream")
       .def("replace", &Lookup::replace,
            "queries, stride, dtype, batch, hit, row, output, output_dtype, output_stride, "

@@ -24,18 +24,13 @@ struct DenseShared {
 GRACE_FAST_BOTH constexpr int staged_width(int width) { return (width + 7) / 8 * 8; }
 
 template <typename Key, int kQueries>
-class Dense {
+class Dense : Place {
  public:
   using Shared = DenseShared<kQueries>;
   static constexpr int64_t kQueriesAt = (sizeof(Shared) + 15) / 16 * 16;
 
   GRACE_FAST_DEVICE explicit Dense(const Call& call)
-      : call_(call),
-        book_(*call.book),
-        band_(call.width),
-        lane_(thread_index() % kWarp),
-        warp_(thread_index() / kWarp),
-        warps_(thread_count() / kWarp),
+      : Place(call),
         stride_(staged_width(call.width)),
         wide_loads_(in_16_bytes<Key>(book_, call.width)),
         rows_(book_.rows),
@@ -44,20 +39,13 @@ class Dense {
   GRACE_FAST_DEVICE void read() {
     stage_queries();
     const double widest = book_.widest;
-    const float limit = widest >= 0 ? band_.above(widest * widest) : -1.0f;
+    const float limit = widest >= 0 ? error_bound_.above(widest * widest) : -1.0f;
     if (few_) {
       read_tiles<1>(limit);
     } else {
       read_tiles<kManyKeys<kQueries>>(limit);
     }
-    join_warps();
-  }
-
-  GRACE_FAST_DEVICE void decide() {
-    if (!is_last_block(call_.workspace.tickets + group_index())) return;
-    Settle<Key, Dense> settle(call_, book_, *this);
-    settle.run();
-    write_values(call_, book_, first(), batch());
+    join_warps(shared()->best, first(), batch());
   }
 
   // What Settle asks.
@@ -70,19 +58,14 @@ class Dense {
   GRACE_FAST_DEVICE int state(int b) const {
     return shared()->not_finite[b] ? kNotFinite : kEncoded;
   }
-  GRACE_FAST_DEVICE BestTwo best(int b, int block) const {
-    const BestTwo* slot = slots(b) + block;
-    return {load_fresh(&slot->first), load_fresh(&slot->second)};
-  }
-  GRACE_FAST_DEVICE double floor() const { return 0; }
+  GRACE_FAST_DEVICE double min_radius() const { return 0; }
   GRACE_FAST_DEVICE int owner(const Exact&) const { return -1; }
   GRACE_FAST_DEVICE bool needs(int, int) const { return false; }  // every key has been read
 
   template <typename Look>
   GRACE_FAST_DEVICE void read_again(int b, float limit, int, const Look& look) {
     for (int block = 0; block < block_count(); ++block) {
-      const uint64_t second = best(b, block).second;
-      if (second == kNone || squared_of(second) > limit) continue;
+      if (!is_within(seen(first() + b, block).second, limit)) continue;
       const int keys = few_ ? 1 : kManyKeys<kQueries>;
       for (int64_t i = warp_;; i += warps_) {
         const int64_t row = (i / keys * block_count() + block) * keys + i % keys;
@@ -150,26 +133,6 @@ class Dense {
     if (lane_ < kQueries) shared()->best[warp_][lane_] = best;
   }
 
-  GRACE_FAST_DEVICE void join_warps() {
-    sync_block();
-    const int b = thread_index();
-    if (b >= batch()) return;
-    BestTwo joined{kNone, kNone};
-    for (int i = 0; i < warps_; ++i) {
-      offer(&joined, shared()->best[i][b].first);
-      offer(&joined, shared()->best[i][b].second);
-    }
-    slots(b)[block_index()] = joined;
-  }
-
-  GRACE_FAST_DEVICE BestTwo* slots(int b) const {
-    return call_.workspace.best + static_cast<int64_t>(first() + b) * block_count();
-  }
-
-  const Call& call_;
-  const Book& book_;
-  const Band band_;
-  const int lane_, warp_, warps_;
   const int stride_;
   const bool wide_loads_;
   const int64_t rows_;
@@ -183,7 +146,7 @@ dense_kernel(const __grid_constant__ Call call) {
   // other.
   Dense<Key, kQueries> reader(call), decider(call);
   reader.read();
-  decider.decide();
+  decide<Key>(call, decider);
 }
 
 }  // namespace grace_fast::device

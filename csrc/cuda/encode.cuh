@@ -1,7 +1,7 @@
 // z = round(W (q - centre) / step) and a bound on how far that is from phi(q), for every query.
 //
-// The first node of the certified look-up: 16 blocks a query, each projects on four rows; the one
-// that takes the query's last ticket turns, wraps and quantises. The error budget is that of
+// The first node of the look-up by the index: 16 blocks a query, each projects on four rows; the
+// one that takes the query's last ticket turns, wraps and quantises. The error budget is that of
 // csrc/cpu/encode.cpp, and so is the promise it rests on: each dot product is within
 // dot_roundings(D) * u of sum |w_j x_j|. Here a thread adds at most D / 256 + 8 products, and 13
 // more additions join the threads.
@@ -26,8 +26,8 @@ class Encode {
  public:
   GRACE_FAST_DEVICE explicit Encode(const Call& call)
       : call_(call),
-        map_(call.book->map),
-        mapped_(call.book->parts > 0),
+        projection_(call.book->projection),
+        mapped_(call.book->segments > 0),
         query_(group_index()),
         lane_(thread_index() % kWarp),
         padded_((call.width + kPadding - 1) / kPadding * kPadding),
@@ -62,13 +62,13 @@ class Encode {
       for (int i = 0; i < 8; i += 4) {
         float centre[4] = {};
         if (mapped_)
-          widen_four(load16(map_.centre + j + i), 0, static_cast<float*>(nullptr), centre);
+          widen_four(load16(projection_.centre + j + i), 0, static_cast<float*>(nullptr), centre);
 #pragma unroll
         for (int e = 0; e < 4; ++e) x[i + e] = query[i + e] - centre[e];
       }
 #pragma unroll
       for (int r = 0; r < kEncodeRows && mapped_; ++r) {
-        const uint4 raw = load16(map_.rows + static_cast<int64_t>(first + r) * padded_ + j);
+        const uint4 raw = load16(projection_.rows + static_cast<int64_t>(first + r) * padded_ + j);
 #pragma unroll
         for (int i = 0; i < 8; i += 4) {
           float row[4];
@@ -126,7 +126,7 @@ class Encode {
 
   // The integer of one slot, and the square of its residual.
   GRACE_FAST_DEVICE int whole_steps(double value, double* residual) const {
-    float t = static_cast<float>(value / map_.step);
+    float t = static_cast<float>(value / projection_.step);
     t = t < -kSlotLimit ? -kSlotLimit : t > kSlotLimit ? kSlotLimit : t;
     const float whole = nearest_whole(t);
     *residual += static_cast<double>(t - whole) * (t - whole);
@@ -145,24 +145,25 @@ class Encode {
     }
     const double norm = square_root(square) * 1.0001 + 1e-16;
     const double rounding = (48.0 + call_.width / 256.0) * kUnit * 1.0001;
-    const int slots = map_.norm_slot ? kNear - 1 : kNear;
+    const int slots = projection_.norm_slot ? kNear - 1 : kNear;
 
     double turned = 0, near_residual = 0, far_residual = 0;
     int near = 0;
     if (lane_ < slots) {
-      for (int i = 0; i < kNear; ++i) turned += map_.turn[lane_ * kNear + i] * fresh(sums_ + i);
+      for (int i = 0; i < kNear; ++i)
+        turned += projection_.turn[lane_ * kNear + i] * fresh(sums_ + i);
       near = whole_steps(turned, &near_residual);
     }
     const double inside = sum_of_warp(turned * turned);
     near_residual = sum_of_warp(near_residual);
     far_residual = near_residual;
 
-    const double lost = kUnit * map_.lipschitz;
-    double error = norm * (square_root(slots) * rounding * map_.row_norm + lost);
-    if (map_.norm_slot) {
+    const double lost = kUnit * projection_.lipschitz;
+    double error = norm * (square_root(slots) * rounding * projection_.row_norm + lost);
+    if (projection_.norm_slot) {
       const double wrong =
           1.001 * ((rounding + 4 * kUnit) * norm * norm + 2 * square_root(inside) * error +
-                   error * error + 2 * map_.eta * inside) +
+                   error * error + 2 * projection_.eta * inside) +
           1e-30;
       const double left = square > inside ? square_root(square - inside) : 0;
       const double apart =
@@ -178,7 +179,7 @@ class Encode {
     int far1 = 0;
     if (lane_ < kNear) far1 = whole_steps(fresh(sums_ + kNear + kWarp + lane_), &of_far);
     far_residual += sum_of_warp(of_far);
-    const double far_error = norm * (square_root(kSlots) * rounding * map_.row_norm + lost);
+    const double far_error = norm * (square_root(kSlots) * rounding * projection_.row_norm + lost);
 
     auto* code = reinterpret_cast<uint8_t*>(out->code);
     code[kNear + lane_] = static_cast<uint8_t>(far0);
@@ -193,14 +194,16 @@ class Encode {
     }
     if (lane_ == 0) {  // in float32, rounded up
       const double up = 1 + 1e-6;
-      out->near_error = static_cast<float>((square_root(near_residual) + error / map_.step) * up);
-      out->far_error = static_cast<float>((square_root(far_residual) + far_error / map_.step) * up);
+      out->near_error =
+          static_cast<float>((square_root(near_residual) + error / projection_.step) * up);
+      out->far_error =
+          static_cast<float>((square_root(far_residual) + far_error / projection_.step) * up);
       out->state = kEncoded;
     }
   }
 
   const Call& call_;
-  const Map& map_;
+  const Projection& projection_;
   const bool mapped_;  // or there are no codes, and every row is read as it is
   const int query_, lane_, padded_;
   float* sums_;

@@ -1,9 +1,9 @@
 // The kernels' instances and their launches.
 //
-// A look-up by certificate is two nodes, `encode` and `certified`; from sm_90 on the second is
+// A look-up by the index is two nodes, `encode` and `indexed`; from sm_90 on the second is
 // started while the first still runs, and waits where it first needs it.
-#include "certified.cuh"
 #include "dense.cuh"
+#include "indexed.cuh"
 #include "launch.h"
 
 namespace grace_fast::device {
@@ -11,7 +11,6 @@ namespace {
 
 constexpr int kThreads = kMostThreads;
 constexpr int kFewTokens = 8;  // which the deciding block writes itself
-constexpr int kMostDevices = 64;
 constexpr int kUsualSharedMemory = 48 << 10;
 
 using Kernel = void (*)(Call);
@@ -40,22 +39,6 @@ int launch(Kernel kernel, const Call& call, dim3 blocks, int threads, int64_t sh
   return cudaLaunchKernelEx(&config, kernel, call);
 }
 
-// Of the current device; asked once, since a look-up takes less than the question.
-int current_device(Device* device) {
-  static Device known[kMostDevices];
-  static bool is_known[kMostDevices];
-  int index = 0;
-  if (const cudaError_t error = cudaGetDevice(&index)) return error;
-  if (index >= kMostDevices || !is_known[index]) {
-    if (const int error = describe_device(index, device)) return error;
-    if (index >= kMostDevices) return cudaSuccess;
-    known[index] = *device;
-    is_known[index] = true;
-  }
-  *device = known[index];
-  return cudaSuccess;
-}
-
 template <typename Key, int kQueries>
 int64_t dense_memory(const Call& call) {
   const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
@@ -71,9 +54,7 @@ int launch_dense_of(const Call& call, int blocks, void* stream) {
 
 // As many queries at a time as there are and as fit.
 template <typename Key>
-int launch_dense_of(const Call& call, int blocks, void* stream) {
-  Device device;
-  if (const int error = current_device(&device)) return error;
+int launch_dense_of(const Call& call, int blocks, const Device& device, void* stream) {
   if (call.batch > 4 && dense_memory<Key, 8>(call) <= device.shared_memory) {
     return launch_dense_of<Key, 8>(call, blocks, stream);
   }
@@ -87,14 +68,12 @@ int launch_dense_of(const Call& call, int blocks, void* stream) {
 }
 
 template <typename Key>
-int launch_certified_of(const Call& call, int blocks, void* stream) {
-  Device device;
-  if (const int error = current_device(&device)) return error;
+int launch_indexed_of(const Call& call, int blocks, const Device& device, void* stream) {
   const dim3 grid(kEncodeBlocks, call.batch);
   const int error = launch(encode_kernel, call, grid, kEncodeThreads, sizeof(EncodeShared), stream);
   if (error) return error;
-  return launch(certified_kernel<Key>, call, dim3(blocks), kThreads, sizeof(CertifiedShared),
-                stream, device.major >= 9);
+  return launch(indexed_kernel<Key>, call, dim3(blocks), kThreads, sizeof(IndexedShared), stream,
+                device.major >= 9);
 }
 
 // Launch a look-up, with the writing of values as a further node where there is much to write.
@@ -142,29 +121,12 @@ const char* error_text(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-int launch_dense(const Call& call, int blocks, void* stream) {
+int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream) {
   return with_writing(call, stream, [&](const Call& decision) {
-    switch (call.key_dtype) {
-      case Dtype::bfloat16:
-        return launch_dense_of<BFloat16>(decision, blocks, stream);
-      case Dtype::float16:
-        return launch_dense_of<Float16>(decision, blocks, stream);
-      default:
-        return launch_dense_of<float>(decision, blocks, stream);
-    }
-  });
-}
-
-int launch_certified(const Call& call, int blocks, void* stream) {
-  return with_writing(call, stream, [&](const Call& decision) {
-    switch (call.key_dtype) {
-      case Dtype::bfloat16:
-        return launch_certified_of<BFloat16>(decision, blocks, stream);
-      case Dtype::float16:
-        return launch_certified_of<Float16>(decision, blocks, stream);
-      default:
-        return launch_certified_of<float>(decision, blocks, stream);
-    }
+    return with_key(call.key_dtype, [&](auto key) {
+      return indexed ? launch_indexed_of<decltype(key)>(decision, blocks, device, stream)
+                     : launch_dense_of<decltype(key)>(decision, blocks, device, stream);
+    });
   });
 }
 

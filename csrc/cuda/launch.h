@@ -19,8 +19,15 @@ int device_count(int* count);
 int describe_device(int index, Device* device);
 const char* error_text(int error);
 
+// Do work(key) with the C++ type of a dtype.
+template <typename Work>
+int with_key(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::bfloat16) return work(BFloat16{});
+  if (dtype == Dtype::float16) return work(Float16{});
+  return work(float{});
+}
+
 // Queue a look-up of call.batch <= 32 queries on a stream. Nothing is allocated or waited for.
-int launch_dense(const Call& call, int blocks, void* stream);
-int launch_certified(const Call& call, int blocks, void* stream);
+int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream);
 
 }  // namespace grace_fast::device

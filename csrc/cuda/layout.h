@@ -5,7 +5,7 @@
 // it is known when a kernel is launched. Every array is key-major and starts at a multiple of 16
 // bytes; nothing is padded to whole leaves.
 //
-// The certificate is that of csrc/lookup.h, with one difference: a code difference of 128 counts as
+// The index is that of csrc/lookup.h, with one difference: a code difference of 128 counts as
 // 128, not as 127, which is as true and costs nothing here.
 #pragma once
 #include <cstdint>
@@ -13,16 +13,22 @@
 namespace grace_fast::device {
 
 enum class Dtype : int32_t { float32, bfloat16, float16 };  // as in lookup.h
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
 
-constexpr int kNear = 16;         // code bytes read for every key of a leaf that is touched
-constexpr int kFar = 48;          // further code bytes, read for survivors
-constexpr int kSlots = 64;        // of phi: near and far
-constexpr int kLeaf = 64;         // keys of a leaf, and leaves of a super leaf
-constexpr int kMostQueries = 32;  // of a call
-constexpr int kMostParts = 16;    // of a certificate
-constexpr int kPadding = 64;      // Dp is D rounded up to a multiple of this
+constexpr int kNear = 16;          // code bytes read for every key of a leaf that is touched
+constexpr int kFar = 48;           // further code bytes, read for candidates
+constexpr int kSlots = 64;         // of phi: near and far
+constexpr int kLeaf = 64;          // keys of a leaf, and leaves of a level-2 node
+constexpr int kMostQueries = 32;   // of a call
+constexpr int kMostSegments = 16;  // of an index
+constexpr int kPadding = 64;       // Dp is D rounded up to a multiple of this
 
-struct Map {
+struct Projection {
   const float* centre;   // [Dp], padded with zeros
   const uint16_t* rows;  // [64, Dp] bfloat16, padded with zeros; near slots first
   const double* turn;    // [16, 16]
@@ -30,18 +36,18 @@ struct Map {
   int32_t norm_slot, far;
 };
 
-struct Part {
-  const int32_t* row;          // [count]
-  const uint8_t* near;         // [count, 16]
-  const uint8_t* far;          // [count, 48]
-  const float* reach;          // [leaves]
-  const int16_t* leaf_boxes;   // [leaves, 2, 16], low and -high; null: no order
-  const int16_t* super_boxes;  // [supers, 2, 16]
-  const float* super_reach;    // [supers]
-  const uint8_t* isolated;     // [leaves * 8] bits, or null
-  int32_t count;               // positions in use
-  int32_t first, last;         // a part with `isolated` holds the rows [first, last)
-  float near_residual, far_residual;
+struct Segment {
+  const int32_t* rows;           // [count]
+  const uint8_t* near;           // [count, 16]
+  const uint8_t* far;            // [count, 48]
+  const float* leaf_max_radius;  // [leaves]
+  const int16_t* leaf_boxes;     // [leaves, 2, 16], low and -high; null: no order
+  const int16_t* node_boxes;     // [nodes, 2, 16]
+  const float* node_max_radius;  // [nodes]
+  const uint8_t* isolated;       // [leaves * 8] bits, or null
+  int32_t count;                 // positions in use
+  int32_t first, last;           // a segment with `isolated` holds the rows [first, last)
+  float near_error, far_error;
   int32_t unused;
 };
 
@@ -53,16 +59,16 @@ struct Book {
   const void* values;         // [slots, V]
   const int64_t* value_slot;  // [N], or null
   int64_t rows;               // N, below 2^31
-  int64_t covered;            // rows below have a position in a part
+  int64_t covered;            // rows below have a position in a segment
   float widest;               // >= every radius
-  float floor;                // every reach is at least this
-  int32_t parts;
+  float min_radius;           // every largest radius of a leaf is at least this
+  int32_t segments;
   int32_t unused;
-  Map map;
-  Part part[kMostParts];
+  Projection projection;
+  Segment segment[kMostSegments];
 };
 
-// A query under the map: written by `encode`, read by `certified`.
+// A query, projected: written by `encode`, read by `indexed`.
 struct Encoded {
   uint32_t code[kSlots / 4];
   uint32_t point[kNear / 2], minus_point[kNear / 2];  // two int16 each

@@ -13,13 +13,6 @@ constexpr int kWarp = 32;
 constexpr uint64_t kNone = ~uint64_t{0};
 constexpr int32_t kMostSum = 0x7fffffff;
 
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Float16 {
-  uint16_t bits;
-};
-
 GRACE_FAST_DEVICE float infinity() { return float_of(0x7f800000u); }
 GRACE_FAST_DEVICE float widen(float x) { return x; }
 GRACE_FAST_DEVICE float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
@@ -74,9 +67,9 @@ GRACE_FAST_DEVICE uint64_t least_of_warp(uint64_t value) {
 }
 
 // What a float32 S says about the law's S (csrc/cpu/candidates.h).
-struct Band {
+struct ErrorBound {
   double slack, tiny;
-  GRACE_FAST_DEVICE explicit Band(int width)
+  GRACE_FAST_DEVICE explicit ErrorBound(int width)
       : slack((width / 32.0 + 17) * 0x1p-24), tiny(width * 0x1p-118) {}
   // A float32 S above this belongs to a larger S than `squared`, itself in float32 or the law's.
   GRACE_FAST_DEVICE float above(double squared) const {
@@ -115,6 +108,8 @@ GRACE_FAST_DEVICE uint64_t packed(float squared, uint32_t tag) {
 GRACE_FAST_DEVICE float squared_of(uint64_t found) {
   return float_of(static_cast<uint32_t>(found >> 32));
 }
+// Never for kNone, whose S is NaN.
+GRACE_FAST_DEVICE bool is_within(uint64_t found, float limit) { return squared_of(found) <= limit; }
 GRACE_FAST_DEVICE uint32_t tag_of(uint64_t found) { return static_cast<uint32_t>(found); }
 
 template <typename Key>

@@ -1,19 +1,18 @@
 // The last block of a look-up: from every block's best two to the law's decision.
 //
-//   one candidate within the band     its radius says miss, or its canonical S decides
+//   one candidate within the error bound     its radius says miss, or its canonical S decides
 //   several                           the canonical S of each decides
 //   a block's second is among them    a third may hide behind it: the look-up reads again
-//   a hit that is not settled         (certified only) the look-up reads again, at its distance
+//   a hit that is not settled         (by the index only) the look-up reads again, at its distance
 // A look-up is a class with
 //   batch()          queries that this block decides, the first of which is query first()
 //   query(b)         the query as float32
 //   state(b)         whether it can be answered from the slots
-//   best(b)          BestTwo [blocks], written before the ticket was taken
-//   floor()          a hit nearer than this needs no second look
+//   min_radius()          a hit nearer than this needs no second look
 //   read_again(b, limit, skip, look)   call look(row, alone) by whole warps for every row whose S
-//                    in float32 may be within `limit`, but for those of part `skip`
-//   owner(exact)     the part whose other keys are proved to be farther than a hit, or -1
-//   needs(b, owner)  whether any part is left to be read again
+//                    in float32 may be within `limit`, but for those of segment `skip`
+//   owner(exact)     the segment whose other keys are proved to be farther than a hit, or -1
+//   needs(b, owner)  whether any segment is left to be read again
 #pragma once
 #include "numbers.cuh"
 
@@ -48,17 +47,52 @@ GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
   return shared->last != 0;
 }
 
-template <typename Key, typename Lookup>
-class Settle {
+// What every part of a look-up knows: the call, the place of a thread, and what blocks have seen.
+class Place {
  public:
-  GRACE_FAST_DEVICE Settle(const Call& call, const Book& book, Lookup& lookup)
+  GRACE_FAST_DEVICE explicit Place(const Call& call)
       : call_(call),
-        book_(book),
-        lookup_(lookup),
-        band_(call.width),
+        book_(*call.book),
+        error_bound_(call.width),
         lane_(thread_index() % kWarp),
         warp_(thread_index() / kWarp),
         warps_(thread_count() / kWarp) {}
+
+ protected:
+  // Of one query of the call, by block.
+  GRACE_FAST_DEVICE BestTwo* slots(int query) const {
+    return call_.workspace.best + static_cast<int64_t>(query) * block_count();
+  }
+  GRACE_FAST_DEVICE BestTwo seen(int query, int block) const {
+    const BestTwo* slot = slots(query) + block;
+    return {load_fresh(&slot->first), load_fresh(&slot->second)};
+  }
+  // Write down the best two of the block's warps for `batch` queries, of which `first` is the
+  // first.
+  template <int kColumns>
+  GRACE_FAST_DEVICE void join_warps(const BestTwo (&best)[kMostWarps][kColumns], int first,
+                                    int batch) const {
+    sync_block();
+    const int b = thread_index();
+    if (b >= batch) return;
+    BestTwo joined{kNone, kNone};
+    for (int i = 0; i < warps_; ++i) {
+      offer(&joined, best[i][b].first);
+      offer(&joined, best[i][b].second);
+    }
+    slots(first + b)[block_index()] = joined;
+  }
+
+  const Call& call_;
+  const Book& book_;
+  const ErrorBound error_bound_;
+  const int lane_, warp_, warps_;
+};
+
+template <typename Key, typename Lookup>
+class Settle : Place {
+ public:
+  GRACE_FAST_DEVICE Settle(const Call& call, Lookup& lookup) : Place(call), lookup_(lookup) {}
 
   // Leave the answers in shared memory and write those that are asked for.
   GRACE_FAST_DEVICE void run() {
@@ -81,20 +115,19 @@ class Settle {
     if (lookup_.state(b) != kEncoded) return lookup_.state(b) == kNotFinite;
     const uint64_t nearest = nearest_of(b);
     if (nearest == kNone) return true;
-    const float limit = band_.above(squared_of(nearest));
+    const float limit = error_bound_.above(squared_of(nearest));
     int within = 0;
     for (int i = lane_; i < block_count(); i += kWarp) {
-      const BestTwo two = lookup_.best(b, i);
-      within += two.first != kNone && squared_of(two.first) <= limit;
-      within += two.second != kNone && squared_of(two.second) <= limit;
+      const BestTwo two = seen(lookup_.first() + b, i);
+      within += is_within(two.first, limit) + is_within(two.second, limit);
     }
     if (sum_of_warp(within) != 1) return false;
 
     const uint32_t tag = tag_of(nearest);
     const double radius = book_.radius[tag >> 1];
     const float found = squared_of(nearest);
-    if (!(radius >= 0) || found > band_.above(radius * radius)) return true;
-    Exact exact{band_.at_most(found), tag};
+    if (!(radius >= 0) || found > error_bound_.above(radius * radius)) return true;
+    Exact exact{error_bound_.at_most(found), tag};
     const bool inside = exact.squared <= radius * radius;
     if (!inside || call_.squared) {
       exact.squared = canonical(b, tag);
@@ -112,17 +145,14 @@ class Settle {
     float limit = infinity();
     if (lookup_.state(b) == kEncoded) {
       const uint64_t nearest = nearest_of(b);
-      limit = band_.above(squared_of(nearest));
+      limit = error_bound_.above(squared_of(nearest));
       for (int i = warp_; i < block_count(); i += warps_) {
-        const BestTwo two = lookup_.best(b, i);
-        if (two.first != kNone && squared_of(two.first) <= limit) look(b, tag_of(two.first), &best);
-        if (two.second != kNone && squared_of(two.second) <= limit) {
-          look(b, tag_of(two.second), &best);
-        }
+        const BestTwo two = seen(lookup_.first() + b, i);
+        if (is_within(two.first, limit)) look(b, tag_of(two.first), &best);
+        if (is_within(two.second, limit)) look(b, tag_of(two.second), &best);
       }
       for (int i = lane_; i < block_count(); i += kWarp) {
-        const BestTwo two = lookup_.best(b, i);
-        crowded |= two.second != kNone && squared_of(two.second) <= limit;
+        crowded |= is_within(seen(lookup_.first() + b, i).second, limit);
       }
     } else {
       crowded = 1;  // no slots: read all
@@ -143,7 +173,7 @@ class Settle {
   GRACE_FAST_DEVICE uint64_t nearest_of(int b) const {
     uint64_t nearest = kNone;
     for (int i = lane_; i < block_count(); i += kWarp) {
-      const BestTwo two = lookup_.best(b, i);
+      const BestTwo two = seen(lookup_.first() + b, i);
       if (two.first < nearest) nearest = two.first;
     }
     return least_of_warp(nearest);
@@ -167,8 +197,8 @@ class Settle {
 
   // Whether nothing nearer than a hit can have been passed over.
   GRACE_FAST_DEVICE bool is_settled(int b, const Exact& hit) const {
-    const double floor = lookup_.floor();
-    return hit.squared <= floor * floor || !lookup_.needs(b, lookup_.owner(hit));
+    const double min_radius = lookup_.min_radius();
+    return hit.squared <= min_radius * min_radius || !lookup_.needs(b, lookup_.owner(hit));
   }
 
   GRACE_FAST_DEVICE Exact best_of_block(const Exact& of_warp) {
@@ -191,11 +221,7 @@ class Settle {
     if (call_.squared) call_.squared[query] = answer.squared;
   }
 
-  const Call& call_;
-  const Book& book_;
   Lookup& lookup_;
-  const Band band_;
-  const int lane_, warp_, warps_;
 };
 
 // Write one value over one token, by a warp.
@@ -240,7 +266,17 @@ GRACE_FAST_DEVICE void write_values(const Call& call, const Book& book, int firs
   }
 }
 
-// The same for many tokens, by a node of its own: a block for some tokens of one query.
+// Let the block that takes the last ticket of its group answer the queries of a look-up.
+template <typename Key, typename Lookup>
+GRACE_FAST_DEVICE void decide(const Call& call, Lookup& lookup) {
+  if (!is_last_block(call.workspace.tickets + group_index())) return;
+  Settle<Key, Lookup> settle(call, lookup);
+  settle.run();
+  write_values(call, *call.book, lookup.first(), lookup.batch());
+}
+
+// What `write_values` does for many tokens, by a node of its own: a block for some tokens of one
+// query.
 GRACE_FAST_KERNEL(kMostThreads)
 write_kernel(const __grid_constant__ Call call) {
   const int query = group_index();

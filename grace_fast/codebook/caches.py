@@ -4,10 +4,10 @@ An owner makes one `Cache` when it is imported, and asks it with a version. A ne
 is cached of another one stale: `build` is given that, and the owner says what may be kept of it.
 
     cache                     of                       stale, beside a new version, once
-    index.certificate         Certificate              never: it is told of each version
-    lookup.backends.cpu       View                     its certificate has published more codes
-    lookup.backends.cuda      Table                    its certificate has published more codes
-    lookup.backends.triton    Table                    never: it asks its certificate itself
+    index.maintained          Index                    never: it is told of each version
+    lookup.backends.cpu       NativeView                  its index has published more codes
+    lookup.backends.cuda      Table                    its index has published more codes
+    lookup.backends.triton    Table                    never: it asks its index itself
     lookup.backends.faiss     Filled, by description   dropped (`drop_index`)
     lookup.backends.graphs    listeners, by back end   never: they subscribe to the codebook
 """

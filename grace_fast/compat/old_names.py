@@ -46,7 +46,7 @@ MODULES = {
     "backends": "lookup.backends",
     "batches": "editor.batches",
     "calibrate": "editor.calibrate",
-    "certificate": "index.certificate",
+    "certificate": "index.maintained",
     "cli": "tools.cli",
     "codes": "index.quantizer",
     "counters": "hook.counters",

@@ -1,1 +1,1 @@
-"""What proves a miss without reading keys: quantized keys, sorted, kept up to date beside edits."""
+"""The index: quantized keys, sorted and kept up to date beside edits, that prove most misses."""

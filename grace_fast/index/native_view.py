@@ -1,7 +1,7 @@
 """One version of a codebook as the extension reads it: page tables, codes, and their owners.
 
 A view is made once a version, in time that does not grow with the keys: the page table is that of
-another version, changed where the pages differ, and the codes are those of the certificate.
+another version, changed where the pages differ, and the codes are those of the index.
 """
 
 from __future__ import annotations
@@ -17,88 +17,87 @@ from torch import Tensor
 from grace_fast.codebook.once import cached_property
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import quantizer, segments
-from grace_fast.index.segments import Array, Part
+from grace_fast.index.segments import Array, Segment
 
 ANY_BATCH = 1 << 62
 BOX_BYTES = 64
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # lookup.h, Dtype
+DTYPE_NUMBERS = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+}  # Dtype of lookup.h and layout.h
 
 
 @dataclass(frozen=True)
 class Effort:
-    """What certified look-ups read, in the mean of some queries."""
+    """What look-ups by the index read, in the mean of some queries."""
 
     boxes: float
     codes: float  # near codes; of a leaf all 64
-    survivors: float  # keys that the near codes do not settle
-    rechecks: float  # keys read whole, those of exhaustive look-ups too
+    candidates: float  # keys that the near codes do not settle
+    exact_reranks: float  # keys read whole, those of exhaustive look-ups too
     exhaustive: float  # look-ups that read all keys after all
     bytes: float  # of all that, and of the rows that the query is projected on
 
 
-class PageTable:
-    """The addresses of a snapshot's pages, made from those of another snapshot where they agree."""
-
-    def __init__(self, snapshot: Snapshot, other: PageTable | None = None) -> None:
-        self.pages = snapshot.pages
-        self.addresses = np.zeros((3, len(self.pages)), np.uint64)  # radius, live, key slot
-        known = other.pages if other is not None else ()
-        shared = min(len(known), len(self.pages))
-        if other is not None:
-            self.addresses[:, :shared] = other.addresses[:, :shared]
-        for number, page in enumerate(self.pages):
-            if number < shared and page is known[number]:
-                continue
-            fields = (page.radius, page.live, page.key_slot)
-            self.addresses[:, number] = [field.data_ptr() for field in fields]
-
-    def book(self, cpu: Any, snapshot: Snapshot) -> Any:
-        """Return the extension's description of the snapshot's keys."""
-        radius, live, key_slot = (int(row.ctypes.data) for row in self.addresses)
-        return cpu.Book(
-            slots=snapshot.key_slots.data_ptr(),
-            slot_pages=key_slot if snapshot.counts.key_moves else 0,
-            live_pages=live,
-            radius_pages=radius,
-            rows=snapshot.rows,
-            width=snapshot.key_dim,
-            dtype=str(snapshot.dtype).removeprefix("torch."),
-            mapped=snapshot.key_file.for_extension() if snapshot.key_file is not None else None,
-        )
-
-
-class View:
+class NativeView:
     """One version, ready to be looked up: what the extension reads and what keeps it alive."""
 
-    def __init__(self, cpu: Any, snapshot: Snapshot, other: View | None) -> None:
-        self.table: PageTable = PageTable(snapshot, other.table if other is not None else None)
+    def __init__(self, cpu: Any, snapshot: Snapshot, other: NativeView | None) -> None:
         self._cpu = cpu
         self.pages = snapshot.pages
+        self._table = self._page_table(other)
         self.keys, self.key_file = snapshot.key_slots, snapshot.key_file
-        self.book = self.table.book(cpu, snapshot)
-        self.plan: Any = None  # None while the certificate says nothing about this version
-        self.made_from: Any = None  # the certificate's state
+        self.plan: Any = None  # None while the index says nothing about this version
+        self.made_from: Any = None  # the index's state
         self.holds: Any = None  # what the plan points into
-        self.rows = snapshot.rows
+        self.rows, self.width = snapshot.rows, snapshot.key_dim
+        self.key_moves = snapshot.counts.key_moves
         self.key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
         self.widest = float("inf")
         self.predicted_bytes = float("inf")
         self.knows_radii = True  # whether the plan's bounds on the radii are of this version
 
+    def _page_table(self, other: NativeView | None) -> Array:
+        """Return the addresses of the pages, those of another view where they agree."""
+        addresses = np.zeros((3, len(self.pages)), np.uint64)  # radius, live, key slot
+        known = other.pages if other is not None else ()
+        shared = min(len(known), len(self.pages))
+        if other is not None:
+            addresses[:, :shared] = other._table[:, :shared]
+        for number, page in enumerate(self.pages):
+            if number < shared and page is known[number]:
+                continue
+            fields = (page.radius, page.live, page.key_slot)
+            addresses[:, number] = [field.data_ptr() for field in fields]
+        return addresses
+
     @cached_property
     def version(self) -> Any:
-        """What the extension answers from: by the certificate where that is predicted to pay."""
+        """What the extension answers from: by the index where that is predicted to pay."""
         # A batch shares what it reads densely: 12 queries at a time keep the arithmetic as busy as
         # one keeps the memory (Zen 3, N = 1e5, D = 1536).
         shared = self.rows * self.key_bytes / max(self.predicted_bytes, 1.0)
         up_to = ANY_BATCH if shared > 12 else math.ceil(shared) - 1
-        return self._cpu.Version(
-            book=self.book,
-            plan=self.plan,
-            widest=self.widest,
-            predicted_bytes=min(self.predicted_bytes, 1e30),
-            certified_up_to=up_to if self.knows_radii else 0,
-        )
+        fields = self._fields() | {
+            "widest": self.widest,
+            "predicted_bytes": min(self.predicted_bytes, 1e30),
+            "indexed_up_to": up_to if self.knows_radii else 0,
+        }
+        mapped = None if self.key_file is None else self.key_file.for_extension()
+        return self._cpu.Version(fields=fields, mapped=mapped, plan=self.plan)
+
+    def _fields(self) -> dict[str, Any]:
+        radius, live, key_slot = (int(row.ctypes.data) for row in self._table)
+        return {
+            "slots": self.keys.data_ptr(),
+            "slot_pages": key_slot if self.key_moves else 0,
+            "live_pages": live,
+            "radius_pages": radius,
+            "rows": self.rows,
+            "width": self.width,
+            "dtype": DTYPE_NUMBERS[self.keys.dtype],
+        }
 
     @property
     def keys_pay(self) -> bool:
@@ -108,14 +107,14 @@ class View:
     def effort(self, queries: Tensor) -> Effort:
         """Return what `find` reads for queries [B, D] whose rows' elements are side by side."""
         batch, width = queries.shape
-        number = DTYPE_NUMBERS[queries.dtype]
-        asked = (queries.data_ptr(), queries.stride(0), number, batch)
-        read = {name: n / batch for name, n in self.plan.effort(self.book, *asked).items()}
-        total = BOX_BYTES * read["boxes"] + quantizer.NEAR * read["codes"]
-        total += quantizer.FAR * read["survivors"] + read["rechecks"] * self.key_bytes
-        return Effort(**read, bytes=total + quantizer.NEAR * width * 2)
+        read = [total / batch for total in self.version.effort(*asked(queries))]
+        boxes, codes, candidates, exact_reranks, exhaustive = read
+        total = BOX_BYTES * boxes + quantizer.NEAR * codes
+        total += quantizer.FAR * candidates + exact_reranks * self.key_bytes
+        total += quantizer.NEAR * width * 2
+        return Effort(boxes, codes, candidates, exact_reranks, exhaustive, bytes=total)
 
-    def use_keys_of(self, base: View) -> None:
+    def use_keys_of(self, base: NativeView) -> None:
         """Let the nearest key be found by the codes of another version, whose keys are these.
 
         It may have fewer rows, and other radii.
@@ -124,51 +123,44 @@ class View:
         self.predicted_bytes, self.knows_radii = base.predicted_bytes, False
 
 
-class State:
+class IndexState:
     """What a build publishes in one store."""
 
-    def __init__(self, phi: quantizer.Map, fitted_rows: int, floor: float) -> None:
-        self.phi = phi
+    def __init__(
+        self, projection: quantizer.Projection, fitted_rows: int, min_radius: float
+    ) -> None:
+        self.projection = projection
         self.fitted_rows = fitted_rows
-        self.floor = floor
-        self.runs: tuple[Part, ...] = ()
-        self.tail = segments.tail(256, floor)
+        self.min_radius = min_radius
+        self.segments: tuple[Segment, ...] = ()
+        self.delta = segments.delta_buffer(256, min_radius)
         self.covered = 0  # rows below have a position
         self.oldest = 0  # the first version it is true of
         self.predicted_bytes = float("inf")  # of a look-up
 
 
-def plan_of(cpu: Any, state: State, rows: int, widest: float) -> Any:
+def plan_of(cpu: Any, state: IndexState, rows: int, widest: float) -> Any:
     """Return the extension's description of a state, for a version of so many rows."""
-    phi, plan = state.phi, cpu.Plan()
-    plan.set_map(
-        centre=phi.padded_centre.data_ptr(),
-        rows=phi.packed_rows.data_ptr(),
-        turn=phi.turn.data_ptr(),
-        step=phi.step,
-        lipschitz=phi.lipschitz,
-        row_norm=phi.row_norm,
-        eta=phi.eta,
-        norm_slot=phi.norm_slot,
-        far=phi.far,
+    projection = state.projection
+    arrays = {
+        "centre": projection.padded_centre,
+        "rows": projection.packed_rows,
+        "turn": projection.turn,
+    }
+    return cpu.Plan(
+        projection=projection.numbers | {name: each.data_ptr() for name, each in arrays.items()},
+        segments=[segment.fields() for segment in (*state.segments, state.delta)],
+        covered=min(state.covered, rows),
+        min_radius=state.min_radius,
+        widest=widest,
     )
-    plan.set_bounds(covered=min(state.covered, rows), floor=state.floor, widest=widest)
-    for part in (*state.runs, state.tail):
-        plan.add_part(
-            count=part.count,
-            row=part.rows.ctypes.data,
-            near=part.near.ctypes.data,
-            far=part.far.ctypes.data,
-            reach=part.reach.ctypes.data,
-            near_residual=part.near_error,
-            far_residual=part.far_error,
-            leaf_boxes=_address(part.leaf_boxes),
-            super_boxes=_address(part.super_boxes),
-            super_reach=_address(part.super_reach),
-            isolated=_address(part.isolated),
-        )
-    return plan
 
 
-def _address(array: Array | None) -> int:
-    return 0 if array is None else int(array.ctypes.data)
+def in_rows(queries: Tensor) -> Tensor:
+    """Return queries [B, D] with the elements of each side by side."""
+    return queries if queries.stride(1) == 1 else queries.contiguous()
+
+
+def asked(queries: Tensor) -> tuple[int, int, int, int]:
+    """Return address, stride, type and number of queries [B, D], as the extensions take them."""
+    return queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], len(queries)

@@ -1,4 +1,4 @@
-"""The certificate: short codes of keys from which a distance is bounded below, with proof.
+"""The quantizer: short codes of keys from which a distance is bounded below, with proof.
 
     phi(x) = (W (x - centre), c(x))     W: rows fitted on the keys, kept in bfloat16, the near ones
                                         turned by a 16 x 16 matrix so that they are orthonormal
@@ -10,13 +10,14 @@ phi never stretches a distance by more than `lipschitz`; clamping, and wrapping 
 
     |z(q) - z(k)| <= (lipschitz * r) / step + e(q) + e(k)        differences taken around the circle
 
-and a key whose sum of squared code differences is larger than `cut` is farther than r. The left
-side is an integer: no floating point is to be trusted there. e holds everything else: the rounding
-to whole steps, the arithmetic of W (x - centre) (float64 for keys, float32 for queries) and what
-`eta` does to c. How well W fits the keys decides how much is proved, never whether it is true.
+and a key whose sum of squared code differences is larger than `threshold` is farther than r. The
+left side is an integer: no floating point is to be trusted there. e holds everything else: the
+rounding to whole steps, the arithmetic of W (x - centre) (float64 for keys, float32 for queries)
+and what `eta` does to c. How well W fits the keys decides how much is proved, never whether it is
+true.
 
 The first 16 slots (near) are read for every key of a leaf that is touched, the other 48 (far) for
-survivors; the far sum leaves the slot of c out, because the far rows look at what c measures.
+candidates; the far sum leaves the slot of c out, because the far rows look at what c measures.
 `csrc/cpu/encode.cpp` does to queries what `encode_queries` does.
 """
 
@@ -46,8 +47,8 @@ _FEWEST_CLOSE = 8  # of them
 
 
 @dataclass(frozen=True, eq=False)
-class Map:
-    """A fitted phi and its step."""
+class Projection:
+    """A fitted projection phi and its step."""
 
     centre: Tensor  # [D] float32
     rows: Tensor  # [64, D] float32, every element a bfloat16; W before the turn
@@ -77,15 +78,27 @@ class Map:
         return padded
 
     @cached_property
-    def packed_rows(self) -> Tensor:
-        """[64, Dp] bfloat16 for the kernels: of 16 elements, j and j + 8 side by side."""
+    def padded_rows(self) -> Tensor:
+        """[64, Dp] bfloat16, padded with zeros."""
         padded = torch.zeros(SLOTS, _padded(len(self.centre)), dtype=torch.bfloat16, device="cpu")
         padded[:, : len(self.centre)] = self.rows
-        return padded.view(SLOTS, -1, 2, 8).transpose(2, 3).reshape(SLOTS, -1).contiguous()
+        return padded
+
+    @cached_property
+    def packed_rows(self) -> Tensor:
+        """[64, Dp] bfloat16 for the kernels: of 16 elements, j and j + 8 side by side."""
+        by_16 = self.padded_rows.view(SLOTS, -1, 2, 8)
+        return by_16.transpose(2, 3).reshape(SLOTS, -1).contiguous()
+
+    @property
+    def numbers(self) -> dict[str, float | bool]:
+        """What the extensions read of it beside arrays."""
+        names = ("step", "lipschitz", "row_norm", "eta", "norm_slot", "far")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
+class Quantized:
     """z of some vectors, before it is wrapped, and e; both in steps."""
 
     whole: Tensor  # [n, 64] int32; its low byte is the code
@@ -97,7 +110,7 @@ def _padded(width: int) -> int:
     return -(-width // PADDING) * PADDING
 
 
-def fit(keys: Tensor, scale: float) -> Map | None:
+def fit(keys: Tensor, scale: float) -> Projection | None:
     """Fit phi on keys [n, D], with a step for radii of about `scale`; None where no step will do.
 
     The rows are directions that tell the keys apart, as far as there are any, then random ones.
@@ -195,8 +208,8 @@ def _norm_helps(centred: Tensor, projected: Tensor, step: float) -> bool:
     return few or float(left.var()) >= float(projected[:, NEAR - 1].var())
 
 
-def _measured(centre: Tensor, rows: Tensor, step: float, norm_slot: bool) -> Map:
-    """Return the map of rows as they are stored, with bounds on what they do to distances."""
+def _measured(centre: Tensor, rows: Tensor, step: float, norm_slot: bool) -> Projection:
+    """Return the projection on rows as they are stored, with bounds on what it does to distance."""
     room = 1 + 1e-9  # float64 errors of what follows
     turn, eta = torch.eye(NEAR, dtype=torch.float64, device="cpu"), 0.0
     if norm_slot:
@@ -209,9 +222,9 @@ def _measured(centre: Tensor, rows: Tensor, step: float, norm_slot: bool) -> Map
     row_norm = float(rows.double().norm(dim=1).amax()) * room
     # What the turn does to errors; it is the identity up to the rounding of the rows to bfloat16.
     row_norm *= max(1.0, float(torch.linalg.matrix_norm(turn, 2)) * room)
-    phi = Map(centre, rows, turn, step, norm_slot, eta, 0.0, row_norm)
-    largest = float(torch.linalg.matrix_norm(phi.wide_rows, 2)) * room
-    return replace(phi, lipschitz=max(largest, math.sqrt(1 + eta)))
+    projection = Projection(centre, rows, turn, step, norm_slot, eta, 0.0, row_norm)
+    largest = float(torch.linalg.matrix_norm(projection.wide_rows, 2)) * room
+    return replace(projection, lipschitz=max(largest, math.sqrt(1 + eta)))
 
 
 def dot_roundings(width: int) -> float:
@@ -219,71 +232,84 @@ def dot_roundings(width: int) -> float:
     return 48.0 + width / 256
 
 
-def encode_keys(phi: Map, keys: Tensor) -> Codes:
+def encode_keys(projection: Projection, keys: Tensor) -> Quantized:
     """Encode keys [n, D] where they are, in float64; the codes are on the host."""
-    centred = keys.double() - phi.centre.to(keys.device).double()
+    centred = keys.double() - projection.centre.to(keys.device).double()
     norm = centred.norm(dim=1)
-    rounding = 4 * len(phi.centre) * _UNIT64 * norm * phi.row_norm * math.sqrt(SLOTS)
-    slots = centred @ phi.wide_rows.T.to(keys.device)
-    return _encode(phi, slots.cpu(), norm.cpu(), rounding.cpu(), 1e-12)
+    rounding = 4 * len(projection.centre) * _UNIT64 * norm * projection.row_norm * math.sqrt(SLOTS)
+    slots = centred @ projection.wide_rows.T.to(keys.device)
+    return _encode(projection, slots.cpu(), norm.cpu(), rounding.cpu(), 1e-12)
 
 
-def encode_queries(phi: Map, queries: Tensor) -> Codes:
+def encode_queries(projection: Projection, queries: Tensor) -> Quantized:
     """Encode queries [n, D] in float32, with the bound that csrc/cpu/encode.cpp uses."""
-    centred = queries.float() - phi.centre
+    centred = queries.float() - projection.centre
     norm = centred.norm(dim=1).double() * 1.0001 + 1e-16
-    relative = dot_roundings(len(phi.centre)) * _UNIT32 * 1.0001
-    rounding = norm * (math.sqrt(SLOTS) * relative * phi.row_norm + _UNIT32 * phi.lipschitz)
-    slots = (centred @ phi.rows.T).double()
-    slots[:, :NEAR] = slots[:, :NEAR] @ phi.turn.T
-    return _encode(phi, slots, norm, rounding, relative + 4 * _UNIT32)
+    relative = dot_roundings(len(projection.centre)) * _UNIT32 * 1.0001
+    rounding = norm * (
+        math.sqrt(SLOTS) * relative * projection.row_norm + _UNIT32 * projection.lipschitz
+    )
+    slots = (centred @ projection.rows.T).double()
+    slots[:, :NEAR] = slots[:, :NEAR] @ projection.turn.T
+    return _encode(projection, slots, norm, rounding, relative + 4 * _UNIT32)
 
 
-def _encode(phi: Map, slots: Tensor, norm: Tensor, rounding: Tensor, relative: float) -> Codes:
+def _encode(
+    projection: Projection, slots: Tensor, norm: Tensor, rounding: Tensor, relative: float
+) -> Quantized:
     """Encode projections [n, 64] that are `rounding` [n] off; `relative` is the norm's square's."""
     error = rounding
-    if phi.norm_slot:
+    if projection.norm_slot:
         inside = slots[:, : NEAR - 1].square().sum(dim=1)
         wrong = relative * norm.square() + 2 * inside.sqrt() * rounding + rounding.square()
-        wrong = 1.001 * (wrong + 2 * phi.eta * inside) + 1e-30
+        wrong = 1.001 * (wrong + 2 * projection.eta * inside) + 1e-30
         left = (norm.square() - inside).clamp(min=0).sqrt()
         slots[:, NEAR - 1] = left
         apart = wrong / torch.maximum(left, wrong.sqrt()) + left * 2.0**-23
         error = (rounding.square() + apart.square()).sqrt()
-    steps = (slots / phi.step).clamp(-SLOT_LIMIT, SLOT_LIMIT)
+    steps = (slots / projection.step).clamp(-SLOT_LIMIT, SLOT_LIMIT)
     whole = steps.round()
     residual = (steps - whole).square()
     near = residual[:, :NEAR].sum(dim=1)
-    far = residual.sum(dim=1) - (residual[:, NEAR - 1] if phi.norm_slot else 0)
-    return Codes(
+    far = residual.sum(dim=1) - (residual[:, NEAR - 1] if projection.norm_slot else 0)
+    return Quantized(
         whole.to(torch.int32),
-        near.sqrt() * (1 + 1e-12) + error / phi.step,
-        far.sqrt() * (1 + 1e-12) + rounding / phi.step,
+        near.sqrt() * (1 + 1e-12) + error / projection.step,
+        far.sqrt() * (1 + 1e-12) + rounding / projection.step,
     )
 
 
-def code_distances(phi: Map, queries: Codes, keys: Codes, far: bool = False) -> Tensor:
+def code_distances(
+    projection: Projection, queries: Quantized, keys: Quantized, far: bool = False
+) -> Tensor:
     """Return sums of squared circular code differences, [B, N] int64; of all slots if `far`."""
     slots = torch.arange(SLOTS if far else NEAR, device="cpu")
-    if far and phi.norm_slot:
+    if far and projection.norm_slot:
         slots = slots[slots != NEAR - 1]
     apart = queries.whole[:, None, slots].long() - keys.whole[None, :, slots].long()
     apart = (apart + 128) % 256 - 128
     return apart.abs().clamp(max=127).square().sum(dim=2)
 
 
-def cut(phi: Map, radius: float, query_error: float, key_error: float) -> int:
+def threshold(projection: Projection, radius: float, query_error: float, key_error: float) -> int:
     """Return the largest sum of squared code differences that a key within `radius` can have."""
-    steps = phi.lipschitz * (1 + 1e-6) * radius / phi.step + query_error + key_error + SLACK_STEPS
+    steps = (
+        projection.lipschitz * (1 + 1e-6) * radius / projection.step
+        + query_error
+        + key_error
+        + SLACK_STEPS
+    )
     return min(math.floor(steps * steps * (1 + 1e-6)) + 1, 2**31 - 1)
 
 
-def lower_bounds(phi: Map, queries: Codes, keys: Codes, far: bool = False) -> Tensor:
+def lower_bounds(
+    projection: Projection, queries: Quantized, keys: Quantized, far: bool = False
+) -> Tensor:
     """Return what no distance is below, [B, N] float64: the proof read backwards."""
-    apart = code_distances(phi, queries, keys, far).double().sqrt()
+    apart = code_distances(projection, queries, keys, far).double().sqrt()
     name = "far_error" if far else "near_error"
     errors = getattr(queries, name)[:, None] + getattr(keys, name)[None, :] + SLACK_STEPS
-    bound: Tensor = (apart - errors) * phi.step / (phi.lipschitz * (1 + 1e-6))
+    bound: Tensor = (apart - errors) * projection.step / (projection.lipschitz * (1 + 1e-6))
     return bound.clamp(min=0)
 
 

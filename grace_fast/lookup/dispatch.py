@@ -2,7 +2,7 @@
 
 A pure cached function of `Workload`, so that the whole table can be tested without the hardware.
 How the compiled host path goes through keys, by codes or all of them, is decided where it is acted
-on (`index.native_view`, `index.certificate`).
+on (`index.native_view`, `index.maintained`).
 """
 
 from __future__ import annotations

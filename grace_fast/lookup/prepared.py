@@ -19,9 +19,9 @@ from torch.compiler import is_dynamo_compiling
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate
-from grace_fast.index.certificate import Certificate
-from grace_fast.index.native_view import View
+from grace_fast.index import maintained
+from grace_fast.index.maintained import Index
+from grace_fast.index.native_view import NativeView
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cpu
 from grace_fast.lookup.match import Match
@@ -39,7 +39,7 @@ class Prepared:
     def __init__(self, codebook: Codebook) -> None:
         self._book = codebook
         # One attribute, read at once: another thread may be renewing it.
-        self._made: tuple[Snapshot | None, View | None, Certificate | None] = (None, None, None)
+        self._made: tuple[Snapshot | None, NativeView | None, Index | None] = (None, None, None)
         self._handle = next(_numbers)
         _books[self._handle] = codebook
 
@@ -78,10 +78,10 @@ class Prepared:
     def _registered(self, queries: Tensor) -> Match:
         return Match(None, fields=torch.ops.grace_fast.find(queries, self._handle))
 
-    def _renew(self) -> View | None:
+    def _renew(self) -> NativeView | None:
         snapshot = self._book.snapshot()
         view = cpu.view_of(snapshot)
-        self._made = (snapshot, view, certificate.of(snapshot))
+        self._made = (snapshot, view, maintained.of(snapshot))
         return view
 
     def settle(self) -> None:

@@ -23,7 +23,7 @@ from grace_fast.codebook import forks
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.editor import training
 from grace_fast.hook import compile
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.lookup.backends import faiss
 from grace_fast.store import atomic, journal, sqlite_file
 
@@ -85,7 +85,7 @@ def short_wait(monkeypatch):
 def stuck_build(monkeypatch):
     """Have this process's next build never come to its end; those of its children do."""
     here, begun, may_end = os.getpid(), threading.Event(), threading.Event()
-    real = certificate.in_a_thread
+    real = maintained.in_a_thread
 
     def stuck(steps):
         yield next(steps)
@@ -94,7 +94,7 @@ def stuck_build(monkeypatch):
             may_end.wait(PATIENCE)
         yield from steps
 
-    monkeypatch.setattr(certificate, "background", lambda steps: real(stuck(steps)))
+    monkeypatch.setattr(maintained, "background", lambda steps: real(stuck(steps)))
     yield begun
     may_end.set()
 
@@ -116,7 +116,7 @@ def test_a_child_makes_the_codes_itself_that_were_in_the_making(
 
     def work():
         assert gf.find(keys[5:9], book).row.tolist() == [5, 6, 7, 8]
-        known = certificate.of(book.snapshot())
+        known = maintained.of(book.snapshot())
         known.settle()
         assert known.current is not None, "the first look-up begins a build in the child"
         assert gf.find(keys[:2], book).effort is not None
@@ -135,7 +135,7 @@ def test_a_child_builds_nothing_before_it_asks(stuck_build):
 
     def work():
         assert threading.active_count() == 1
-        certificate._stop_building()  # as at exit
+        maintained._stop_building()  # as at exit
 
     assert forked(work) == 0
 
@@ -144,7 +144,7 @@ def test_a_child_builds_nothing_before_it_asks(stuck_build):
 def test_codes_that_may_be_half_taken_in_are_made_anew(short_wait):
     book, keys = a_book()
     gf.prepare(book)
-    known = certificate.of(book.snapshot())
+    known = maintained.of(book.snapshot())
 
     def work():
         assert known.current is None

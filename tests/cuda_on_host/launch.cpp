@@ -3,7 +3,7 @@
 // Blocks are smaller than on a GPU, and how many are there at once differs from launch to launch.
 #include "launch.h"
 
-#include "certified.cuh"
+#include "indexed.cuh"
 #include "dense.cuh"
 #include "on_host_order.h"
 
@@ -40,9 +40,9 @@ int launch_dense_of(const Call& call, int blocks) {
 }
 
 template <typename Key>
-int launch_certified_of(const Call& call, int blocks) {
+int launch_indexed_of(const Call& call, int blocks) {
   launch(encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
-  return launch(certified_kernel<Key>, call, blocks, 1, order().threads, sizeof(CertifiedShared));
+  return launch(indexed_kernel<Key>, call, blocks, 1, order().threads, sizeof(IndexedShared));
 }
 
 template <typename Launch>
@@ -52,13 +52,6 @@ int with_writing(const Call& call, const Launch& look_up) {
   decision.output = nullptr;
   look_up(decision);
   return launch(write_kernel, call, 2, call.batch, order().threads, 0);
-}
-
-template <typename Work>
-int with_key(Dtype dtype, const Work& work) {
-  if (dtype == Dtype::bfloat16) return work(BFloat16{});
-  if (dtype == Dtype::float16) return work(Float16{});
-  return work(float{});
 }
 
 }  // namespace
@@ -73,16 +66,12 @@ int describe_device(int, Device* device) {
 }
 const char* error_text(int) { return "none"; }
 
-int launch_dense(const Call& call, int blocks, void*) {
+int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, void*) {
   return with_writing(call, [&](const Call& each) {
-    return with_key(each.key_dtype,
-                    [&](auto key) { return launch_dense_of<decltype(key)>(each, blocks); });
-  });
-}
-int launch_certified(const Call& call, int blocks, void*) {
-  return with_writing(call, [&](const Call& each) {
-    return with_key(each.key_dtype,
-                    [&](auto key) { return launch_certified_of<decltype(key)>(each, blocks); });
+    return with_key(each.key_dtype, [&](auto key) {
+      return indexed ? launch_indexed_of<decltype(key)>(each, blocks)
+                     : launch_dense_of<decltype(key)>(each, blocks);
+    });
   });
 }
 

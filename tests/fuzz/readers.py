@@ -39,7 +39,7 @@ from fuzz.serving import assert_decides_by_the_law, assert_serves
 from grace_fast.compat import easyedit, reference
 from grace_fast.compat.live import STORED
 from grace_fast.editor.attach import read_saved
-from grace_fast.index import certificate, segments
+from grace_fast.index import maintained, segments
 from grace_fast.store import archive, files, headers, tensor_files
 from grace_fast.store.large import index_file, resident
 from grace_fast.store.large.shard_files import FilesOfRows
@@ -253,7 +253,7 @@ def codes(draw: Draw) -> None:
     snapshot = ORDERED.snapshot()
     with refusing():
         state = index_file.unpack_state(changed_tensors(draw, CODES), snapshot)
-    certificate.restore(snapshot, state)
+    maintained.restore(snapshot, state)
     gf.find(golden.questions(), ORDERED)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 import grace_fast as gf
 from grace_fast.edits.history import History
 from grace_fast.hook.counters import BOUNDS, Tally
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cpu, graphs
 from grace_fast.lookup.match import Match
@@ -127,7 +127,7 @@ def test_the_proof_and_the_reading_add_up_query_by_query(grace):
 
 
 def test_where_every_key_is_read_no_miss_is_proved_by_codes():
-    grace = editor(keys=certificate.SMALLEST // 2)
+    grace = editor(keys=maintained.SMALLEST // 2)
     grace.codebook.remove(5)
     live = len(grace.codebook)
     for batch in (1, 3, 9):  # alone, in a tile, and in several

@@ -2,14 +2,16 @@
 
 import math
 import threading
+import weakref
 from contextlib import contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.index import certificate, native_view
+from grace_fast.index import maintained, native_view
 from grace_fast.lookup.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="grace_fast._cpu was not built")
@@ -31,12 +33,12 @@ def instruction_set(request):
 def choosing(certified, snapshot):
     """Look a version up by its certificate, or by reading all keys, whatever is predicted."""
     version = cpu.view_of(snapshot).version
-    usual = version.certified_up_to
-    version.certified_up_to = native_view.ANY_BATCH if certified else 0
+    usual = version.indexed_up_to
+    version.indexed_up_to = native_view.ANY_BATCH if certified else 0
     try:
         yield
     finally:
-        version.certified_up_to = usual
+        version.indexed_up_to = usual
 
 
 def law(queries, snapshot):
@@ -160,7 +162,7 @@ def test_an_ordered_codebook_decides_as_the_law(kind, instruction_set):
     keys, radii = getattr(data, kind)(5500, 20)
     book = settled(book_of(keys, radii))
     view = cpu.view_of(book.snapshot())
-    assert view.made_from.runs[0].leaf_boxes is not None
+    assert view.made_from.segments[0].leaf_boxes is not None
     decide_as_the_law(book, data.queries(keys, radii, 1000))
 
 
@@ -214,7 +216,7 @@ def test_a_dropped_draft_leaves_no_code_behind():
 
 
 def test_a_codebook_that_grows_from_nothing_refits_and_sorts(monkeypatch):
-    monkeypatch.setattr(certificate, "TAIL_ROWS", 500)
+    monkeypatch.setattr(maintained, "DELTA_ROWS", 500)
     monkeypatch.setattr("grace_fast.index.segments.ORDER_ROWS", 256)
     data = Data(5)
     keys, radii = data.clusters(6000, 16)
@@ -228,7 +230,7 @@ def test_a_codebook_that_grows_from_nothing_refits_and_sorts(monkeypatch):
         if at % 2:
             gf.prepare(book)
         state = cpu.view_of(book.snapshot()).made_from
-        runs = max(runs, len(state.runs) if state else 0)
+        runs = max(runs, len(state.segments) if state else 0)
         decide_as_the_law(book, data.queries(keys[:at], radii[:at], 40))
     assert runs > 1, "no run was added beside another"
 
@@ -264,7 +266,7 @@ def test_the_isolated_bit_falls_with_what_it_was_seen_on():
     radii = torch.full((500,), 0.2)
     radii[:20] = 1.0
     book = settled(book_of(keys, radii))
-    part = cpu.view_of(book.snapshot()).made_from.runs[0]
+    part = cpu.view_of(book.snapshot()).made_from.segments[0]
     assert part.isolated.any()
     queries = keys[:20] + 0.9 * torch.nn.functional.normalize(data.normal(20, 20), dim=1)
     decide_as_the_law(book, queries)
@@ -386,7 +388,9 @@ def test_nearest_is_the_law_on_every_path(instruction_set):
 
 @pytest.mark.parametrize("kind", ["ties", "massive", "clusters"])
 def test_the_nearest_key_within_a_distance_is_the_law(instruction_set, kind, monkeypatch):
-    monkeypatch.setattr(native_view.View, "keys_pay", property(lambda view: view.plan is not None))
+    monkeypatch.setattr(
+        native_view.NativeView, "keys_pay", property(lambda view: view.plan is not None)
+    )
     data = Data(hash_of(kind) + 1)
     keys, radii = getattr(data, kind)(900, 40)
     book = settled(book_of(keys, radii))
@@ -412,7 +416,7 @@ def test_a_draft_finds_its_nearest_key_by_the_codes_of_the_version_it_changes(mo
         draft.append(asked[-1:], torch.zeros(1, 2), torch.ones(1), None)
         view = cpu.view_of(draft.snapshot())
         assert view.keys_pay
-        assert view.version.certified_up_to == 0
+        assert view.version.indexed_up_to == 0
         for moved in (False, True):
             if moved:
                 draft.set_key(9, asked[45])
@@ -464,14 +468,30 @@ def test_wide_isotropic_balls_are_read_densely():
     data = Data(13)
     keys = data.normal(3000, 64)
     book = settled(book_of(keys, torch.full((3000,), 12.0)))
-    assert cpu.view_of(book.snapshot()).version.certified_up_to == 0
+    assert cpu.view_of(book.snapshot()).version.indexed_up_to == 0
 
 
 def test_small_balls_are_read_through_the_certificate():
     data = Data(14)
     keys = data.normal(3000, 64) * torch.arange(1, 65).float() ** -1
     book = settled(book_of(keys, torch.full((3000,), 0.05)))
-    assert cpu.view_of(book.snapshot()).version.certified_up_to >= 256
+    assert cpu.view_of(book.snapshot()).version.indexed_up_to >= 256
+
+
+def test_what_a_look_up_reads_lives_until_it_is_done(monkeypatch):
+    """Another thread may put a newer view in the place of the one that is asked."""
+
+    class View:
+        pass
+
+    def only_here(snapshot):
+        view = View()
+        alive = weakref.ref(view)
+        view.version = SimpleNamespace(find=lambda *asked: (alive() is not None, bytearray()))
+        return view
+
+    monkeypatch.setattr(cpu, "_view", only_here)
+    assert cpu.find_packed(torch.zeros(1, 4), None)[0]
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def test_the_cut_keeps_every_key_within_the_radius():
         for total, e_q, e_k in zip(
             sums.tolist(), getattr(asked, name).tolist(), getattr(kept, name).tolist(), strict=True
         ):
-            assert total <= quantizer.cut(phi, radius, e_q, e_k)
+            assert total <= quantizer.threshold(phi, radius, e_q, e_k)
 
 
 def test_a_good_fit_proves_nearly_every_miss():

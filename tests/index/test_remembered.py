@@ -9,7 +9,7 @@ from stepped import builder
 
 import grace_fast as gf
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate, segments
+from grace_fast.index import maintained, segments
 from grace_fast.lookup.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="grace_fast._cpu was not built")
@@ -186,7 +186,7 @@ def test_codes_that_were_saved_are_of_the_version_they_were_saved_of(tmp_path):
 
 @pytest.mark.parametrize("step", STEPS)
 def test_what_is_edited_between_two_steps_of_a_merge_is_found(step, monkeypatch):
-    monkeypatch.setattr(certificate, "TAIL_ROWS", 8)
+    monkeypatch.setattr(maintained, "DELTA_ROWS", 8)
     monkeypatch.setattr(segments, "ORDER_ROWS", 64)
     steps, book = builder(monkeypatch), book_with(300)
     decides(book.keys[:2], book)
@@ -214,7 +214,7 @@ def test_what_is_edited_between_two_steps_of_a_merge_is_found(step, monkeypatch)
 
 @pytest.mark.parametrize("moves", ["of many keys", "of one key"])
 def test_a_tail_of_keys_that_moved_is_merged_with_the_runs_of_their_rows(moves, monkeypatch):
-    monkeypatch.setattr(certificate, "TAIL_ROWS", 30)
+    monkeypatch.setattr(maintained, "DELTA_ROWS", 30)
     steps, book = builder(monkeypatch), book_with(100)
     decides(book.keys[:2], book)
     steps.finish()
@@ -223,9 +223,9 @@ def test_a_tail_of_keys_that_moved_is_merged_with_the_runs_of_their_rows(moves, 
             draft.set_key(move if moves == "of many keys" else 7, torch.full((WIDTH,), move / 9))
         decides(book.keys[:2], book)
     steps.finish()  # it would go on and on
-    state = certificate.of(book.snapshot()).current
-    assert [part.last - part.first for part in state.runs] == [100]
-    assert state.tail.count < 30
+    state = maintained.of(book.snapshot()).current
+    assert [part.last - part.first for part in state.segments] == [100]
+    assert state.delta.count < 30
     decides(torch.cat([book.keys, keys_and_radii(100)[0][:50]]), book)
 
 

@@ -1,6 +1,6 @@
 """The work that the package does behind its look-ups, made to happen when a life says so.
 
-The package gives every build as steps (`certificate.background`). Here they are done one at a time,
+The package gives every build as steps (`maintained.background`). Here they are done one at a time,
 between operations and questions, the same at every run; or in threads, as where codebooks serve;
 or up to some step and never further.
 """
@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from grace_fast.index import builder, certificate, segments
+from grace_fast.index import builder, maintained, segments
 
 MODES = ("threads", "stepped", "parked", "none", "at once")
 USUAL = {
-    (certificate, "SMALLEST"): 48,
-    (certificate, "INLINE_ROWS"): 1024,
-    (certificate, "TAIL_ROWS"): 16384,
-    (certificate, "MERGE_RATIO"): 4,
+    (maintained, "SMALLEST"): 48,
+    (maintained, "INLINE_ROWS"): 1024,
+    (maintained, "DELTA_ROWS"): 16384,
+    (maintained, "MERGE_RATIO"): 4,
     (builder, "_CHUNK"): 512,
     (builder, "OUTLIERS"): 4096,
     (segments, "ORDER_ROWS"): 4096,
@@ -48,19 +48,19 @@ class Background:
         codes_pay: whether look-ups go by the codes; None for what is predicted.
         """
         kept = {place: getattr(*place) for place in USUAL}
-        predict, background = builder.Build._predict, certificate.background
+        predict, background = builder.Build._predict, maintained.background
         try:
             for (module, name), number in thresholds.items():
                 setattr(module, name, number)
             if codes_pay is not None:
                 builder.Build._predict = _predicting(1.0 if codes_pay else float("inf"))
             if self.mode != "threads":
-                certificate.background = self._take
+                maintained.background = self._take
             yield self
         finally:
-            for known in list(certificate._builders):
+            for known in list(maintained._builders):
                 known.settle()
-            certificate.background, builder.Build._predict = background, predict
+            maintained.background, builder.Build._predict = background, predict
             for (module, name), number in kept.items():
                 setattr(module, name, number)
 

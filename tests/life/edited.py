@@ -19,7 +19,7 @@ from faults import workload
 from grace_model import Model as Rules
 
 import grace_fast as gf
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from life import asking
 from life.background import Background
 from life.law import Model
@@ -45,7 +45,7 @@ class Edited:
 
     def live(self, steps: int) -> Edited:
         """Change and ask; raise `Wrong` where an answer is not the law's."""
-        small = thresholds(self.rng) | {(certificate, "SMALLEST"): 5}
+        small = thresholds(self.rng) | {(maintained, "SMALLEST"): 5}
         memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
         with (
             warnings.catch_warnings(),

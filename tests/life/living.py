@@ -17,7 +17,7 @@ import torch
 
 import grace_fast as gf
 from grace_fast import _native
-from grace_fast.index import builder, certificate, segments
+from grace_fast.index import builder, maintained, segments
 from life import asking, drawing, tables
 from life.background import MODES, Background
 from life.law import Answers, Array, Model
@@ -273,10 +273,10 @@ def thresholds(rng: np.random.Generator) -> dict[Any, int]:
         return {}
     inline = int(rng.choice([4, 16, 64]))
     return {
-        (certificate, "SMALLEST"): int(rng.choice([2, 20, 48])),
-        (certificate, "INLINE_ROWS"): inline,
-        (certificate, "TAIL_ROWS"): int(rng.choice([8, 30, 100])),
-        (certificate, "MERGE_RATIO"): int(rng.choice([1, 2, 4])),
+        (maintained, "SMALLEST"): int(rng.choice([2, 20, 48])),
+        (maintained, "INLINE_ROWS"): inline,
+        (maintained, "DELTA_ROWS"): int(rng.choice([8, 30, 100])),
+        (maintained, "MERGE_RATIO"): int(rng.choice([1, 2, 4])),
         (builder, "_CHUNK"): int(rng.choice([16, 64])),
         (builder, "OUTLIERS"): int(rng.choice([8, 4096])),
         (segments, "ORDER_ROWS"): int(rng.choice([40, 130, 4096])),

@@ -25,7 +25,7 @@ import torch
 
 from grace_fast.codebook import caches, draft
 from grace_fast.compat import live
-from grace_fast.index import builder, certificate, native_view, segments
+from grace_fast.index import builder, maintained, native_view, segments
 from grace_fast.lookup import prepared, sharded
 from grace_fast.lookup.backends import cpu, cuda, faiss, faiss_bounds, faiss_index
 from grace_fast.store.large import resident
@@ -64,7 +64,7 @@ class Mutant:
     more: tuple[Any, str, str, str] | None = None  # what goes with it: owner, function, old, new
 
 
-C, S, D = certificate.Certificate, native_view, draft.Draft
+C, S, D = maintained.Index, native_view, draft.Draft
 _STALE_WIDEST = """_stale_widest(self, snapshot)"""
 # The version that was told last, whatever its age; the newest where codes were published since.
 _LAST = (
@@ -118,29 +118,34 @@ MUTANTS = (
     Mutant(
         "a reach is not raised",
         C,
-        "_raise_reach",
-        "for part in state.runs:",
-        "return\n    for part in state.runs:",
+        "_raise_max_radius",
+        "for segment in state.segments:",
+        "return\n    for segment in state.segments:",
         quick=True,
     ),
-    Mutant("the reach of the tail is not raised", C, "_raise_reach", "== row", "< 0"),
+    Mutant("the reach of the tail is not raised", C, "_raise_max_radius", "== row", "< 0"),
     Mutant(
         "the reach of runs is not raised",
-        *(C, "_raise_reach", "part.first <= row < part.last", "False"),
+        *(C, "_raise_max_radius", "segment.first <= row < segment.last", "False"),
         quick=True,
     ),
     Mutant(
         "the reach of a super leaf is not raised",
-        *(segments.Part, "raise_reach", "self.super_reach is not None and", "False and"),
+        *(
+            segments.Segment,
+            "raise_max_radius",
+            "self.node_max_radius is not None and",
+            "False and",
+        ),
     ),
     Mutant(
         "a radius that grew leaves its isolated bit",
-        *(segments.Part, "raise_reach", "self.clear_isolated(position)", "pass"),
+        *(segments.Segment, "raise_max_radius", "self.clear_isolated(position)", "pass"),
         "over",
     ),
     Mutant(
         "a key that moved leaves its isolated bit",
-        *(C, "_encode_rows", "part.clear_isolated(", "("),
+        *(C, "_encode_rows", "segment.clear_isolated(", "("),
         "beside",
     ),
     Mutant("a move is missed", C, "_take_page_in", "if len(moved)", "if False", quick=True),
@@ -148,7 +153,7 @@ MUTANTS = (
         "of several moves one is missed",
         *(C, "_take_page_in", "first + moved.astype", "first + moved[-1:].astype"),
     ),
-    Mutant("all rows count as covered", certificate, "plan_of", "min(state.covered, rows)", "rows"),
+    Mutant("all rows count as covered", maintained, "plan_of", "min(state.covered, rows)", "rows"),
     Mutant(
         "one row too many counts as covered",
         *(C, "_take_rows_in", "state.covered = last", "state.covered = last + 1"),
@@ -171,7 +176,7 @@ MUTANTS = (
     ),
     Mutant(
         "what was put into the tail during a build is dropped",
-        *(C, "_publish", "keep >= build.tail_count", "keep >= old.count"),
+        *(C, "_publish", "keep >= build.delta_count", "keep >= old.count"),
     ),
     Mutant(
         "edits during a build are not taken in",
@@ -204,18 +209,23 @@ MUTANTS = (
     ),
     Mutant(
         "a tail that grows loses its reaches",
-        *(segments, "append_codes", "np.maximum(part.reach, floor)", "floor"),
+        *(segments, "append_codes", ', "leaf_max_radius"):', "):"),
     ),
     Mutant(
         "a run's reaches are the floor",
         segments,
-        "run",
-        "reach_of(radii[order], floor)",
-        "reach_of(0 * radii, floor)",
+        "sorted_segment",
+        "max_radius_of_each(radii[order], min_radius)",
+        "max_radius_of_each(0 * radii, min_radius)",
     ),
     Mutant(
         "all wide balls of a run are isolated",
-        *(builder.Build, "_look_around", "part.isolated = bits", "part.isolated = bits | 255"),
+        *(
+            builder.Build,
+            "_look_around",
+            "segment.isolated = bits",
+            "segment.isolated = bits | 255",
+        ),
     ),
     Mutant(
         "codes opened from a disk have no reaches",
@@ -227,23 +237,23 @@ MUTANTS = (
     # What a version is read by.
     Mutant(
         "the page table is not refreshed",
-        S.PageTable,
-        "__init__",
+        S.NativeView,
+        "_page_table",
         "number < shared and page is known[number]",
         "number < shared",
         quick=True,
     ),
     Mutant(
         "moved slots are not read",
-        S.PageTable,
-        "book",
-        "if snapshot.counts.key_moves",
+        S.NativeView,
+        "_fields",
+        "if self.key_moves",
         "if False",
         quick=True,
     ),
     Mutant(
         "half of the widest radius",
-        certificate,
+        maintained,
         "plan_of",
         "widest=widest",
         "widest=widest / 2",
@@ -251,7 +261,7 @@ MUTANTS = (
     ),
     Mutant(
         "a draft trusts its version's radii",
-        S.View,
+        S.NativeView,
         "use_keys_of",
         "base.predicted_bytes, False",
         "base.predicted_bytes, True",
@@ -371,9 +381,9 @@ MUTANTS = (
     Mutant(
         "CUDA's table keeps old reaches",
         cuda.Table,
-        "_part",
-        "_CHANGING if id(part) in known",
-        "() if id(part) in known",
+        "_segment",
+        "known.get(segment, {}) | placed",
+        "placed | known.get(segment, {})",
         "cuda",
     ),
     Mutant(

@@ -98,7 +98,7 @@ def _captured(life: Life, queries: torch.Tensor, told: Answers) -> None:
     hit, row = torch.zeros(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.int64)
     squared = torch.zeros(batch, dtype=torch.float64)
     life.captured[0].find(
-        *cuda._asked(queries), hit.data_ptr(), row.data_ptr(), squared.data_ptr(), 0
+        *cuda.asked(queries), hit.data_ptr(), row.data_ptr(), squared.data_ptr(), 0
     )
     wrong = asking.wrong_finds(told, row.numpy(), squared.numpy(), hit.numpy())
     life.check("cuda, captured", queries, told, wrong)

@@ -43,7 +43,7 @@ def test_every_kernel_fits_its_registers(built, architecture):
 
 
 def test_the_scan_takes_two_instructions_for_four_code_bytes(built):
-    for name, count in of_kind(built("90a")[1], "certified_kernel"):
+    for name, count in of_kind(built("90a")[1], "indexed_kernel"):
         differences = sum(n for op, n in count.items() if op.startswith("VABSDIFF4"))
         products = sum(n for op, n in count.items() if op.startswith("IDP.4A.S8.S8"))
         assert differences >= 2 * 4, name  # two keys a lane, four words a key
@@ -51,12 +51,12 @@ def test_the_scan_takes_two_instructions_for_four_code_bytes(built):
 
 
 def test_boxes_are_tested_two_slots_at_a_time(built):
-    for name, count in of_kind(built("90a")[1], "certified_kernel"):
+    for name, count in of_kind(built("90a")[1], "indexed_kernel"):
         assert count["VIADDMNMX.S16x2.RELU"] >= 8, name  # 16 slots
         assert count["IDP.4A.U8.U8"] >= 4, name
 
 
-@pytest.mark.parametrize("kind", ["dense_kernel", "certified_kernel", "encode_kernel"])
+@pytest.mark.parametrize("kind", ["dense_kernel", "indexed_kernel", "encode_kernel"])
 def test_memory_is_read_16_bytes_at_a_time(built, kind):
     for name, count in of_kind(built("90a")[1], kind):
         assert any(op.startswith("LDG.E") and ".128" in op for op in count), name
@@ -65,7 +65,7 @@ def test_memory_is_read_16_bytes_at_a_time(built, kind):
 
 
 def test_what_is_counted_in_shared_memory_is_known_to_be_there(built):
-    for name, count in of_kind(built("90a")[1], "certified_kernel"):
+    for name, count in of_kind(built("90a")[1], "indexed_kernel"):
         assert count["ATOMS.ADD"], name
         assert not any(op.startswith("ATOM.E.ADD") for op in count), name
 
@@ -73,7 +73,7 @@ def test_what_is_counted_in_shared_memory_is_known_to_be_there(built):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_canonical_sum_is_not_contracted(built, architecture):
     """Sums by DADD, products by DMUL: 8 of the one stand unrolled beside the other."""
-    for kind in ("dense_kernel", "certified_kernel"):
+    for kind in ("dense_kernel", "indexed_kernel"):
         for name, count in of_kind(built(architecture)[1], kind):
             assert count["DADD"] >= 8, name
             assert count["DMUL"], name

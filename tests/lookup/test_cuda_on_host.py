@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from test_certified import KINDS, Data, book_of, law
 
 import grace_fast as gf
-from grace_fast.index import certificate, segments
+from grace_fast.index import maintained, segments
 from grace_fast.lookup.backends import cpu, cuda, graphs
 from grace_fast.lookup.backends.workload import Workload
 
@@ -62,7 +62,7 @@ def _forget(module):
 
 def settled_view(book):
     cpu.view_of(book.snapshot())
-    certificate.of(book.snapshot()).settle()
+    maintained.of(book.snapshot()).settle()
     return cpu.view_of(book.snapshot())
 
 
@@ -99,7 +99,7 @@ def test_hard_data(module, monkeypatch, kind, certified, seed):
         pytest.skip("grace_fast._cpu was not built")
     drawn, data = random.Random(f"{kind} {seed}"), Data(seed)
     monkeypatch.setattr(segments, "ORDER_ROWS", 200)
-    monkeypatch.setattr(certificate, "TAIL_ROWS", drawn.choice((30, 16384)))
+    monkeypatch.setattr(maintained, "DELTA_ROWS", drawn.choice((30, 16384)))
     rows, width = drawn.choice((60, 300, 1500)), drawn.choice((3, 16, 33, 64, 100))
     dtype, batch = drawn.choice(DTYPES), drawn.choice((1, 5, 32))
     keys, radii = getattr(data, kind)(rows, width)
@@ -108,8 +108,8 @@ def test_hard_data(module, monkeypatch, kind, certified, seed):
     if drawn.random() < 0.6:
         edit(book, data, kind, rows, width, dtype)
     if certified and drawn.random() < 0.3:  # rows without a code
-        monkeypatch.setattr(certificate, "INLINE_ROWS", 0)
-        monkeypatch.setattr(certificate.Certificate, "_build_if_needed", lambda self: None)
+        monkeypatch.setattr(maintained, "INLINE_ROWS", 0)
+        monkeypatch.setattr(maintained.Index, "_build_if_needed", lambda self: None)
         more, more_radii = getattr(data, kind)(20, width)
         book.append(more.to(dtype), torch.zeros(20, 2, dtype=dtype), more_radii)
     queries = data.queries(keys, radii, batch).to(drawn.choice(DTYPES))
@@ -126,8 +126,8 @@ def test_rows_without_a_code_are_read_as_they_are(module, monkeypatch):
     data = Data(6)
     book = book_of(data.normal(300, 20), torch.full((300,), 0.2))
     settled_view(book)
-    monkeypatch.setattr(certificate, "INLINE_ROWS", 0)
-    monkeypatch.setattr(certificate.Certificate, "_build_if_needed", lambda self: None)
+    monkeypatch.setattr(maintained, "INLINE_ROWS", 0)
+    monkeypatch.setattr(maintained.Index, "_build_if_needed", lambda self: None)
     keys = data.normal(20, 20)
     book.append(keys, torch.zeros(20, 2), torch.full((20,), 0.2))
     table = table_of(module, book, Shape(2), certified=True)
@@ -141,7 +141,7 @@ def test_several_super_leaves_of_one_block(module, seed):
     data = Data(seed)
     keys, radii = data.clusters(17000, 10)
     table = table_of(module, book_of(keys, radii), Shape(1, 64, seed), certified=True)
-    assert len(table.tensors["super_reach 0"]) == 5
+    assert len(table.tensors["node_max_radius 0"]) == 5
     assert_decides_as_the_law(table, data.queries(keys, radii, 12))
 
 
@@ -237,7 +237,7 @@ def test_the_number_of_rows_is_read_on_the_device(module):
     keys, radii = data.clusters(100, 24)
     book = book_of(keys, radii.abs())
     table = table_of(module, book, Shape(2))
-    at = module.BOOK_OFFSETS["rows"]
+    at = module.ROWS_OFFSET
     for rows in (0, 1, 37, 100):
         table.book[at : at + 8] = torch.tensor([rows]).view(torch.uint8)
         hit, row, _ = table.find(keys[[0, 36, 37, 99]])
@@ -294,11 +294,11 @@ def test_what_cannot_be_asked_is_refused(module):
     with pytest.raises(ValueError, match="output must be"):
         table.replace_(torch.zeros(1, 1, 3), torch.zeros(1, 4), torch.ones(1, 1).bool())
     columns = dict.fromkeys(("keys", "key_slot", "live", "radius", "values", "value_slot"), 0)
-    sizes = {"covered": 0, "widest": 0.0, "floor": 0.0, "map": None}
+    sizes = {"covered": 0, "widest": 0.0, "min_radius": 0.0, "projection": None}
     with pytest.raises(ValueError, match="2\\^31"):
-        module.pack_book(**columns, **sizes, rows=2**31, parts=[])
+        module.pack_book(columns=columns, **sizes, rows=2**31, segments=[])
     with pytest.raises(ValueError, match="at most 16 parts"):
-        module.pack_book(**columns, **sizes, rows=1, parts=[{}] * 17)
+        module.pack_book(columns=columns, **sizes, rows=1, segments=[{}] * 17)
 
 
 def test_the_workload_says_why_not():
@@ -319,7 +319,7 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
     previous = first = captured = None
     for number in range(4):
         snapshot = book.snapshot()
-        with certificate.of(snapshot).held(snapshot) as state:
+        with maintained.of(snapshot).held(snapshot) as state:
             table = cuda.Table(module, snapshot, state, snapshot.widest, 2, previous)
         module.forget()
         announce(module, table.book, *table.tensors.values())
@@ -331,7 +331,7 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
             assert table.tensors["near 0"] is previous.tensors["near 0"]
             assert table.book.data_ptr() == first.book.data_ptr()
             hit, row = torch.zeros(24, dtype=torch.bool), torch.zeros(24, dtype=torch.int64)
-            captured.find(*cuda._asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
+            captured.find(*cuda.asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
             wanted = law(queries, snapshot)
             assert torch.equal(hit, wanted[0])
             assert torch.equal(row, wanted[1])
@@ -363,7 +363,7 @@ def test_a_captured_look_up_sees_every_edit_before_it_is_published(module, monke
     captured = table._lookup()[0]
     for number in range(6):
         hit, row = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
-        captured.find(*cuda._asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
+        captured.find(*cuda.asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
         wanted = law(queries, book.snapshot())
         assert torch.equal(hit, wanted[0]), number
         assert torch.equal(row, wanted[1]), number
@@ -372,5 +372,5 @@ def test_a_captured_look_up_sees_every_edit_before_it_is_published(module, monke
             draft.set_key(10 + number, queries[number])
         book.append(queries[number : number + 1] + 0.01, torch.zeros(1, 2), torch.full((1,), 0.1))
         if number == 3:
-            known = certificate.of(book.snapshot())
+            known = maintained.of(book.snapshot())
             known.current, known._build_if_needed = None, lambda: None

@@ -23,7 +23,7 @@ from life.living import Life, Plan
 
 import grace_fast as gf
 from grace_fast import _native
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.lookup.backends import faiss_index
 
 pytestmark = [
@@ -188,31 +188,31 @@ def test_a_ball_wider_than_every_one_before_is_seen_by_who_asked_before():
 
 def test_moved_keys_alone_do_not_have_runs_made_for_ever(monkeypatch):
     """More positions in the tail than it takes, of rows that are in runs already."""
-    monkeypatch.setattr(certificate, "TAIL_ROWS", 30)
+    monkeypatch.setattr(maintained, "DELTA_ROWS", 30)
     generator = torch.Generator().manual_seed(0)
     book = gf.Codebook(16, 1)
     keys = torch.randn(60, 16, generator=generator)
     book.append(keys, torch.zeros(60, 1), torch.full((60,), 0.1))
     gf.prepare(book)
     begun = []
-    usual = certificate.background
+    usual = maintained.background
 
     def counting(steps):
         begun.append(steps)
         return usual(steps) if len(begun) < 20 else lambda: None
 
-    monkeypatch.setattr(certificate, "background", counting)
+    monkeypatch.setattr(maintained, "background", counting)
     for row in range(40):
         with book.writing() as draft:
             draft.set_key(row, torch.randn(16, generator=generator))
         gf.find(keys[:1], book)
-    known = certificate.of(book.snapshot())
+    known = maintained.of(book.snapshot())
     for _ in range(30):
         if known._wait is None or len(begun) >= 20:
             break
         known._wait()
     assert len(begun) < 5
-    assert all(run.first < run.last for run in known.current.runs)
+    assert all(run.first < run.last for run in known.current.segments)
 
 
 def test_faiss_does_not_end_the_process_for_keys_whose_distances_overflow():

@@ -443,7 +443,7 @@ def test_few_keys_are_all_read_more_by_their_codes_and_many_by_codes_in_order():
         view = cpu.view_of(book.snapshot())
         assert view.keys_pay is by_codes
         if by_codes:
-            assert any(part.leaf_boxes is not None for part in view.holds[0].runs) is in_order
+            assert any(part.leaf_boxes is not None for part in view.holds[0].segments) is in_order
 
 
 def test_a_look_up_without_the_compiled_part_is_the_same(machine):

@@ -23,7 +23,7 @@ from disk import (
 import grace_fast as gf
 from grace_fast import _native
 from grace_fast.codebook.mapped import BLOCK_BYTES
-from grace_fast.index import certificate, quantizer, segments
+from grace_fast.index import maintained, quantizer, segments
 from grace_fast.lookup.backends import cpu
 from grace_fast.store import columns, files
 
@@ -43,19 +43,31 @@ def test_the_codes_are_those_that_were_saved_and_nothing_is_computed(parts, save
     monkeypatch.setattr(quantizer, "encode_keys", None)
     book = in_memory(*parts)
     monkeypatch.undo()
-    wanted = certificate.of(book.snapshot())
+    wanted = maintained.of(book.snapshot())
     wanted.build(book.snapshot())
     monkeypatch.setattr(quantizer, "fit", None)
     monkeypatch.setattr(quantizer, "encode_keys", None)
     opened = gf.open(saved)
-    state, expected = certificate.of(opened.snapshot()).current, wanted.current
+    state, expected = maintained.of(opened.snapshot()).current, wanted.current
     assert state.covered == ROWS
-    assert (state.floor, state.predicted_bytes) == (expected.floor, expected.predicted_bytes)
-    assert torch.equal(state.phi.wide_rows, expected.phi.wide_rows)
-    (run,), (other,) = state.runs, expected.runs
-    for name in ("rows", "near", "far", "reach", "places", "leaf_boxes", "super_boxes", "isolated"):
+    assert (state.min_radius, state.predicted_bytes) == (
+        expected.min_radius,
+        expected.predicted_bytes,
+    )
+    assert torch.equal(state.projection.wide_rows, expected.projection.wide_rows)
+    (run,), (other,) = state.segments, expected.segments
+    for name in (
+        "rows",
+        "near",
+        "far",
+        "leaf_max_radius",
+        "places",
+        "leaf_boxes",
+        "node_boxes",
+        "isolated",
+    ):
         assert (getattr(run, name) == getattr(other, name)).all(), name
-    assert (run.super_reach == other.super_reach).all()
+    assert (run.node_max_radius == other.node_max_radius).all()
     asked = questions(parts[0])
     assert cpu.view_of(opened.snapshot()).effort(asked) == cpu.view_of(book.snapshot()).effort(
         asked
@@ -144,13 +156,13 @@ def test_rows_past_what_an_int32_counts_are_read_as_they_are(parts, monkeypatch)
     monkeypatch.setattr(segments, "MOST_ROWS", 5000)
     book = in_memory(*parts)
     gf.prepare(book)
-    state = certificate.of(book.snapshot()).current
-    assert (state.covered, state.runs[-1].last) == (5000, 5000)
+    state = maintained.of(book.snapshot()).current
+    assert (state.covered, state.segments[-1].last) == (5000, 5000)
     book.append(*some_keys(40, WIDTH, seed=7))
     asked = questions(book.keys, 200)
     coded = gf.find(asked, book)
-    assert certificate.of(book.snapshot()).current.covered == 5000
-    assert certificate.of(book.snapshot())._wait is None
+    assert maintained.of(book.snapshot()).current.covered == 5000
+    assert maintained.of(book.snapshot())._wait is None
     expected = gf.find(asked, book, backend="reference")
     assert torch.equal(coded.row, expected.row)
 

@@ -123,7 +123,7 @@ def test_keys_that_were_encoded_are_not_encoded_again(parts, tmp_path, monkeypat
     encode, calls, number = quantizer.encode_keys, [], itertools.count(1)
 
     def counted(phi, keys):
-        if threading.current_thread().name == "grace_fast-certificate":
+        if threading.current_thread().name == "grace_fast-index":
             return encode(phi, keys)  # a codebook of an earlier test builds its own
         calls.append(len(keys))
         if next(number) == 12:  # whichever thread it is

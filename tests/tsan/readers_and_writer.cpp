@@ -1,5 +1,5 @@
 // Readers beside a writer under ThreadSanitizer, by the rules that Python follows (codebook.py,
-// certificate.py): slots are appended, pages are copied before they are written, a version is
+// maintained.py): slots are appended, pages are copied before they are written, a version is
 // published by one store, and whoever asks first for a version takes it into the codes, under a
 // lock. Every answer is held against the version that was asked.
 //
@@ -76,17 +76,17 @@ struct Codes {
   int64_t count = 0;
   std::vector<int32_t> row;
   std::vector<uint8_t> near, far, isolated;
-  std::vector<float> reach;
+  std::vector<float> max_radius;
 
   explicit Codes(int64_t capacity)
       : row(capacity),
         near(capacity * kNear),
         far(capacity * kFar),
         isolated(capacity / 8),
-        reach(capacity / kLeaf + 32, kSmall) {
+        max_radius(capacity / kLeaf + 32, kSmall) {
     exempt(near, "a leaf is scanned to its end, and what is found past the count is dropped");
     exempt(far, "likewise");
-    exempt(reach, "a reach only grows: the larger one makes a reader read more");
+    exempt(max_radius, "a largest radius only grows: the larger one makes a reader read more");
     exempt(isolated, "a bit is only cleared: without it a reader reads more");
   }
   void append(const float* key, int64_t of_row, float radius) {
@@ -104,12 +104,12 @@ struct Codes {
     raise(at, radius);
   }
   void raise(int64_t at, float radius) {
-    if (radius > reach[at / kLeaf]) reach[at / kLeaf] = radius;
+    if (radius > max_radius[at / kLeaf]) max_radius[at / kLeaf] = radius;
   }
   void clear(int64_t at) { isolated[at / 8] &= static_cast<uint8_t>(~(1u << at % 8)); }
-  Part part() const {
+  Segment segment() const {
     const double near_error = std::sqrt(kNear) / 2 + 1e-2, far_error = std::sqrt(kSlots) / 2 + 1e-2;
-    return {count,     row.data(), near.data(), far.data(), reach.data(),   near_error,
+    return {count,     row.data(), near.data(), far.data(), max_radius.data(),   near_error,
             far_error, nullptr,    nullptr,     nullptr,    isolated.data()};
   }
 };
@@ -129,7 +129,7 @@ class Codebook {
     pages_ = first.pages;
     seen_.push_back(first.number);
     std::vector<uint8_t> bits(run_.isolated.size());
-    find_isolated(keys_of(first), certificate(), 0, positions_.data(), kFirstRows, bits.data());
+    find_isolated(keys_of(first), index(), 0, positions_.data(), kFirstRows, bits.data());
     run_.isolated = bits;
   }
 
@@ -169,11 +169,11 @@ class Codebook {
     return true;
   }
 
-  // What a reader is given for a version: see Certificate.view.
-  Certificate view(const Version& version) {
+  // What a reader is given for a version: see Index.view.
+  Index view(const Version& version) {
     const std::lock_guard<std::mutex> locked(taking_in_);
     take_in(version);
-    return certificate();
+    return index();
   }
 
  private:
@@ -239,7 +239,7 @@ class Codebook {
       if (tail_.row[at] == row) tail_.raise(at, radius);
     }
   }
-  Certificate certificate() const {
+  Index index() const {
     static const std::vector<float> centre(kWidth);
     static const std::vector<uint16_t> rows = [] {
       std::vector<uint16_t> made(kSlots * kWidth);
@@ -254,8 +254,8 @@ class Codebook {
       for (int i = 0; i < kNear; ++i) made[i * kNear + i] = 1;
       return made;
     }();
-    const Map map{centre.data(), rows.data(), turn.data(), kStep, 1.0, 1.0, 1e-6, false, true};
-    return {map, {run_.part(), tail_.part()}, covered_, kSmall, kLarge};
+    const Projection projection{centre.data(), rows.data(), turn.data(), kStep, 1.0, 1.0, 1e-6, false, true};
+    return {projection, {run_.segment(), tail_.segment()}, covered_, kSmall, kLarge};
   }
 
   const bool careless_;
@@ -273,7 +273,7 @@ class Codebook {
 };
 
 // Ask a version for keys of its own, exactly and a little beside; return the wrong answers.
-int64_t ask(const Codebook& book, const Version& version, const Certificate& certificate,
+int64_t ask(const Codebook& book, const Version& version, const Index& index,
             std::minstd_rand& random) {
   constexpr int kBatch = 4;
   float queries[kBatch][kWidth];
@@ -297,10 +297,10 @@ int64_t ask(const Codebook& book, const Version& version, const Certificate& cer
   double squared[kBatch];
   int64_t wrong = 0;
   Effort effort{};  // as every look-up from Python counts it
-  find_certified(asked, keys, certificate, 1, hit, found, squared, &effort);
+  find_indexed(asked, keys, index, 1, {found, squared, hit}, &effort);
   for (int b = 0; b < kBatch; ++b) wrong += found[b] != expected[b];
   if (random() % 64) return wrong;
-  find_dense(asked, keys, kLarge, 1, hit, found, squared, &effort);
+  find_dense(asked, keys, kLarge, 1, {found, squared, hit}, &effort);
   for (int b = 0; b < kBatch; ++b) wrong += found[b] != expected[b];
   return wrong;
 }
@@ -316,9 +316,9 @@ int64_t run(int64_t edits, bool careless) {
       std::minstd_rand random(static_cast<unsigned>(reader) + 1);
       while (!done.load(std::memory_order_acquire)) {
         const Version& version = *book.current();
-        const Certificate certificate = book.view(version);
+        const Index index = book.view(version);
         for (int i = 0; i < 8; ++i) {  // the version grows old meanwhile
-          wrong += ask(book, version, certificate, random);
+          wrong += ask(book, version, index, random);
           look_ups += 4;
         }
       }

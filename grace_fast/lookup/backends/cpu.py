@@ -1,6 +1,6 @@
-"""The compiled host path: the certified look-up, and every key read where that does not pay.
+"""The compiled host path: the look-up by the index, and every key read where that does not pay.
 
-`find` proves most misses from a few code bytes (`certificate`, `codes`); `nearest` needs the
+`find` proves most misses from a few code bytes (`maintained`, `quantizer`); `nearest` needs the
 distance even of a far key and reads all of them in float32. Either way what is within a rounding of
 the decision is summed again in the canonical order (csrc/cpu/canonical.cpp). The choice between the
 two is by predicted bytes; the decision is the same.
@@ -18,8 +18,8 @@ from torch import Tensor
 from grace_fast import _native, semantics
 from grace_fast.codebook.caches import Cache
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate
-from grace_fast.index.native_view import DTYPE_NUMBERS, View
+from grace_fast.index import maintained
+from grace_fast.index.native_view import NativeView, asked, in_rows
 from grace_fast.lookup.backends.workload import Workload
 
 _cpu: Any = _native.cpu
@@ -30,7 +30,7 @@ NAME = "cpu"
 FIRST_OF_ANSWER = {torch.float64: 0, torch.int64: 8, torch.bool: 16}
 BYTES_PER_ANSWER = 17
 EFFORT = Struct("=qq")
-_Known = tuple[certificate.Certificate | None, View | None]
+_Known = tuple[maintained.Index | None, NativeView | None]
 _views: Cache[_Known] = Cache(NAME)
 
 
@@ -48,15 +48,13 @@ def nearest(queries: Tensor, snapshot: Snapshot, within: float = math.inf) -> tu
     batch = len(queries)
     if not (len(snapshot) and batch):
         return semantics.no_row(batch, queries.device)
-    queries, view = _in_rows(queries), _view(snapshot)
+    queries, view = in_rows(queries), _view(snapshot)
     row = torch.empty(batch, dtype=torch.int64, device="cpu")
     squared = torch.empty(batch, dtype=torch.float64, device="cpu")
-    asked = (*_address(queries), torch.get_num_threads(), row.data_ptr(), squared.data_ptr())
-    if within < math.inf and view.keys_pay:
-        view.version.nearest_within(*asked, within)
-        return row, squared
-    view.version.nearest(*asked)
-    return semantics.not_beyond(within, row, squared)
+    by_index = within < math.inf and view.keys_pay
+    answers = (row.data_ptr(), squared.data_ptr(), within, by_index)
+    view.version.nearest(*asked(queries), torch.get_num_threads(), *answers)
+    return (row, squared) if by_index else semantics.not_beyond(within, row, squared)
 
 
 def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,9 +68,8 @@ def find_packed(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray]:
     """Return the number of hits and the answers, to be unpacked by whoever reads them."""
     if not len(queries):
         return 0, bytearray()
-    queries = _in_rows(queries)
-    version = _view(snapshot).version
-    return version.find(*_address(queries), torch.get_num_threads())  # type: ignore[no-any-return]
+    queries, view = in_rows(queries), _view(snapshot)  # which keeps alive what is read
+    return view.version.find(*asked(queries), torch.get_num_threads())  # type: ignore[no-any-return]
 
 
 def unpack(answers: bytearray | None, dtype: torch.dtype) -> Tensor:
@@ -101,8 +98,8 @@ def ask(queries: Tensor, snapshot: Snapshot) -> tuple[int, bytearray] | None:
     return None if view is None else view.version.ask(queries)
 
 
-def view_of(snapshot: Snapshot) -> View | None:
-    """Return a version as the extension reads it, with what its certificate says by now.
+def view_of(snapshot: Snapshot) -> NativeView | None:
+    """Return a version as the extension reads it, with what its index says by now.
 
     None where the extension is missing or the keys are not on the host.
     """
@@ -110,24 +107,24 @@ def view_of(snapshot: Snapshot) -> View | None:
     if cached is None:
         return _view_of_draft(snapshot) if _reads(snapshot) else None
     known, view = cached
-    if known is not None and view is not None and not known.is_current(view):
+    if known is not None and view is not None and known.current is not view.made_from:
         view = known.view(snapshot, view)
         _views.put(snapshot, (known, view))
     return view
 
 
-def _view(snapshot: Snapshot) -> View:
+def _view(snapshot: Snapshot) -> NativeView:
     view = view_of(snapshot)
     assert view is not None, "`why_not` was not asked"
     return view
 
 
-def _view_of_draft(snapshot: Snapshot) -> View:
+def _view_of_draft(snapshot: Snapshot) -> NativeView:
     """Return a draft's view; its keys are those of the version it changes, and new ones."""
     base = snapshot.base
     if base is None or (known := view_of(base)) is None:
-        return View(_cpu, snapshot, None)
-    view = View(_cpu, snapshot, known)
+        return NativeView(_cpu, snapshot, None)
+    view = NativeView(_cpu, snapshot, known)
     if base.counts.key_moves == snapshot.counts.key_moves:
         view.use_keys_of(known)
     return view
@@ -136,19 +133,10 @@ def _view_of_draft(snapshot: Snapshot) -> View:
 def _made(snapshot: Snapshot, previous: _Known | None) -> _Known:
     if not _reads(snapshot):
         return None, None
-    known = certificate.of(snapshot)
+    known = maintained.of(snapshot)
     assert known is not None
     return known, known.view(snapshot, previous[1] if previous else None)
 
 
 def _reads(snapshot: Snapshot) -> bool:
     return _cpu is not None and snapshot.device.type == "cpu"
-
-
-def _in_rows(queries: Tensor) -> Tensor:
-    return queries if queries.stride(1) == 1 else queries.contiguous()
-
-
-def _address(queries: Tensor) -> tuple[int, int, int, int]:
-    """Return address, stride, type and number of queries [B, D], as the extension takes them."""
-    return queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], len(queries)

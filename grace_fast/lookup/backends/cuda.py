@@ -1,14 +1,13 @@
 """Few queries on a GPU, decided in one or two launches by the compiled extension.
 
 `Table` is a version as the kernels read it (csrc/cuda/layout.h): addresses in one small struct on
-the device, which may be rewritten between two replays of a graph. Without a certificate's state it
+the device, which may be rewritten between two replays of a graph. Without an index's state it
 reads every key; with one, the codes first. The decision is the same.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -19,9 +18,9 @@ from torch import Tensor
 from grace_fast.codebook.caches import Cache
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate, quantizer, segments
-from grace_fast.index.native_view import State
-from grace_fast.index.segments import Array, Part
+from grace_fast.index import maintained, quantizer, segments
+from grace_fast.index.native_view import DTYPE_NUMBERS, IndexState, asked, in_rows
+from grace_fast.index.segments import Array, Segment
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends.workload import Workload
 
@@ -33,7 +32,6 @@ except ImportError as error:
     _missing = f"the extension grace_fast._cuda was not built ({error})"
 
 NAME = "cuda"
-DTYPE_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # layout.h, Dtype
 MOST_QUERIES = 32  # layout.h, kMostQueries
 OLDEST = (8, 0)  # compute capability that setup.py builds for
 _OF_BLOCK = 16384  # bytes of a block's shared memory that are not a query
@@ -95,13 +93,13 @@ class Listener:
 
 
 def table_of(snapshot: Snapshot) -> Table:
-    """Return a version as the kernels read it, with what its certificate says by now."""
+    """Return a version as the kernels read it, with what its index says by now."""
     if graphs.is_capturing(snapshot):
         graphs.retained(snapshot, NAME)
     table = _tables.of(snapshot, _newest)
     if table is None:
         return Table(_cuda, snapshot)
-    known = certificate.of(snapshot)
+    known = maintained.of(snapshot)
     if graphs.is_capturing(snapshot) or known is None or known.current is table.state:
         return table
     table = _newest(snapshot, table)
@@ -110,7 +108,7 @@ def table_of(snapshot: Snapshot) -> Table:
 
 
 def _newest(snapshot: Snapshot, previous: Table | None) -> Table:
-    known = certificate.of(snapshot)
+    known = maintained.of(snapshot)
     if known is None:
         return Table(_cuda, snapshot, None, snapshot.widest)
     with known.held(snapshot) as state:
@@ -129,23 +127,30 @@ def _workspace(module: Any, device: torch.device, stream: int, width: int, block
     return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
-def arrays_of(part: Part, names: Sequence[str]) -> dict[str, Array]:
-    """Return those of a part's arrays that it has, in the kernels' layout: key-major, unpadded."""
-    count = part.count
+def device_layout(segment: Segment, is_known: bool) -> dict[str, Array]:
+    """Return a segment's arrays in the kernels' layout, key-major and unpadded.
+
+    is_known: only those that change while a segment is in use.
+    """
+    count = segment.count
     leaves = -(-count // segments.LEAF)
-    supers = -(-leaves // segments.LEAF)
-    makers: dict[str, Callable[[], Array | None]] = {
-        "row": lambda: part.rows[:count],
-        "near": lambda: segments.unpacked(part, np.arange(count))[0],
-        "far": lambda: part.far[:count],
-        "reach": lambda: part.reach[:leaves],
-        "leaf_boxes": lambda: _boxes(part.leaf_boxes, leaves),
-        "super_boxes": lambda: _boxes(part.super_boxes, supers),
-        "super_reach": lambda: None if part.super_reach is None else part.super_reach[:supers],
-        "isolated": lambda: part.isolated,
+    nodes = -(-leaves // segments.LEAF)
+    arrays = {
+        "leaf_max_radius": segment.leaf_max_radius[:leaves],
+        "node_max_radius": None
+        if segment.node_max_radius is None
+        else segment.node_max_radius[:nodes],
+        "isolated": segment.isolated,
     }
-    made = {name: makers[name]() for name in names}
-    return {name: array for name, array in made.items() if array is not None}
+    if not is_known:
+        arrays |= {
+            "rows": segment.rows[:count],
+            "near": segments.unpacked(segment, np.arange(count))[0],
+            "far": segment.far[:count],
+            "leaf_boxes": _boxes(segment.leaf_boxes, leaves),
+            "node_boxes": _boxes(segment.node_boxes, nodes),
+        }
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
 def _boxes(groups: Array | None, count: int) -> Array | None:
@@ -155,14 +160,6 @@ def _boxes(groups: Array | None, count: int) -> Array | None:
     boxes = groups.transpose(0, 3, 2, 1, 4).reshape(-1, 2, quantizer.NEAR)[:count].copy()
     boxes[:, 1] *= -1
     return boxes
-
-
-def packed_map(phi: quantizer.Map) -> dict[str, Tensor]:
-    """Return the map's arrays in the kernels' layout: rows [64, Dp], an element after the other."""
-    padded = len(phi.padded_centre)
-    rows = torch.zeros(quantizer.SLOTS, padded, dtype=torch.bfloat16, device="cpu")
-    rows[:, : len(phi.centre)] = phi.rows
-    return {"centre": phi.padded_centre, "rows": rows, "turn": phi.turn.contiguous()}
 
 
 class Graphs:
@@ -189,7 +186,7 @@ class Graphs:
 
 
 class Table:
-    """One version on its device, with a certificate's state or without.
+    """One version on its device, with an index's state or without.
 
     Tables of one codebook share the description that a captured graph reads, so that a graph sees
     the edits that were looked up since; which of reading codes or keys was captured stays.
@@ -199,17 +196,17 @@ class Table:
         self,
         module: Any,
         snapshot: Snapshot,
-        state: State | None = None,
+        state: IndexState | None = None,
         widest: float = float("inf"),
         blocks: int | None = None,
         previous: Table | None = None,
     ) -> None:
         self.module, self.snapshot, self.state = module, snapshot, state
-        self._runs: list[tuple[Part, dict[str, Tensor]]] = []
-        known = {id(part): (part, held) for part, held in previous._runs} if previous else {}
+        self._ordered: dict[Segment, dict[str, Tensor]] = {}  # what later versions take from here
+        known = previous._ordered if previous else {}
         self.device = device = snapshot.device
-        index = device.index if device.index is not None else 0
-        self.blocks = blocks or module.device(index)["multiprocessors"]
+        self._index = device.index or 0
+        self.blocks = blocks or module.device(self._index)["multiprocessors"]
         self.tensors: dict[str, Tensor] = {
             "keys": snapshot.key_slots,
             "live": snapshot.live.contiguous(),
@@ -222,23 +219,22 @@ class Table:
             self.tensors["value_slot"] = snapshot.column("value_slot").to(device).contiguous()
         # By codes where that is predicted to read less: one query at a time, as blocks do.
         key_bytes = snapshot.key_dim * snapshot.dtype.itemsize
-        self.certified = state is not None
+        self.indexed = state is not None
         if blocks is None and state is not None:
-            self.certified = state.predicted_bytes < snapshot.rows * key_bytes
-        phi, parts = None, []
+            self.indexed = state.predicted_bytes < snapshot.rows * key_bytes
+        projection, described = None, []
         if state is not None:
-            self.tensors |= {k: v.to(device) for k, v in packed_map(state.phi).items()}
-            phi = self._map(state.phi)
-            everything = enumerate((*state.runs, state.tail))
-            parts = [self._part(i, part, known) for i, part in everything]
+            projection = self._projection(state.projection)
+            everything = enumerate((*state.segments, state.delta))
+            described = [self._segment(i, segment, known) for i, segment in everything]
         packed = module.pack_book(
-            **{name: self._address(name) for name in _COLUMNS},
+            columns={name: self._address(name) for name in _COLUMNS},
             rows=snapshot.rows,
             covered=min(state.covered, snapshot.rows) if state else 0,
             widest=widest,
-            floor=state.floor if state else 0.0,
-            map=phi,
-            parts=parts,
+            min_radius=state.min_radius if state else 0.0,
+            projection=projection,
+            segments=described,
         )
         self._graphs: Graphs = previous._graphs if previous is not None else Graphs()
         self.book = self._graphs.book_of(snapshot.version, bytearray(packed), device)
@@ -246,15 +242,14 @@ class Table:
 
     def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
-        batch, queries = len(queries), _in_rows(queries)
-        hit = torch.empty(batch, dtype=torch.bool, device=self.device)
-        row = torch.empty(batch, dtype=torch.int64, device=self.device)
-        squared = torch.empty(batch, dtype=torch.float64, device=self.device)
-        if batch:
+        hit, row = self._room(queries, torch.bool), self._room(queries, torch.int64)
+        squared = self._room(queries, torch.float64)
+        if len(queries):
+            queries = in_rows(queries)
             lookup, stream = self._lookup()
             outputs = (hit.data_ptr(), row.data_ptr(), squared.data_ptr())
             with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
-                lookup.find(*_asked(queries), *outputs, stream)
+                lookup.find(*asked(queries), *outputs, stream)
         return hit, row, squared
 
     def replace_(self, output: Tensor, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,102 +257,69 @@ class Table:
 
         Nobody has to wait for the decision: which rows are written is known on the device only.
         """
-        batch, tokens, width = output.shape
+        _, tokens, width = output.shape
         if output.stride(2) != 1 or width != self.snapshot.value_dim:
             raise ValueError(f"output must be [B, T, {self.snapshot.value_dim}], rows side by side")
-        queries = _in_rows(queries)
-        hit = torch.empty(batch, dtype=torch.bool, device=self.device)
-        row = torch.empty(batch, dtype=torch.int64, device=self.device)
-        if batch and tokens:
-            mask = mask.contiguous()
+        hit, row = self._room(queries, torch.bool), self._room(queries, torch.int64)
+        if len(queries) and tokens:
+            queries, mask = in_rows(queries), mask.contiguous()
             lookup, stream = self._lookup()
+            written = (output.data_ptr(), DTYPE_NUMBERS[output.dtype], *output.stride()[:2], tokens)
+            outputs = (hit.data_ptr(), row.data_ptr(), *written, mask.data_ptr())
             with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
-                lookup.replace(
-                    *_asked(queries),
-                    hit.data_ptr(),
-                    row.data_ptr(),
-                    output.data_ptr(),
-                    DTYPE_NUMBERS[output.dtype],
-                    output.stride(0),
-                    output.stride(1),
-                    tokens,
-                    mask.data_ptr(),
-                    stream,
-                )
+                lookup.replace(*asked(queries), *outputs, stream)
         return hit, row
+
+    def _room(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(queries), dtype=dtype, device=self.device)
 
     def _lookup(self) -> tuple[Any, int]:
         on_gpu = self.device.type == "cuda"
         stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
-        lookup = self._lookups.get(stream)
-        width = self.snapshot.key_dim
+        launched = (self.module, self.device, stream, self.snapshot.key_dim, self.blocks)
         if graphs.is_capturing(self.snapshot):
             # A graph has a workspace of its own, which every replay clears first.
-            made = _workspace.__wrapped__(self.module, self.device, stream, width, self.blocks)
-            return self._made_for(made), stream
-        if lookup is None:
-            made = _workspace(self.module, self.device, stream, width, self.blocks)
-            lookup = self._lookups[stream] = self._made_for(made)
-        return lookup, stream
+            return self._made_for(_workspace.__wrapped__(*launched)), stream
+        if stream not in self._lookups:
+            self._lookups[stream] = self._made_for(_workspace(*launched))
+        return self._lookups[stream], stream
 
     def _made_for(self, workspace: Tensor) -> Any:
-        width = self.snapshot.key_dim
         return self.module.Lookup(
             book=self.book.data_ptr(),
             workspace=workspace.data_ptr(),
             blocks=self.blocks,
-            width=width,
-            dtype=str(self.snapshot.dtype).removeprefix("torch."),
+            width=self.snapshot.key_dim,
+            dtype=DTYPE_NUMBERS[self.snapshot.dtype],
             value_width=self.snapshot.value_dim,
-            certified=self.certified,
+            indexed=self.indexed,
+            device=self._index,
         )
 
     def _address(self, name: str) -> int:
         tensor = self.tensors.get(name)
         return tensor.data_ptr() if tensor is not None else 0
 
-    def _map(self, phi: quantizer.Map) -> dict[str, Any]:
-        numbers = ("step", "lipschitz", "row_norm", "eta", "norm_slot", "far")
-        arrays = {name: self._address(name) for name in ("centre", "rows", "turn")}
-        return arrays | {name: getattr(phi, name) for name in numbers}
+    def _projection(self, projection: quantizer.Projection) -> dict[str, Any]:
+        arrays = {"centre": projection.padded_centre, "rows": projection.padded_rows}
+        arrays["turn"] = projection.turn.contiguous()
+        placed = {name: array.to(self.device) for name, array in arrays.items()}
+        self.tensors |= placed
+        return projection.numbers | {name: array.data_ptr() for name, array in placed.items()}
 
-    def _part(self, index: int, part: Part, known: dict[int, Any]) -> dict[str, Any]:
-        """Bring a part to the device; what never changes of a run is there from another version."""
-        arrays = arrays_of(part, _CHANGING if id(part) in known else _PART_COLUMNS)
-        held = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-        if id(part) in known:
-            held = known[id(part)][1] | held
-        if part.leaf_boxes is not None:
-            self._runs.append((part, held))
-        self.tensors |= {f"{name} {index}": tensor for name, tensor in held.items()}
-        addresses = {name: self._address(f"{name} {index}") for name in _PART_COLUMNS}
-        return addresses | {
-            "count": part.count,
-            "first": part.first,
-            "last": part.last,
-            "near_residual": part.near_error,
-            "far_residual": part.far_error,
-        }
+    def _segment(
+        self, number: int, segment: Segment, known: dict[Segment, dict[str, Tensor]]
+    ) -> dict[str, Any]:
+        """Bring a segment to the device; of one that an earlier version has, what changes."""
+        arrays = device_layout(segment, segment in known)
+        placed = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
+        placed = known.get(segment, {}) | placed
+        if segment.leaf_boxes is not None:
+            self._ordered[segment] = placed
+        self.tensors |= {f"{name} {number}": tensor for name, tensor in placed.items()}
+        return segment.fields() | _NO_ARRAYS | {n: t.data_ptr() for n, t in placed.items()}
 
 
 _tables: Cache[Table] = Cache(NAME)
-_CHANGING = ("reach", "super_reach", "isolated")
 _COLUMNS = ("keys", "key_slot", "live", "radius", "values", "value_slot")
-_PART_COLUMNS = (
-    "row",
-    "near",
-    "far",
-    "reach",
-    "leaf_boxes",
-    "super_boxes",
-    "super_reach",
-    "isolated",
-)
-
-
-def _in_rows(queries: Tensor) -> Tensor:
-    return queries if queries.stride(1) == 1 else queries.contiguous()
-
-
-def _asked(queries: Tensor) -> tuple[int, int, int, int]:
-    return queries.data_ptr(), queries.stride(0), DTYPE_NUMBERS[queries.dtype], len(queries)
+_NO_ARRAYS = dict.fromkeys(("leaf_boxes", "node_boxes", "node_max_radius", "isolated"), 0)

@@ -1,6 +1,6 @@
 """The Triton kernels on the codebook's GPU: by codes, or with every key read.
 
-`find` looks up by the codebook's certificate (`kernels.codes`) where it is predicted to read less
+`find` looks up by the codebook's index (`kernels.codes`) where it is predicted to read less
 than all keys, counting what queries share; those are read in float32 with an exact band
 (`kernels.dense`) or, for many queries, multiplied by tensor cores with a bounded error
 (`kernels.tiles`). `nearest` reads every key in the canonical order (`kernels.nearest`). Nothing
@@ -25,9 +25,9 @@ from grace_fast.codebook.caches import Cache
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.pages import PAGE_ROWS, Page
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate
-from grace_fast.index.native_view import State
-from grace_fast.index.segments import Part
+from grace_fast.index import maintained
+from grace_fast.index.native_view import IndexState
+from grace_fast.index.segments import Segment
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends.workload import Workload
 
@@ -133,7 +133,7 @@ def write_(
     kernel.replace(output, hit, row, snapshot.value_slots, slots, positions, mode)
 
 
-def codes_pay(state: State, snapshot: Snapshot, batch: int) -> bool:
+def codes_pay(state: IndexState, snapshot: Snapshot, batch: int) -> bool:
     """Tell whether codes are predicted to read less for a query than all keys would.
 
     Queries of one tile share what it reads, but not what survives it. Not measured.
@@ -165,10 +165,10 @@ class Table:
             widest=torch.tensor([snapshot.widest], device=device, dtype=torch.float32),
             key_slot=snapshot.device_key_slot,
         )
-        self._certificate = None if snapshot.is_draft else certificate.of(snapshot)
-        self._state: State | None = None
+        self._index = None if snapshot.is_draft else maintained.of(snapshot)
+        self._state: IndexState | None = None
         self._codes: DeviceCodes | None = other._codes if other is not None else None
-        self._parts: tuple[Part, ...] = other._parts if other is not None else ()
+        self._parts: tuple[Segment, ...] = other._parts if other is not None else ()
         self._filter: FilterKeys | None = other._filter if other is not None else None
         self._take_codes_in()
 
@@ -176,7 +176,7 @@ class Table:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
         from grace_fast.kernels import codes, dense, tiles
 
-        if self._certificate is not None and self._certificate.current is not self._state:
+        if self._index is not None and self._index.current is not self._state:
             self._take_codes_in()
         snapshot = self._snapshot
         if self._state is not None and codes_pay(self._state, snapshot, len(queries)):
@@ -190,24 +190,29 @@ class Table:
         return tiles.find(queries, self.keys, self._filter)
 
     def _take_codes_in(self) -> None:
-        """Bring what the certificate knows of this version by now to the device."""
+        """Bring what the index knows of this version by now to the device."""
         from grace_fast.kernels import codes
 
         self._state = None
-        if self._certificate is None:
+        if self._index is None:
             return
         snapshot = self._snapshot
-        with self._certificate.held(snapshot) as state:
+        with self._index.held(snapshot) as state:
             if state is None:
                 return
             covered = min(state.covered, snapshot.rows)
-            parts = [*state.runs, state.tail]
-            known = self._codes if self._parts == state.runs else None
+            parts = [*state.segments, state.delta]
+            known = self._codes if self._parts == state.segments else None
             if known is None or not codes.refresh(known, parts, covered):
                 self._codes = codes.device_codes(
-                    state.phi, parts, covered, state.floor, snapshot.device, room=TAIL_ROOM
+                    state.projection,
+                    parts,
+                    covered,
+                    state.min_radius,
+                    snapshot.device,
+                    room=TAIL_ROOM,
                 )
-                self._parts = state.runs
+                self._parts = state.segments
             self._state = state
 
 
@@ -229,8 +234,8 @@ class Captured:
         self._keys: Keys | None = None
         self._coded: dict[tuple[bool, bool], tuple[FixedArrays, DeviceCodes]] = {}  # by shape
         self._codes: DeviceCodes | None = None  # of this version
-        self._parts: tuple[Part, ...] = ()
-        self._state: State | None = None  # whose codes they are
+        self._parts: tuple[Segment, ...] = ()
+        self._state: IndexState | None = None  # whose codes they are
         self.value_slot: Tensor | None = None
 
     @property
@@ -287,7 +292,7 @@ class Captured:
     def _follow_codes(self, snapshot: Snapshot) -> None:
         from grace_fast.kernels import codes
 
-        known = certificate.of(snapshot)
+        known = maintained.of(snapshot)
         if known is None:
             return
         with known.held(snapshot) as state:
@@ -295,16 +300,16 @@ class Captured:
                 self._take_codes(None, ())
                 self._state = None
                 return
-            parts, covered = [*state.runs, state.tail], min(state.covered, snapshot.rows)
-            known_codes = self._codes if self._parts == state.runs else None
+            parts, covered = [*state.segments, state.delta], min(state.covered, snapshot.rows)
+            known_codes = self._codes if self._parts == state.segments else None
             if known_codes is None or not codes.refresh(known_codes, parts, covered):
                 made = codes.device_codes(
-                    state.phi, parts, covered, state.floor, self._device, room=TAIL_ROOM
+                    state.projection, parts, covered, state.min_radius, self._device, room=TAIL_ROOM
                 )
-                self._take_codes(made, state.runs)
+                self._take_codes(made, state.segments)
             self._state = state
 
-    def _take_codes(self, made: DeviceCodes | None, parts: tuple[Part, ...]) -> None:
+    def _take_codes(self, made: DeviceCodes | None, parts: tuple[Segment, ...]) -> None:
         """Put codes where those of their shape are, and leave graphs of another shape none."""
         placed = None
         if made is not None:

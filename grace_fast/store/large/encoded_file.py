@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grace_fast.codebook.mapped import refuse_special
-from grace_fast.index.quantizer import Codes
+from grace_fast.index.quantizer import Quantized
 from grace_fast.index.segments import Encoded
 
 CHECKPOINT_KEYS = 1 << 18  # encoded between two states
@@ -42,7 +42,7 @@ class EncodedOnDisk(Encoded):
         self._note, self._bar, self._noted = note, bar, self.rows
         bar.update(self.rows)
 
-    def put(self, codes: Codes) -> None:
+    def put(self, codes: Quantized) -> None:
         """Take the codes of the next keys in."""
         super().put(codes)
         self._bar.update(len(codes.whole))

@@ -1,6 +1,6 @@
-"""A certificate as named tensors, and back: the map, the codes of every run, the tail.
+"""An index as named tensors, and back: the projection, every segment, the delta buffer.
 
-What a certificate says is believed, so all of it is checksummed. What can be made again from rows
+What an index says is believed, so all of it is checksummed. What can be made again from rows
 and radii (places, reaches) is, and every covered row must have a position.
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.index import quantizer, segments
-from grace_fast.index.native_view import State
+from grace_fast.index.native_view import IndexState
 from grace_fast.index.quantizer import FAR, NEAR, SLOTS
-from grace_fast.index.segments import BLOCK, LEAF, Array, Part
+from grace_fast.index.segments import BLOCK, LEAF, Array, Segment
 
 _NOT_IN_NUMPY = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-_ARRAYS = ("rows", "near", "far", "isolated", "leaf_boxes", "super_boxes")
+_ARRAYS = ("rows", "near", "far", "isolated", "leaf_boxes", "node_boxes")
 
 
-def pack_map(phi: quantizer.Map) -> dict[str, Tensor]:
+def pack_map(phi: quantizer.Projection) -> dict[str, Tensor]:
     """Return a map as tensors."""
     numbers = (phi.step, phi.norm_slot, phi.eta, phi.lipschitz, phi.row_norm)
     return {
@@ -35,30 +35,31 @@ def pack_map(phi: quantizer.Map) -> dict[str, Tensor]:
     }
 
 
-def pack_state(state: State, rows: int) -> dict[str, Tensor]:
+def pack_state(state: IndexState, rows: int) -> dict[str, Tensor]:
     """Return what is known of the first `rows` keys as tensors."""
-    known = (state.fitted_rows, state.floor, min(state.covered, rows), state.predicted_bytes)
-    tensors = pack_map(state.phi) | {
+    known = (state.fitted_rows, state.min_radius, min(state.covered, rows), state.predicted_bytes)
+    tensors = pack_map(state.projection) | {
         "state": torch.tensor(known, dtype=torch.float64, device="cpu")
     }
-    for number, part in enumerate(state.runs):
+    for number, part in enumerate(state.segments):
         for name in _ARRAYS:
             array = getattr(part, name)
             if array is not None:
                 # Look-ups clear isolated bits in place; the others stay as they are.
                 array = array.copy() if name == "isolated" else array
-                tensors[f"run{number}.{name}"] = torch.from_numpy(array)
+                on_disk = "super_boxes" if name == "node_boxes" else name
+                tensors[f"run{number}.{on_disk}"] = torch.from_numpy(array)
         errors = (part.near_error, part.far_error)
         tensors[f"run{number}.errors"] = torch.tensor(errors, dtype=torch.float64, device="cpu")
     # Later rows than these may be given to other keys once the codebook was opened again.
-    stays = np.flatnonzero(state.tail.rows[: state.tail.count] < rows)
-    near, far = segments.unpacked(state.tail, stays)
-    for name, array in (("rows", state.tail.rows[stays]), ("near", near), ("far", far)):
+    stays = np.flatnonzero(state.delta.rows[: state.delta.count] < rows)
+    near, far = segments.unpacked(state.delta, stays)
+    for name, array in (("rows", state.delta.rows[stays]), ("near", near), ("far", far)):
         tensors[f"tail.{name}"] = torch.from_numpy(array)
     return tensors
 
 
-def unpack_state(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> State:
+def unpack_state(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> IndexState:
     """Return the state of `pack_state`, for the version that it was saved with.
 
     Raises: CodebookCorrupt naming the tensor that does not fit.
@@ -66,14 +67,14 @@ def unpack_state(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> State:
     fitted_rows, floor, covered, predicted_bytes = _numbers(tensors, "state", 4)
     if not (0 <= covered <= snapshot.rows and floor >= 0):
         raise CodebookCorrupt(f"state says that {covered:g} of {snapshot.rows} rows have codes")
-    state = State(unpack_map(tensors, snapshot.key_dim), int(fitted_rows), floor)
+    state = IndexState(unpack_map(tensors, snapshot.key_dim), int(fitted_rows), floor)
     state.covered, state.oldest = int(covered), snapshot.version
     state.predicted_bytes = predicted_bytes
     radii = snapshot.radii.numpy()
     first = 0
-    while f"run{len(state.runs)}.rows" in tensors:
-        part = _run(tensors, f"run{len(state.runs)}", first, radii, floor)
-        state.runs = (*state.runs, part)
+    while f"run{len(state.segments)}.rows" in tensors:
+        part = _run(tensors, f"run{len(state.segments)}", first, radii, floor)
+        state.segments = (*state.segments, part)
         first = part.last
     rows = _array(tensors, "tail.rows", np.int32, None)
     near = _array(tensors, "tail.near", np.uint8, (len(rows), NEAR))
@@ -82,19 +83,19 @@ def unpack_state(tensors: Mapping[str, Tensor], snapshot: Snapshot) -> State:
         raise CodebookCorrupt(f"tail.rows points outside the {state.covered} rows there are")
     if len(np.unique(rows[rows >= first])) != state.covered - first:
         raise CodebookCorrupt(f"tail.rows must hold every row from {first} to {state.covered}")
-    state.tail = segments.append_codes(
-        segments.tail(max(256, len(rows)), floor), near, far, rows, radii[rows], floor
+    state.delta = segments.append_codes(
+        segments.delta_buffer(max(256, len(rows)), floor), near, far, rows, radii[rows], floor
     )
     return state
 
 
-def unpack_map(tensors: Mapping[str, Tensor], width: int) -> quantizer.Map:
+def unpack_map(tensors: Mapping[str, Tensor], width: int) -> quantizer.Projection:
     """Return the map of `pack_map` for keys of a width.
 
     Raises: CodebookCorrupt as `unpack_state`.
     """
     step, norm_slot, eta, lipschitz, row_norm = _numbers(tensors, "map.numbers", 5)
-    phi = quantizer.Map(
+    phi = quantizer.Projection(
         torch.from_numpy(_array(tensors, "map.centre", np.float32, (width,))),
         torch.from_numpy(_array(tensors, "map.rows", np.float32, (SLOTS, width))),
         torch.from_numpy(_array(tensors, "map.turn", np.float64, (NEAR, NEAR))),
@@ -109,7 +110,9 @@ def unpack_map(tensors: Mapping[str, Tensor], width: int) -> quantizer.Map:
     return phi
 
 
-def _run(tensors: Mapping[str, Tensor], name: str, first: int, radii: Array, floor: float) -> Part:
+def _run(
+    tensors: Mapping[str, Tensor], name: str, first: int, radii: Array, floor: float
+) -> Segment:
     rows = _array(tensors, f"{name}.rows", np.int32, None)
     count, last = len(rows), first + len(rows)
     places = np.full(count, -1, np.int32)
@@ -121,14 +124,14 @@ def _run(tensors: Mapping[str, Tensor], name: str, first: int, radii: Array, flo
     leaves = -(-count // LEAF)
     supers = -(-leaves // LEAF)
     near_error, far_error = _numbers(tensors, f"{name}.errors", 2)
-    part = Part(
+    part = Segment(
         count=count,
         rows=rows,
         near=_array(
             tensors, f"{name}.near", np.uint8, (leaves * LEAF // BLOCK, NEAR // 4, BLOCK, 4)
         ),
         far=_array(tensors, f"{name}.far", np.uint8, (leaves * LEAF, FAR)),
-        reach=segments.reach_of(radii[rows], floor),
+        leaf_max_radius=segments.max_radius_of_each(radii[rows], floor),
         near_error=near_error,
         far_error=far_error,
         first=first,
@@ -141,8 +144,8 @@ def _run(tensors: Mapping[str, Tensor], name: str, first: int, radii: Array, flo
             _array(tensors, f"{name}.{level}_boxes", np.int16, (-(-n // BLOCK), 8, 2, BLOCK, 2))
             for level, n in (("leaf", leaves), ("super", supers))
         ]
-        part.leaf_boxes, part.super_boxes = boxes
-        part.super_reach = segments.reach_of(part.reach[:leaves], floor)
+        part.leaf_boxes, part.node_boxes = boxes
+        part.node_max_radius = segments.max_radius_of_each(part.leaf_max_radius[:leaves], floor)
     return part
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.mapped import MappedFile
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.index import certificate
+from grace_fast.index import maintained
 from grace_fast.store import atomic, columns, files, tensor_files
 from grace_fast.store.checks import check_radii
 from grace_fast.store.large.index_file import pack_state, unpack_state
@@ -75,7 +75,7 @@ def with_codes(book: Codebook) -> tuple[Snapshot, dict[str, Tensor] | None]:
     """Return a version and its codes; none where there are few keys or nothing to code them."""
     while True:
         snapshot = book.snapshot()
-        known = certificate.of(snapshot)
+        known = maintained.of(snapshot)
         if known is None:
             return snapshot, None
         known.build(snapshot)
@@ -164,5 +164,5 @@ def _open(path: Path, verify: bool, hmac_key: bytes | None, max_radius: float | 
     if config.get("codes") is not None:
         snapshot = book.snapshot()
         state = unpack_state(tensor_files.read_file(path, config["codes"]), snapshot)
-        certificate.restore(snapshot, state)
+        maintained.restore(snapshot, state)
     return book

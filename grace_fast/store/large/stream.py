@@ -29,7 +29,7 @@ from grace_fast.codebook.mapped import HEADER_BYTES, MappedFile
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.index.builder import Build
-from grace_fast.index.native_view import State
+from grace_fast.index.native_view import IndexState
 from grace_fast.store import atomic, columns, files, locks, tensor_files
 from grace_fast.store.large import resident
 from grace_fast.store.large.build_state import STREAMED, BuildState
@@ -233,8 +233,8 @@ class _Unfinished:
         )
         made.encode(encoded, threads)
         part = made.sort(encoded, threads)
-        state = State(made.phi, made.fitted_rows, made.floor)
-        state.runs, state.covered = (part,), made.rows
+        state = IndexState(made.projection, made.fitted_rows, made.min_radius)
+        state.segments, state.covered = (part,), made.rows
         state.predicted_bytes = made.predicted_bytes
         return snapshot, pack_state(state, snapshot.rows)
 
@@ -244,13 +244,15 @@ class _Unfinished:
             tensors = tensor_files.read_file(self._work, self._state["map"])
             if "floor" not in tensors:
                 raise CodebookCorrupt(f"{self._work}: the map has no floor; remove {self._work}")
-            made.phi = unpack_map(tensors, self._state["widths"]["keys"])
-            made.floor = float(tensors["floor"])
+            made.projection = unpack_map(tensors, self._state["widths"]["keys"])
+            made.min_radius = float(tensors["floor"])
             return True
         if not made.fit():
             return False
-        floor = torch.tensor(made.floor, dtype=torch.float64, device="cpu")
-        stored = tensor_files.write_new(self._work, "map", pack_map(made.phi) | {"floor": floor})
+        floor = torch.tensor(made.min_radius, dtype=torch.float64, device="cpu")
+        stored = tensor_files.write_new(
+            self._work, "map", pack_map(made.projection) | {"floor": floor}
+        )
         self._state.save(map=stored)
         return True
 

@@ -1,29 +1,30 @@
-"""The certificate of one codebook: its map and codes, kept up to date beside the edits.
+"""The index of one codebook, maintained beside edits: its projection, segments and delta buffer.
 
 A look-up never waits. `view` takes small edits in at once (a few appended keys, changed radii,
 moved keys); what takes longer (the first fit, a refit when the codebook has doubled, sorting the
-tail into a run, merging runs) happens in the background and is published by one store. Rows that
-have no code yet are read as they are, so every version is answered exactly at every moment.
+delta buffer into a segment, merging segments) happens in the background and is published by one
+store. Rows that have no code yet are read as they are, so every version is answered exactly at
+every moment.
 
 What is remembered, and why it stays true (docs/lookups.md):
 
     widest radius   not here: it is a count of the version itself
-    reach, codes    of a version and every row that is covered, a position holds the row's key and
-                    reaches at least its radius. A reach only grows, a moved key keeps its old code
-                    beside the new one, later rows are skipped by their number: what was true of a
-                    version stays true of it, so one state serves all the versions it was told of.
+    radii, codes    of a version and every row that is covered, a position holds the row's key and
+                    its leaf has at least its radius. That only grows, a moved key keeps its old
+                    code beside the new one, later rows are skipped by their number: what was true
+                    of a version stays true of it, so one state serves all that it was told of.
     isolated bits   only ever cleared
     told of         the newest version that was asked, and older ones; what another version has
                     otherwise is found by comparing it with the newest, and only in rows that both
                     have: behind the rows of a version its pages hold anything
 
 A version that was shown and then refused (`Snapshot.era`) leaves keys behind that were never in the
-codebook; the certificate starts anew then.
+codebook; the index starts anew then.
 
-A merge keeps the map but encodes the keys again. The order and its boxes are made of points of 16
-bits a slot, of which a code has the low byte; what a leaf's box tells of the rest is too little
-where radii are small (at a tenth of the keys' spacing three leaves in ten are narrow enough, MiniLM
-at 1e5 keys), and keeping the points would take 32 bytes a key more than the 75 there are.
+A merge keeps the projection but encodes the keys again. The order and its boxes are made of points
+of 16 bits a slot, of which a code has the low byte; what a leaf's box tells of the rest is too
+little where radii are small (at a tenth of the keys' spacing three leaves in ten are narrow enough,
+MiniLM at 1e5 keys), and keeping the points would take 32 bytes a key more than the 75 there are.
 """
 
 from __future__ import annotations
@@ -46,28 +47,28 @@ from grace_fast.codebook.pages import PAGE_ROWS, Page
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import quantizer, segments
 from grace_fast.index.builder import Build
-from grace_fast.index.native_view import State, View, plan_of
-from grace_fast.index.segments import Array, Part
+from grace_fast.index.native_view import IndexState, NativeView, plan_of
+from grace_fast.index.segments import Array, Segment
 
 SMALLEST = 48  # live keys below which reading them all costs less than projecting a query
 INLINE_ROWS = 1024  # rows that a look-up encodes itself: 15 ms at D = 1536
-TAIL_ROWS = 16384  # 3 us of linear scan; then they become a run
-MERGE_RATIO = 4  # a run is merged with what follows once it is less than this times as long
+DELTA_ROWS = 16384  # 3 us of linear scan; then they become a segment
+MERGE_RATIO = 4  # a segment is merged with what follows once it is less than this times as long
 _log = logging.getLogger("grace_fast")
-_builders: weakref.WeakSet[Certificate] = weakref.WeakSet()
+_builders: weakref.WeakSet[Index] = weakref.WeakSet()
 
 
-def of(snapshot: Snapshot) -> Certificate | None:
-    """Return the certificate of a published version's codebook, None without the extension."""
+def of(snapshot: Snapshot) -> Index | None:
+    """Return the index of a published version's codebook, None without the extension."""
     if _native.cpu is None:
         return None
-    return _certificates.of(snapshot, lambda _, previous: previous or Certificate(_native.cpu))
+    return _indexes.of(snapshot, lambda _, previous: previous or Index(_native.cpu))
 
 
-def restore(snapshot: Snapshot, state: State) -> None:
+def restore(snapshot: Snapshot, state: IndexState) -> None:
     """Let a codebook that nobody has asked yet begin with codes that are known of a version."""
     if _native.cpu is not None:
-        _certificates.put(snapshot, Certificate(_native.cpu, snapshot, state))
+        _indexes.put(snapshot, Index(_native.cpu, snapshot, state))
 
 
 # Takes seconds of a million keys, and no lock of a library's: a fork need not wait for it.
@@ -82,7 +83,7 @@ def in_a_thread(steps: Iterator[str]) -> Callable[[], None]:
 
     # Joined at exit, where the interpreter still stands.
     builder = threading.Thread(
-        target=forks.do, args=(steps, _MEANWHILE), name="grace_fast-certificate", daemon=True
+        target=forks.do, args=(steps, _MEANWHILE), name="grace_fast-index", daemon=True
     )
     builder.start()
     return builder.join
@@ -94,14 +95,14 @@ def in_a_thread(steps: Iterator[str]) -> Callable[[], None]:
 background: Callable[[Iterator[str]], Callable[[], None]] = in_a_thread
 
 
-class Certificate:
-    """The codes of one codebook's keys, on the host; look-ups call only `view` and `held`.
+class Index:
+    """The quantized keys of one codebook, on the host; look-ups call only `view` and `held`.
 
     snapshot, state: a version, and codes that are known of it.
     """
 
     def __init__(
-        self, cpu: Any, snapshot: Snapshot | None = None, state: State | None = None
+        self, cpu: Any, snapshot: Snapshot | None = None, state: IndexState | None = None
     ) -> None:
         self._cpu = cpu
         self._lock = threading.RLock()
@@ -110,36 +111,32 @@ class Certificate:
         self._older: weakref.WeakSet[Snapshot] = weakref.WeakSet()  # that it was told of, too
         self._wait: Callable[[], None] | None = None  # for what is being built
         self._cancelled = False
-        self._hopeless_rows = 0  # no map could be fitted at this size
+        self._hopeless_rows = 0  # no projection could be fitted at this size
         self._was_forked = False  # while something was made, by a thread that is not here
-        self._handed: weakref.ref[View] | None = None  # the view that was made last
+        self._handed: weakref.ref[NativeView] | None = None  # the view that was made last
         _builders.add(self)
         forks.guard(self, "_lock", forks.Order.CODES, _go_on_in_child)
 
-    def view(self, snapshot: Snapshot, other: View | None = None) -> View:
+    def view(self, snapshot: Snapshot, other: NativeView | None = None) -> NativeView:
         """Return a version as the extension reads it; `other` is any earlier view."""
         with self._lock:
             self._take_in(snapshot)
-            view = View(self._cpu, snapshot, other)
+            view = NativeView(self._cpu, snapshot, other)
             view.widest = snapshot.counts.widest
             state = view.made_from = self.current
             if state is not None and self._is_told_of(snapshot):
                 view.plan = plan_of(self._cpu, state, snapshot.rows, view.widest)
-                view.holds = (state, state.tail)
+                view.holds = (state, state.delta)
                 view.predicted_bytes = state.predicted_bytes
             self._handed = weakref.ref(view)
             return view
 
     @contextmanager
-    def held(self, snapshot: Snapshot) -> Iterator[State | None]:
+    def held(self, snapshot: Snapshot) -> Iterator[IndexState | None]:
         """Give what is known of a version's keys by now, unchanged meanwhile; None if nothing."""
         with self._lock:
             self._take_in(snapshot)
             yield self.current if self._is_told_of(snapshot) else None
-
-    def is_current(self, view: View) -> bool:
-        """Tell whether a new view of the same version would say no more."""
-        return view.made_from is self.current
 
     def build(self, snapshot: Snapshot) -> None:
         """Have all codes of a version that can be had, before returning."""
@@ -160,7 +157,7 @@ class Certificate:
     def nbytes(self) -> int:
         """The memory that the codes take."""
         state = self.current
-        return sum(part.nbytes for part in (*state.runs, state.tail)) if state else 0
+        return sum(segment.nbytes for segment in (*state.segments, state.delta)) if state else 0
 
     # What a look-up takes in itself.
 
@@ -212,40 +209,40 @@ class Certificate:
         self._take_rows_in(state, snapshot)
 
     def _take_page_in(
-        self, state: State, snapshot: Snapshot, first: int, page: Page, known: Page, rows: int
+        self, state: IndexState, snapshot: Snapshot, first: int, page: Page, known: Page, rows: int
     ) -> None:
         radii, known_radii = (each.radius[:rows].cpu().numpy() for each in (page, known))
         for offset in np.flatnonzero(radii > known_radii):
-            self._raise_reach(state, first + int(offset), float(radii[offset]))
+            self._raise_max_radius(state, first + int(offset), float(radii[offset]))
         slots, known_slots = (each.key_slot[:rows].numpy() for each in (page, known))
         moved = np.flatnonzero(slots != known_slots)
         if len(moved):
             self._encode_rows(state, snapshot, first + moved.astype(np.int64))
 
     @staticmethod
-    def _raise_reach(state: State, row: int, radius: float) -> None:
-        for part in state.runs:
-            if part.first <= row < part.last and part.places is not None:
-                part.raise_reach(int(part.places[row - part.first]), radius)
-        tail = state.tail
-        for position in np.flatnonzero(tail.rows[: tail.count] == row):
-            tail.raise_reach(int(position), radius)
+    def _raise_max_radius(state: IndexState, row: int, radius: float) -> None:
+        for segment in state.segments:
+            if segment.first <= row < segment.last and segment.places is not None:
+                segment.raise_max_radius(int(segment.places[row - segment.first]), radius)
+        delta = state.delta
+        for position in np.flatnonzero(delta.rows[: delta.count] == row):
+            delta.raise_max_radius(int(position), radius)
 
-    def _encode_rows(self, state: State, snapshot: Snapshot, rows: Array) -> None:
-        """Give rows a position at the end of the tail."""
-        made = quantizer.encode_keys(state.phi, snapshot.keys_at(torch.from_numpy(rows)))
+    def _encode_rows(self, state: IndexState, snapshot: Snapshot, rows: Array) -> None:
+        """Give rows a position at the end of the delta buffer."""
+        made = quantizer.encode_keys(state.projection, snapshot.keys_at(torch.from_numpy(rows)))
         radii = snapshot.radii_of(torch.from_numpy(rows)).cpu().numpy()
-        added = segments.append(state.tail, made, rows, radii, state.floor)
+        added = segments.append(state.delta, made, rows, radii, state.min_radius)
         if added is None:  # a key the codes cannot hold: start anew, without them until then
             self.current = None
         else:
-            state.tail = added
-        for part in state.runs:
-            for row in rows[(rows >= part.first) & (rows < part.last)]:
-                assert part.places is not None
-                part.clear_isolated(int(part.places[row - part.first]))
+            state.delta = added
+        for segment in state.segments:
+            for row in rows[(rows >= segment.first) & (rows < segment.last)]:
+                assert segment.places is not None
+                segment.clear_isolated(int(segment.places[row - segment.first]))
 
-    def _take_rows_in(self, state: State, snapshot: Snapshot) -> None:
+    def _take_rows_in(self, state: IndexState, snapshot: Snapshot) -> None:
         """Encode the rows that are new, if they are few."""
         last = min(snapshot.rows, segments.MOST_ROWS)
         if 0 < last - state.covered <= INLINE_ROWS:
@@ -265,37 +262,37 @@ class Certificate:
             start = 0
         elif rows >= 2 * state.fitted_rows:
             start, state = 0, None
-        elif state.tail.count > TAIL_ROWS or rows - state.covered > INLINE_ROWS:
+        elif state.delta.count > DELTA_ROWS or rows - state.covered > INLINE_ROWS:
             start = self._where_to_merge_from(state, rows)
         else:
             return
-        # Made here, under the lock: it notes how long the tail is at this version.
+        # Made here, under the lock: it notes how long the delta is at this version.
         build = Build(self._cpu, newest, state, start)
         try:
             self._wait = background(self._steps(build))
         except RuntimeError as error:  # no memory for a thread: the look-up goes on without it
             if self._hopeless_rows != newest.rows:
-                _log.warning("the certificate was not built: %s; look-ups read all keys", error)
+                _log.warning("the index was not built: %s; look-ups read all keys", error)
             self._hopeless_rows = newest.rows
 
     @staticmethod
-    def _where_to_merge_from(state: State, rows: int) -> int:
-        """Return the first row of the next run: what is long enough before it stays as it is.
+    def _where_to_merge_from(state: IndexState, rows: int) -> int:
+        """Return the first row of the next segment: what is long enough before it stays as it is.
 
-        The tail keeps the positions of rows before the run, which are keys that moved. More than
+        The delta keeps the positions of rows before it, which are keys that moved. More than
         half of what it may hold must not stay, or the next look-up would begin to build again.
         """
-        start = state.runs[-1].last if state.runs else 0
-        coded = state.tail.rows[: state.tail.count]
-        for part in reversed(state.runs):
-            long_enough = part.last - part.first >= MERGE_RATIO * (rows - start)
-            if long_enough and np.count_nonzero(coded < start) <= TAIL_ROWS // 2:
+        start = state.segments[-1].last if state.segments else 0
+        coded = state.delta.rows[: state.delta.count]
+        for segment in reversed(state.segments):
+            long_enough = segment.last - segment.first >= MERGE_RATIO * (rows - start)
+            if long_enough and np.count_nonzero(coded < start) <= DELTA_ROWS // 2:
                 break
-            start = part.first
+            start = segment.first
         return start
 
     def _steps(self, build: Build) -> Iterator[str]:
-        """Make a run and publish it; give the name of each step before it is done."""
+        """Make a segment and publish it; give the name of each step before it is done."""
         made = None
         try:
             steps = build.steps()
@@ -304,7 +301,7 @@ class Certificate:
         except StopIteration as done:
             made = done.value
         except Exception:
-            _log.exception("the certificate was not built; look-ups read all keys")
+            _log.exception("the index was not built; look-ups read all keys")
         yield "publish"
         with self._lock:  # whoever began this holds it until there is something to wait for
             self._wait = None
@@ -313,25 +310,27 @@ class Certificate:
             else:
                 self._publish(build, made)
 
-    def _publish(self, build: Build, made: Part) -> None:
-        """Put a run in the place of what it was made from; edits meanwhile are kept."""
+    def _publish(self, build: Build, made: Segment) -> None:
+        """Put a segment in the place of what it was made from; edits meanwhile are kept."""
         state, snapshot, newest = build.state, build.snapshot, self._newest
         assert newest is not None
         given_up = state is not None and state is not self.current
         if given_up or snapshot.era != newest.era:
             return self._build_if_needed()
-        now = State(build.phi, build.fitted_rows, build.floor)
-        now.runs = (*(p for p in state.runs if p.last <= made.first), made) if state else (made,)
+        now = IndexState(build.projection, build.fitted_rows, build.min_radius)
+        now.segments = (
+            (*(p for p in state.segments if p.last <= made.first), made) if state else (made,)
+        )
         now.covered, now.oldest = build.rows, snapshot.version
         now.predicted_bytes = build.predicted_bytes
         if state is not None:
-            old = state.tail
+            old = state.delta
             keep = np.arange(old.count)
-            keep = keep[(keep >= build.tail_count) | (old.rows[: old.count] < made.first)]
+            keep = keep[(keep >= build.delta_count) | (old.rows[: old.count] < made.first)]
             rows = old.rows[keep]
             near, far = segments.unpacked(old, keep)
-            radii = old.reach[keep // segments.LEAF]
-            now.tail = segments.append_codes(now.tail, near, far, rows, radii, now.floor)
+            radii = old.leaf_max_radius[keep // segments.LEAF]
+            now.delta = segments.append_codes(now.delta, near, far, rows, radii, now.min_radius)
             now.covered = max(state.covered, build.rows)
         # It knows the version it was made from; the newest is taken in, others when they are asked.
         self.current, self._newest = now, snapshot
@@ -347,26 +346,26 @@ def _order(snapshot: Snapshot) -> tuple[int, int]:
 
 @atexit.register
 def _stop_building() -> None:
-    for certificate in list(_builders):
-        certificate._cancelled = True
-        certificate.settle()
+    for index in list(_builders):
+        index._cancelled = True
+        index.settle()
 
 
-def _go_on_in_child(certificate: Certificate, whole: bool) -> None:
+def _go_on_in_child(index: Index, whole: bool) -> None:
     """Let a forked child make for itself what a thread was making that it has not.
 
     It begins when it first asks, not before. whole: else what is known may be half taken in, and is
     given up; views that were handed out before stay true.
     """
-    was_making, certificate._wait = certificate._wait is not None, None
+    was_making, index._wait = index._wait is not None, None
     if not whole:
-        certificate.current, certificate._older = None, weakref.WeakSet()
+        index.current, index._older = None, weakref.WeakSet()
     if was_making or not whole:
-        certificate._was_forked = True
-        view = None if certificate._handed is None else certificate._handed()
+        index._was_forked = True
+        view = None if index._handed is None else index._handed()
         if view is not None:
             view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
 
 
-_certificates: Cache[Certificate] = Cache("certificate")
+_indexes: Cache[Index] = Cache("certificate")
 _FORKED: Any = object()

@@ -1,4 +1,5 @@
-// AVX-512 in plain C for processors without it: the tests run avx512vnni.cpp itself (SIMDe 0.7.4).
+// AVX-512 in plain C for processors without it: the tests run csrc/cpu/avx512vnni.cpp itself (SIMDe
+// 0.7.4).
 #define SIMDE_ENABLE_NATIVE_ALIASES
 #include <simde/x86/avx512.h>
 #include <simde/x86/f16c.h>
