@@ -1,12 +1,15 @@
 """Every key read, for few queries: whether each is in the ball of its nearest key.
 
+    limit = min(above(widest radius squared), above(least float32 sum))
+
 `scan_keys`: programs share the keys, in blocks of ROWS rows, and each keeps its best two in float32
 as packed pairs. `decide`: one program takes one query and the best pairs of all programs. Those
-within the band of the least are summed again in the canonical order; where a program's second best
-is within the band too, all of its rows are looked through again.
+within `limit` are summed again in the canonical order; where a program's second best is within it
+too, all of its rows are looked through again.
 
-A packed minimum alone would lose what the band needs: row 5 at 1 + 1e-9 beats row 1000 at 1. N is
-read from the device, nothing is specialised on it, and nothing waits for the host.
+A packed minimum alone would lose what the bound needs: row 5 at 1 + 1e-9 beats row 1000 at 1. Ties:
+the lowest row. Masks: rows past N, removed rows and queries past B are NONE. N is read from the
+device, nothing is specialised on it, and nothing waits for the host.
 """
 
 # A tuple of tensors grows in a loop that is unrolled.
@@ -26,6 +29,7 @@ from grace_fast.kernels.exact import (
     float_sums,
     in_ball,
     is_finite,
+    is_live,
     nearer_of,
     nearest_of_rows,
     packed,
@@ -34,13 +38,13 @@ from grace_fast.kernels.exact import (
     sure_of,
     write_verdict,
 )
-from grace_fast.kernels.nearest import CHUNK_BYTES, OPTIONS
+from grace_fast.kernels.nearest import OPTIONS
 from torch import Tensor
 
 # By room for rows: up to so many rows, rows of a block and columns read at a time. Not measured.
 TILES = ((4096, 8, 256), (1 << 62, 32, 64))
 WARPS = 4  # with these tiles a lane adds 16 numbers of a row at most before lanes are added
-STAGES = 4  # chunks in flight; not measured
+STAGES = tl.constexpr(4)  # chunks in flight; not measured
 PROGRAMS_PER_PROCESSOR = 4  # not measured
 MOST_TOGETHER = 4  # queries that share a read of the keys; arithmetic outweighs memory beyond
 
@@ -54,46 +58,40 @@ def asked_for(doubtful, query, here) -> tl.tensor:
 @triton.jit(do_not_specialize=["batch", "programs"])
 def scan_keys(
     queries,  # [B, D] fp32, bf16 or fp16
-    keys,  # [slots, D] fp32, bf16 or fp16
-    key_slot,  # [capacity] int64 or None
-    live,  # [capacity] bool
-    count,  # [1] int64, N
+    keys,
     doubtful,  # [B] int32, not 0 for the queries to look up; None for all
     best,  # [B, programs] int64 packed, written
     second,  # [B, programs] int64 packed, written
     batch,  # B
-    width,  # D
     programs,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     TOGETHER: tl.constexpr,
-    STAGES: tl.constexpr,
 ) -> None:
     """Write the best two of TOGETHER queries among every programs-th block of ROWS rows."""
     # Queries run fastest: the programs that read the same keys are close in time.
     groups = tl.cdiv(batch, TOGETHER)
     program = tl.program_id(0) // groups
-    query = (tl.program_id(0) % groups).to(tl.int64) * TOGETHER + tl.arange(0, TOGETHER)
+    first_query = (tl.program_id(0) % groups).to(tl.int64) * TOGETHER
+    query = first_query + tl.arange(0, TOGETHER)
     if not any_of(asked_for(doubtful, query, query < batch)):
         return
-    rows = tl.load(count)
-    first_query = (tl.program_id(0) % groups).to(tl.int64) * TOGETHER
-    lane = tl.arange(0, ROWS)
+    width, rows = keys.width, tl.load(keys.rows)
     firsts, seconds = (), ()
     for _ in tl.static_range(TOGETHER):
         firsts += (tl.full((ROWS,), NONE, dtype=tl.int64),)
         seconds += (tl.full((ROWS,), NONE, dtype=tl.int64),)
     for at in range(program.to(tl.int64) * ROWS, rows, programs.to(tl.int64) * ROWS):
-        row = at + lane
-        here = tl.load(live + row, mask=row < rows, other=0) != 0
-        slot = slots_of(row, key_slot, here)
+        row = at + tl.arange(0, ROWS)
+        here = is_live(keys, row, row < rows)
+        slot = slots_of(keys, row, here)
         totals = ()
         for _ in tl.static_range(TOGETHER):
             totals += (tl.zeros((ROWS, CHUNK), dtype=tl.float32),)
         for first in tl.range(0, width, CHUNK, num_stages=STAGES):
             j = first + tl.arange(0, CHUNK)
             k = tl.load(
-                keys + slot[:, None] * width + j[None, :],
+                keys.slots + slot[:, None] * width + j[None, :],
                 mask=here[:, None] & (j < width)[None, :],
                 other=0,
             ).to(tl.float32)
@@ -121,23 +119,14 @@ def scan_keys(
 @triton.jit(do_not_specialize=["programs"])
 def decide(
     queries,  # [B, D] fp32, bf16 or fp16
-    keys,  # [slots, D] fp32, bf16 or fp16
-    key_slot,  # [capacity] int64 or None
-    live,  # [capacity] bool
-    radius,  # [capacity] float32
-    count,  # [1] int64, N
-    widest,  # [1] float32
+    keys,
     doubtful,  # [B] int32, not 0 for the queries to decide; None for all
     best,  # [B, programs] int64 packed
     second,  # [B, programs] int64 packed
-    hit,  # [B] bool, written
-    row,  # [B] int64, written
-    squared,  # [B] float64, written
-    width,  # D
+    found,  # written
     programs,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,  # of a chunk of the canonical sum
     PROGRAMS: tl.constexpr,  # a power of two, >= programs
     SUMS: tl.constexpr,  # whether the canonical S of a hit is wanted
 ) -> None:
@@ -145,27 +134,26 @@ def decide(
     query = tl.program_id(0).to(tl.int64)
     if not asked_for(doubtful, query, query >= 0):
         return
-    lane = tl.arange(0, PROGRAMS)
+    lane, width = tl.arange(0, PROGRAMS), keys.width
     firsts = tl.load(best + query * programs + lane, mask=lane < programs, other=NONE)
     seconds = tl.load(second + query * programs + lane, mask=lane < programs, other=NONE)
     least = tl.min(firsts, axis=0)
-    limit = tl.minimum(above_every_ball(widest, width), above(distance_of(least), width))
+    limit = tl.minimum(above_every_ball(keys), above(distance_of(least), width))
     within = (bits_of(tl.maximum(limit, 0.0)) << 32) | 0xFFFFFFFF  # at most `limit`
     is_hit = query < 0  # false, as a tensor
     nearest = query - query - 1
     nearest_squared = nearest.to(tl.float64)
-    wanted = queries + query * width
+    vector = queries + query * width
     # False for NONE, which is a NaN.
-    if distance_of(least) <= limit and is_finite(wanted, width, CHUNK):
+    if distance_of(least) <= limit and is_finite(vector, width, CHUNK):
         nearest = least & 0xFFFFFFFF
         nearest_squared = distance_of(least).to(tl.float64)
-        reach = radius_of(radius, nearest)
-        sure, is_hit = sure_of(distance_of(least), reach, width, SUMS)
+        sure, is_hit = sure_of(distance_of(least), radius_of(keys, nearest), width, SUMS)
         open_ = firsts <= within
         alone = tl.sum((open_ | (seconds <= within)).to(tl.int32), axis=0) == 1
         alone = alone & (not any_of(seconds <= within))
         if not (alone & sure):
-            rows = tl.load(count)
+            rows = tl.load(keys.rows)
             nearest = query - query - 1
             nearest_squared = float("inf") - nearest.to(tl.float64)
             while any_of(open_):
@@ -178,20 +166,17 @@ def decide(
                 first = tl.where(whole, program * ROWS, taken & 0xFFFFFFFF)
                 last = tl.where(whole, rows, first + 1)
                 for at in range(first, last, programs.to(tl.int64) * ROWS):
-                    some = at + tl.arange(0, ROWS)
-                    here = tl.load(live + some, mask=some < last, other=0) != 0
-                    slot = slots_of(some, key_slot, here)
-                    sums = float_sums(wanted, keys, slot, here, width, ROWS, CHUNK)
-                    here = here & (sums <= limit)
+                    row = at + tl.arange(0, ROWS)
+                    here = is_live(keys, row, row < last)
+                    slot = slots_of(keys, row, here)
+                    here = here & (float_sums(vector, keys, slot, here, ROWS, CHUNK) <= limit)
                     if any_of(here):
-                        found, found_row = nearest_of_rows(
-                            wanted, keys, some, slot, here, width, ROWS, COLUMNS
-                        )
+                        exact, exact_row = nearest_of_rows(vector, keys, row, slot, here, ROWS)
                         nearest_squared, nearest = nearer_of(
-                            nearest_squared, nearest, found, found_row
+                            nearest_squared, nearest, exact, exact_row
                         )
-            is_hit = in_ball(nearest_squared, radius_of(radius, nearest))
-    write_verdict(hit, row, squared, query, is_hit, nearest, nearest_squared)
+            is_hit = in_ball(nearest_squared, radius_of(keys, nearest))
+    write_verdict(found, query, is_hit, nearest, nearest_squared)
 
 
 def tile_of(keys: Keys) -> tuple[int, int]:
@@ -228,49 +213,37 @@ def find(
     the law's only to within float32.
     """
     found = Found.room(queries) if into is None else into
-    batch, width = queries.shape
+    batch = len(queries)
     rows, chunk = tile_of(keys)
     together = min(MOST_TOGETHER, triton.next_power_of_2(batch))
     groups = triton.cdiv(batch, together)
     programs = programs_of(keys, groups)
-    pairs = queries.new_empty(2, batch, programs, dtype=torch.int64)
+    best, second = (queries.new_empty(batch, programs, dtype=torch.int64) for _ in range(2))
     with torch.cuda.device_of(queries):
         scan_keys[(programs * groups,)](
             queries,
-            keys.slots,
-            keys.key_slot,
-            keys.live,
-            keys.count,
+            keys,
             doubtful,
-            pairs[0],
-            pairs[1],
+            best,
+            second,
             batch,
-            width,
             programs,
             ROWS=rows,
             CHUNK=chunk,
             TOGETHER=together,
-            STAGES=STAGES,
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
         decide[(batch,)](
             queries,
-            keys.slots,
-            keys.key_slot,
-            keys.live,
-            keys.radius,
-            keys.count,
-            keys.widest,
+            keys,
             doubtful,
-            pairs[0],
-            pairs[1],
-            *found,
-            width,
+            best,
+            second,
+            found,
             programs,
             ROWS=rows,
             CHUNK=chunk,
-            COLUMNS=CHUNK_BYTES // keys.slots.element_size(),
             PROGRAMS=triton.next_power_of_2(programs),
             SUMS=sums,
             num_warps=WARPS,

@@ -13,21 +13,31 @@ in float32 loses what cancels, so it is only a filter, with a bound on its error
 
 `gap` takes every one of D products and sums to lose 2^-23 of the largest term it is aligned to.
 
-`round_queries` makes q', `filter_tiles` appends candidates to the ring of each query, `decide`
-settles a ring. A query whose ring was too small is looked up by `dense.find`.
+`round_queries`: one program takes one query and makes its q'. `filter_tiles`: programs share the
+tiles of BLOCK_B queries and BLOCK_N rows and append candidates to the ring of each query. `decide`:
+one program settles one ring, ties and all. A query whose ring was too small is looked up by
+`dense.find`. Masks: queries past B, rows past N and removed rows are no candidates.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from grace_fast.kernels import dense
-from grace_fast.kernels.exact import Found, Keys, any_of, is_finite, write_verdict
-from grace_fast.kernels.nearest import CHUNK_BYTES, OPTIONS
-from grace_fast.kernels.ring import CHUNK, LANES, WARPS, append, settle
+from grace_fast.kernels.exact import (
+    Found,
+    Keys,
+    any_of,
+    is_finite,
+    is_live,
+    slots_of,
+    write_verdict,
+)
+from grace_fast.kernels.nearest import OPTIONS
+from grace_fast.kernels.ring import WARPS, Ring, append, of_query, settle
 from torch import Tensor
 
 RING = 256  # candidates of a query; more and it is looked up densely
@@ -39,14 +49,32 @@ _UNIT = tl.constexpr(2.0**-24)
 _LARGE = tl.constexpr(1e37)
 
 
-@dataclass(frozen=True, eq=False)
-class FilterKeys:
-    """What the tensor cores multiply for the keys, by slot."""
+class FilterKeys(NamedTuple):
+    """What the tensor cores multiply for the keys, by slot: an argument of the kernels."""
 
     slots: Tensor  # [slots, D] bf16 or fp16: k'
     norm: Tensor  # [slots] float32, |k'|^2
     error: Tensor  # [slots] float32, e_k
     centre: Tensor | None  # [D] float32, taken from keys and queries first
+
+
+class FilterQueries(NamedTuple):
+    """What they multiply for the queries: an argument of the kernels."""
+
+    vectors: Tensor  # [B, D] of the type of FilterKeys.slots: q'
+    bits: Tensor  # the same memory; bf16 as int16
+    norm: Tensor  # [B] float32, |q'|^2
+    error: Tensor  # [B] float32, e_q
+    limit: Tensor  # [B] int32, the bits of a float32
+
+    @staticmethod
+    def room(queries: Tensor, dtype: torch.dtype) -> FilterQueries:
+        """Return room for queries [B, D]."""
+        vectors = torch.empty_like(queries, dtype=dtype)
+        bits = vectors.view(torch.int16) if dtype == torch.bfloat16 else vectors
+        types = (torch.float32, torch.float32, torch.int32)
+        fields = (queries.new_empty(len(queries), dtype=dtype) for dtype in types)
+        return FilterQueries(vectors, bits, *fields)
 
 
 def filter_keys(
@@ -83,74 +111,72 @@ def filter_keys(
 @triton.jit
 def round_queries(
     queries,  # [B, D] fp32, bf16 or fp16
+    keys,
     centre,  # [D] float32 or None
-    widest,  # [1] float32
-    rounded,  # [B, D] fp16, or bf16 as int16: q', written
-    norm,  # [B] float32, |q'|^2, written
-    error,  # [B] float32, e_q, written
-    limit,  # [B] int32, the bits of a float32, written
+    rounded,  # FilterQueries, written
     entries,  # [B] int32, set to 0
-    width,  # D
     CHUNK: tl.constexpr,
 ) -> None:
     """Write one query as it is multiplied. A limit of -1 says that it holds no candidates."""
     query = tl.program_id(0).to(tl.int64)
+    width, start = keys.width, query * keys.width
     squares = tl.zeros((CHUNK,), dtype=tl.float64)
     errors = tl.zeros((CHUNK,), dtype=tl.float64)
     for first in range(0, width, CHUNK):
         j = first + tl.arange(0, CHUNK)
-        exact = tl.load(queries + query * width + j, mask=j < width, other=0)
-        exact = exact.to(tl.float32).to(tl.float64)
+        exact = tl.load(queries + start + j, mask=j < width, other=0).to(tl.float32).to(tl.float64)
         if centre is not None:
             exact -= tl.load(centre + j, mask=j < width, other=0).to(tl.float64)
         narrow = exact.to(tl.float32)
-        if rounded.dtype.element_ty == tl.int16:  # to the nearest bf16, ties to even, by its bits
+        if rounded.bits.dtype.element_ty == tl.int16:  # to the nearest bf16, ties to even
             bits = narrow.to(tl.int32, bitcast=True)
             bits = bits + 0x7FFF + ((bits >> 16) & 1)
-            tl.store(rounded + query * width + j, (bits >> 16).to(tl.int16), mask=j < width)
+            half = (bits >> 16).to(tl.int16)
             taken = (bits & -65536).to(tl.float32, bitcast=True).to(tl.float64)
         else:
             half = narrow.to(tl.float16)
-            tl.store(rounded + query * width + j, half, mask=j < width)
             taken = half.to(tl.float64)
+        tl.store(rounded.bits + start + j, half, mask=j < width)
         squares += taken * taken
         errors += (exact - taken) * (exact - taken)
-    radius = tl.load(widest)
-    may_hit = (radius >= 0) & is_finite(queries + query * width, width, CHUNK)
-    start = tl.where(may_hit, radius * (1.0 + 1e-6), -1.0)
-    tl.store(limit + query, start.to(tl.int32, bitcast=True))
-    tl.store(norm + query, tl.sum(squares, axis=0).to(tl.float32))
+    radius = tl.load(keys.widest)
+    may_hit = (radius >= 0) & is_finite(queries + start, width, CHUNK)
+    limit = tl.where(may_hit, radius * (1.0 + 1e-6), -1.0)
+    tl.store(rounded.limit + query, limit.to(tl.int32, bitcast=True))
+    tl.store(rounded.norm + query, tl.sum(squares, axis=0).to(tl.float32))
     moved = tl.sqrt(tl.sum(errors, axis=0).to(tl.float32)) * (1.0 + 1e-5)
-    tl.store(error + query, tl.where(moved > 0, moved + 1e-18, 0.0))
+    tl.store(rounded.error + query, tl.where(moved > 0, moved + 1e-18, 0.0))
     tl.store(entries + query, 0)
+
+
+@triton.jit
+def first_candidate(lower, bound, may, here, after) -> tl.tensor:
+    """Return the first column after `after` [m] that is not farther than bound [m]; n for none.
+
+    lower: [m, n], may: [m], here: [n]. What is not a number is not farther.
+    """
+    column = tl.arange(0, here.shape[0])[None, :]
+    candidate = ((lower > bound[:, None]) == 0) & (here[None, :] & may[:, None])
+    candidate = candidate & (column > after[:, None])
+    return tl.min(tl.where(candidate, column, here.shape[0]), axis=1)
 
 
 @triton.jit(do_not_specialize=["batch", "programs"])
 def filter_tiles(
-    rounded,  # [B, D] bf16 or fp16, q'
-    norm,  # [B] float32
-    error,  # [B] float32
-    slots,  # [slots, D] bf16 or fp16, k'
-    key_norm,  # [slots] float32
-    key_error,  # [slots] float32
-    key_slot,  # [capacity] int64 or None
-    live,  # [capacity] bool
-    count,  # [1] int64, N
-    limit,  # [B] int32, lowered
-    ring,  # [B, RING] int32, written
-    entries,  # [B] int32, added to
+    rounded,  # FilterQueries; `limit` is lowered
+    multiplied,  # FilterKeys
+    keys,
+    ring,  # appended to
     batch,  # B
-    width,  # D
     programs,
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
-    RING: tl.constexpr,
     UPCAST: tl.constexpr,  # the interpreter has no dot of bf16
 ) -> None:
     """Append the candidates among every programs-th tile of BLOCK_B queries and BLOCK_N rows."""
-    rows = tl.load(count)
+    rows, width = tl.load(keys.rows), keys.width
     beside = tl.cdiv(batch, BLOCK_B)
     tiles = tl.cdiv(rows, BLOCK_N) * beside
     gap = (2.5 * width + 128.0) * _UNIT
@@ -160,203 +186,106 @@ def filter_tiles(
         query = (tile % beside) * BLOCK_B + tl.arange(0, BLOCK_B)
         row = (tile // beside) * BLOCK_N + tl.arange(0, BLOCK_N)
         asks = query < batch
-        here = tl.load(live + row, mask=row < rows, other=0) != 0
-        if key_slot is None:
-            slot = tl.where(here, row, 0)
-        else:
-            slot = tl.load(key_slot + row, mask=here, other=0)
+        here = is_live(keys, row, row < rows)
+        slot = slots_of(keys, row, here)
         product = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
         for first in tl.range(0, width, BLOCK_D, num_stages=STAGES):
-            j = first + tl.arange(0, BLOCK_D)
-            inside = (j < width)[None, :]
-            q = tl.load(
-                rounded + query[:, None] * width + j[None, :],
-                mask=asks[:, None] & inside,
-                other=0,
-            )
-            k = tl.load(
-                slots + slot[:, None] * width + j[None, :], mask=here[:, None] & inside, other=0
-            )
+            j = (first + tl.arange(0, BLOCK_D))[None, :]
+            q_mask, k_mask = asks[:, None] & (j < width), here[:, None] & (j < width)
+            q = tl.load(rounded.vectors + query[:, None] * width + j, mask=q_mask, other=0)
+            k = tl.load(multiplied.slots + slot[:, None] * width + j, mask=k_mask, other=0)
             if UPCAST:
                 q, k = q.to(tl.float32), k.to(tl.float32)
             product = tl.dot(q, tl.trans(k), product)
         # Norms so large that a product may overflow bound nothing: such a key is a candidate.
-        key_squares = tl.load(key_norm + slot, mask=here, other=0)
+        key_squares = tl.load(multiplied.norm + slot, mask=here, other=0)
         tame_key = key_squares < _LARGE
         high = tl.where(here & tame_key, key_squares * (1.0 + gap), float("inf"))
         low = tl.where(tame_key, key_squares * (1.0 - gap), -float("inf"))
-        squares = tl.load(norm + query, mask=asks, other=0)
+        squares = tl.load(rounded.norm + query, mask=asks, other=0)
         tame = squares < _LARGE
-        apart = tl.max(tl.load(key_error + slot, mask=here, other=0), axis=0)
-        apart = apart + tl.load(error + query, mask=asks, other=0)
+        apart = tl.max(tl.load(multiplied.error + slot, mask=here, other=0), axis=0)
+        apart = apart + tl.load(rounded.error + query, mask=asks, other=0)
         least = tl.min(high[None, :] - 2.0 * product, axis=1) + (squares * (1.0 + gap) + tiny)
         upper = tl.sqrt(tl.maximum(least, 1e-30)) * (1.0 + 1e-5) + apart
         upper = tl.where(tame & (upper < float("inf")), upper, float("inf"))
         # Numbers >= 0 are in the order of their bits, and -1 is below all of them.
         bits = upper.to(tl.int32, bitcast=True)
-        known = tl.atomic_min(limit + query, bits, mask=asks, sem="relaxed")
+        known = tl.atomic_min(rounded.limit + query, bits, mask=asks, sem="relaxed")
         allowed = tl.minimum(known, bits).to(tl.float32, bitcast=True)
         bound = (allowed + apart) * (allowed + apart) * (1.0 + 1e-5) + 1e-30
         bound = tl.where(tame, bound - squares * (1.0 - gap) + tiny, float("inf"))
         may = asks & (allowed >= 0)
-        # Candidates of each query from left to right, one a query at a time: they are few. What is
-        # not a number is not farther.
-        column = tl.arange(0, BLOCK_N)
+        # Candidates of each query from left to right, one a query at a time: they are few.
         lower = low[None, :] - 2.0 * product
-        next_one = first_candidate(lower, bound, may, here, column, query.to(tl.int32) * 0 - 1)
-        while any_of(next_one < BLOCK_N):
-            found = next_one < BLOCK_N
-            entry = ((tile // beside) * BLOCK_N + next_one).to(tl.int32)
-            append(ring + query * RING, entries + query, entry, found, RING)
-            next_one = first_candidate(lower, bound, may, here, column, next_one)
-
-
-@triton.jit
-def first_candidate(lower, bound, may, here, column, after) -> tl.tensor:
-    """Return the first column after `after` [m] that is not farther than bound [m]; n for none.
-
-    lower: [m, n], may: [m], here: [n], column: [n].
-    """
-    farther = lower > bound[:, None]
-    candidate = (farther == 0) & (here[None, :] & may[:, None])
-    candidate = candidate & (column[None, :] > after[:, None])
-    return tl.min(tl.where(candidate, column[None, :], column.shape[0]), axis=1)
+        column = first_candidate(lower, bound, may, here, query.to(tl.int32) * 0 - 1)
+        while any_of(column < BLOCK_N):
+            candidate = ((tile // beside) * BLOCK_N + column).to(tl.int32)
+            append(of_query(ring, query), candidate, column < BLOCK_N)
+            column = first_candidate(lower, bound, may, here, column)
 
 
 @triton.jit
 def decide(
     queries,  # [B, D] fp32, bf16 or fp16
-    keys,  # [slots, D] fp32, bf16 or fp16
-    key_slot,  # [capacity] int64 or None
-    live,  # [capacity] bool
-    radius,  # [capacity] float32
-    count,  # [1] int64, N
-    widest,  # [1] float32
-    ring,  # [B, RING] int32
-    entries,  # [B] int32
-    sums,  # [B, RING] float32, written: scratch
-    doubtful,  # [B] int32, written: whether the ring was too small
-    hit,  # [B] bool, written
-    row,  # [B] int64, written
-    squared,  # [B] float64, written
-    width,  # D
-    LANES: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RING: tl.constexpr,
+    keys,
+    ring,  # `doubtful` is written: whether the ring was too small
+    found,  # written
     SUMS: tl.constexpr,
 ) -> None:
     """Write the verdict on one query from its ring."""
     query = tl.program_id(0).to(tl.int64)
-    held = tl.load(entries + query)
-    tl.store(doubtful + query, (held > RING).to(tl.int32))
-    if held > RING:
+    entries = tl.load(ring.entries + query)
+    tl.store(ring.doubtful + query, (entries > ring.size).to(tl.int32))
+    if entries > ring.size:
         return
-    is_hit, best_row, best, _ = settle(
-        queries + query * width,
-        keys,
-        key_slot,
-        live,
-        radius,
-        count,
-        widest,
-        ring + query * RING,
-        sums + query * RING,
-        None,
-        held,
-        width,
-        LANES,
-        CHUNK,
-        COLUMNS,
-        RING,
-        SUMS,
-    )
-    write_verdict(hit, row, squared, query, is_hit, best_row, best)
+    vector = queries + query * keys.width
+    is_hit, row, squared, _ = settle(vector, keys, ring, query, entries, None, SUMS)
+    write_verdict(found, query, is_hit, row, squared)
 
 
 def programs_of(keys: Keys, batch: int) -> int:
     """Return how many programs share the tiles."""
-    tiles = triton.cdiv(max(1, keys.capacity), TILE["BLOCK_N"]) * triton.cdiv(
-        batch, TILE["BLOCK_B"]
-    )
+    rows = triton.cdiv(max(1, keys.capacity), TILE["BLOCK_N"])
+    tiles = rows * triton.cdiv(batch, TILE["BLOCK_B"])
     return int(min(tiles, PROGRAMS_PER_PROCESSOR * dense.processors(keys)))
 
 
 def find(
-    queries: Tensor, keys: Keys, multiplied: FilterKeys, sums: bool = True, ring: int = RING
+    queries: Tensor, keys: Keys, multiplied: FilterKeys, sums: bool = True, ring_size: int = RING
 ) -> Found:
     """Return whether each query [B, D] is in the ball of its nearest key, by the law (R64).
 
-    queries: contiguous, on the keys' device, B at least 1. ring: room for candidates, a power of
-    two. Without `sums` the S of a hit is the law's only to within float32.
+    queries: contiguous, on the keys' device, B at least 1. ring_size: room for candidates, a power
+    of two. Without `sums` the S of a hit is the law's only to within float32.
     """
-    batch, width = queries.shape
-    device = queries.device
+    batch, device = len(queries), queries.device
     found = Found.room(queries)
-    rounded = torch.empty(batch, width, dtype=multiplied.slots.dtype, device=device)
-    as_bits = rounded.view(torch.int16) if rounded.dtype == torch.bfloat16 else rounded
-    norm, error = torch.empty(2, batch, device=device, dtype=torch.float32)
-    limit, entries, doubtful = torch.empty(3, batch, dtype=torch.int32, device=device)
-    candidates = torch.empty(batch, ring, dtype=torch.int32, device=device)
-    scratch = torch.empty(batch, ring, device=device, dtype=torch.float32)
+    ring = Ring.room(batch, ring_size, device)
+    rounded = FilterQueries.room(queries, multiplied.slots.dtype)
     programs = programs_of(keys, batch)
     with torch.cuda.device_of(queries):
         round_queries[(batch,)](
             queries,
+            keys,
             multiplied.centre,
-            keys.widest,
-            as_bits,
-            norm,
-            error,
-            limit,
-            entries,
-            width,
+            rounded,
+            ring.entries,
             CHUNK=1024,
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
         filter_tiles[(programs,)](
             rounded,
-            norm,
-            error,
-            multiplied.slots,
-            multiplied.norm,
-            multiplied.error,
-            keys.key_slot,
-            keys.live,
-            keys.count,
-            limit,
-            candidates,
-            entries,
+            multiplied,
+            keys,
+            ring,
             batch,
-            width,
             programs,
             **TILE,
-            RING=ring,
             UPCAST=device.type != "cuda",
             num_warps=TILE_WARPS,
             enable_fp_fusion=True,
         )
-        decide[(batch,)](
-            queries,
-            keys.slots,
-            keys.key_slot,
-            keys.live,
-            keys.radius,
-            keys.count,
-            keys.widest,
-            candidates,
-            entries,
-            scratch,
-            doubtful,
-            *found,
-            width,
-            LANES=LANES,
-            CHUNK=CHUNK,
-            COLUMNS=CHUNK_BYTES // keys.slots.element_size(),
-            RING=ring,
-            SUMS=sums,
-            num_warps=WARPS,
-            **OPTIONS,
-        )
-    return dense.find(queries, keys, doubtful, found, sums)
+        decide[(batch,)](queries, keys, ring, found, SUMS=sums, num_warps=WARPS, **OPTIONS)
+    return dense.find(queries, keys, ring.doubtful, found, sums)

@@ -200,9 +200,10 @@ def on_device(name: str, device: str):
         alive = torch.cat([live, live[: case.spare]])
     given = Keys(
         slots=slots.to(device),
+        width=slots.shape[1],
         live=alive.contiguous().to(device),
         radius=held.contiguous().to(device),
-        count=torch.tensor([len(keys)], device=device),
+        rows=torch.tensor([len(keys)], device=device),
         widest=radii.max()[None].to(device),
         key_slot=None if key_slot is None else key_slot.to(device),
     )
@@ -211,7 +212,7 @@ def on_device(name: str, device: str):
 
 def certificate(name: str, device: str):
     """Return a case's codes, runs of 64 keys and more in kd order; None where no map will do."""
-    from grace_fast.kernels import codes
+    from grace_fast.kernels.code_layout import device_codes
 
     case, _ = case_of(name)
     _, keys, radii, live = on_device(name, "cpu")
@@ -236,7 +237,7 @@ def certificate(name: str, device: str):
             parts.append(part)
         first = last
     segments.ORDER_ROWS = usual
-    return codes.device_codes(phi, parts, first, floor, device)
+    return device_codes(phi, parts, first, floor, device)
 
 
 def kd_order(**arguments: int) -> None:
@@ -271,7 +272,7 @@ def found_by(path: str, name: str, device: str, sums: bool = True, floor: float 
     if made is None:
         return None
     if floor is not None:
-        made.numbers[codes.FLOOR.value] = floor
+        made.numbers[codes.MIN_RADIUS.value] = floor
     return codes.find(queries, keys, made, sums, ring, tiled=path == "code tiles")
 
 
@@ -323,45 +324,24 @@ def encoded(device: str) -> list[tuple[int, float, float]]:
         _, keys, radii, _ = on_device(name, "cpu")
         phi = host_codes.fit(keys, host_codes.scale_of(radii[radii > 0], keys))
         made = certificate(name, device)
-        code, point, notes, _, _ = encoded_by(made, queries.to(device))
+        asked, _ = encoded_by(made, queries.to(device))
         host = host_codes.encode_queries(phi, queries)
-        near = (host.whole[:, :16] - point.cpu().int()).abs().max()
+        near = (host.whole[:, :16] - asked.point.cpu().int()).abs().max()
         used = 64 if made.has_far else 16
-        bytes_apart = (host.whole[:, :used] - code.cpu()[:, :used].int() + 128) % 256 - 128
-        ratio = notes[:, 0].cpu() / host.near_error
+        bytes_apart = (host.whole[:, :used] - asked.code.cpu()[:, :used].int() + 128) % 256 - 128
+        ratio = asked.notes[:, 0].cpu() / host.near_error
         apart = max(int(near), int(bytes_apart.abs().max()))
         told.append((apart, float(ratio.min()), float(ratio.max())))
     return told
 
 
-def encoded_by(made, queries: Tensor) -> tuple[Tensor, ...]:
-    """Return what `encode` writes of queries: codes, points, notes, doubts and empty rings."""
-    from grace_fast.kernels import codes
+def encoded_by(made, queries: Tensor):
+    """Return queries as codes, and their empty rings."""
+    from grace_fast.kernels.encode import encoded
+    from grace_fast.kernels.ring import Ring
 
-    batch, device = len(queries), queries.device
-    code = torch.zeros(batch, 64, dtype=torch.uint8, device=device)
-    point = torch.zeros(batch, 16, dtype=torch.int16, device=device)
-    notes = torch.zeros(batch, 8, dtype=torch.float64, device=device)
-    doubtful, entries = torch.zeros(2, batch, dtype=torch.int32, device=device)
-    codes.encode[(batch, 4 if made.has_far else 1)](
-        queries,
-        made.centre,
-        made.rows,
-        made.turn,
-        made.numbers,
-        code,
-        point,
-        notes,
-        doubtful,
-        entries,
-        queries.shape[1],
-        made.rows.shape[1],
-        NORM_SLOT=made.norm_slot,
-        CHUNK=codes.ENCODE_CHUNK,
-        num_warps=codes.ENCODE_WARPS,
-        **codes.OPTIONS,
-    )
-    return code, point, notes, doubtful, entries
+    ring = Ring.room(len(queries), 1024, queries.device)
+    return encoded(queries, made, ring), ring
 
 
 def collected(device: str) -> list[tuple[list[set[int]], list[set[int]]]]:
@@ -376,38 +356,21 @@ def collected(device: str) -> list[tuple[list[set[int]], list[set[int]]]]:
         # From the place of a key to beyond its reach, so that sums lie on both sides of a cut.
         away = torch.linspace(0, 0.4, len(picked))[:, None] * unit(*picked.shape, seed=13)
         queries = (picked + away).to(device)
-        code, point, notes, doubtful, entries = encoded_by(made, queries)
-        doubtful[3] = 1  # it asks for nothing
-        rings = [torch.zeros(len(queries), 1024, dtype=torch.int32, device=device) for _ in "ab"]
-        counts = [entries, entries.clone()]
-        native = device != "cpu"
+        asked, one_by_one = encoded_by(made, queries)
+        one_by_one.doubtful[3] = 1  # it asks for nothing
+        by_products = one_by_one._replace(
+            candidates=torch.zeros_like(one_by_one.candidates),
+            entries=one_by_one.entries.clone(),
+        )
         codes.collect[(len(queries),)](
-            code.view(torch.int32),
-            point,
-            notes,
-            doubtful,
-            *codes.places_of(made),
-            keys.count,
-            rings[0],
-            counts[0],
-            len(queries),
-            1,
-            NORM_SLOT=made.norm_slot,
-            HAS_FAR=made.has_far,
-            NATIVE=native,
-            RING=1024,
-            SUPERS=codes.SUPERS,
-            LINEAR=codes.LINEAR,
-            num_warps=1,
-            **codes.OPTIONS,
+            asked, made, keys, one_by_one, len(queries), 1, num_warps=1, **codes.OPTIONS
         )
-        code_tiles.collect(
-            code, point, notes, doubtful, made, keys.count, rings[1], counts[1], 1, native
-        )
+        code_tiles.collect(asked, made, keys, by_products, 1)
         rows = made.row.cpu()
         lists = []
-        for ring, count in zip(rings, counts, strict=True):
-            held = [ring[b, :n].tolist() for b, n in enumerate(count.tolist())]
+        for ring in (one_by_one, by_products):
+            counts = enumerate(ring.entries.tolist())
+            held = [ring.candidates[b, :n].tolist() for b, n in counts]
             lists.append([{e for e in some if e < 0 or rows[e] >= 0} for some in held])
         told.append((lists[0], lists[1]))
     return told

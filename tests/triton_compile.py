@@ -19,20 +19,30 @@ def target_of(name: str):
     return GPUTarget("cuda", NVIDIA[name], 32)
 
 
-def compiled(function, target, types: dict[str, str], constants: dict[str, object], **options):
-    """Return a kernel compiled ahead of time; pointers and what says so are multiples of 16."""
+def compiled(function, target, arguments: dict[str, object], **options):
+    """Return a kernel compiled ahead of time from what its arguments are, by name.
+
+    A string is a type, what says " aligned" and every pointer is a multiple of 16, a NamedTuple
+    holds arguments, and anything else is a constant.
+    """
     import triton
 
-    names = function.arg_names
-    signature = {name: types.get(name, "constexpr").removesuffix(" aligned") for name in names}
-    aligned = [name for name in names if types.get(name, "").startswith("*")]
-    aligned += [name for name in names if types.get(name, "").endswith(" aligned")]
-    source = triton.compiler.ASTSource(
-        function,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): ALIGNED for name in aligned},
-    )
+    constants: dict[tuple[int, ...], object] = {}
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
+
+    def type_of(argument, path: tuple[int, ...]):
+        if isinstance(argument, tuple):
+            return type(argument)(*(type_of(one, (*path, i)) for i, one in enumerate(argument)))
+        if not isinstance(argument, str):
+            constants[path] = argument
+            return "constexpr"
+        if argument.startswith("*") or argument.endswith(" aligned"):
+            attributes[path] = ALIGNED
+        return argument.removesuffix(" aligned")
+
+    names = enumerate(function.arg_names)
+    signature = {name: type_of(arguments[name], (i,)) for i, name in names}
+    source = triton.compiler.ASTSource(function, signature, constants, attributes)
     return triton.compile(source, target=target, options=options)
 
 

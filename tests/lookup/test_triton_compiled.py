@@ -2,38 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
+import torch
+import triton_cases
 from triton_compile import TARGETS, compiled, dumped, instructions, resources, target_of
 
 pytest.importorskip("triton")
 
 # Of sm_90, by lane; 65 536 to a multiprocessor.
-KEYS = {"live": "*i1", "count": "*i64"}
-BOOK = {**KEYS, "queries": "*fp32", "keys": "*bf16", "radius": "*fp32", "widest": "*fp32"}
-VERDICT = {"hit": "*i1", "row": "*i64", "squared": "*fp64"}
-RING = {"ring": "*i32", "entries": "*i32", "doubtful": "*i32"}
-PAIRS = {"best": "*i64", "second": "*i64", "programs": "i32", "width": "i32 aligned"}
-ENCODED = {"code": "*i32", "point": "*i16", "notes": "*fp64", "numbers": "*fp64"}
-PLACES = {
-    "counts": "*i64",
-    **dict.fromkeys(("near", "far"), "*i32"),
-    **dict.fromkeys(("reach", "super_reach"), "*fp32"),
-    **dict.fromkeys(("leaf_boxes", "super_boxes"), "*i16"),
-}
 
 
 @dataclass
 class Kernel:
-    """How a kernel is launched: types and constants, warps, and what sm_90 may and must hold."""
+    """How a kernel is launched: arguments and warps, and what sm_90 may and must hold."""
 
     module: str
     name: str
-    types: dict[str, str]
-    constants: dict[str, object]
+    arguments: dict[str, object]
     registers: int
     warps: int = 4
     fuses: bool = False  # the canonical sum must not
@@ -41,24 +32,44 @@ class Kernel:
     holds: tuple[str, ...] = ()
 
 
-def kernels() -> dict[str, Kernel]:
-    from grace_fast.kernels import code_tiles, codes, dense, tiles
-    from grace_fast.kernels.ring import CHUNK, LANES
+def kernels(native: bool = True) -> dict[str, Kernel]:
+    from grace_fast.kernels import code_layout, code_tiles, codes, dense, encode, tiles
+    from grace_fast.kernels.code_thresholds import Query
+    from grace_fast.kernels.exact import Found, Keys
+    from grace_fast.kernels.ring import Ring
 
     rows, chunk = dense.TILES[-1][1:]
-    read = {"key_slot": None, "doubtful": None, "ROWS": rows, "CHUNK": chunk}
-    scan = {**KEYS, **PAIRS, "queries": "*fp32", "keys": "*bf16", "batch": "i32"}
-    settle = {"key_slot": None, "LANES": LANES, "CHUNK": CHUNK, "COLUMNS": 32, "SUMS": True}
-    found = {"NORM_SLOT": True, "HAS_FAR": True, "NATIVE": True, "RING": codes.RING}
-    found |= {"SUPERS": codes.SUPERS, "LINEAR": codes.LINEAR}
+    keys = Keys("*bf16", "i32 aligned", "*i1", "*fp32", "*i64", "*fp32", key_slot=None)
+    found = Found(hit="*i1", row="*i64", squared="*fp64")
+    book = {"queries": "*fp32", "keys": keys, "found": found, "SUMS": True}
+    pairs = {"best": "*i64", "second": "*i64", "programs": "i32"}
+    pairs |= {"keys": keys, "queries": "*fp32", "doubtful": None, "ROWS": rows, "CHUNK": chunk}
+    filtered = tiles.FilterKeys("*bf16", "*fp32", "*fp32", centre=None)
+    rounded = tiles.FilterQueries("*bf16", "*i16", "*fp32", "*fp32", limit="*i32")
+    ring = Ring("*i32", "*i32", "*i32", "*fp32", size=codes.RING)
+    small = ring._replace(size=tiles.RING)
+    coded = code_layout.Codes(
+        **dict.fromkeys(("centre", "leaf_max_radius", "node_max_radius"), "*fp32"),
+        **dict.fromkeys(("turn", "numbers"), "*fp64"),
+        **dict.fromkeys(("near", "far", "row", "half_norm"), "*i32"),
+        **dict.fromkeys(("leaf_boxes", "node_boxes"), "*i16"),
+        rows="*bf16",
+        counts="*i64",
+        folded="*i8",
+        isolated="*u8",
+        norm_slot=True,
+        has_far=True,
+        native=native,
+    )
+    asked = Query(code="*u8", words="*i32", point="*i16", notes="*fp64")
+    scanned = {"asked": asked, "codes": coded, "keys": keys, "ring": ring, "batch": "i32"}
     wide = r"LDG(?:STS)?\.E(?:\.\w+)*\.128"
     bytes_apart = ("VABSDIFF4", "IDP.4A", wide)
     return {
         "scan_keys, 1 query": Kernel(
             "dense",
             "scan_keys",
-            scan,
-            {**read, "TOGETHER": 1, "STAGES": dense.STAGES},
+            {**pairs, "batch": "i32", "TOGETHER": 1},
             registers=80,
             fuses=True,
             holds=(wide, "FFMA"),
@@ -66,8 +77,7 @@ def kernels() -> dict[str, Kernel]:
         "scan_keys, 4 queries": Kernel(
             "dense",
             "scan_keys",
-            scan,
-            {**read, "TOGETHER": 4, "STAGES": dense.STAGES},
+            {**pairs, "batch": "i32", "TOGETHER": 4},
             registers=224,
             fuses=True,
             holds=(wide, "FFMA"),
@@ -75,8 +85,7 @@ def kernels() -> dict[str, Kernel]:
         "decide among all keys": Kernel(
             "dense",
             "decide",
-            {**BOOK, **PAIRS, **VERDICT},
-            {**read, "COLUMNS": 32, "PROGRAMS": 1024, "SUMS": True},
+            {**book, **pairs, "PROGRAMS": 1024},
             registers=176,
             holds=("DADD", "DMUL", wide),
         ),
@@ -85,12 +94,12 @@ def kernels() -> dict[str, Kernel]:
             "round_queries",
             {
                 "queries": "*fp32",
-                "rounded": "*i16",
-                **dict.fromkeys(("widest", "norm", "error"), "*fp32"),
-                **dict.fromkeys(("limit", "entries"), "*i32"),
-                "width": "i32 aligned",
+                "keys": keys,
+                "centre": None,
+                "rounded": rounded,
+                "entries": "*i32",
+                "CHUNK": 1024,
             },
-            {"centre": None, "CHUNK": 1024},
             registers=64,
             fuses=True,
             holds=(wide,),
@@ -99,14 +108,15 @@ def kernels() -> dict[str, Kernel]:
             "tiles",
             "filter_tiles",
             {
-                **KEYS,
-                **dict.fromkeys(("rounded", "slots"), "*bf16"),
-                **dict.fromkeys(("norm", "error", "key_norm", "key_error"), "*fp32"),
-                **dict.fromkeys(("limit", "ring", "entries"), "*i32"),
-                **dict.fromkeys(("batch", "programs"), "i32"),
-                "width": "i32 aligned",
+                "rounded": rounded,
+                "multiplied": filtered,
+                "keys": keys,
+                "ring": small,
+                "batch": "i32",
+                "programs": "i32",
+                "UPCAST": False,
+                **tiles.TILE,
             },
-            {"key_slot": None, "RING": tiles.RING, "UPCAST": False, **tiles.TILE},
             registers=184,
             warps=tiles.TILE_WARPS,
             fuses=True,
@@ -115,41 +125,30 @@ def kernels() -> dict[str, Kernel]:
         "decide among candidates": Kernel(
             "tiles",
             "decide",
-            {**BOOK, **RING, **VERDICT, "sums": "*fp32", "width": "i32 aligned"},
-            {**settle, "RING": tiles.RING},
+            {**book, "ring": small},
             registers=96,
             holds=("DADD", "DMUL", wide),
         ),
         "encode": Kernel(
-            "codes",
+            "encode",
             "encode",
             {
-                **ENCODED,
-                "code": "*u8",
                 "queries": "*bf16",
-                "centre": "*fp32",
-                "rows": "*bf16",
-                "turn": "*fp64",
-                **dict.fromkeys(("doubtful", "entries"), "*i32"),
                 "width": "i32",
+                "codes": coded,
                 "padded": "i32 aligned",
+                "asked": asked,
+                "ring": ring,
+                "CHUNK": encode.CHUNK,
             },
-            {"NORM_SLOT": True, "CHUNK": codes.ENCODE_CHUNK},
             registers=64,
-            warps=codes.ENCODE_WARPS,
+            warps=encode.WARPS,
             holds=(wide,),
         ),
         "collect": Kernel(
             "codes",
             "collect",
-            {
-                **ENCODED,
-                **PLACES,
-                **RING,
-                "count": "*i64",
-                **dict.fromkeys(("batch", "programs"), "i32"),
-            },
-            found,
+            {**scanned, "programs": "i32"},
             registers=128,
             warps=1,
             holds=bytes_apart,
@@ -157,22 +156,7 @@ def kernels() -> dict[str, Kernel]:
         "filter_codes": Kernel(
             "code_tiles",
             "filter_codes",
-            {
-                **ENCODED,
-                **PLACES,
-                **RING,
-                "code": "*u8",
-                "words": "*i32",
-                "folded": "*i8",
-                "half_norm": "*i32",
-                "count": "*i64",
-                **dict.fromkeys(("batch", "shares", "steps"), "i32"),
-            },
-            {
-                **{name: found[name] for name in ("NORM_SLOT", "HAS_FAR", "NATIVE", "RING")},
-                "SLOTS": code_tiles.FOLDED,
-                **code_tiles.TILE,
-            },
+            {**scanned, "shares": "i32", "steps": "i32", **code_tiles.TILE},
             registers=168,
             warps=code_tiles.WARPS,
             holds=("IGMMA", *bytes_apart),
@@ -180,20 +164,9 @@ def kernels() -> dict[str, Kernel]:
         "decide among codes": Kernel(
             "codes",
             "decide",
-            {
-                **BOOK,
-                **ENCODED,
-                **PLACES,
-                **RING,
-                **VERDICT,
-                "row_at": "*i32",
-                "isolated": "*u8",
-                "sums": "*fp32",
-                "width": "i32 aligned",
-            },
-            {**settle, **found},
+            {**book, "asked": asked, "codes": coded, "ring": ring},
             registers=codes.REGISTERS,
-            options={"maxnreg": codes.REGISTERS},
+            options={"maxnreg": codes.REGISTERS} if native else {},
             holds=("DADD", "DMUL", *bytes_apart),
         ),
         "write_values": Kernel(
@@ -204,11 +177,12 @@ def kernels() -> dict[str, Kernel]:
                 "hit": "*i1",
                 "row": "*i64",
                 "values": "*bf16",
+                "value_slot": None,
                 "positions": "*i64",
                 "length": "i32",
                 **dict.fromkeys(("batch_stride", "token_stride", "width"), "i32 aligned"),
+                **{"MODE": 2, "TOKENS": 8, "COLUMNS": 512},
             },
-            {"value_slot": None, "MODE": 2, "TOKENS": 8, "COLUMNS": 512},
             registers=40,
             fuses=True,
             holds=(r"LDG\.E(?:\.\w+)*\.64", r"STG\.E(?:\.\w+)*\.128"),
@@ -231,29 +205,24 @@ NAMES = (
 )
 
 
-def built_for(kernel: Kernel, name: str):
-    import importlib
-
+def built_for(name: str, target):
+    """Return a kernel of that name; AMD's have neither the byte instructions nor a limit."""
+    kernel = kernels(native=target.backend == "cuda")[name]
     module = importlib.import_module(f"grace_fast.kernels.{kernel.module}")
-    constants, options = dict(kernel.constants), dict(kernel.options)
-    if name == "gfx942":  # neither the byte instructions nor a limit of registers
-        constants |= {"NATIVE": False} if "NATIVE" in constants else {}
-        options = {}
     return compiled(
         getattr(module, kernel.name),
-        target_of(name),
-        kernel.types,
-        constants,
+        target,
+        kernel.arguments,
         num_warps=kernel.warps,
         enable_fp_fusion=kernel.fuses,
-        **options,
+        **kernel.options,
     )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sm_90_holds_what_is_meant_within_its_registers(name, tmp_path):
     kernel = kernels()[name]
-    built = built_for(kernel, "sm_90")
+    built = built_for(name, target_of("sm_90"))
     used = resources(built.asm["cubin"], tmp_path)
     if tuple(int(part) for part in version("triton").split(".")[:2]) >= (3, 9):
         assert used["REG"] <= kernel.registers
@@ -272,7 +241,7 @@ def test_sm_90_holds_what_is_meant_within_its_registers(name, tmp_path):
 @pytest.mark.parametrize("target", [name for name in TARGETS if name != "sm_90"])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_compiles(name, target, tmp_path):
-    built = built_for(kernels()[name], target)
+    built = built_for(name, target_of(target))
     if target == "gfx942":
         assert instructions(built.asm["amdgcn"], r"\.vgpr_spill_count:\s+(\d+)") == {"0"}
         if name == "filter_codes":
@@ -286,3 +255,51 @@ def test_every_kernel_compiles(name, target, tmp_path):
     if name in ("collect", "filter_codes"):
         assert "VABSDIFF4" in code
         assert "IDP.4A" in code
+
+
+class NoDevice:
+    """A driver for which kernels are compiled and never started."""
+
+    utils = SimpleNamespace(
+        get_device_properties=lambda device: {"max_shared_mem": 1 << 20},
+        load_binary=lambda *kernel: (0, 0, 0, 0, 1024),
+    )
+    get_current_target = staticmethod(lambda: target_of("sm_90"))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_device_interface = staticmethod(lambda: torch)
+    launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
+
+
+def test_look_ups_launch_what_compiles(monkeypatch):
+    """What a look-up passes is compiled for sm_90; numbers that grow are not constants of it."""
+    import triton
+    from grace_fast.kernels import codes, dense, tiles
+
+    if torch.cuda.is_available():
+        pytest.skip("look-ups run on the GPU")
+    launched = {}
+    run = triton.JITFunction.run
+
+    def compile_only(kernel, *arguments, grid, warmup, **options):
+        built = run(kernel, *arguments, grid=grid, warmup=True, **options)
+        launched[f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"] = built
+
+    monkeypatch.setattr(triton.JITFunction, "run", compile_only)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    keys, _, _, _ = triton_cases.on_device("clusters in bf16", "cpu")
+    _, queries = triton_cases.case_of("clusters in bf16")
+    made = triton_cases.certificate("clusters in bf16", "cpu")
+    dense.find(queries, keys)
+    tiles.find(queries, keys, tiles.filter_keys(keys.slots))
+    for tiled in (False, True):
+        codes.find(queries, keys, made, tiled=tiled)
+    assert set(launched) == {
+        *("dense.scan_keys", "dense.decide"),
+        *("tiles.round_queries", "tiles.filter_tiles", "tiles.decide"),
+        *("encode.encode", "codes.collect", "code_tiles.filter_codes", "codes.decide"),
+    }
+    for built in launched.values():
+        types = built.src.signature
+        for name in types.keys() & {"batch", "programs", "shares", "steps"}:
+            assert types[name] == "i32"

@@ -132,7 +132,7 @@ def test_many_queries_read_codes_until_survivors_cost_more_than_keys_that_are_sh
 
 def test_folded_codes_are_no_farther_apart_than_codes():
     skip_unless_importable()
-    from grace_fast.kernels.code_tiles import fold
+    from grace_fast.kernels.code_layout import fold
 
     byte = torch.arange(256, dtype=torch.uint8)
     folded = fold(byte).int()

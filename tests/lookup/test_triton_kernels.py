@@ -318,39 +318,34 @@ def compiled_in_block(target, variant: str, **options):
     from grace_fast.kernels import nearest as kernel
 
     key, moved, aligned = VARIANTS[variant]
-    types = {
+    arguments = {
         "queries": "*fp32",
         "keys": "*" + key,
+        "key_slot": "*i64" if moved else None,
         "live": "*i1",
         "block_squared": "*fp64",
         "block_row": "*i64",
         **dict.fromkeys(("batch", "rows", "blocks"), "i32"),
         "width": "i32 aligned" if aligned else "i32",
-    }
-    constants = {
         "BLOCK_N": kernel.BLOCK_N,
         "CHUNK": kernel.CHUNK_BYTES // (4 if key == "fp32" else 2),
     }
-    if moved:
-        types["key_slot"] = "*i64"
-    else:
-        constants["key_slot"] = None
     warps = kernel.BLOCK_N // target.warp_size
-    return compiled(kernel.nearest_in_block, target, types, constants, num_warps=warps, **options)
+    return compiled(kernel.nearest_in_block, target, arguments, num_warps=warps, **options)
 
 
 def compiled_of_blocks(target):
     from grace_fast.kernels import nearest as kernel
 
-    types = {
+    arguments = {
         "block_squared": "*fp64",
         "block_row": "*i64",
         "squared": "*fp64",
         "row": "*i64",
         "blocks": "i32",
+        "BLOCKS": kernel.BLOCKS,
     }
-    constants = {"BLOCKS": kernel.BLOCKS}
-    return compiled(kernel.nearest_of_blocks, target, types, constants, **kernel.OPTIONS)
+    return compiled(kernel.nearest_of_blocks, target, arguments, **kernel.OPTIONS)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends.workload import Workload
 
 if TYPE_CHECKING:
-    from grace_fast.kernels.codes import DeviceCodes
+    from grace_fast.kernels.code_layout import Codes
     from grace_fast.kernels.exact import Keys
     from grace_fast.kernels.tiles import FilterKeys
 
@@ -40,7 +40,7 @@ NAME = "triton"
 
 # Not measured: how many queries share what is read densely, and from how many on tensor cores pay.
 SHARED, TILED = 4, 32
-TAIL_ROOM = 20480  # positions of codes: the tail is sorted into a run before it is longer
+DELTA_ROOM = 20480  # positions of codes: the delta buffer is sorted before it is longer
 
 
 def why_not(workload: Workload) -> str | None:
@@ -136,17 +136,29 @@ def write_(
 def codes_pay(state: IndexState, snapshot: Snapshot, batch: int) -> bool:
     """Tell whether codes are predicted to read less for a query than all keys would.
 
-    Queries of one tile share what it reads, but not what survives it. Not measured.
+    Queries of one tile share what it reads, but not its candidates. Not measured.
     """
-    from grace_fast.kernels import code_tiles, codes, tiles
+    from grace_fast.kernels import code_layout, code_tiles, tiles
 
     shared = min(batch, SHARED if batch < TILED else tiles.TILE["BLOCK_B"])
     dense_bytes = snapshot.rows * snapshot.key_dim * snapshot.dtype.itemsize / shared
     if batch < code_tiles.TILED:
         return state.predicted_bytes < dense_bytes
-    survivors = max(0.0, state.predicted_bytes - codes.NEAR * state.fitted_rows)
+    candidates = max(0.0, state.predicted_bytes - code_layout.NEAR * state.fitted_rows)
     scanned = snapshot.rows * code_tiles.POSITION_BYTES / min(batch, code_tiles.TILE["BLOCK_B"])
-    return scanned + survivors < dense_bytes
+    return scanned + candidates < dense_bytes
+
+
+def _up_to_date(known: Codes | None, state: IndexState, snapshot: Snapshot) -> Codes:
+    """Return the codes of a state on the device: `known`, of the same runs, if it has the room."""
+    from grace_fast.kernels import code_layout
+
+    parts, covered = [*state.segments, state.delta], min(state.covered, snapshot.rows)
+    if known is not None and code_layout.refresh(known, parts, covered):
+        return known
+    return code_layout.device_codes(
+        state.projection, parts, covered, state.min_radius, snapshot.device, room=DELTA_ROOM
+    )
 
 
 class Table:
@@ -159,15 +171,16 @@ class Table:
         self._snapshot = snapshot
         self.keys = Keys(
             slots=snapshot.key_slots,
+            width=snapshot.key_dim,
             live=snapshot.live,
             radius=snapshot.radii,
-            count=torch.tensor([snapshot.rows], device=device, dtype=torch.int64),
+            rows=torch.tensor([snapshot.rows], device=device, dtype=torch.int64),
             widest=torch.tensor([snapshot.widest], device=device, dtype=torch.float32),
             key_slot=snapshot.device_key_slot,
         )
         self._index = None if snapshot.is_draft else maintained.of(snapshot)
         self._state: IndexState | None = None
-        self._codes: DeviceCodes | None = other._codes if other is not None else None
+        self._codes: Codes | None = other._codes if other is not None else None
         self._parts: tuple[Segment, ...] = other._parts if other is not None else ()
         self._filter: FilterKeys | None = other._filter if other is not None else None
         self._take_codes_in()
@@ -191,29 +204,15 @@ class Table:
 
     def _take_codes_in(self) -> None:
         """Bring what the index knows of this version by now to the device."""
-        from grace_fast.kernels import codes
-
         self._state = None
         if self._index is None:
             return
-        snapshot = self._snapshot
-        with self._index.held(snapshot) as state:
+        with self._index.held(self._snapshot) as state:
             if state is None:
                 return
-            covered = min(state.covered, snapshot.rows)
-            parts = [*state.segments, state.delta]
             known = self._codes if self._parts == state.segments else None
-            if known is None or not codes.refresh(known, parts, covered):
-                self._codes = codes.device_codes(
-                    state.projection,
-                    parts,
-                    covered,
-                    state.min_radius,
-                    snapshot.device,
-                    room=TAIL_ROOM,
-                )
-                self._parts = state.segments
-            self._state = state
+            self._codes = _up_to_date(known, state, self._snapshot)
+            self._parts, self._state = state.segments, state
 
 
 class Captured:
@@ -232,8 +231,8 @@ class Captured:
         self._arrays = FixedArrays(device)
         self._snapshot: Snapshot | None = None  # that was followed last
         self._keys: Keys | None = None
-        self._coded: dict[tuple[bool, bool], tuple[FixedArrays, DeviceCodes]] = {}  # by shape
-        self._codes: DeviceCodes | None = None  # of this version
+        self._coded: dict[tuple[bool, bool], tuple[FixedArrays, Codes]] = {}  # by shape
+        self._codes: Codes | None = None  # of this version
         self._parts: tuple[Segment, ...] = ()
         self._state: IndexState | None = None  # whose codes they are
         self.value_slot: Tensor | None = None
@@ -263,7 +262,7 @@ class Captured:
         from grace_fast.kernels.exact import Keys
 
         scalars = {
-            "count": torch.tensor([snapshot.rows], device=self._device, dtype=torch.int64),
+            "rows": torch.tensor([snapshot.rows], device=self._device, dtype=torch.int64),
             "widest": torch.tensor([snapshot.widest], device=self._device, dtype=torch.float32),
         }
         room = max(1, len(snapshot.pages)) * PAGE_ROWS
@@ -286,12 +285,10 @@ class Captured:
         held = {name: self._arrays.at(name, (snapshot.rows,)) for name in _COLUMNS}
         self.value_slot = held.pop("value_slot")
         held |= {name: self._arrays.at(name, (1,)) for name in scalars}
-        self._keys = Keys(slots=snapshot.key_slots, **held)
+        self._keys = Keys(slots=snapshot.key_slots, width=snapshot.key_dim, **held)
         self._snapshot = snapshot
 
     def _follow_codes(self, snapshot: Snapshot) -> None:
-        from grace_fast.kernels import codes
-
         known = maintained.of(snapshot)
         if known is None:
             return
@@ -300,27 +297,24 @@ class Captured:
                 self._take_codes(None, ())
                 self._state = None
                 return
-            parts, covered = [*state.segments, state.delta], min(state.covered, snapshot.rows)
             known_codes = self._codes if self._parts == state.segments else None
-            if known_codes is None or not codes.refresh(known_codes, parts, covered):
-                made = codes.device_codes(
-                    state.projection, parts, covered, state.min_radius, self._device, room=TAIL_ROOM
-                )
+            made = _up_to_date(known_codes, state, snapshot)
+            if made is not known_codes:
                 self._take_codes(made, state.segments)
             self._state = state
 
-    def _take_codes(self, made: DeviceCodes | None, parts: tuple[Segment, ...]) -> None:
+    def _take_codes(self, made: Codes | None, parts: tuple[Segment, ...]) -> None:
         """Put codes where those of their shape are, and leave graphs of another shape none."""
         placed = None
         if made is not None:
-            shape, tensors = (made.norm_slot, made.has_far), made.tensors()
+            shape, tensors = (bool(made.norm_slot), bool(made.has_far)), made.tensors()
             arrays = self._coded[shape][0] if shape in self._coded else FixedArrays(self._device)
             for name, tensor in tensors.items():
                 arrays.make_room(name, tensor)
             for name, tensor in tensors.items():
                 arrays.put(name, tensor)
             fields = {name: arrays.at(name, tuple(field.shape)) for name, field in tensors.items()}
-            placed = type(made)(**(vars(made) | fields))
+            placed = made._replace(**fields)
             self._coded[shape] = (arrays, placed)
         for _, held in self._coded.values():
             if held is not placed:
