@@ -27,6 +27,7 @@ from benchmarks.timing import Turn, interleave
 from benchmarks.workloads import Problem, Spec
 from grace_fast.index import maintained
 from grace_fast.lookup.backends import cpu, faiss
+from grace_fast.lookup.faiss import FaissIndex, drop_index
 
 LARGEST_GRAPH = 100_000  # keys above which HNSW takes too long to build
 QUERIES = 2_000
@@ -55,16 +56,16 @@ class Figure:
     behind: float  # its median over that of ours, prepared
 
 
-def indexes(rows: int) -> list[gf.FaissIndex]:
+def indexes(rows: int) -> list[FaissIndex]:
     """Return what is compared with N keys: every kind; what shares an index stands together."""
     cells = _cells(rows)
-    listed = [gf.FaissIndex("Flat"), gf.FaissIndex("FlatL2Panorama8"), gf.FaissIndex("PCA64,Flat")]
-    listed += [gf.FaissIndex(f"IVF{cells},Flat", nprobe=nprobe) for nprobe in (1, 8, 64)]
+    listed = [FaissIndex("Flat"), FaissIndex("FlatL2Panorama8"), FaissIndex("PCA64,Flat")]
+    listed += [FaissIndex(f"IVF{cells},Flat", nprobe=nprobe) for nprobe in (1, 8, 64)]
     # IVF with Panorama keeps 1 024 places for each cell: 6 MB a cell at D = 1536.
     codes = f"IVF{cells},PQ192x4"
-    listed += [gf.FaissIndex(codes, nprobe=8), gf.FaissIndex(codes, nprobe=64, candidates=64)]
+    listed += [FaissIndex(codes, nprobe=8), FaissIndex(codes, nprobe=64, candidates=64)]
     if rows <= LARGEST_GRAPH:
-        listed += [gf.FaissIndex("HNSW32", ef_search=ef) for ef in (16, 128)]
+        listed += [FaissIndex("HNSW32", ef_search=ef) for ef in (16, 128)]
     return listed
 
 
@@ -107,7 +108,7 @@ def measure(spec: Spec, budget_s: float) -> Iterator[Figure]:
     first, built = True, None
     for index in indexes(spec.rows):
         if built is not None and built.description != index.description:
-            gf.drop_index(problem.book, built)
+            drop_index(problem.book, built)
             gc.collect()
         start = time.perf_counter()
         try:
@@ -120,7 +121,7 @@ def measure(spec: Spec, budget_s: float) -> Iterator[Figure]:
         every = EVERY_KEY if kept.bounds.is_exhaustive and spec.rows > LARGEST_GRAPH else 1
         found = compared(_in_parts(problem, asked[::every], index), every)
 
-        def call(batch: Tensor, index: gf.FaissIndex = index) -> gf.Match:
+        def call(batch: Tensor, index: FaissIndex = index) -> gf.Match:
             return gf.find(batch, problem.book, index)
 
         runs = interleave({"ours": Turn(prepared, batches), "index": Turn(call, batches)}, budget_s)
@@ -146,11 +147,11 @@ def _way(book: gf.Codebook) -> str:
     return "certified, in order" if ordered else "certified, linear"
 
 
-def _named(index: gf.FaissIndex) -> str:
+def _named(index: FaissIndex) -> str:
     return str(index) if index.candidates == 8 else f"{index} candidates={index.candidates}"
 
 
-def _in_parts(problem: Problem, asked: Tensor, index: gf.FaissIndex) -> gf.Match:
+def _in_parts(problem: Problem, asked: Tensor, index: FaissIndex) -> gf.Match:
     parts = [gf.find(some, problem.book, index) for some in asked.split(256)]
     names = ("hit", "row", "squared_distance")
     hit, row, squared = (torch.cat([getattr(part, name) for part in parts]) for name in names)

@@ -107,7 +107,7 @@ def serve(folder: Path, asked: Path, epsilon: float) -> dict[str, Any]:
     """Open a directory in this process and time look-ups; return figures and answers."""
     torch.set_num_threads(1)
     start = time.perf_counter()
-    book = gf.open(folder)
+    book = gf.Codebook.open(folder)
     opened_s = time.perf_counter() - start
     if float(book.radii[0]) != np.float32(epsilon):
         torch.set_num_threads(THREADS)
@@ -156,7 +156,7 @@ def forget(folder: Path) -> None:
 def run(source: Source, folder: Path, decisions: int, whole: int) -> dict[str, Any]:
     """Build, open, ask and check one size; return its figures."""
     start = time.perf_counter()
-    book = gf.build(folder, source, rows=source.rows, threads=THREADS)
+    book = gf.Codebook.build(folder, source, rows=source.rows, threads=THREADS)
     built_s = time.perf_counter() - start
     found: dict[str, Any] = {
         "keys": source.rows,
@@ -173,7 +173,7 @@ def run(source: Source, folder: Path, decisions: int, whole: int) -> dict[str, A
         found["epsilons"].append(
             {"ratio": ratio, **_served(folder, queries, ratio * source.spacing)}
         )
-    _check(found, gf.open(folder), asked, source.spacing, whole)
+    _check(found, gf.Codebook.open(folder), asked, source.spacing, whole)
     return found
 
 

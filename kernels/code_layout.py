@@ -70,8 +70,8 @@ def device_codes(
     """Return a host index as tensors on a device.
 
     projection: quantizer.Projection; segments: of `index.segments`, every sorted one, then the
-    delta buffer; covered: rows below have a position; min_radius: every leaf_max_radius is at least this; room:
-    positions to keep for the delta buffer to grow.
+    delta buffer; covered: rows below have a position; min_radius: every leaf_max_radius is at least
+    this; room: positions to keep for the delta buffer to grow.
     """
     ordered, linear = _by_order(segments)
     nodes = sum(_whole(segment.count, NODE) // NODE for segment in ordered)

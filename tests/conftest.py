@@ -10,8 +10,6 @@ import torch
 from faults.server import Server
 from hypothesis import HealthCheck, settings
 
-import grace_fast as gf
-
 torch.set_num_threads(1)
 
 settings.register_profile("here", deadline=None, max_examples=60)
@@ -36,7 +34,7 @@ def parts():
 def saved(parts, tmp_path_factory):
     """A directory that no test may change."""
     folder = tmp_path_factory.mktemp("saved")
-    gf.save(disk.in_memory(*parts), folder)
+    disk.in_memory(*parts).save(folder)
     return folder
 
 

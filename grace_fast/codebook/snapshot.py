@@ -28,8 +28,8 @@ class NotCopied:
         raise TypeError(
             "a codebook, and a model it is attached to, cannot be copied or pickled: its rows lie "
             "at addresses that are reserved for it. Copy the model before `attach`, or save the "
-            "codebook (`gf.save`, `grace.save_pretrained`) and open it for the copy (`gf.open`, "
-            "`from_pretrained`)"
+            "codebook (`Codebook.save`, `grace.save_pretrained`) and open it for the copy "
+            "(`Codebook.open`, `from_pretrained`)"
         )
 
 

@@ -82,8 +82,8 @@ def attach(
         are any on `calibration_edits`, a sample of what will be edited: see `calibrate`.
     tokenizer: for prompts that are given as text.
     settings: all of it at once; what is given beside it counts instead of its fields.
-    codebook: the one to put there, by default an empty one; `gf.open` gives one that stays on the
-        disk, of millions of keys, and a `ShardedCodebook` is spread over processes, which then
+    codebook: the one to put there, by default an empty one; `Codebook.open` gives one that stays on
+        the disk, of millions of keys, and a `ShardedCodebook` is spread over processes, which then
         make the same calls of model and editor. Its rows answer at once; they are no edits, and
         edits beside them leave its files as they are.
     path: a directory; every edit is on its disk before anybody is answered by it, and a codebook

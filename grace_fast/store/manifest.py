@@ -6,7 +6,7 @@ the manifest tells that too, of every file that it names.
 
     format 1: one tensor file (`save_pretrained`)
     format 2: keys and values have files of their own, to be mapped, and so have the codes
-              (`gf.save`, `gf.build`); blocks are told by CRC-32
+              (`gf.Codebook.save`, `gf.Codebook.build`); blocks are told by CRC-32
     format 3: either of the two; the manifest has a checksum, blocks are told by SHA-256
 """
 

@@ -111,7 +111,7 @@ def write(
     if snapshot.key_file is not None:
         raise ValueError(
             f"the codebook lies in {snapshot.key_file.path.parent}, whose files hold no edits: "
-            "gf.save writes its keys and values, to be opened by gf.open"
+            "gf.Codebook.save writes its keys and values, to be opened by gf.Codebook.open"
         )
     texts = history_columns.texts_of(history)
     config = {
@@ -179,8 +179,8 @@ def read_saved(
     config = files.read_config(path, hmac_key)
     if "settings" not in config:
         raise files.CodebookCorrupt(
-            f"{path} holds a codebook alone (gf.save), without the settings of a model; "
-            "open it with gf.open, and give that to attach(codebook=)"
+            f"{path} holds a codebook alone (gf.Codebook.save), without the settings of a model; "
+            "open it with gf.Codebook.open, and give that to attach(codebook=)"
         )
     try:
         settings = Settings(**config["settings"])

@@ -25,6 +25,7 @@ from grace_fast.editor import training
 from grace_fast.hook import compile
 from grace_fast.index import maintained
 from grace_fast.lookup.backends import faiss
+from grace_fast.lookup.faiss import FaissIndex
 from grace_fast.store import atomic, journal, sqlite_file
 
 needs_extension = pytest.mark.skipif(_native.cpu is None, reason=_native.missing)
@@ -121,10 +122,10 @@ def test_a_child_makes_the_codes_itself_that_were_in_the_making(
         assert known.current is not None, "the first look-up begins a build in the child"
         assert gf.find(keys[:2], book).effort is not None
         assert gf.prepare(book)(keys[9:11]).row.tolist() == [9, 10]
-        gf.save(book, tmp_path / "saved")
+        book.save(tmp_path / "saved")
 
     assert forked(work) == 0
-    assert gf.open(tmp_path / "saved", verify=True).snapshot().rows == ROWS
+    assert gf.Codebook.open(tmp_path / "saved", verify=True).snapshot().rows == ROWS
 
 
 @needs_extension
@@ -272,13 +273,13 @@ def test_no_process_is_forked_while_a_journal_is_opened_or_read(
 
     monkeypatch.setattr(forks, "_take", take)
     monkeypatch.setattr(module, call, wait)
-    thread = threading.Thread(target=gf.open, args=(tmp_path,), name=name)
+    thread = threading.Thread(target=gf.Codebook.open, args=(tmp_path,), name=name)
     thread.start()
     assert inside.wait(PATIENCE)
 
     def work():
         assert states == ["over"] or call == "_chained"
-        assert len(gf.open(tmp_path)) > 0
+        assert len(gf.Codebook.open(tmp_path)) > 0
 
     assert forked(work) == 0
     thread.join()
@@ -438,8 +439,8 @@ def test_counters_are_read_and_kept_in_the_child(short_wait):
 
 def test_mapped_rows_are_tested_and_read_in_the_child(short_wait, tmp_path):
     book, keys = a_book()
-    gf.save(book, tmp_path)
-    book = gf.open(tmp_path)
+    book.save(tmp_path)
+    book = gf.Codebook.open(tmp_path)
 
     def work():
         assert gf.find(keys[5:9], book).row.tolist() == [5, 6, 7, 8]
@@ -451,7 +452,7 @@ def test_mapped_rows_are_tested_and_read_in_the_child(short_wait, tmp_path):
 def test_an_index_that_another_thread_changes_is_built_anew_in_the_child(short_wait):
     pytest.importorskip("faiss", exc_type=ImportError)
     book, keys = a_book()
-    index = gf.FaissIndex("Flat")
+    index = FaissIndex("Flat")
     assert gf.find(keys[:2], book, backend=index).row.tolist() == [0, 1]
     kept = faiss.train(book, index)
 
@@ -493,7 +494,7 @@ torch.set_num_threads(2)
 import grace_fast as gf
 try:
     import faiss
-    backends = ["auto", gf.FaissIndex("Flat")]
+    backends = ["auto", FaissIndex("Flat")]
 except ImportError:
     backends = ["auto"]
 square = torch.randn(300, 300)
@@ -620,12 +621,12 @@ def test_a_worker_that_ends_within_a_stream_leaves_its_build_alone(tmp_path):
             yield keys[here], values[here], torch.ones(300)
 
     try:
-        book = gf.build(tmp_path / "built", blocks, progress=False)
+        book = gf.Codebook.build(tmp_path / "built", blocks, progress=False)
     except SystemExit:
         os._exit(0)  # in the child
     assert ended == [0]
     assert torch.equal(book.keys, keys)
-    assert torch.equal(gf.open(tmp_path / "built", verify=True).keys, keys)
+    assert torch.equal(gf.Codebook.open(tmp_path / "built", verify=True).keys, keys)
 
 
 def test_a_child_that_ends_removes_no_folder_that_its_parent_works_in(tmp_path):

@@ -28,13 +28,13 @@ def filled():
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("built") / "codebook"
-    gf.build(path, [rows()])
+    gf.Codebook.build(path, [rows()])
     return path
 
 
 @pytest.fixture(params=["mapped", "filled by hand"])
 def grace(request, directory):
-    book = gf.open(directory) if request.param == "mapped" else filled()
+    book = gf.Codebook.open(directory) if request.param == "mapped" else filled()
     attached = gf.attach(workload.Tiny(), "layer", codebook=book, **SETTINGS)
     yield attached
     attached.unload()
@@ -72,7 +72,7 @@ def test_an_edit_beside_its_rows_decides_by_the_same_rules_and_is_undone(grace):
 
 def test_edits_leave_the_files_of_a_mapped_codebook_as_they_are(directory):
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
-    grace = gf.attach(workload.Tiny(), "layer", codebook=gf.open(directory), **SETTINGS)
+    grace = gf.attach(workload.Tiny(), "layer", codebook=gf.Codebook.open(directory), **SETTINGS)
     for step in range(5):
         query = torch.full((1, 1, WIDTH), float(10 + step))
         grace.edit({"inputs_embeds": query, "labels": torch.tensor([step % 3])})
@@ -95,7 +95,7 @@ def test_rows_filled_by_hand_are_durable_with_the_edits_beside_them(tmp_path):
 def test_what_does_not_fit_the_model_is_refused_and_the_model_is_as_before(directory, tmp_path):
     model = workload.Tiny()
     refused = {
-        "lies in files of its own": (ValueError, gf.open(directory), tmp_path / "new"),
+        "lies in files of its own": (ValueError, gf.Codebook.open(directory), tmp_path / "new"),
         "of the widths": (gf.CodebookMismatch, gf.Codebook(WIDTH + 1, CLASSES), None),
         "holds torch.bfloat16 on cpu, layer computes torch.float32": (
             gf.CodebookMismatch,

@@ -93,7 +93,7 @@ def _make_bases(folder: Path) -> dict[str, Path]:
         mock.patch("time.time", return_value=1.0),
     ):
         golden.editor().save_pretrained(folder / "edited")
-        gf.save(golden.book(), folder / "bare")
+        golden.book().save(folder / "bare")
         golden.editor(path=folder / "journalled").unload()
         archive.pack(folder / "edited", folder / "packed.grace")
         _leave_a_build(folder / "unfinished")
@@ -106,7 +106,7 @@ def _leave_a_build(folder: Path) -> None:
         raise KeyboardInterrupt
 
     with suppress(KeyboardInterrupt):
-        gf.build(folder, interrupted(), threads=1, progress=False)
+        gf.Codebook.build(folder, interrupted(), threads=1, progress=False)
 
 
 def _rows() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ def directory(draw: Draw) -> None:
 
 def _open_book() -> None:
     with refusing(OSError):
-        book = gf.open(CASE, verify=True)
+        book = gf.Codebook.open(CASE, verify=True)
     assert_decides_by_the_law(book)
 
 
@@ -232,7 +232,7 @@ def repairing(draw: Draw) -> None:
     again = repair(CASE, keep_rows=keep_rows, max_radius=widest)
     assert again.was_sound
     assert not again.dropped
-    assert_decides_by_the_law(gf.open(CASE, verify=True, max_radius=widest))
+    assert_decides_by_the_law(gf.Codebook.open(CASE, verify=True, max_radius=widest))
     if "settings" in files.read_config(CASE):
         saved = read_saved(CASE, max_radius=widest)
         book, history = saved.codebook()
@@ -259,7 +259,7 @@ def codes(draw: Draw) -> None:
 
 def _codes() -> tuple[gf.Codebook, dict[str, torch.Tensor]]:
     book = golden.book(segments.ORDER_ROWS + 64)
-    gf.save(book, ROOM / "ordered")
+    book.save(ROOM / "ordered")
     tensors = tensor_files.read_file(ROOM / "ordered", files.read_config(ROOM / "ordered")["codes"])
     tensors["state"][3] = 0.0  # they pay, whatever was predicted
     return book, tensors
@@ -332,7 +332,7 @@ def rows(draw: Draw) -> None:
     try:
         with refusing(ValueError, TypeError):
             given = FilesOfRows([place], radius)
-            book = gf.build(CASE, given.blocks, rows=given.rows, threads=1, progress=False)
+            book = gf.Codebook.build(CASE, given.blocks, rows=given.rows, threads=1, progress=False)
         assert_decides_by_the_law(book)
     finally:
         place.unlink()
@@ -345,7 +345,7 @@ def build(draw: Draw) -> None:
     for _ in range(1 + draw.below(2)):
         _change_build(draw, work)
     with refusing(ValueError, TypeError):
-        book = gf.build(CASE, [ROWS], threads=1, progress=False)
+        book = gf.Codebook.build(CASE, [ROWS], threads=1, progress=False)
     assert_decides_by_the_law(book)
 
 

@@ -2,8 +2,8 @@
 
     PYTHONPATH=tests python tests/golden_formats/make.py
 
-`edits-N` hold a model's edits (`save_pretrained`), `book-N` a codebook by itself (`gf.save`); N is
-the format. Those of an earlier format were written by the last version that wrote it (3c6fd9a for 1
+`edits-N` hold a model's edits (`save_pretrained`), `book-N` a codebook by itself (`Codebook.save`);
+N is the format. Those of an earlier format were written by the last version that wrote it (3c6fd9a for 1
 and 2) and are never written again.
 """
 
@@ -15,7 +15,6 @@ from pathlib import Path
 import golden_codebooks as golden
 import torch
 
-import grace_fast as gf
 from grace_fast.store import files
 
 HERE = Path(__file__).parent
@@ -33,7 +32,7 @@ def keep(folder: Path, decided: object) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    gf.save(golden.book(), HERE / "book-new")
+    golden.book().save(HERE / "book-new")
     keep(HERE / "book-new", golden.decisions(golden.book()))
     grace = golden.editor()
     grace.save_pretrained(HERE / "edits-new")

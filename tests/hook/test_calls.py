@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import grace_fast as gf
+from grace_fast.errors import SelectionWarning
 from grace_fast.hook import calls, positions
 
 MODES = ("replace_all", "replace_last", "replace_prompt")
@@ -492,7 +493,7 @@ def test_a_thread_that_does_not_take_over_the_codebook_in_use_is_warned_once():
     with gf.using("tenant"):
         grace.hits.clear()
         (told,) = in_a_thread(ask)
-        assert isinstance(told, gf.SelectionWarning)
+        assert isinstance(told, SelectionWarning)
         assert "asks without the codebook 'tenant'" in str(told)
         assert not grace.hits
         assert not in_a_thread(choose_none)

@@ -17,6 +17,7 @@ from torch import nn
 
 import grace_fast as gf
 from grace_fast.edits.history import History
+from grace_fast.errors import LookupWarning
 from grace_fast.hook.counters import BOUNDS, Tally
 from grace_fast.index import maintained
 from grace_fast.lookup import dispatch, lookup
@@ -259,7 +260,7 @@ def test_a_look_up_that_fails_leaves_the_models_own_output(grace, error):
     with grace.disable_adapter():
         own = ask(grace, queries)
     kind = type(error).__name__
-    with broken(error), pytest.warns(gf.LookupWarning, match=f"layer failed.*{kind}") as told:
+    with broken(error), pytest.warns(LookupWarning, match=f"layer failed.*{kind}") as told:
         outputs = [ask(grace, queries) for _ in range(3)]
     assert all(torch.equal(output, own) for output in outputs)
     assert len(told) == 1
@@ -273,7 +274,7 @@ def test_a_look_up_that_fails_leaves_the_models_own_output(grace, error):
 
 def test_each_kind_is_told_once(grace):
     for error in (RuntimeError("one"), MemoryError("two")):
-        with broken(error), pytest.warns(gf.LookupWarning) as told:
+        with broken(error), pytest.warns(LookupWarning) as told:
             [ask(grace, hit_by(grace, [1])) for _ in range(2)]
         assert len(told) == 1
     assert grace.counters.failures == {"RuntimeError": 2, "MemoryError": 2}
@@ -281,9 +282,9 @@ def test_each_kind_is_told_once(grace):
 
 def test_a_block_of_a_mapped_file_that_was_changed_fails_open(book, tmp_path):
     queries = book.keys[KEYS - 1 :] + 0.01
-    gf.save(book, tmp_path / "book")
+    book.save(tmp_path / "book")
     for name in ("keys", "values"):
-        opened = gf.open(tmp_path / "book")
+        opened = gf.Codebook.open(tmp_path / "book")
         grace = gf.attach(Model().eval(), "layer", replacement="replace_last")
         grace._context.take(opened, History())
         with grace.disable_adapter():
@@ -292,7 +293,7 @@ def test_a_block_of_a_mapped_file_that_was_changed_fails_open(book, tmp_path):
         content = bytearray(file.read_bytes())
         content[-1] ^= 1
         file.write_bytes(content)
-        with pytest.warns(gf.LookupWarning, match="is not what was saved"):
+        with pytest.warns(LookupWarning, match="is not what was saved"):
             assert torch.equal(ask(grace, queries), own)
         assert grace.counters.failures == {"CodebookCorrupt": 1}
         assert grace.counters.calls == (name == "values")  # the key was found
@@ -304,7 +305,7 @@ def test_a_block_of_a_mapped_file_that_was_changed_fails_open(book, tmp_path):
 def test_generate_holds_that_nothing_was_found(grace):
     queries = hit_by(grace, [1])
     with grace.prompt():
-        with broken(RuntimeError("once")), pytest.warns(gf.LookupWarning):
+        with broken(RuntimeError("once")), pytest.warns(LookupWarning):
             first = ask(grace, queries)
         assert torch.equal(ask(grace, queries), first)  # one sequence, one decision
 
@@ -354,7 +355,7 @@ def test_it_fails_open_in_a_compiled_model(grace):
     inputs = torch.stack([torch.zeros_like(queries), queries], dim=1)
     with torch.no_grad():
         assert (compiled(inputs)[:, 1] == 7).all()
-        with broken(RuntimeError("no answer")), pytest.warns(gf.LookupWarning):
+        with broken(RuntimeError("no answer")), pytest.warns(LookupWarning):
             assert torch.equal(compiled(inputs)[:, 1], own)
     assert grace.counters.failures == {"RuntimeError": 1}
     assert grace.counters.hits == 2

@@ -13,6 +13,7 @@ from test_wrapped_layers import with_lora
 from torch import nn
 
 import grace_fast as gf
+from grace_fast.errors import LookupWarning
 
 FAMILY = FAMILIES["llama"]
 PROMPTS = models.prompts(3, shortest=6, longest=6)
@@ -73,7 +74,7 @@ def test_edits_go_on_at_what_took_the_layers_place(replace):
     before = asked(model)
     grace.hits.clear()
     replace(model)
-    with pytest.warns(gf.LookupWarning, match="with a .*Linear in its place: its edits go on"):
+    with pytest.warns(LookupWarning, match="with a .*Linear in its place: its edits go on"):
         after = asked(model)
     assert dict(grace.hits) == {0: 1}
     torch.testing.assert_close(after[:1], before[:1], rtol=0.02, atol=0.2)
@@ -94,7 +95,7 @@ def test_edits_at_a_lora_layer_answer_when_it_is_merged():
     assert grace.edit(models.edit_batch(FAMILY, PROMPTS[:1], [[10]])).correct
     merged = model.merge_and_unload()
     with pytest.warns(
-        gf.LookupWarning, match=r"with a torch.*Linear in its place: .* made at a peft.*Linear"
+        LookupWarning, match=r"with a torch.*Linear in its place: .* made at a peft.*Linear"
     ):
         assert int(asked(merged)[0, -1].argmax()) == 10
     assert grace.edit(models.edit_batch(FAMILY, PROMPTS[1:2], [[11]])).correct
@@ -135,7 +136,7 @@ def test_edits_that_nobody_asks_are_told_and_not_verified(replace):
     grace = edited(model)
     layer = model.get_submodule(FAMILY.layer)
     replace(model)
-    with pytest.warns(gf.LookupWarning, match="in its place: its edits answer no more"):
+    with pytest.warns(LookupWarning, match="in its place: its edits answer no more"):
         asked(model)
     asked(model)  # told once
     found = grace.verify()
@@ -152,7 +153,7 @@ def test_verify_finds_out_by_itself():
     model = models.build("llama")
     grace = edited(model)
     put_nothing(model)
-    with pytest.warns(gf.LookupWarning, match="with nothing in its place"):
+    with pytest.warns(LookupWarning, match="with nothing in its place"):
         assert not grace.verify().ok
 
 
@@ -182,7 +183,7 @@ def test_edits_answer_again_when_the_layer_comes_back():
     grace = edited(model)
     layers = model.model.layers
     put_nothing(model)
-    with pytest.warns(gf.LookupWarning, match="answer no more"):
+    with pytest.warns(LookupWarning, match="answer no more"):
         asked(model)
     model.model.layers = layers
     asked(model)
@@ -196,7 +197,7 @@ def test_a_compiled_model_answers_at_what_took_the_layers_place():
     compiled = torch.compile(model, backend="eager")
     asked(compiled)
     set_the_layer(model)
-    with pytest.warns(gf.LookupWarning, match="its edits go on"):
+    with pytest.warns(LookupWarning, match="its edits go on"):
         asked(compiled)
     grace.hits.clear()
     asked(compiled)

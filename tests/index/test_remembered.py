@@ -77,8 +77,8 @@ def coded_keys(tmp_path):
 
 
 def an_opened_codebook(tmp_path):
-    gf.save(book_with(300), tmp_path)
-    return gf.open(tmp_path)
+    book_with(300).save(tmp_path)
+    return gf.Codebook.open(tmp_path)
 
 
 def keys_without_a_map(tmp_path):
@@ -175,8 +175,8 @@ def test_an_old_version_of_fewer_pages_hides_no_change_in_the_others():
 
 
 def test_codes_that_were_saved_are_of_the_version_they_were_saved_of(tmp_path):
-    gf.save(book_with(300), tmp_path)
-    book = gf.open(tmp_path)
+    book_with(300).save(tmp_path)
+    book = gf.Codebook.open(tmp_path)
     moved = torch.full((WIDTH,), 7.0)
     with book.writing() as draft:  # before anybody asked
         draft.set_radius(5, 3.0)

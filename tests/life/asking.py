@@ -10,6 +10,7 @@ import torch
 
 import grace_fast as gf
 from grace_fast.lookup.backends import faiss_index
+from grace_fast.lookup.faiss import FaissIndex
 from life.law import Answers, Array
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _faiss(life: Life, queries: torch.Tensor, told: Answers) -> None:
     if faiss_index.library() is None:
         return
     cells = life.model.rows >= 200 and life.rng.random() < 0.5
-    index = gf.FaissIndex("IVF4,Flat", nprobe=2) if cells else "faiss"
+    index = FaissIndex("IVF4,Flat", nprobe=2) if cells else "faiss"
     try:
         match = gf.find(queries, life.book, backend=index)
     except ValueError as error:

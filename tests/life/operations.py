@@ -640,7 +640,7 @@ def _save(life: Life) -> None:
     """Saving waits for the codes, and changes nothing."""
     if life.rng.random() < 0.5:
         with folder() as made:
-            gf.save(life.book, made)
+            life.book.save(made)
 
 
 @operation("save and open")
@@ -648,5 +648,5 @@ def _save_and_open(life: Life) -> None:
     """Go on with what was saved: the rows stay in their files, the codes come with them."""
     if life.rng.random() < 0.5:
         with folder() as made:
-            gf.save(life.book, made)
-            life.go_on_with(gf.open(made))
+            life.book.save(made)
+            life.go_on_with(gf.Codebook.open(made))

@@ -17,6 +17,7 @@ import torch
 
 import grace_fast as gf
 from grace_fast.lookup import sharded
+from grace_fast.lookup.sharded import ShardedCodebook
 from life import asking
 from life.law import Answers
 from life.operations import Change, to_draft
@@ -36,12 +37,12 @@ class Ranks:
         self._barrier = threading.Barrier(count)
         self._given: list[Any] = [None] * count
         self.count = count
-        self.shards: list[gf.ShardedCodebook] = []
+        self.shards: list[ShardedCodebook] = []
         self.begin_anew(book)
 
     def begin_anew(self, book: gf.Codebook) -> None:
         """Have every rank split the codebook as it is."""
-        self.shards = self._on_all(lambda _: gf.ShardedCodebook.split(book))
+        self.shards = self._on_all(lambda _: ShardedCodebook.split(book))
 
     def write(self, changes: list[Change], dtype: torch.dtype) -> None:
         """Make changes in one version."""
@@ -53,7 +54,7 @@ class Ranks:
 
         self._on_all(change)
 
-    def ask(self, question: Callable[[gf.ShardedCodebook], Any]) -> list[Any]:
+    def ask(self, question: Callable[[ShardedCodebook], Any]) -> list[Any]:
         """Return what each rank is told."""
         return self._on_all(lambda rank: question(self.shards[rank]))
 

@@ -19,25 +19,26 @@ from grace_fast.lookup import dispatch
 from grace_fast.lookup import faiss as door
 from grace_fast.lookup.backends import faiss, faiss_bounds, faiss_index
 from grace_fast.lookup.backends.workload import Workload
+from grace_fast.lookup.faiss import FaissIndex, build_index, drop_index, measure_indexes
 
 library = pytest.importorskip("faiss")
 
 # The cells and codes are as few as the small cases can train.
 KINDS = {
-    "flat": gf.FaissIndex("Flat"),
-    "flat Panorama": gf.FaissIndex("FlatL2Panorama1"),
-    "random rotation, flat": gf.FaissIndex("RR2,Flat"),
-    "IVF": gf.FaissIndex("IVF2,Flat"),
-    "IVF, both cells": gf.FaissIndex("IVF2,Flat", nprobe=2),
-    "IVF Panorama": gf.FaissIndex("IVF2,FlatPanorama1"),
-    "HNSW": gf.FaissIndex("HNSW32", ef_search=16),
-    "IVF of codes": gf.FaissIndex("IVF2,PQ1x1"),
-    "scalar quantiser": gf.FaissIndex("SQ8"),
+    "flat": FaissIndex("Flat"),
+    "flat Panorama": FaissIndex("FlatL2Panorama1"),
+    "random rotation, flat": FaissIndex("RR2,Flat"),
+    "IVF": FaissIndex("IVF2,Flat"),
+    "IVF, both cells": FaissIndex("IVF2,Flat", nprobe=2),
+    "IVF Panorama": FaissIndex("IVF2,FlatPanorama1"),
+    "HNSW": FaissIndex("HNSW32", ef_search=16),
+    "IVF of codes": FaissIndex("IVF2,PQ1x1"),
+    "scalar quantiser": FaissIndex("SQ8"),
 }
 PROVES_ALL = {"flat", "flat Panorama", "random rotation, flat"}
 
 
-def assert_certified_is_lawful(case: Case, index: gf.FaissIndex) -> list[bool]:
+def assert_certified_is_lawful(case: Case, index: FaissIndex) -> list[bool]:
     """Compare what is certified with the law; return which answers were."""
     expected = case.expected()
     match = gf.find(case.queries, case.book(), backend=index)
@@ -67,7 +68,7 @@ def test_what_an_index_certifies_is_the_law(kind, case):
         assert len(case.book()) < 300
         assert kind not in PROVES_ALL
         with pytest.raises(ValueError, match="is not trained"):
-            gf.build_index(case.book(), KINDS[kind])
+            build_index(case.book(), KINDS[kind])
         return
     if kind in PROVES_ALL:
         assert all(certified)
@@ -94,7 +95,7 @@ def test_ties_far_from_the_origin_are_decided_by_the_law(index, offset, batch):
     queries = queries + torch.randint(-1, 2, queries.shape, generator=generator) * 0.125
     case = Case(queries, keys, torch.full((600,), 0.5))
     case.radii[::3] = 0.71
-    certified = assert_certified_is_lawful(case, gf.FaissIndex(index))
+    certified = assert_certified_is_lawful(case, FaissIndex(index))
     assert index == "IVF8,Flat" or all(certified)
 
 
@@ -111,10 +112,10 @@ def clusters(rows: int, width: int, seed: int = 0) -> Case:
 
 def test_cells_certify_most_of_what_lies_clear_of_their_walls():
     case = clusters(4000, 32)
-    index = gf.FaissIndex("IVF40,Flat", nprobe=4)
+    index = FaissIndex("IVF40,Flat", nprobe=4)
     certified = assert_certified_is_lawful(case, index)
     assert sum(certified) > 150
-    one = assert_certified_is_lawful(case, gf.FaissIndex("IVF40,Flat", nprobe=1))
+    one = assert_certified_is_lawful(case, FaissIndex("IVF40,Flat", nprobe=1))
     assert sum(one) < sum(certified)
 
 
@@ -128,7 +129,7 @@ def test_no_key_that_is_not_returned_is_nearer_than_said(index, offset):
     keys[400:] *= -1
     queries = keys[::4] + torch.randn(200, 16, generator=generator)
     book = Case(queries, keys, torch.ones(800)).book()
-    kept = faiss.train(book, gf.FaissIndex(index, nprobe=2 if "IVF" in index else None))
+    kept = faiss.train(book, FaissIndex(index, nprobe=2 if "IVF" in index else None))
     _, vectors, unseen = kept.search(queries.numpy() - kept.centre, 3, book.snapshot())
     distance = semantics.squared_distances(queries, keys).sqrt().numpy()
     np.put_along_axis(distance, vectors, np.inf, axis=1)
@@ -156,7 +157,7 @@ def test_walls_closer_than_the_ball_are_not_taken_for_a_proof():
     queries = torch.stack([torch.linspace(0.9, 1.1, 50), torch.zeros(50)], dim=1)
     case = Case(queries, keys, torch.full((80,), 0.05))
     for nprobe in (1, 2, 3):
-        assert_certified_is_lawful(case, gf.FaissIndex("IVF4,Flat", nprobe=nprobe, candidates=1))
+        assert_certified_is_lawful(case, FaissIndex("IVF4,Flat", nprobe=nprobe, candidates=1))
 
 
 @pytest.mark.parametrize("kind", ["HNSW", "IVF of codes", "scalar quantiser"])
@@ -219,7 +220,7 @@ def test_an_index_follows_every_edit(kind):
 @pytest.mark.parametrize("index", ["Flat", "IVF2,Flat", "IVF8,PQ8x4", "HNSW32", "RR8,IVF2,Flat"])
 @pytest.mark.parametrize("how", ["removed", "moved"])
 def test_keys_that_are_gone_hide_no_key_that_is_there(index, how):
-    asked = gf.FaissIndex(index)
+    asked = FaissIndex(index)
     case = clusters(300, 16)
     case.keys[100:200] = case.keys[0] + 0.001 * case.keys[100:200]  # nearer than row 99
     case.keys[99] = case.keys[0] + 0.01 * case.keys[99]
@@ -230,7 +231,7 @@ def test_keys_that_are_gone_hide_no_key_that_is_there(index, how):
         case.moved = {row: case.keys[row] + 50 for row in gone}
     book = gf.Codebook(16, 2)
     book.append(case.keys, torch.zeros(300, 2), case.radii)
-    gf.build_index(book, asked)
+    build_index(book, asked)
     with book.writing() as draft:
         for row in case.removed:
             draft.remove(row)
@@ -267,7 +268,7 @@ def test_an_index_is_built_anew_once_most_of_it_was_removed_or_it_has_grown(monk
     case = clusters(200, 16)
     book = case.book()
     before = book.snapshot()
-    index = gf.FaissIndex("IVF2,Flat", nprobe=2)
+    index = FaissIndex("IVF2,Flat", nprobe=2)
     kept = faiss.train(book, index)
     assert kept.count == 200
     for key_id in range(150):
@@ -289,8 +290,8 @@ def test_an_index_whose_codebook_shrank_below_its_cells_serves_on(monkeypatch):
     monkeypatch.setattr(faiss_index, "SLACK_ROWS", 10)
     case = clusters(200, 16)
     book = case.book()
-    index = gf.FaissIndex("IVF16,Flat", nprobe=16)
-    gf.build_index(book, index)
+    index = FaissIndex("IVF16,Flat", nprobe=16)
+    build_index(book, index)
     for key_id in range(190):
         book.remove(key_id)
     for queries in (case.queries, book.keys):
@@ -303,7 +304,7 @@ def test_an_index_whose_codebook_shrank_below_its_cells_serves_on(monkeypatch):
 def test_one_index_serves_many_threads_beside_an_editor():
     case = clusters(400, 16)
     book = case.book()
-    index = gf.FaissIndex("IVF4,Flat", nprobe=4)
+    index = FaissIndex("IVF4,Flat", nprobe=4)
     faiss.train(book, index)
     wrong: list[int] = []
 
@@ -346,31 +347,31 @@ def test_a_look_up_in_an_index_writes_nothing_and_draws_nothing():
 
 REFUSED = {
     "an unknown index": (
-        gf.FaissIndex("IVFsome,Flat"),
+        FaissIndex("IVFsome,Flat"),
         "FAISS does not know the index 'IVFsome,Flat': could not parse index string IVFsome,Flat",
     ),
     "a width it cannot divide": (
-        gf.FaissIndex("IVF2,PQ7x1"),
+        FaissIndex("IVF2,PQ7x1"),
         "FAISS does not know the index 'IVF2,PQ7x1': ",
     ),
     "cells where there are none": (
-        gf.FaissIndex("Flat", nprobe=4),
+        FaissIndex("Flat", nprobe=4),
         "the index 'Flat' takes no nprobe: ParameterSpace::set_index_parameter:could not set "
         "parameter nprobe",
     ),
     "more cells than keys": (
-        gf.FaissIndex("IVF91,Flat"),
+        FaissIndex("IVF91,Flat"),
         "the index 'IVF91,Flat' is not trained: its 91 cells need at least as many keys, and the "
         "codebook has 90",
     ),
     "more codes than keys": (
-        gf.FaissIndex("PQ4x8"),
+        FaissIndex("PQ4x8"),
         "the index 'PQ4x8' is not trained: FAISS cannot train it on 90 keys: Error: 'nx >= "
         "static_cast<idx_t>(k)' failed: Number of training points (90) should be at least as "
         "large as number of clusters (256)",
     ),
     "an index that takes no keys": (
-        gf.FaissIndex("NSG32,Flat"),
+        FaissIndex("NSG32,Flat"),
         "FAISS cannot add keys to the index 'NSG32,Flat': ",
     ),
 }
@@ -386,16 +387,16 @@ def test_an_index_is_refused_in_faiss_own_words(index, text):
         assert text in str(refusal.value)
     assert ".cpp" not in str(refusal.value)
     with pytest.raises(ValueError, match="index"):
-        gf.build_index(book, index)
+        build_index(book, index)
 
 
 def test_an_index_that_is_no_description_is_refused():
     with pytest.raises(ValueError, match="description must be a string as"):
-        gf.FaissIndex(32)  # type: ignore[arg-type]
+        FaissIndex(32)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nprobe must be a whole number >= 1, got 0"):
-        gf.FaissIndex("IVF2,Flat", nprobe=0)
+        FaissIndex("IVF2,Flat", nprobe=0)
     with pytest.raises(ValueError, match="candidates must be a whole number >= 1, got None"):
-        gf.FaissIndex("IVF2,Flat", candidates=None)  # type: ignore[arg-type]
+        FaissIndex("IVF2,Flat", candidates=None)  # type: ignore[arg-type]
 
 
 def workload(device: str = "cpu", rows: int = 100) -> Workload:
@@ -429,12 +430,12 @@ UNAVAILABLE = {
 @pytest.mark.parametrize(("module", "asked", "text"), UNAVAILABLE.values(), ids=UNAVAILABLE.keys())
 def test_faiss_says_why_it_cannot_take_a_call(monkeypatch, module, asked, text):
     monkeypatch.setattr(faiss_index, "library", lambda: module)
-    for backend in ("faiss", gf.FaissIndex("HNSW32")):
+    for backend in ("faiss", FaissIndex("HNSW32")):
         with pytest.raises(gf.BackendUnavailable, match=text):
             dispatch.choose.__wrapped__(asked, backend)
     if module is None:
         with pytest.raises(gf.BackendUnavailable, match=text):
-            gf.build_index(drawn(9, 4, 1).book(), gf.FaissIndex("HNSW8"))
+            build_index(drawn(9, 4, 1).book(), FaissIndex("HNSW8"))
 
 
 def test_faiss_is_chosen_by_name_only():
@@ -442,7 +443,7 @@ def test_faiss_is_chosen_by_name_only():
         asked = workload(rows=rows)
         assert dispatch.choose.__wrapped__(asked, "auto") is not faiss
         assert dispatch.choose.__wrapped__(asked, "faiss") is faiss
-        assert dispatch.choose.__wrapped__(asked, gf.FaissIndex("HNSW32")) is faiss
+        assert dispatch.choose.__wrapped__(asked, FaissIndex("HNSW32")) is faiss
     assert all(faiss not in modules for modules in dispatch.AUTOMATIC.values())
 
 
@@ -453,10 +454,10 @@ def test_an_index_is_measured_against_the_law():
     case = clusters(2000, 24)
     case.queries[:100] += 0.17 * torch.randn(100, 24, generator=torch.Generator().manual_seed(1))
     book = case.book()
-    asked = [gf.FaissIndex("IVF40,Flat", nprobe=1), gf.FaissIndex("IVF40,Flat", nprobe=40), "Flat"]
-    few, all_, flat = gf.measure_indexes(case.queries, book, asked)
+    asked = [FaissIndex("IVF40,Flat", nprobe=1), FaissIndex("IVF40,Flat", nprobe=40), "Flat"]
+    few, all_, flat = measure_indexes(case.queries, book, asked)
     law = gf.find(case.queries, book)
-    found = gf.find(case.queries, book, backend=gf.FaissIndex("IVF40,Flat", nprobe=1))
+    found = gf.find(case.queries, book, backend=FaissIndex("IVF40,Flat", nprobe=1))
     assert few.index == "IVF40,Flat nprobe=1"
     assert (few.asked, few.hits) == (200, int(law.hit.sum()))
     assert few.wrong == int((found.row != law.row).sum()) > 0
@@ -479,28 +480,28 @@ def test_one_index_is_searched_in_several_ways():
     book = case.book()
     certified = []
     for nprobe in (1, 40, None, 2):
-        index = gf.FaissIndex("IVF40,Flat", nprobe=nprobe)
+        index = FaissIndex("IVF40,Flat", nprobe=nprobe)
         certified.append(int(gf.find(case.queries, book, backend=index).certified.sum()))
     assert certified[0] == certified[2] < certified[3] <= certified[1] == 200
-    kept = faiss.train(book, gf.FaissIndex("IVF40,Flat"))
-    assert kept is faiss.train(book, gf.FaissIndex("IVF40,Flat", nprobe=7))
+    kept = faiss.train(book, FaissIndex("IVF40,Flat"))
+    assert kept is faiss.train(book, FaissIndex("IVF40,Flat", nprobe=7))
     for _ in range(2):
         with pytest.raises(ValueError, match="the index 'IVF40,Flat' takes no efSearch"):
-            gf.find(case.queries, book, backend=gf.FaissIndex("IVF40,Flat", ef_search=7))
+            gf.find(case.queries, book, backend=FaissIndex("IVF40,Flat", ef_search=7))
     with book.writing() as draft:
         draft.remove(0)  # what is left out is told together with how to search
-    every = gf.find(case.queries, book, backend=gf.FaissIndex("IVF40,Flat", nprobe=40))
+    every = gf.find(case.queries, book, backend=FaissIndex("IVF40,Flat", nprobe=40))
     assert every.certified.all()
 
 
 def test_an_index_that_was_dropped_is_built_again():
     case = clusters(300, 16)
-    book, index = case.book(), gf.FaissIndex("IVF4,Flat", nprobe=4)
+    book, index = case.book(), FaissIndex("IVF4,Flat", nprobe=4)
     kept = faiss.train(book, index)
     assert kept.nbytes > 300 * 16 * 4
     assert faiss.train(book, index) is kept
-    gf.drop_index(book, index)
-    gf.drop_index(book, index)
+    drop_index(book, index)
+    drop_index(book, index)
     assert gf.find(case.queries, book, backend=index).certified.all()
     assert faiss.train(book, index) is not kept
 
@@ -512,7 +513,7 @@ def test_an_index_that_was_dropped_is_built_again():
 def test_no_call_of_faiss_counts_past_its_limit(monkeypatch, description):
     case = clusters(300, 16)
     limit = 16 * 25  # of queries times what is larger: the width, the cells, the answers
-    asked = gf.FaissIndex(description, candidates=20)
+    asked = FaissIndex(description, candidates=20)
     book = case.book()
     law = gf.find(case.queries, book, backend="reference")
     monkeypatch.setattr(faiss_index, "INT32", limit)
@@ -550,7 +551,7 @@ def test_an_index_is_moved_to_a_gpu_where_faiss_has_one(monkeypatch):
     monkeypatch.setattr(library, "index_cpu_to_gpu", to_gpu, raising=False)
     assert faiss.why_not(workload("cuda")) is None
     for description in ("Flat", "IVF4,Flat", "HNSW32"):
-        kept = faiss_index.Filled(gf.FaissIndex(description))
+        kept = faiss_index.Filled(FaissIndex(description))
         monkeypatch.setattr(faiss_index, "placed_on", lambda snapshot: pretended)
         if description == "HNSW32":
             with pytest.raises(ValueError, match="cannot move the index 'HNSW32' to a GPU: this"):

@@ -25,6 +25,7 @@ import grace_fast as gf
 from grace_fast import _native
 from grace_fast.index import maintained
 from grace_fast.lookup.backends import faiss_index
+from grace_fast.lookup.faiss import FaissIndex
 
 pytestmark = [
     pytest.mark.skipif(_native.cpu is None, reason="grace_fast._cpu was not built"),
@@ -224,5 +225,5 @@ def test_faiss_does_not_end_the_process_for_keys_whose_distances_overflow():
     book = gf.Codebook(4, 1)
     book.append(keys, torch.zeros(300, 1), torch.ones(300))
     with pytest.raises(ValueError, match="overflow float32; use the index 'Flat'"):
-        gf.find(keys[:2], book, backend=gf.FaissIndex("IVF4,Flat"))
+        gf.find(keys[:2], book, backend=FaissIndex("IVF4,Flat"))
     assert gf.find(keys[:3].clone(), book, backend="faiss").row.tolist() == [0, 1, 2]

@@ -14,6 +14,7 @@ from models import FAMILIES
 
 import grace_fast as gf
 from grace_fast.edits.settings import Settings
+from grace_fast.lookup.faiss import FaissIndex
 
 FAMILY = FAMILIES["llama"]
 ROWS, TARGETS = [[5, 17, 23, 42]], [[9]]
@@ -92,7 +93,7 @@ def test_a_codebook_takes_numbers_of_numpy():
     with book.writing() as draft:
         draft.set_radius(np.int64(0), np.float32(0.5))
     assert (book.key_dim, float(book.radii[0])) == (4, 0.5)
-    assert gf.FaissIndex("Flat", nprobe=np.int64(3)) == gf.FaissIndex("Flat", nprobe=3)
+    assert FaissIndex("Flat", nprobe=np.int64(3)) == FaissIndex("Flat", nprobe=3)
 
 
 @pytest.mark.parametrize("given", ["Auto", "0.5", None, np.array([0.5]), True], ids=str)

@@ -93,8 +93,8 @@ def decided(folder):
         values = torch.ones(ROWS, 3, dtype=dtype, device="cpu")
         book.append(keys, values, [0.1] * ROWS)
         book.append(keys[:2] + 3, values[:2], np.array([0.1, 0.3]))
-        gf.save(book, folder / str(dtype))
-        for one in (book, gf.open(folder / str(dtype))):
+        book.save(folder / str(dtype))
+        for one in (book, gf.Codebook.open(folder / str(dtype))):
             match, near = gf.find(queries, one), gf.nearest(queries, one)
             alone = [gf.find(query[None], one).row.tolist() for query in queries]
             told += [match.row.tolist(), near.row.tolist(), near.squared_distance.tolist(), alone]

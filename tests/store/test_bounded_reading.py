@@ -60,7 +60,7 @@ def few_values(monkeypatch):
 @pytest.mark.parametrize("name", DENSE)
 def test_a_manifest_of_many_values_is_refused_before_one_is_made(name, tmp_path, few_values):
     (tmp_path / files.CONFIG).write_bytes(dense(DENSE[name]))
-    for ask in (files.read_config, read_saved, gf.open):
+    for ask in (files.read_config, read_saved, gf.Codebook.open):
         used = peak_of(lambda ask=ask: ask(tmp_path), gf.CodebookCorrupt, "holds more than 65536")
         assert used < 2.5 * MANY_BYTES
 
@@ -116,7 +116,9 @@ def test_the_state_of_a_build_is_no_longer_than_a_manifest(tmp_path, monkeypatch
     (work / "state.json").write_bytes(b'"' + b"x" * 5000 + b'"')
     monkeypatch.setattr(manifest, "MAX_BYTES", 4000)
     with pytest.raises(gf.CodebookCorrupt, match=r"is not the state of a build; remove"):
-        gf.build(tmp_path, [(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))], progress=False)
+        gf.Codebook.build(
+            tmp_path, [(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))], progress=False
+        )
 
 
 def test_hparams_of_many_bytes_are_refused_unparsed(tmp_path):
@@ -193,7 +195,7 @@ def attach(folder):
 def test_a_counter_past_its_end_is_refused_at_opening(field, number, tmp_path):
     golden.editor(path=tmp_path).unload()
     change_config(tmp_path, **{field: number})
-    for ask in (attach, gf.open, lambda folder: read_saved(folder).codebook()):
+    for ask in (attach, gf.Codebook.open, lambda folder: read_saved(folder).codebook()):
         with pytest.raises(gf.CodebookCorrupt, match=f"{field} must be a whole number >= 0, below"):
             ask(tmp_path)
 
@@ -299,5 +301,7 @@ def test_a_file_that_is_to_be_written_on_has_one_name(tmp_path):
     (work / "lock").hardlink_to(tmp_path / "mine")
     save_file({"a": torch.ones(1)}, tmp_path / "rows.safetensors")
     with pytest.raises(gf.CodebookCorrupt, match="has another name somewhere"):
-        gf.build(tmp_path, [(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))], progress=False)
+        gf.Codebook.build(
+            tmp_path, [(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))], progress=False
+        )
     assert (tmp_path / "mine").read_text() == "mine"

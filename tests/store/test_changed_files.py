@@ -170,7 +170,7 @@ def test_a_directory_that_was_changed_does_not_open(name, folder):
     change, message = OPENING[name]
     change(folder)
     with pytest.raises(gf.CodebookCorrupt, match=message):
-        gf.open(folder)
+        gf.Codebook.open(folder)
 
 
 @compiled
@@ -178,10 +178,10 @@ def test_a_directory_that_was_changed_does_not_open(name, folder):
 def test_a_flipped_bit_is_seen_when_its_block_is_fetched(stem, parts, tmp_path):
     keys, values, radii = some_keys(6000, 1023, torch.float16)
     values = keys.clone() if stem == "values" else values
-    gf.save(in_memory(keys, values, radii), tmp_path)
+    in_memory(keys, values, radii).save(tmp_path)
     overwrite(file_of(tmp_path, stem), HEADER_BYTES + BLOCK_BYTES + 99, b"\x77")
     message = rf"{stem}-\w+\.safetensors: block 1, from row 2050 on, is not what was saved \(check"
-    opened = gf.open(tmp_path)
+    opened = gf.Codebook.open(tmp_path)
     assert gf.find(keys[:1].float(), opened).hits == 1
     assert opened.snapshot().values_of(torch.tensor([0, 5])).shape[0] == 2
     snapshot, rows = opened.snapshot(), torch.tensor([3000])
@@ -195,9 +195,9 @@ def test_a_flipped_bit_is_seen_when_its_block_is_fetched(stem, parts, tmp_path):
         "values": [lambda: snapshot.values_of(rows), lambda: snapshot.row(3000).value],
     }
     of_all = [
-        lambda: gf.open(tmp_path, verify=True),
+        lambda: gf.Codebook.open(tmp_path, verify=True),
         snapshot.test_files,
-        lambda: gf.save(opened, tmp_path),
+        lambda: opened.save(tmp_path),
         lambda: files.read_tensors(tmp_path, files.read_config(tmp_path)),
     ]
     for ask in asks[stem] + of_all:
@@ -213,14 +213,14 @@ def test_a_key_that_is_not_finite_is_seen_though_its_checksum_is_right(folder):
     with pytest.raises(
         gf.CodebookCorrupt, match="keys must be finite, got NaN or infinity in row 77"
     ):
-        gf.open(folder, verify=True)
+        gf.Codebook.open(folder, verify=True)
 
 
 @compiled
 def test_a_file_that_shrinks_under_its_mapping_is_an_error_and_no_crash(tmp_path):
     keys, values, radii = some_keys(6000, 1023, torch.float16)
-    gf.save(in_memory(keys, values, radii), tmp_path)
-    opened = gf.open(tmp_path)
+    in_memory(keys, values, radii).save(tmp_path)
+    opened = gf.Codebook.open(tmp_path)
     os.truncate(file_of(tmp_path, "keys"), HEADER_BYTES + BLOCK_BYTES + 2046 * 200)
     message = "shrank while it was in use: 4607600 bytes, wanted 12280096"
     assert gf.find(keys[:1].float(), opened).hits == 1
@@ -238,6 +238,6 @@ def test_a_file_that_shrinks_under_its_mapping_is_an_error_and_no_crash(tmp_path
 def test_an_index_is_not_built_of_changed_keys(folder):
     pytest.importorskip("faiss")
     overwrite(file_of(folder, "keys"), HEADER_BYTES + 100, b"\xff\x00\x01")
-    book = gf.open(folder)
+    book = gf.Codebook.open(folder)
     with pytest.raises(gf.CodebookCorrupt, match="block 0, from row 0 on, is not what was saved"):
         gf.find(torch.zeros(1, WIDTH), book, backend="faiss")

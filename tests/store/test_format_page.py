@@ -130,7 +130,7 @@ def test_a_signed_journal_is_read_by_the_page(tmp_path):
 
 @pytest.mark.parametrize("rows", [64, 9000])
 def test_a_large_codebook_is_read_by_the_page(rows, tmp_path):
-    gf.save(golden.book(rows), tmp_path)
+    golden.book(rows).save(tmp_path)
     found = Directory(tmp_path)
     assert found.manifest["format"] == 3
     assert found.rows == rows_of(golden.book(rows))
@@ -158,7 +158,7 @@ def test_the_page_names_every_field_and_tensor_that_is_written(name, tmp_path):
     if name == "edited":
         golden.editor(path=tmp_path).unload()
     else:
-        gf.save(golden.book(9000), tmp_path)
+        golden.book(9000).save(tmp_path)
     manifest = format_reader.manifest_of(tmp_path)
     described = [manifest["tensors"], manifest.get("codes") or {"sha256": {}}]
     tensors = {each.replace("run0", "runI") for one in described for each in one["sha256"]}

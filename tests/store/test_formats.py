@@ -27,7 +27,7 @@ def test_there_is_a_directory_of_every_format_that_was_released():
 
 @pytest.mark.parametrize("name", BOOKS)
 def test_a_codebook_of_every_format_decides_as_it_did(name):
-    book = gf.open(FOLDER / name, verify=True)
+    book = gf.Codebook.open(FOLDER / name, verify=True)
     assert golden.decisions(book) == told(name)
     assert golden.decisions(golden.book()) == told(name)
 
@@ -43,8 +43,8 @@ def test_the_edits_of_every_format_are_what_they_were(name):
 @pytest.mark.parametrize("name", BOOKS + EDITS)
 def test_what_an_earlier_format_held_is_saved_in_the_one_of_today(name, tmp_path):
     if name in BOOKS:
-        gf.save(gf.open(FOLDER / name), tmp_path)
-        again = golden.decisions(gf.open(tmp_path))
+        gf.Codebook.open(FOLDER / name).save(tmp_path)
+        again = golden.decisions(gf.Codebook.open(tmp_path))
     else:
         grace = gf.from_pretrained(golden.Model().eval(), FOLDER / name)
         grace.save_pretrained(tmp_path)
@@ -72,6 +72,6 @@ def test_a_newer_format_is_refused_by_its_number(name, tmp_path):
     place.write_text(json.dumps(newer))
     message = rf"has format {manifest.FORMAT + 1}, this version of grace_fast reads up to"
     with pytest.raises(gf.CodebookCorrupt, match=message):
-        gf.open(folder)
+        gf.Codebook.open(folder)
     with pytest.raises(gf.CodebookCorrupt, match=message):
         gf.from_pretrained(golden.Model().eval(), folder)

@@ -103,7 +103,7 @@ def test_a_manifest_is_read_strictly(name, tmp_path):
     content, message = MANIFESTS[name]
     (tmp_path / files.CONFIG).write_text(content)
     with pytest.raises(gf.CodebookCorrupt, match=message):
-        gf.open(tmp_path)
+        gf.Codebook.open(tmp_path)
     with pytest.raises(gf.CodebookCorrupt, match=message):
         load_editor(tmp_path)
 
@@ -113,7 +113,7 @@ def test_a_manifest_that_is_too_long_is_neither_read_nor_written(tmp_path, monke
     with (tmp_path / files.CONFIG).open("r+b") as sparse:
         sparse.truncate(manifest.MAX_BYTES + 1)
     with pytest.raises(gf.CodebookCorrupt, match="has 268435457 bytes, wanted at most 268435456"):
-        gf.open(tmp_path)
+        gf.Codebook.open(tmp_path)
     monkeypatch.setattr(manifest, "MAX_BYTES", 100)
     with pytest.raises(ValueError, match="at most 100 are read again; attach without store_text"):
         manifest.seal({"texts": {"1": ["a" * 100, "b"]}})
@@ -157,11 +157,11 @@ def write_with_checksum(folder, config):
 
 def test_a_signed_directory_opens_with_its_key_alone(tmp_path):
     book, edited = tmp_path / "book", tmp_path / "edited"
-    gf.save(golden.book(), book, hmac_key=KEY)
+    golden.book().save(book, hmac_key=KEY)
     golden.editor().save_pretrained(edited, hmac_key=KEY)
     for opens in (
-        lambda **key: gf.open(book, **key),
-        lambda **key: gf.open(edited, **key),
+        lambda **key: gf.Codebook.open(book, **key),
+        lambda **key: gf.Codebook.open(edited, **key),
         lambda **key: load_editor(edited, **key),
     ):
         opens(hmac_key=KEY)
@@ -171,10 +171,10 @@ def test_a_signed_directory_opens_with_its_key_alone(tmp_path):
 
 
 def test_an_unsigned_directory_is_refused_where_a_key_is_given(edited, tmp_path):
-    gf.save(golden.book(), tmp_path / "book")
+    golden.book().save(tmp_path / "book")
     for folder in (edited, tmp_path / "book"):
         with pytest.raises(gf.CodebookCorrupt, match="is not signed, and an hmac_key was given"):
-            gf.open(folder, hmac_key=KEY)
+            gf.Codebook.open(folder, hmac_key=KEY)
     model = golden.Model()
     with pytest.raises(gf.CodebookCorrupt, match="is not signed"):
         gf.attach(model, golden.LAYER, path=edited, hmac_key=KEY)
@@ -187,9 +187,9 @@ def test_what_is_no_signature_is_refused_in_words(signature, edited):
     config = files.read_config(edited)
     config["hmac"] = signature
     write_with_checksum(edited, config)
-    gf.open(edited)
+    gf.Codebook.open(edited)
     with pytest.raises(gf.CodebookCorrupt, match=r"(is|was) not signed"):
-        gf.open(edited, hmac_key=KEY)
+        gf.Codebook.open(edited, hmac_key=KEY)
 
 
 def test_an_honest_checksum_over_a_change_does_not_pass_for_a_signature(tmp_path):
@@ -197,16 +197,16 @@ def test_an_honest_checksum_over_a_change_does_not_pass_for_a_signature(tmp_path
     signature = files.read_config(tmp_path)["hmac"]
     replace_tensor(tmp_path, "tensors", "values", lambda values: values + 1)
     assert "hmac" not in files.read_config(tmp_path)
-    gf.open(tmp_path)
+    gf.Codebook.open(tmp_path)
     config = {**files.read_config(tmp_path), "hmac": signature}
     write_with_checksum(tmp_path, config)
-    gf.open(tmp_path)
+    gf.Codebook.open(tmp_path)
     with pytest.raises(gf.CodebookCorrupt, match="was not signed with this hmac_key, or changed"):
-        gf.open(tmp_path, hmac_key=KEY)
+        gf.Codebook.open(tmp_path, hmac_key=KEY)
 
 
 def test_blocks_of_keys_are_told_by_what_cannot_be_forged(tmp_path):
-    gf.save(golden.book(), tmp_path)
+    golden.book().save(tmp_path)
     tensors = tensor_files.read_file(tmp_path, files.read_config(tmp_path)["tensors"])
     for name in files.MAPPED:
         rows = next(tmp_path.glob(f"{name}-*")).read_bytes()[HEADER_BYTES:]
@@ -222,11 +222,11 @@ def test_every_edit_of_a_signed_directory_is_signed(tmp_path):
     )
     for token in (1, 4):
         grace.edit(str(token), 1)
-        assert len(gf.open(tmp_path, hmac_key=KEY)) == len(grace.codebook)
+        assert len(gf.Codebook.open(tmp_path, hmac_key=KEY)) == len(grace.codebook)
     grace.undo(0)
-    assert len(gf.open(tmp_path, hmac_key=KEY)) == 1
+    assert len(gf.Codebook.open(tmp_path, hmac_key=KEY)) == 1
     grace.save_pretrained(tmp_path / "copy")  # signed with the key that it has
-    assert len(gf.open(tmp_path / "copy", hmac_key=KEY)) == 1
+    assert len(gf.Codebook.open(tmp_path / "copy", hmac_key=KEY)) == 1
     grace.unload()
     with pytest.raises(ValueError, match="is signed, and further edits must be: give its hmac_key"):
         gf.attach(model, golden.LAYER, path=tmp_path)
@@ -244,8 +244,8 @@ def test_every_edit_of_a_signed_directory_is_signed(tmp_path):
 def test_what_is_no_key_is_refused_before_anything_is_done(key, error, message, edited, tmp_path):
     model = golden.Model()
     asks = (
-        lambda: gf.open(edited, hmac_key=key),
-        lambda: gf.save(golden.book(), tmp_path / "new", hmac_key=key),
+        lambda: gf.Codebook.open(edited, hmac_key=key),
+        lambda: golden.book().save(tmp_path / "new", hmac_key=key),
         lambda: gf.attach(model, golden.LAYER, hmac_key=key),
         lambda: load_editor(edited, hmac_key=key),
         lambda: golden.editor().save_pretrained(tmp_path / "new", hmac_key=key),
@@ -320,7 +320,7 @@ def test_a_truth_that_is_neither_0_nor_1_is_refused(edited):
     content[at] = 2
     place.write_bytes(content)
     with pytest.raises(gf.CodebookCorrupt, match="truths that are neither 0 nor 1") as refused:
-        gf.open(edited)
+        gf.Codebook.open(edited)
     assert refused.value.field == "rows.live"
 
 
@@ -352,7 +352,7 @@ ACCEPTED = {
 def test_odd_numbers_that_may_be_are_decided_by_the_law(name, edited):
     field, change = ACCEPTED[name]
     replace_tensor(edited, "tensors", field, change)
-    assert_decides_by_the_law(gf.open(edited))
+    assert_decides_by_the_law(gf.Codebook.open(edited))
 
 
 # The cap of epsilon
@@ -391,7 +391,7 @@ def test_a_stored_ball_wider_than_allowed_is_refused(field, edited, tmp_path):
     opens = [
         lambda: load_editor(edited, max_radius=5.0),
         lambda: gf.attach(golden.Model(), golden.LAYER, path=edited, max_radius=5.0),
-        lambda: gf.open(edited, max_radius=5.0),
+        lambda: gf.Codebook.open(edited, max_radius=5.0),
     ]
     for ask in opens:
         message = rf"{field} must be at most 5\.0, got 7\.0 in row 1"
@@ -399,10 +399,10 @@ def test_a_stored_ball_wider_than_allowed_is_refused(field, edited, tmp_path):
             ask()
         assert (refused.value.field, refused.value.row) == (field, 1)
     assert load_editor(edited, max_radius=7.0).settings.max_radius == 7.0
-    gf.save(gf.open(edited, max_radius=7.0), tmp_path / "book")
+    gf.Codebook.open(edited, max_radius=7.0).save(tmp_path / "book")
     if field == "rows.radius":
         with pytest.raises(gf.CodebookCorrupt, match=r"at most 5\.0, got 7\.0 in row 1"):
-            gf.open(tmp_path / "book", max_radius=5.0)
+            gf.Codebook.open(tmp_path / "book", max_radius=5.0)
 
 
 def test_the_cap_is_kept_with_the_codebook_and_a_radius_as_wide_as_it_is_allowed(tmp_path):
@@ -486,7 +486,7 @@ def test_every_header_that_safetensors_writes_is_taken_and_no_cut_of_it(data):
 def test_no_manifest_does_anything_but_be_refused(tmp_path_factory, said):
     folder = tmp_path_factory.mktemp("drawn")
     (folder / files.CONFIG).write_text(json.dumps({**said, "format": 1}))
-    for ask in (lambda: gf.open(folder), lambda: read_saved(folder)):
+    for ask in (lambda: gf.Codebook.open(folder), lambda: read_saved(folder)):
         with pytest.raises(gf.CodebookCorrupt):
             ask()
 
@@ -575,7 +575,7 @@ def test_a_ball_that_a_journal_makes_wider_than_allowed_is_refused(tmp_path):
     assert max(load_editor(tmp_path, max_radius=0.6).codebook.radii) > 0.52
     for ask in (
         lambda: load_editor(tmp_path, max_radius=0.52),
-        lambda: gf.open(tmp_path, max_radius=0.52),
+        lambda: gf.Codebook.open(tmp_path, max_radius=0.52),
     ):
         with pytest.raises(gf.CodebookCorrupt, match=r"radius must be at most 0\.52, got 0\.53"):
             ask()
@@ -588,8 +588,8 @@ def test_a_manifest_that_does_not_describe_its_journal_is_refused(tmp_path):
     for told in ({}, {**journal, "name": 3}, {**journal, "file": "../journal-x.sqlite"}):
         change_config(tmp_path, journal=told)
         with pytest.raises(gf.CodebookCorrupt, match="does not describe its journal"):
-            gf.open(tmp_path)
+            gf.Codebook.open(tmp_path)
     del config["version"]
     write_with_checksum(tmp_path, config)
     with pytest.raises(gf.CodebookCorrupt, match="does not describe its journal"):
-        gf.open(tmp_path)
+        gf.Codebook.open(tmp_path)

@@ -39,7 +39,7 @@ def edited(tmp_path):
 def bare(tmp_path):
     """A directory of a codebook alone: keys, values and codes have files of their own."""
     folder = tmp_path / "bare"
-    gf.save(golden.book(), folder)
+    golden.book().save(folder)
     return folder
 
 
@@ -57,7 +57,7 @@ def content_of(folder):
         ]
         said["edits"] = repr((edits, dict(history.rows), history.next_id))
     else:
-        book = gf.open(folder, verify=True)
+        book = gf.Codebook.open(folder, verify=True)
         if config["codes"] is not None:
             tensors |= tensor_files.read_file(folder, config["codes"])
     said["book"] = columns.pack_rows(book.snapshot())
@@ -351,10 +351,10 @@ def test_only_regular_files_are_read(kind, stem, bare):
     of_another_kind(next(bare.glob(f"{stem}*")), kind)
     message = rf"{stem}.* is (a link|no regular file): a codebook's files are regular files"
     with pytest.raises(gf.CodebookCorrupt, match=message):
-        gf.open(bare)
+        gf.Codebook.open(bare)
     if stem == "grace_config":  # neither is it taken for an empty directory
         with pytest.raises(gf.CodebookCorrupt, match=message):
-            gf.save(golden.book(), bare)
+            golden.book().save(bare)
         with pytest.raises(gf.CodebookCorrupt, match=message):
             gf.attach(golden.Model(), golden.LAYER, path=bare)
 
@@ -369,7 +369,7 @@ def test_a_journal_and_a_lock_are_regular_files(kind, suffix, journalled):
         gf.attach(golden.Model(), golden.LAYER, path=journalled)
     if suffix != "lock":
         with pytest.raises(gf.CodebookCorrupt, match=rf"{place.name} is (a link|no regular file)"):
-            gf.open(journalled)
+            gf.Codebook.open(journalled)
 
 
 def test_a_device_is_refused_before_it_is_opened(monkeypatch, tmp_path):
@@ -417,7 +417,7 @@ def test_a_build_does_not_follow_a_link_of_its_folder(name, tmp_path):
     place.symlink_to(victim)
     rows = (torch.zeros(1, 4), torch.zeros(1, 2), torch.ones(1))
     with pytest.raises(gf.CodebookCorrupt, match=f"{name} is a link"):
-        gf.build(folder, [rows], progress=False)
+        gf.Codebook.build(folder, [rows], progress=False)
     assert not (list(victim.iterdir()) if name == "building" else victim.read_text() != "{}")
 
 
@@ -426,7 +426,7 @@ def test_the_state_of_a_build_names_no_file_elsewhere(tmp_path):
     work.mkdir()
     (work / "state.json").write_text('{"format": 2, "token": "../../elsewhere"}')
     with pytest.raises(gf.CodebookCorrupt, match="does not name the files of a build; remove"):
-        gf.build(tmp_path, [], progress=False)
+        gf.Codebook.build(tmp_path, [], progress=False)
 
 
 NAMES = ["../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "\ud800", "x" * 300, 3, None, ["x"]]
@@ -440,4 +440,4 @@ def test_a_name_that_leads_elsewhere_is_no_name(name, which, bare):
     told["file"] = name
     change_config(bare, **{field: config[field] for field in ("tensors", "codes", "mapped")})
     with pytest.raises(gf.CodebookCorrupt, match="is not the name of a file in this directory"):
-        gf.open(bare)
+        gf.Codebook.open(bare)

@@ -103,7 +103,7 @@ def test_what_was_edited_is_there_again_bit_for_bit_after_every_version(model, t
         assert len(book) == wanted["live"]
         assert [book.snapshot().column(name).tolist() for name in COLUMNS] == wanted["columns"]
         assert list(history.edits) == [int(edit[0]) for edit in wanted["edits"]]
-    assert gf.open(tmp_path).version == len(ASKED) + 2
+    assert gf.Codebook.open(tmp_path).version == len(ASKED) + 2
 
 
 def test_hits_are_kept_when_the_directory_is_given_back(model, tmp_path):

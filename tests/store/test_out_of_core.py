@@ -32,8 +32,8 @@ from grace_fast.store import columns, files
 def test_an_opened_codebook_decides_as_the_one_that_was_saved(name, tmp_path):
     case = CASES[name]
     book = case.book()
-    gf.save(book, tmp_path)
-    opened = gf.open(tmp_path)
+    book.save(tmp_path)
+    opened = gf.Codebook.open(tmp_path)
     assert_same_book(opened, book)
     assert_same_answers(opened, book, case.queries)
 
@@ -47,7 +47,7 @@ def test_the_codes_are_those_that_were_saved_and_nothing_is_computed(parts, save
     wanted.build(book.snapshot())
     monkeypatch.setattr(quantizer, "fit", None)
     monkeypatch.setattr(quantizer, "encode_keys", None)
-    opened = gf.open(saved)
+    opened = gf.Codebook.open(saved)
     state, expected = maintained.of(opened.snapshot()).current, wanted.current
     assert state.covered == ROWS
     assert (state.min_radius, state.predicted_bytes) == (
@@ -79,7 +79,7 @@ def test_the_codes_are_those_that_were_saved_and_nothing_is_computed(parts, save
 def test_rows_of_odd_widths_lie_across_blocks(tmp_path):
     # 2 046 bytes a row: almost every block of 4 MiB ends within a row.
     keys, values, radii = some_keys(6000, 1023, torch.float16)
-    built = gf.build(tmp_path, blocks((keys, values, radii), 1700), progress=False)
+    built = gf.Codebook.build(tmp_path, blocks((keys, values, radii), 1700), progress=False)
     assert len(built.snapshot().key_file.tested) == 6000 * 2046 // BLOCK_BYTES + 2
     rows = torch.arange(2040, 2060)  # around the first block's end
     assert torch.equal(built.snapshot().keys_at(rows), keys[rows])
@@ -88,13 +88,13 @@ def test_rows_of_odd_widths_lie_across_blocks(tmp_path):
 
 def test_only_the_blocks_that_are_fetched_are_tested(tmp_path):
     keys, values, radii = some_keys(5000, 1023)
-    gf.save(in_memory(keys, values, radii), tmp_path)
-    opened = gf.open(tmp_path)
+    in_memory(keys, values, radii).save(tmp_path)
+    opened = gf.Codebook.open(tmp_path)
     tested = opened.snapshot().key_file.tested
     assert not tested.any()
     assert torch.equal(opened.snapshot().row(4999).key, keys[4999])
     assert tested.tolist() == [0] * (len(tested) - 2) + [1, 0]
-    assert gf.open(tmp_path, verify=True).snapshot().key_file.tested[:-1].all()
+    assert gf.Codebook.open(tmp_path, verify=True).snapshot().key_file.tested[:-1].all()
 
 
 def test_a_directory_with_files_of_rows_is_read_into_memory_too(parts, saved):
@@ -122,7 +122,7 @@ def edited(book, keys):
 
 def test_edits_of_an_opened_codebook_are_those_of_one_in_memory(parts, saved):
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    book, opened = in_memory(*parts), gf.open(saved)
+    book, opened = in_memory(*parts), gf.Codebook.open(saved)
     old = opened.snapshot()
     for each in (book, opened):
         more = edited(each, parts[0])
@@ -137,11 +137,11 @@ def test_edits_of_an_opened_codebook_are_those_of_one_in_memory(parts, saved):
 
 
 def test_an_edited_codebook_is_saved_over_itself_while_it_serves(parts, folder):
-    opened, book = gf.open(folder), in_memory(*parts)
+    opened, book = gf.Codebook.open(folder), in_memory(*parts)
     for each in (book, opened):
         more = edited(each, parts[0])
-    gf.save(opened, folder)
-    again = gf.open(folder, verify=True)
+    opened.save(folder)
+    again = gf.Codebook.open(folder, verify=True)
     asked = torch.cat([questions(parts[0]), questions(more, 40)])
     assert_same_book(again, book)
     assert_same_answers(again, book, asked)
@@ -200,17 +200,17 @@ def test_a_codebook_larger_than_the_memory_that_may_be_had_is_built_and_serves(t
             for at in range(first, ROWS, STEP):
                 yield keys_from(at, STEP), torch.full((STEP, 2), 1.0), torch.full((STEP,), 1.0)
         # Threads and libraries have what they take, and nothing of it is still being made.
-        gf.prepare(gf.build({str(tmp_path / "warm")!r}, [next(parts(0))], progress=False))
+        gf.prepare(gf.Codebook.build({str(tmp_path / "warm")!r}, [next(parts(0))], progress=False))
         def taken(name):
             found = re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())
             return int(found[1]) << 10
         limit = taken("VmData") + (192 << 20)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-        book = gf.build({str(tmp_path / "large")!r}, parts, rows=ROWS, progress=False)
+        book = gf.Codebook.build({str(tmp_path / "large")!r}, parts, rows=ROWS, progress=False)
         assert book.snapshot().key_file.shape.nbytes > 1.9 * (192 << 20)
         del book
         base = taken("RssAnon")
-        find = gf.prepare(gf.open({str(tmp_path / "large")!r}))
+        find = gf.prepare(gf.Codebook.open({str(tmp_path / "large")!r}))
         for first in range(0, ROWS, STEP):
             asked = keys_from(first, STEP)[:3]
             assert find(asked).row.tolist() == [first, first + 1, first + 2]

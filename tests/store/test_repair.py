@@ -58,7 +58,7 @@ def bare_book():
 
 @pytest.fixture
 def bare(tmp_path):
-    gf.save(bare_book(), tmp_path / "bare")
+    bare_book().save(tmp_path / "bare")
     return tmp_path / "bare"
 
 
@@ -125,7 +125,7 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_rows_that_cannot_be_trusted_go_with_their_edits_and_all_are_listed(name, edited):
     column, change, max_radius = ROWS[name]
-    before = gf.open(edited)
+    before = gf.Codebook.open(edited)
     ids = [edit.id for edit in read_saved(edited).codebook()[1].edits.values()]
     replace_tensor(edited, "tensors", column, change)
     damaged = content_of(edited)
@@ -134,7 +134,7 @@ def test_rows_that_cannot_be_trusted_go_with_their_edits_and_all_are_listed(name
     assert gone
     assert len(gone) < len(before.live)
     assert all(each.why for each in report.dropped)
-    assert_decides_as_before(gf.open(edited, max_radius=max_radius), before, gone)
+    assert_decides_as_before(gf.Codebook.open(edited, max_radius=max_radius), before, gone)
     left = read_saved(edited).codebook()[1].edits
     assert not any(edit.row in gone for edit in left.values())
     assert len(left) + len(listed(report, "edit")) == len(ids)
@@ -143,18 +143,18 @@ def test_rows_that_cannot_be_trusted_go_with_their_edits_and_all_are_listed(name
 
 
 def test_rows_stay_without_their_edits_where_that_is_asked_for(edited):
-    before = gf.open(edited)
+    before = gf.Codebook.open(edited)
     replace_tensor(edited, "tensors", "edits.query", put(3, math.nan))
     report = repair(edited, keep_rows=True)
     assert listed(report, "row") == []
     assert listed(report, "edit")
-    assert_decides_as_before(gf.open(edited), before, [])
+    assert_decides_as_before(gf.Codebook.open(edited), before, [])
     assert_sound(edited)
 
 
 @pytest.mark.parametrize("keep_rows", [False, True])
 def test_a_history_that_is_not_what_was_saved_explains_no_row(keep_rows, edited):
-    before = gf.open(edited)
+    before = gf.Codebook.open(edited)
     file = edited / files.read_config(edited)["tensors"]["file"]
     queries = load_file(file)["edits.query"].numpy().tobytes()
     at = file.read_bytes().index(queries)
@@ -163,7 +163,7 @@ def test_a_history_that_is_not_what_was_saved_explains_no_row(keep_rows, edited)
     live = before.live.nonzero()[:, 0].tolist()
     assert listed(report, "row") == ([] if keep_rows else live)
     assert listed(report, "edit") == [None]
-    assert_decides_as_before(gf.open(edited), before, [] if keep_rows else live)
+    assert_decides_as_before(gf.Codebook.open(edited), before, [] if keep_rows else live)
     assert_sound(edited)
 
 
@@ -204,7 +204,7 @@ JOURNALS = {
 @pytest.mark.parametrize("name", JOURNALS)
 def test_the_longest_sound_prefix_of_a_journal_is_kept(name, journalled):
     change, last = JOURNALS[name]
-    before = gf.open(journalled).version
+    before = gf.Codebook.open(journalled).version
     assert before == 10
     wanted = read_saved(journalled).codebook(version=last)
     journal = next(journalled.glob("journal-*.sqlite"))
@@ -259,7 +259,7 @@ def test_a_base_that_is_not_sound_goes_on_with_its_journal(journalled):
     grace.edit("14", 2)
     grace.undo(first.id)
     grace.unload()
-    before = gf.open(journalled)
+    before = gf.Codebook.open(journalled)
     replace_tensor(journalled, "tensors", "rows.radius", put(1, math.inf))
     report = repair(journalled)
     assert listed(report, "row") == [1]
@@ -276,7 +276,7 @@ def test_a_block_that_is_not_what_was_saved_costs_its_rows(bare):
     gone = list(range(per_block, 2 * per_block))
     assert listed(repair(bare), "row") == gone
     assert repair(bare).was_sound
-    assert_decides_as_before(gf.open(bare), bare_book(), gone)
+    assert_decides_as_before(gf.Codebook.open(bare), bare_book(), gone)
 
 
 def _cut(path, size):
@@ -307,7 +307,7 @@ def test_a_value_that_is_not_finite_costs_its_row_alone(bare):
 
 def test_codes_and_headers_are_made_again_and_nothing_is_lost(tmp_path):
     folder = tmp_path / "coded"
-    gf.save(golden.book(9000), folder)
+    golden.book(9000).save(folder)
     before = golden.book(9000)
     overwrite(file_of(folder, "codes"), -30, b"\x55")
     overwrite(file_of(folder, "keys"), 20, b"x")
@@ -316,7 +316,7 @@ def test_codes_and_headers_are_made_again_and_nothing_is_lost(tmp_path):
     assert "the codes" in report.made_again
     assert repair(folder).was_sound
     found, wanted = (
-        gf.find(golden.questions(), gf.open(folder)),
+        gf.find(golden.questions(), gf.Codebook.open(folder)),
         gf.find(golden.questions(), before),
     )
     assert torch.equal(found.row, wanted.row)
@@ -335,7 +335,7 @@ def test_a_signed_directory_needs_its_key_and_is_signed_anew(tmp_path):
     with pytest.raises(gf.CodebookCorrupt, match="not signed with this hmac_key"):
         repair(folder, hmac_key=KEY[::-1])
     repair(folder, hmac_key=KEY, keep_rows=True)
-    assert len(gf.open(folder, hmac_key=KEY)) > 0
+    assert len(gf.Codebook.open(folder, hmac_key=KEY)) > 0
 
 
 def test_who_edits_a_directory_keeps_it_from_being_repaired(journalled):
@@ -405,7 +405,7 @@ def test_a_row_that_two_blocks_hold_goes_with_either(tmp_path):
     book, width = gf.Codebook(3000, 2), 3000 * 4
     generator = torch.Generator().manual_seed(1)
     book.append(torch.randn(800, 3000, generator=generator), torch.zeros(800, 2), torch.ones(800))
-    gf.save(book, tmp_path / "bare")
+    book.save(tmp_path / "bare")
     overwrite(file_of(tmp_path / "bare", "keys"), HEADER_BYTES + BLOCK_BYTES + 99, b"\x01")
     first, last = BLOCK_BYTES // width, 2 * BLOCK_BYTES // width
     assert (first + 1) * width > BLOCK_BYTES > first * width

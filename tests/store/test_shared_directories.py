@@ -90,7 +90,7 @@ def run(*arguments):
 
 
 READINGS = {
-    "open": lambda path: len(gf.open(path)),
+    "open": lambda path: len(gf.Codebook.open(path)),
     "a reader's attach": lambda path: len(attach(path, read_only=True).edits()),
     "from_pretrained": lambda path: len(gf.from_pretrained(models.build("gpt2"), path).edits()),
     "the report": lambda path: len(reading.read(path).history.edits),
@@ -148,30 +148,31 @@ def test_a_codebook_alone_that_is_saved_anew_while_it_is_opened_is_opened_again(
     tmp_path, monkeypatch
 ):
     one, other = a_book(), a_book(50)
-    gf.save(one, tmp_path)
+    one.save(tmp_path)
     for _, rows in Steps(monkeypatch).each(
-        lambda: gf.open(tmp_path, verify=True).snapshot().rows, lambda: gf.save(other, tmp_path)
+        lambda: gf.Codebook.open(tmp_path, verify=True).snapshot().rows,
+        lambda: other.save(tmp_path),
     ):
         assert rows == 50
 
 
 def test_what_is_damaged_is_not_read_again(tmp_path, monkeypatch):
-    gf.save(a_book(), tmp_path)
+    a_book().save(tmp_path)
     next(tmp_path.glob("keys-*")).unlink()
     readings, real = [], manifest.read
     monkeypatch.setattr(manifest, "read", lambda *given: readings.append(1) or real(*given))
     with pytest.raises(gf.CodebookCorrupt, match="is missing"):
-        gf.open(tmp_path)
+        gf.Codebook.open(tmp_path)
     assert len(readings) == 1
 
 
 def test_who_is_never_left_to_read_is_told_so_in_the_end(tmp_path):
-    gf.save(a_book(), tmp_path)
+    a_book().save(tmp_path)
     tries = []
 
     def read():
         tries.append(1)
-        gf.save(a_book(), tmp_path)
+        a_book().save(tmp_path)
         raise gf.CodebookCorrupt("it does not fit")
 
     with pytest.raises(gf.CodebookCorrupt, match="it does not fit"):
@@ -203,13 +204,13 @@ def test_repair_is_refused_beside_an_editor(tmp_path):
 
 
 def test_two_do_not_save_to_one_directory_at_once(tmp_path, monkeypatch):
-    gf.save(a_book(), tmp_path)
+    a_book().save(tmp_path)
     lock = locks.Lock(tmp_path)
     with pytest.raises(gf.CodebookLocked, match="is being edited by process"):
-        gf.save(a_book(50), tmp_path)
+        a_book(50).save(tmp_path)
     lock.close()
-    gf.save(a_book(50), tmp_path)
-    assert len(gf.open(tmp_path, verify=True)) == 50
+    a_book(50).save(tmp_path)
+    assert len(gf.Codebook.open(tmp_path, verify=True)) == 50
 
 
 # The lock
@@ -237,7 +238,7 @@ def test_an_editor_whose_lock_was_removed_finds_out_before_it_acknowledges_an_ed
     with pytest.raises(gf.CodebookLocked, match="being edited by process"):
         attach(tmp_path)  # the first one's end has freed nothing
     second.unload()
-    assert len(gf.open(tmp_path)) == 3
+    assert len(gf.Codebook.open(tmp_path)) == 3
 
 
 def test_an_edit_during_which_the_lock_is_removed_is_not_acknowledged(tmp_path, monkeypatch):
@@ -285,7 +286,9 @@ def test_who_loses_the_lock_while_it_writes_replaces_nothing(way, tmp_path, monk
         changes[way]()
     monkeypatch.undo()
     assert before == {path: path.read_bytes() for path in before}
-    assert len(gf.open(tmp_path / "edited")) == len(gf.open(tmp_path / "saved")) == 1
+    assert (
+        len(gf.Codebook.open(tmp_path / "edited")) == len(gf.Codebook.open(tmp_path / "saved")) == 1
+    )
     grace.unload()
 
 
@@ -323,8 +326,8 @@ def test_another_working_directory_is_no_other_codebook(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     grace = attach("book")
     grace.edit(batch_of(0))
-    gf.save(a_book(5000), "bare")
-    reader, bare = attach(Path("book"), read_only=True), gf.open("bare")
+    a_book(5000).save("bare")
+    reader, bare = attach(Path("book"), read_only=True), gf.Codebook.open("bare")
     offline_at = grace.path
     monkeypatch.chdir(tmp_path / "elsewhere")
     grace.edit(batch_of(1))
@@ -368,10 +371,10 @@ def test_a_stream_may_change_the_working_directory(tmp_path, monkeypatch):
         os.chdir(tmp_path / "elsewhere")
         yield keys[first:], torch.zeros(20 - first, 1), torch.ones(20 - first)
 
-    book = gf.build("built", blocks, progress=False)
+    book = gf.Codebook.build("built", blocks, progress=False)
     assert torch.equal(book.keys, keys)
     assert not list((tmp_path / "elsewhere").iterdir())
-    assert torch.equal(gf.open(tmp_path / "built").keys, keys)
+    assert torch.equal(gf.Codebook.open(tmp_path / "built").keys, keys)
 
 
 def test_a_path_may_be_bytes_begin_at_home_and_go_up_from_a_link(tmp_path, monkeypatch):
@@ -384,8 +387,8 @@ def test_a_path_may_be_bytes_begin_at_home_and_go_up_from_a_link(tmp_path, monke
         (b"two", "two"),
         (Path("link/../three"), "real/three"),
     ):
-        gf.save(a_book(), given)
-        assert len(gf.open(given)) == len(gf.open(tmp_path / place)) == 40
+        a_book().save(given)
+        assert len(gf.Codebook.open(given)) == len(gf.Codebook.open(tmp_path / place)) == 40
         with attach_and_edit(os.fsencode(given) + b"-edited") as grace:
             assert grace.path.is_absolute()
-        assert len(gf.open(tmp_path / f"{place}-edited")) == 2
+        assert len(gf.Codebook.open(tmp_path / f"{place}-edited")) == 2

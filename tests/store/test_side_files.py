@@ -41,7 +41,7 @@ def attach(folder):
 
 WAYS = {
     "attach": lambda folder: attach(folder).unload(),
-    "open": gf.open,
+    "open": gf.Codebook.open,
     "read": lambda folder: read_saved(folder).codebook(),
     "offline": lambda folder: Offline(folder).close(),
     "pretrained": lambda folder: gf.from_pretrained(golden.Model().eval(), folder),
@@ -215,14 +215,14 @@ def test_rows_that_share_their_bytes_are_no_more_than_the_file(book, monkeypatch
 def test_no_character_of_a_path_is_a_parameter(name, tmp_path):
     folder = tmp_path / name
     golden.editor(path=folder).unload()
-    assert len(gf.open(folder)) > 0
+    assert len(gf.Codebook.open(folder)) > 0
     attach(folder).unload()
 
 
 def test_a_path_that_is_no_text_and_one_of_two_slashes_are_opened(tmp_path):
     folder = tmp_path / os.fsdecode(b"\xff\xfe")
     golden.editor(path=folder).unload()
-    assert len(gf.open(f"/{folder}")) > 0
+    assert len(gf.Codebook.open(f"/{folder}")) > 0
 
 
 PUT = {
@@ -272,14 +272,14 @@ def test_what_a_crash_of_ours_left_is_put_right(book, tmp_path):
     wanted = read_saved(book).codebook()[0]
     crashed = interrupted(book, tmp_path)
     with pytest.raises(OSError, match="needs a writer"):
-        gf.open(crashed)
+        gf.Codebook.open(crashed)
     attach(crashed).unload()
-    assert gf.open(crashed).version == wanted.version
+    assert gf.Codebook.open(crashed).version == wanted.version
 
 
 @pytest.mark.parametrize("of_ours", [True, False])
 def test_repair_keeps_every_version_and_reads_no_foreign_side_file(of_ours, book, tmp_path):
-    wanted = gf.open(book)
+    wanted = gf.Codebook.open(book)
     folder = interrupted(book, tmp_path) if of_ours else book
     database, mine = journal_in(folder), tmp_path / "mine.txt"
     if not of_ours:
@@ -289,7 +289,7 @@ def test_repair_keeps_every_version_and_reads_no_foreign_side_file(of_ours, book
     assert not report.was_sound
     assert [each.what for each in report.dropped] == ([] if of_ours else ["file"] * 2)
     assert mine.read_text() == "mine"
-    assert gf.open(folder).version == wanted.version
+    assert gf.Codebook.open(folder).version == wanted.version
     attach(folder).unload()
     assert repair(folder).was_sound
     ends = ("-wal", "-shm")

@@ -41,7 +41,7 @@ from grace_fast.tools.cli import app
 @pytest.mark.parametrize("size", [997, 20_000])
 def test_what_a_stream_builds_is_what_appending_it_makes(dtype, size, tmp_path):
     parts = some_keys(dtype=dtype)
-    built = gf.build(tmp_path / "new", blocks(parts, size), rows=ROWS, progress=False)
+    built = gf.Codebook.build(tmp_path / "new", blocks(parts, size), rows=ROWS, progress=False)
     book = in_memory(*parts)
     assert_same_book(built, book)
     assert_same_answers(built, book, questions(parts[0]))
@@ -57,7 +57,7 @@ def test_arrays_of_numpy_build_too_and_few_keys_need_no_codes(tmp_path):
         (keys[at].numpy(), values[at].numpy(), radii[at].numpy())
         for at in (slice(150), slice(150, 300))
     )
-    built = gf.build(tmp_path, made, progress=False)
+    built = gf.Codebook.build(tmp_path, made, progress=False)
     assert_same_answers(built, in_memory(keys, values, radii), questions(keys))
     assert not list(tmp_path.glob("codes-*"))
 
@@ -75,18 +75,18 @@ def broken(parts, after, size=1000):
 
 def test_a_build_goes_on_where_its_stream_broke(parts, tmp_path):
     with pytest.raises(Broken):
-        gf.build(tmp_path, broken(parts, 5), progress=False)
+        gf.Codebook.build(tmp_path, broken(parts, 5), progress=False)
     with pytest.raises(FileNotFoundError, match="is not a codebook"):
-        gf.open(tmp_path)
+        gf.Codebook.open(tmp_path)
     with pytest.raises(Broken):
-        gf.build(tmp_path, broken(parts, 7, 700), progress=False)  # less than there was
+        gf.Codebook.build(tmp_path, broken(parts, 7, 700), progress=False)  # less than there was
     asked = []
 
     def rest(first):
         asked.append(first)
         return blocks([part[first:] for part in parts])
 
-    built = gf.build(tmp_path, rest, progress=False)
+    built = gf.Codebook.build(tmp_path, rest, progress=False)
     assert asked == [5000]
     assert_same_answers(built, in_memory(*parts), questions(parts[0]))
 
@@ -107,13 +107,13 @@ def test_a_build_that_was_killed_goes_on_from_its_last_state(parts, tmp_path):
                 if number == 7:
                     os._exit(9)
                 yield block
-        gf.build({str(tmp_path / "book")!r}, dying(), progress=False)
+        gf.Codebook.build({str(tmp_path / "book")!r}, dying(), progress=False)
     """
     ran = run_python(script)
     assert ran.returncode == 9, ran.stderr
     state = json.loads((tmp_path / "book" / resident.BUILDING / build_state.STATE).read_text())
     assert 2000 <= state["keys"]["rows"] <= 7000
-    built = gf.build(tmp_path / "book", blocks(parts, 1234), progress=False)
+    built = gf.Codebook.build(tmp_path / "book", blocks(parts, 1234), progress=False)
     assert_same_answers(built, in_memory(*parts), questions(parts[0]))
 
 
@@ -132,9 +132,9 @@ def test_keys_that_were_encoded_are_not_encoded_again(parts, tmp_path, monkeypat
 
     monkeypatch.setattr(quantizer, "encode_keys", counted)
     with pytest.raises(Broken):
-        gf.build(tmp_path, blocks(parts), progress=False)
+        gf.Codebook.build(tmp_path, blocks(parts), progress=False)
     before = len(calls)
-    built = gf.build(tmp_path, blocks(parts), progress=False)
+    built = gf.Codebook.build(tmp_path, blocks(parts), progress=False)
     assert len(calls) - before < 18  # of 512 keys each
     assert_same_answers(built, in_memory(*parts), questions(parts[0]))
 
@@ -148,15 +148,17 @@ def test_a_codebook_stays_as_it_was_until_the_new_one_is_whole(parts, folder, mo
 
     monkeypatch.setattr(files, "publish", full)
     with pytest.raises(OSError, match="No space left on device"):
-        gf.save(in_memory(*other), folder)
+        in_memory(*other).save(folder)
     assert len(list(folder.iterdir())) == 5 - (_native.cpu is None)
     with pytest.raises(OSError, match="What it held is as before; build again to go on from here"):
-        gf.build(folder, blocks(other), progress=False)
-    assert_same_answers(gf.open(folder, verify=True), in_memory(*parts), questions(parts[0]))
+        gf.Codebook.build(folder, blocks(other), progress=False)
+    assert_same_answers(
+        gf.Codebook.open(folder, verify=True), in_memory(*parts), questions(parts[0])
+    )
     monkeypatch.setattr(files, "publish", publish)
     with pytest.raises(FileExistsError, match="holds an unfinished build; finish it with"):
-        gf.save(in_memory(*other), folder)
-    built = gf.build(folder, blocks(other), progress=False)
+        in_memory(*other).save(folder)
+    built = gf.Codebook.build(folder, blocks(other), progress=False)
     assert_same_answers(built, in_memory(*other), questions(other[0]))
     assert len(list(folder.iterdir())) == 5 - (_native.cpu is None)
 
@@ -179,11 +181,13 @@ def test_a_disk_that_is_full_leaves_the_old_codebook_and_a_build_to_go_on_with(
     monkeypatch.setattr(stream, "CHECKPOINT_BYTES", 100_000)
     other = some_keys(seed=9)
     with files_no_larger_than(size), pytest.raises(OSError, match="File too large"):
-        gf.save(in_memory(*other), folder)
+        in_memory(*other).save(folder)
     with files_no_larger_than(size), pytest.raises(OSError, match=r"stopped: .*What it held is as"):
-        gf.build(folder, blocks(other), progress=False)
-    assert_same_answers(gf.open(folder, verify=True), in_memory(*parts), questions(parts[0]))
-    built = gf.build(folder, blocks(other), progress=False)
+        gf.Codebook.build(folder, blocks(other), progress=False)
+    assert_same_answers(
+        gf.Codebook.open(folder, verify=True), in_memory(*parts), questions(parts[0])
+    )
+    built = gf.Codebook.build(folder, blocks(other), progress=False)
     assert_same_answers(built, in_memory(*other), questions(other[0]))
 
 
@@ -230,19 +234,19 @@ STREAMS = {
 def test_a_stream_that_cannot_be_a_codebook_is_refused_in_words(name, tmp_path):
     given, error, message = STREAMS[name]
     with pytest.raises(error, match=message):
-        gf.build(tmp_path, given, progress=False)
+        gf.Codebook.build(tmp_path, given, progress=False)
 
 
 def test_another_stream_than_was_begun_with_is_refused(parts, tmp_path):
     with pytest.raises(Broken):
-        gf.build(tmp_path, broken(parts, 5), progress=False)
+        gf.Codebook.build(tmp_path, broken(parts, 5), progress=False)
     other = [parts[0].clone(), *parts[1:]]
     other[0][4321, 5] += 1
     with pytest.raises(ValueError, match="has other keys after row 4000 than were written before"):
-        gf.build(tmp_path, blocks(other), progress=False)
+        gf.Codebook.build(tmp_path, blocks(other), progress=False)
     few = [part[:3000] for part in parts]
     with pytest.raises(ValueError, match="the stream has 3000 rows, 5000 were written before"):
-        gf.build(tmp_path, blocks(few), progress=False)
+        gf.Codebook.build(tmp_path, blocks(few), progress=False)
     state = tmp_path / resident.BUILDING / build_state.STATE
     for content, message in {
         b"{": "is not the state of a build",
@@ -251,16 +255,16 @@ def test_another_stream_than_was_begun_with_is_refused(parts, tmp_path):
     }.items():
         state.write_bytes(content)
         with pytest.raises(gf.CodebookCorrupt, match=message):
-            gf.build(tmp_path, blocks(parts), progress=False)
+            gf.Codebook.build(tmp_path, blocks(parts), progress=False)
 
 
 def test_one_directory_takes_one_build_at_a_time(parts, tmp_path):
     def nested():
         with pytest.raises(BlockingIOError, match="another process builds in"):
-            gf.build(tmp_path, blocks(parts), progress=False)
+            gf.Codebook.build(tmp_path, blocks(parts), progress=False)
         yield from blocks(parts)
 
-    gf.build(tmp_path, nested(), progress=False)
+    gf.Codebook.build(tmp_path, nested(), progress=False)
 
 
 def test_a_directory_with_a_models_edits_is_not_replaced(parts, tmp_path):
@@ -268,12 +272,12 @@ def test_a_directory_with_a_models_edits_is_not_replaced(parts, tmp_path):
     files.write(tmp_path, {"settings": {}}, columns.pack_codebook(book.snapshot()))
     message = "holds the edits of a model"
     with pytest.raises(FileExistsError, match=message):
-        gf.save(book, tmp_path)
+        book.save(tmp_path)
     with pytest.raises(FileExistsError, match=message):
-        gf.build(tmp_path, blocks(parts), progress=False)
+        gf.Codebook.build(tmp_path, blocks(parts), progress=False)
     with pytest.raises(TypeError, match="book must be a Codebook, got dict"):
-        gf.save({}, tmp_path / "new")
-    assert_same_book(gf.open(tmp_path), book)  # all of it in memory
+        gf.Codebook.save({}, tmp_path / "new")
+    assert_same_book(gf.Codebook.open(tmp_path), book)  # all of it in memory
 
 
 # The command line.
@@ -307,7 +311,7 @@ def test_files_of_rows_become_a_codebook_that_verifies(parts, shards, tmp_path, 
     assert "9,000 keys [D = 40]" in made.output
     wanted = parts[2].clone()
     wanted[5000:] = 0.25
-    assert_same_answers(gf.open(out), in_memory(*parts[:2], wanted), questions(parts[0]))
+    assert_same_answers(gf.Codebook.open(out), in_memory(*parts[:2], wanted), questions(parts[0]))
     assert "9,000 keys and their values are as they were saved" in call("verify", out).output
     assert json.loads(call("verify", out, "--json").stdout) == {"ok": True, "keys": 9000}
     os.truncate(file_of(out, "values"), 5000)

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 import grace_fast as gf
 from grace_fast.editor import calibrate
-from grace_fast.editor.calibrate import Labelled, Trial
+from grace_fast.editor.calibrate import CalibrationEdit, Labelled, Trial
 from grace_fast.semantics import Rules
 from grace_fast.tools import cli
 from grace_fast.tools.evaluate import (
@@ -482,7 +482,7 @@ def test_one_pass_sees_the_queries_that_a_codebook_is_asked(name, monkeypatch):
 def test_attach_calibrates_on_a_sample_of_edits():
     task = small_task()
     sample = [
-        gf.CalibrationEdit(case.prompt, str(case.answer), [f"{case.about} pays with"])
+        CalibrationEdit(case.prompt, str(case.answer), [f"{case.about} pays with"])
         for case in cases(NAMES[:8], 0)
     ]
     unrelated = [f"money of {name}" for name in NAMES[12:]]

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch import nn
 
 import grace_fast as gf
+from grace_fast.errors import LookupWarning
 from grace_fast.lookup import lookup
 from grace_fast.tools import prometheus
 
@@ -104,7 +105,7 @@ def test_failures_are_told_by_their_error(model, monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr(lookup.cpu, "ask", fail)
-    with pytest.warns(gf.LookupWarning):
+    with pytest.warns(LookupWarning):
         ask(model, 1)
     wanted = ("grace_fast_failures_total", ("error", "MemoryError"), ("layer", "layer"))
     assert scrape(registry)[(*wanted, ("name", ""))] == 1

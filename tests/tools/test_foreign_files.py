@@ -34,7 +34,7 @@ def unfinished(tmp_path):
 
 
 def resumed(folder):
-    return gf.build(folder, [readers.ROWS], threads=1, progress=False)
+    return gf.Codebook.build(folder, [readers.ROWS], threads=1, progress=False)
 
 
 def change_state(folder, change):
@@ -118,7 +118,7 @@ def test_a_version_behind_the_last_one_is_seen(tmp_path):
         file.execute("INSERT INTO versions VALUES (11, 0.0, 'edit', x'', x'')")
     file.close()
     for ask in (
-        lambda: gf.open(tmp_path),
+        lambda: gf.Codebook.open(tmp_path),
         lambda: read_saved(tmp_path).codebook(),
         lambda: gf.attach(golden.Model(), golden.LAYER, path=tmp_path),
     ):
@@ -142,7 +142,7 @@ def test_a_folder_with_the_name_of_a_file_is_left_alone(tmp_path):
         folder.mkdir(parents=True)
     golden.editor().save_pretrained(tmp_path)
     assert all(folder.is_dir() for folder in folders)
-    assert len(gf.open(tmp_path)) > 0
+    assert len(gf.Codebook.open(tmp_path)) > 0
 
 
 def test_a_packed_codebook_without_a_manifest_is_none(tmp_path):

@@ -550,7 +550,7 @@ def test_what_has_no_page_is_told_in_one_line(edited, parts, tmp_path):
     keys = torch.eye(3)
     bare = gf.Codebook(3, 3)
     bare.append(keys, keys, torch.ones(3))
-    gf.save(bare, tmp_path / "bare")
+    bare.save(tmp_path / "bare")
 
     def refused(*arguments: object) -> str:
         result = call(*arguments)
@@ -559,7 +559,9 @@ def test_what_has_no_page_is_told_in_one_line(edited, parts, tmp_path):
         return result.stderr
 
     assert "is not a codebook" in refused(tmp_path, "--out", tmp_path / "a.html")
-    assert "open it with gf.open" in refused(tmp_path / "bare", "--out", tmp_path / "a.html")
+    assert "open it with gf.Codebook.open" in refused(
+        tmp_path / "bare", "--out", tmp_path / "a.html"
+    )
     config = folder / "grace_config.json"
     before = config.read_bytes()
     assert "must be named .html" in refused(folder, "--out", config)

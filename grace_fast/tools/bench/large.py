@@ -114,10 +114,12 @@ def run(rows: int, folder: Path | None = None, as_json: bool = False) -> dict[st
 def _measure(rows: int, folder: Path, progress: bool | None) -> dict[str, Any]:
     queries, epsilon = _questions()
     start = time.perf_counter()
-    gf.build(folder, lambda first: _blocks(rows, epsilon, first), rows=rows, progress=progress)
+    gf.Codebook.build(
+        folder, lambda first: _blocks(rows, epsilon, first), rows=rows, progress=progress
+    )
     built_s = time.perf_counter() - start
     start = time.perf_counter()
-    book = gf.open(folder)
+    book = gf.Codebook.open(folder)
     opened_s = time.perf_counter() - start
     hits = min(HITS, rows)
     own = torch.linspace(0, rows - 1, hits).long()

@@ -64,7 +64,7 @@ def build(
     from grace_fast.store.large.shard_files import FilesOfRows
 
     given = FilesOfRows(shards, radius)
-    book = gf.build(directory, given.blocks, rows=given.rows, threads=threads)
+    book = gf.Codebook.build(directory, given.blocks, rows=given.rows, threads=threads)
     figures = {"keys": len(book), "key_dim": book.key_dim, "value_dim": book.value_dim}
     said = f"{len(book):,} keys [D = {book.key_dim}] in {directory}"
     answer(figures | {"out": str(directory)}, said, as_json)

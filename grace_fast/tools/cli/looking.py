@@ -150,7 +150,7 @@ def _verify_edits(directory: Path, key: bytes | None, as_json: bool) -> None:
 def _verify_files(directory: Path, key: bytes | None, as_json: bool) -> None:
     """Verify a directory that holds a codebook alone, without a model's edits."""
     try:
-        keys = len(gf.open(directory, verify=True, hmac_key=key))
+        keys = len(gf.Codebook.open(directory, verify=True, hmac_key=key))
     except TypeError as error:  # of an element type that is none
         fail(str(error))
     said = f"{keys:,} keys and their values are as they were saved"
