@@ -596,7 +596,7 @@ class ShardDraft:
         if len(mine):
             listed = None if labels is None else [labels[at] for at in mine.tolist()]
             self._shards.codebook.append(keys[mine], values[mine], radii[mine], listed)
-        widest = max(self.counts.widest, float(radii.float().max())) if added else -1.0
+        widest = float(radii.float().max()) if added else -1.0
         self.counts = self.counts._replace(
             rows=first + added,
             live=self.counts.live + added,
