@@ -49,6 +49,7 @@ MODULES = {
     "certificate": "index.maintained",
     "cli": "tools.cli",
     "codes": "index.quantizer",
+    "compat.handover": "compat.takeover",
     "counters": "hook.counters",
     "demo": "tools.demo",
     "evaluate": "tools.evaluate",
@@ -84,7 +85,7 @@ MODULES = {
     "training": "editor.training",
 }
 
-PACKAGES = {"backends", "demo", "evaluate", "report"}
+PACKAGES = {"backends", "cli", "demo", "evaluate", "report"}
 
 _warned: set[str] = set()
 
@@ -96,7 +97,7 @@ def public(name: str) -> Any:
     """
     if name in PUBLIC:
         where, now = PUBLIC[name]
-        _warn(f"grace_fast.{name}", f"grace_fast.{now}", 4)
+        _warn(f"grace_fast.{name}", f"grace_fast.{now}", 3)
         module, _, attribute = where.partition(":")
         return getattr(import_module(module), attribute)
     if name in MODULES:

@@ -7,11 +7,11 @@ import threading
 
 import pytest
 import torch
-from grace_fast.hook.trial import Trial
 from torch import nn
 
 import grace_fast as gf
 from grace_fast.hook.generation import Generation
+from grace_fast.hook.training_override import TrainingOverride
 
 WIDTH = 4
 
@@ -62,7 +62,7 @@ def test_the_inner_block_holds_and_then_the_outer_one_again(adapter):
                 assert asked(adapter) == 2
         assert asked(adapter) == 0
     assert asked(adapter) == 2
-    one, other = (Trial(torch.full((WIDTH,), value), row=0) for value in (1.0, 2.0))
+    one, other = (TrainingOverride(0, torch.full((WIDTH,), value), ()) for value in (1.0, 2.0))
     with adapter.trying(one):
         with adapter.trying(other):
             assert (run(adapter)[-1] == 2).all()
@@ -80,7 +80,7 @@ def every_mode(adapter):
     return (
         adapter.asking_at(at(0)),
         adapter.observing(),
-        adapter.trying(Trial(torch.zeros(WIDTH), row=0)),
+        adapter.trying(TrainingOverride(0, torch.zeros(WIDTH), ())),
         adapter.holding(Generation()),
         adapter.disabled(),
     )
