@@ -3,8 +3,8 @@
     PYTHONPATH=tests python tests/golden_formats/make.py
 
 `edits-N` hold a model's edits (`save_pretrained`), `book-N` a codebook by itself (`Codebook.save`);
-N is the format. Those of an earlier format were written by the last version that wrote it (3c6fd9a for 1
-and 2) and are never written again.
+N is the format. Those of an earlier format were written by the last version that wrote it (3c6fd9a
+for 1 and 2) and are never written again.
 """
 
 from __future__ import annotations
