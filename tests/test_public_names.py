@@ -88,3 +88,37 @@ def test_what_never_was_is_not_there():
         gf.never_was  # noqa: B018
     with pytest.raises(ModuleNotFoundError, match=r"grace_fast\.never_was"):
         import_module("grace_fast.never_was")
+
+
+def test_an_edit_of_row_shards_goes_on_by_its_old_name(tmp_path):
+    script = f"""
+import warnings
+import torch, torch.distributed as dist
+from grace_fast.lookup.sharded import ShardedCodebook
+from grace_fast.semantics import Rules, decide
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+shards, rules, label = ShardedCodebook(2, 2), Rules(1.0), torch.tensor([1])
+outcomes = []
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for at, which in ((0.0, 1), (1.5, 2), (0.2, 1), (9.0, 1)):
+        query, label = torch.tensor([at, 0.0]), torch.tensor([which])
+        row, decision = shards.enact(rules, query, label, torch.zeros(2))
+        outcomes.append((row, decision.outcome, decision.nearest_radius, decision.moves_key))
+print(outcomes)
+print([str(each.message) for each in told if each.category is DeprecationWarning])
+dist.destroy_process_group()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    outcomes, told = (eval(line) for line in done.stdout.splitlines())  # noqa: S307
+    assert outcomes == [
+        (0, "added", None, False),
+        (1, "split", 0.7499899864196777, False),
+        (0, "reused", None, False),
+        (2, "added", None, False),
+    ]
+    assert len(told) == 1
+    assert "ShardedCodebook.enact is grace_fast.edits.apply.apply within writing() now" in told[0]

@@ -13,6 +13,12 @@ from importlib.util import find_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
+from torch import Tensor
+
+from grace_fast.edits.apply import apply
+from grace_fast.lookup.sharded import ShardedCodebook
+from grace_fast.semantics import Decision, Rules
+
 # By the old public name: where it is now, and how it is written now.
 PUBLIC = {
     "open": ("grace_fast.store.large.resident:open", "Codebook.open"),
@@ -119,6 +125,19 @@ def spec_of(module: str) -> ModuleSpec | None:
         loader=_Alias(f"grace_fast.{new}"),
         submodule_search_locations=[] if within in PACKAGES else None,
     )
+
+
+def enact(
+    shards: ShardedCodebook, rules: Rules, query: Tensor, label: Tensor, fresh_value: Tensor
+) -> tuple[int, Decision]:
+    """Decide one edit of row shards and do it but for its value; return its row and how."""
+    _warn("ShardedCodebook.enact", "grace_fast.edits.apply.apply within writing()", 3)
+    with shards.writing() as draft:
+        done = apply(draft, rules, query, label, fresh_value)
+    split = next((ball.radius for row, ball in done.after.items() if row != done.row), None)
+    edited = done.before.get(done.row)
+    moves_key = edited is not None and edited.ball.key_slot != done.after[done.row].key_slot
+    return done.row, Decision(done.outcome, done.radius, split, moves_key)
 
 
 class _Alias(Loader):

@@ -54,6 +54,7 @@ class Grace:
     def __init__(self, context: EditContext) -> None:
         self._context, self._adapter = context, context.adapter
         self.model, self.tokenizer = context.model, context.tokenizer
+        self.kind = context.kind  # of answer that the model gives: see `editor.heads`
         self.name, self.path = context.adapter.site.name, context.directory.path
 
     def __repr__(self) -> str:
