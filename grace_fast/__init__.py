@@ -29,7 +29,7 @@ from grace_fast.lookup import (
     prepare,
     replace,
 )
-from grace_fast.store import large as _directories  # which gives `Codebook` open, save and build
+from grace_fast.store import large as large  # gives `Codebook` open, save and build
 
 __version__ = "0.1.0"
 
