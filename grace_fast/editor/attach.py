@@ -39,6 +39,9 @@ from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
 
 
+USUAL_EPSILON = float("1")  # an object of its own, to tell what is left out from a 1 that is given
+
+
 class Fields(TypedDict, total=False):
     """What `attach` takes by keyword: the fields of `Settings`, and what epsilon is measured on."""
 
@@ -60,7 +63,7 @@ class Fields(TypedDict, total=False):
 def attach(
     model: nn.Module,
     layer: str | None = None,
-    epsilon: float | Literal["auto"] | None = None,
+    epsilon: float | Literal["auto"] = USUAL_EPSILON,
     tokenizer: Any = None,
     *,
     settings: Settings | None = None,
@@ -150,7 +153,7 @@ def attach(
     auto = isinstance(epsilon, str) and epsilon == "auto"
     if isinstance(epsilon, str) and not auto:
         raise ValueError(f'epsilon must be a number or "auto", got {epsilon!r}')
-    if epsilon is None or auto:
+    if epsilon is USUAL_EPSILON or auto:
         radius = 1.0 if settings is None else settings.epsilon
     else:
         radius = float(scalars.number("epsilon", epsilon))

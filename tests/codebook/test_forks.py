@@ -494,6 +494,7 @@ torch.set_num_threads(2)
 import grace_fast as gf
 try:
     import faiss
+    from grace_fast.lookup.faiss import FaissIndex
     backends = ["auto", FaissIndex("Flat")]
 except ImportError:
     backends = ["auto"]

@@ -317,7 +317,7 @@ MUTANTS = (
         "a prepared call keeps its version",
         prepared.Prepared,
         "__call__",
-        "self._book.current is not self._snapshot",
+        "self._book.current is not snapshot",
         "False",
         quick=True,
     ),
@@ -326,7 +326,7 @@ MUTANTS = (
         prepared.Prepared,
         "_renew",
         "cpu.view_of(snapshot)",
-        "self._view or cpu.view_of(snapshot)",
+        "self._made[1] or cpu.view_of(snapshot)",
         quick=True,
     ),
     # Followers.
