@@ -38,7 +38,6 @@ from grace_fast.store.locks import Lock
 from grace_fast.store.saved import Saved as Saved
 from grace_fast.store.saved import read_saved as read_saved
 
-
 USUAL_EPSILON = float("1")  # an object of its own, to tell what is left out from a 1 that is given
 
 
