@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from grace_fast.compat.adaptor import Adaptor
-from grace_fast.compat.method import Read, Steps, Task, one_of, read_method, read_steps
+from grace_fast.compat.method import Read, Task, one_of, read_method, read_steps, steps_of
 from grace_fast.compat.teaching import prompt_end, teach
 from grace_fast.editor.attach import find_layer
+from grace_fast.edits.settings import Schedule
 from grace_fast.hook.attachment import has_adapter
 
 _NAMES = {
@@ -75,19 +76,28 @@ class Editor(nn.Module):
             raise RuntimeError(f"{self.layer} has no adaptor any more")
         return found
 
+    @property
+    def _asks_at_labels(self) -> bool:  # a call; `generate` asks where prompts end then
+        return False
+
     def forward(self, **tokens: Any) -> Any:
-        """Return what the edited model answers."""
+        """Return what the edited model answers; labels may say where it asks."""
+        if self._asks_at_labels and isinstance(tokens.get("labels"), Tensor):
+            self.adaptor.key_id = prompt_end(tokens["labels"])
         return self.model(**tokens)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the edited model generates."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        """Return what the edited model generates, asking at the prompt's last token."""
+        with ExitStack() as asking:
+            if self._asks_at_labels:
+                self.adaptor.key_id = -1
+                asking.enter_context(self.adaptor.pinned())
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def teach(self, tokens: Mapping[str, Any], steps: Steps, at_labels: bool) -> None:
+    def teach(self, tokens: Mapping[str, Any], steps: Schedule, at_labels: bool) -> None:
         """Make one edit and log it; at_labels: the query is before the first label."""
         adaptor = self.adaptor
-        taught = teach(adaptor, self.model, tokens, steps, at_labels)
-        self.losses, self.loss = taught.losses, taught.loss
+        self.losses, self.loss = teach(adaptor, self.model, tokens, steps, at_labels)
         self.log_dict["chosen_key"] = adaptor.chosen_key
         self.log_dict["nkeys"] = len(adaptor.keys)
 
@@ -132,20 +142,6 @@ class GRACE(Editor):
         steps = read_steps(_reader(self.config if config is None else config, "editor"))
         self.teach(tokens, steps, at_labels=self._asks_at_labels)
 
-    def forward(self, **tokens: Any) -> Any:
-        """Return what the edited model answers; for `hallucination` labels say where it asks."""
-        if self._asks_at_labels and isinstance(tokens.get("labels"), Tensor):
-            self.adaptor.key_id = prompt_end(tokens["labels"])
-        return self.model(**tokens)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the edited model generates, asking at the prompt's last token."""
-        adaptor = self.adaptor
-        if self._asks_at_labels:
-            adaptor.key_id = -1
-        with adaptor.pinned() if self._asks_at_labels else nullcontext():
-            return super().generate(*args, **kwargs)
-
 
 class GRACE_barebones(Editor):
     """The notebook's form: 200 steps, cold, replace_prompt, coverage.
@@ -173,7 +169,7 @@ class GRACE_barebones(Editor):
         }
         super().__init__(model, layer, functools.partial(GRACEAdapter, config))
         self.config, self.device, self.generation = config, device, generation
-        self._steps = Steps(200, learning_rate)
+        self._steps = steps_of(200, learning_rate)
 
     def edit(self, tokens: Mapping[str, Any]) -> None:
         """Make the model answer tokens with their `labels`."""
