@@ -38,7 +38,7 @@ class GRACEAdapter(Adaptor):
     """
 
     def __init__(self, config: Mapping[str, Any], layer: nn.Module, transpose: bool = True) -> None:
-        method = read_method(_reader(config, "editor"), _idle_reader(config, "editor"))
+        method = read_method(_reader(config, "editor"), lambda name: config["editor"].get(name))
         super().__init__(layer, method, config.get("device"), transpose)
         self.config = config
 
@@ -113,18 +113,14 @@ class GRACE(Editor):
     """
 
     def __init__(self, config: Mapping[str, Any], model: Any) -> None:
-        self._check(config)
-        layers = _reader(config, "model")("inner_params")
-        super().__init__(model.model, layers[0], functools.partial(GRACEAdapter, config))
-        self.config, self.device = config, config["device"]
-        self.tokenizer = getattr(model, "tokenizer", None)
-
-    @staticmethod
-    def _check(config: Mapping[str, Any]) -> None:
         one_of("task", _reader(config, "experiment")("task"), Task)
         if "device" not in config:
             raise KeyError('config["device"] is needed')
         read_steps(_reader(config, "editor"))
+        layers = _reader(config, "model")("inner_params")
+        super().__init__(model.model, layers[0], functools.partial(GRACEAdapter, config))
+        self.config, self.device = config, config["device"]
+        self.tokenizer = getattr(model, "tokenizer", None)
 
     @property
     def _asks_at_labels(self) -> bool:
@@ -196,7 +192,3 @@ def _reader(config: Mapping[str, Any], part: str) -> Read:
         return config[part][name]
 
     return read
-
-
-def _idle_reader(config: Mapping[str, Any], part: str) -> Read:
-    return lambda name: config[part].get(name)
