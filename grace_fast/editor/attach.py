@@ -208,16 +208,8 @@ def _calibrate(
     Raises: ValueError for fewer than 8 inputs, no edit, or inputs that the layer cannot tell apart.
     """
     unrelated = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
-    least = calibrate.CALIBRATION_INPUTS
-    if edits is None and not unrelated:
-        raise ValueError(
-            f"calibration_inputs must hold at least {least} unrelated inputs, got none"
-        )
-    if edits is not None and len(unrelated) < least:
-        raise ValueError(
-            f'epsilon="auto" needs at least {least} unrelated calibration_inputs, '
-            f"got {len(unrelated)}"
-        )
+    if edits is not None:
+        calibrate.require_enough(len(unrelated))
 
     def queries(prompts: Sequence[Any]) -> Tensor:
         found = [context.query_of(context.batch_of(prompt)) for prompt in prompts]

@@ -364,16 +364,21 @@ def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
+def require_enough(unrelated: int) -> None:
+    """Raise ValueError for fewer than 8 unrelated inputs."""
+    if unrelated < CALIBRATION_INPUTS:
+        raise ValueError(
+            f'epsilon="auto" needs at least {CALIBRATION_INPUTS} unrelated calibration_inputs, '
+            f"got {unrelated}"
+        )
+
+
 def epsilon_from(queries: Tensor) -> float:
     """Return an epsilon for a layer from the queries [M, D] of unrelated inputs.
 
     Raises: ValueError for fewer than 8 inputs, or where they all ask with one query.
     """
-    if len(queries) < CALIBRATION_INPUTS:
-        raise ValueError(
-            f'epsilon="auto" needs at least {CALIBRATION_INPUTS} unrelated calibration_inputs, '
-            f"got {len(queries)}"
-        )
+    require_enough(len(queries))
     distinct = torch.unique(queries, dim=0).double()
     if len(distinct) < 2:
         raise ValueError(

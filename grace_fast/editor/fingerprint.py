@@ -174,7 +174,11 @@ def differences(
         return [f"positions must be counted from padding {padding!r}, this model's from {found!r}"]
     usual = dict(usual or {})
     if ours.pop("form", None) is None:  # of a release that did not keep every setting
-        others = {name: each for name, each in others.items() if _is_scalar(each)}
+        others = {
+            name: each
+            for name, each in others.items()
+            if isinstance(each, bool | int | float | str)
+        }
         if "rope_theta" not in settings:
             others.pop("rope_theta", None)
         usual = {}
@@ -192,10 +196,6 @@ def usual_settings(model: nn.Module) -> Settings:
     except Exception:  # whatever a foreign class asks for
         return {}
     return _counting(made)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
 
 
 def _compared(

@@ -22,6 +22,7 @@ from grace_fast.editor import joining
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Prompt = str | Sequence[Mapping[str, str]]
+Target = str | int | float
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -85,15 +86,12 @@ def one_target(target: Any) -> str | float | None:
     if isinstance(target, Decimal | Real) and not isinstance(target, int | float):
         target = scalars.number("the target", target)
     if isinstance(target, bool) or not isinstance(target, int | float):
-        raise TypeError(f"the target must be one text or number, got {_named(target)}")
+        written = repr(target)
+        written = written if len(written) <= 60 else f"a {type(target).__name__}"
+        raise TypeError(f"the target must be one text or number, got {written}")
     if not math.isfinite(target):
         raise ValueError(f"the target must be a text or a number, got {target!r}")
     return target
-
-
-def _named(value: Any) -> str:
-    written = repr(value)
-    return written if len(written) <= 60 else f"a {type(value).__name__}"
 
 
 def _of_unicode(call: Callable[_P, _R]) -> Callable[_P, _R]:
