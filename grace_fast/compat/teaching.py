@@ -7,7 +7,6 @@ Nothing is published before the last step.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ from grace_fast.compat.adaptor import Adaptor
 from grace_fast.editor.prefix_cache import PrefixCache
 from grace_fast.editor.training import frozen, train
 from grace_fast.edits.settings import Schedule
+from grace_fast.hook.wrappers import parameters_of
 from grace_fast.semantics import IGNORED_LABEL
 
 
@@ -37,7 +37,7 @@ def teach(
     if not isinstance(labels, Tensor):
         raise ValueError(f"an edit needs tokens['labels'], got {sorted(tokens)}")
     asked = dict(tokens)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in parameters_of(model):
         asked.setdefault("use_cache", False)
     before = adaptor.key_id
     if at_labels:

@@ -37,8 +37,11 @@ def one_prompt(prompt: Any) -> Prompt:
     kind = type(prompt).__name__
     if isinstance(prompt, bytes | bytearray):
         raise TypeError(f"the prompt must be a text, got {kind}: decode it first")
-    parts = _parts(prompt)
-    if parts is None:
+    if isinstance(prompt, Sequence | np.ndarray | Set):
+        parts = list(prompt)
+    elif hasattr(prompt, "tolist") and hasattr(prompt, "__len__"):  # a series of pandas
+        parts = list(prompt.tolist())
+    else:
         raise TypeError(f"the prompt must be one text, or chat messages, got {kind}")
     if parts and all(isinstance(part, Mapping) for part in parts):
         for at, part in enumerate(parts):
@@ -60,15 +63,6 @@ def as_text(prompt: Any, target: Any) -> tuple[str, str]:
     asked = one_prompt(prompt)
     said = asked if isinstance(asked, str) else str(asked[-1].get("content", ""))
     return said, str(one_target(target))
-
-
-def _parts(prompt: Any) -> list[Any] | None:
-    """Return what a list, a tuple, an array or a column of a table holds; None of anything else."""
-    if isinstance(prompt, Sequence | np.ndarray | Set):
-        return list(prompt)
-    if hasattr(prompt, "tolist") and hasattr(prompt, "__len__"):  # a series of pandas
-        return list(prompt.tolist())
-    return None
 
 
 def one_target(target: Any) -> str | float | None:
