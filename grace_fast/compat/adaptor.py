@@ -194,7 +194,9 @@ class Adaptor(LiveCodebook):
     def _book_for_edits(self) -> Codebook:
         if self._book is None:
             none = torch.empty(0, dtype=torch.float32, device="cpu")
-            self._take(self._empty_book(), nn.Parameter(none), [])
+            device, dtype = home(self.layer)
+            book = Codebook(self.key_shape, self.value_shape, dtype, device)
+            self._take(book, nn.Parameter(none), [])
         assert self._book is not None
         return self._book
 
@@ -280,13 +282,12 @@ class Adaptor(LiveCodebook):
         try:
             with self._attempting(), book.writing() as draft:
                 yield
-                chosen = self._chosen
-                if chosen is None or chosen.trained is None:
-                    raise RuntimeError("the edited layer did not run in the model's forward call")
-                if not chosen.trained.isfinite().all():
+                trained, chosen = self.trained, self._chosen
+                assert chosen is not None
+                if not trained.isfinite().all():
                     raise ValueError("training led to a value that is not finite; lower edit_lr")
                 with torch.no_grad():
-                    draft.snapshot().values[chosen.rows] = chosen.trained.to(book.dtype)
+                    draft.snapshot().values[chosen.rows] = trained.to(book.dtype)
             self._renew()
         except BaseException:
             self._chosen = None
@@ -298,9 +299,14 @@ class Adaptor(LiveCodebook):
             self.training, self._teaching, self._fresh = False, False, None
 
     @property
-    def trained(self) -> Tensor | None:
-        """[R, V] float32, what an edit in progress trains; None before its first forward."""
-        return None if self._chosen is None else self._chosen.trained
+    def trained(self) -> Tensor:
+        """[R, V] float32, what an edit in progress trains.
+
+        Raises: RuntimeError before its first forward.
+        """
+        if self._chosen is None or self._chosen.trained is None:
+            raise RuntimeError("the edited layer did not run in the model's forward call")
+        return self._chosen.trained
 
 
 def widths(layer: nn.Module, transpose: bool) -> tuple[int, int]:

@@ -27,7 +27,6 @@ from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.method import number, read_method, read_steps
 from grace_fast.compat.reference import Editor, put
 from grace_fast.compat.rollback import Rollback
-from grace_fast.compat.teaching import prompt_end
 from grace_fast.editor.attach import find_layer
 from grace_fast.edits.apply import Applied
 from grace_fast.semantics import IGNORED_LABEL
@@ -228,18 +227,9 @@ class GRACE(Editor):
             self.adaptor.edit_id = before
             raise
 
-    def forward(self, **tokens: Any) -> Any:
-        """Return what the edited model answers, asking before the first of `labels` if given."""
-        if isinstance(tokens.get("labels"), Tensor):
-            self.adaptor.key_id = prompt_end(tokens["labels"])
-        return self.model(**tokens)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the edited model generates, asking at the prompt's last token."""
-        adaptor = self.adaptor
-        adaptor.key_id = -1
-        with adaptor.pinned():
-            return super().generate(*args, **kwargs)
+    @property
+    def _asks_at_labels(self) -> bool:
+        return True
 
     def rolllback(self, edit_id: Any) -> None:
         """Take back every edit of an id, whatever came after it.

@@ -155,10 +155,6 @@ class LiveCodebook(nn.Module):
         if self._book is not None and self._moved() and len(self._book):
             self.load(self.keys, self.values, self.epsilons, self.key_labels)
 
-    def _empty_book(self) -> Codebook:
-        device, dtype = home(self.layer)
-        return Codebook(self.key_shape, self.value_shape, dtype, device)
-
     def _renew(self) -> None:
         """Follow the codebook's new version."""
         assert self._book is not None

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
-from grace_fast.edits.settings import ValueInit
+from grace_fast.edits.settings import Schedule, ValueInit
 from grace_fast.semantics import Expand, Replacement, Rules
 
 Task = Literal["qa", "scotus", "hallucination"]
@@ -25,14 +25,6 @@ class Method:
     eps_expand: Expand = "coverage"
     dist_fn: Any = "euc"
     num_pert: Any = None
-
-
-@dataclass(frozen=True)
-class Steps:
-    """How one value is trained."""
-
-    n_iter: int = 100
-    edit_lr: float = 1.0
 
 
 def read_method(read: Read, read_idle: Read) -> Method:
@@ -52,7 +44,12 @@ def read_method(read: Read, read_idle: Read) -> Method:
     return method
 
 
-def read_steps(read: Read) -> Steps:
+def steps_of(n_iter: int, edit_lr: float) -> Schedule:
+    """Return how the references train a value: exactly so many steps, the last value kept."""
+    return Schedule(n_iter, edit_lr, stop_loss=None, keep_best=False, judges_last=False)
+
+
+def read_steps(read: Read) -> Schedule:
     """Return how a configuration has values trained.
 
     Raises: ValueError for fewer than one step or a learning rate that is not positive.
@@ -62,7 +59,7 @@ def read_steps(read: Read) -> Steps:
         raise ValueError(f"n_iter must be at least 1, got {n_iter:g}")
     if not edit_lr > 0:
         raise ValueError(f"edit_lr must be a number > 0, got {edit_lr}")
-    return Steps(int(n_iter), edit_lr)
+    return steps_of(int(n_iter), edit_lr)
 
 
 def one_of(name: str, given: Any, choices: Any) -> str:

@@ -24,29 +24,22 @@ PUBLIC = {
     "open": ("grace_fast.store.large.resident:open", "Codebook.open"),
     "save": ("grace_fast.store.large.resident:save", "Codebook.save"),
     "build": ("grace_fast.store.large.stream:build", "Codebook.build"),
-    "FaissIndex": ("grace_fast.lookup.faiss:FaissIndex", "lookup.faiss.FaissIndex"),
-    "build_index": ("grace_fast.lookup.faiss:build_index", "lookup.faiss.build_index"),
-    "drop_index": ("grace_fast.lookup.faiss:drop_index", "lookup.faiss.drop_index"),
-    "IndexErrors": ("grace_fast.lookup.faiss:IndexErrors", "lookup.faiss.IndexErrors"),
-    "measure_indexes": ("grace_fast.lookup.faiss:measure_indexes", "lookup.faiss.measure_indexes"),
-    "ShardedCodebook": (
-        "grace_fast.lookup.sharded:ShardedCodebook",
-        "lookup.sharded.ShardedCodebook",
-    ),
-    "RankLost": ("grace_fast.errors:RankLost", "errors.RankLost"),
-    "ShardsDiffer": ("grace_fast.errors:ShardsDiffer", "errors.ShardsDiffer"),
-    "LookupWarning": ("grace_fast.errors:LookupWarning", "errors.LookupWarning"),
-    "SelectionWarning": ("grace_fast.errors:SelectionWarning", "errors.SelectionWarning"),
-    "CalibrationEdit": (
-        "grace_fast.editor.calibrate:CalibrationEdit",
-        "editor.calibrate.CalibrationEdit",
-    ),
+    **{
+        name: (f"grace_fast.{module}:{name}", f"{module}.{name}")
+        for module, names in (
+            ("lookup.faiss", "FaissIndex build_index drop_index IndexErrors measure_indexes"),
+            ("lookup.sharded", "ShardedCodebook"),
+            ("errors", "RankLost ShardsDiffer LookupWarning SelectionWarning"),
+            ("editor.calibrate", "CalibrationEdit"),
+        )
+        for name in names.split()
+    },
 }
 
 # By the old module's name within grace_fast: the new one.
 MODULES = {
     "adapter": "hook.adapter",
-    "advice": "editor.edit_warnings",
+    "advice": "editor.checks",
     "answers": "hook.answers",
     "attachment": "editor.attach",
     "backends": "lookup.backends",

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any, get_args
 
 from torch import Tensor, nn
 
 from grace_fast.compat.adaptor import Adaptor
-from grace_fast.compat.method import Read, Steps, Task, one_of, read_method, read_steps
+from grace_fast.compat.method import Read, Task, one_of, read_method, read_steps, steps_of
 from grace_fast.compat.teaching import prompt_end, teach
 from grace_fast.editor.attach import find_layer
+from grace_fast.edits.settings import Schedule
 from grace_fast.hook.attachment import has_adapter
 
 _NAMES = {
@@ -37,7 +38,7 @@ class GRACEAdapter(Adaptor):
     """
 
     def __init__(self, config: Mapping[str, Any], layer: nn.Module, transpose: bool = True) -> None:
-        method = read_method(_reader(config, "editor"), _idle_reader(config, "editor"))
+        method = read_method(_reader(config, "editor"), lambda name: config["editor"].get(name))
         super().__init__(layer, method, config.get("device"), transpose)
         self.config = config
 
@@ -75,19 +76,28 @@ class Editor(nn.Module):
             raise RuntimeError(f"{self.layer} has no adaptor any more")
         return found
 
+    @property
+    def _asks_at_labels(self) -> bool:  # a call; `generate` asks where prompts end then
+        return False
+
     def forward(self, **tokens: Any) -> Any:
-        """Return what the edited model answers."""
+        """Return what the edited model answers; labels may say where it asks."""
+        if self._asks_at_labels and isinstance(tokens.get("labels"), Tensor):
+            self.adaptor.key_id = prompt_end(tokens["labels"])
         return self.model(**tokens)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the edited model generates."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+        """Return what the edited model generates, asking at the prompt's last token."""
+        with ExitStack() as asking:
+            if self._asks_at_labels:
+                self.adaptor.key_id = -1
+                asking.enter_context(self.adaptor.pinned())
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
-    def teach(self, tokens: Mapping[str, Any], steps: Steps, at_labels: bool) -> None:
+    def teach(self, tokens: Mapping[str, Any], steps: Schedule, at_labels: bool) -> None:
         """Make one edit and log it; at_labels: the query is before the first label."""
         adaptor = self.adaptor
-        taught = teach(adaptor, self.model, tokens, steps, at_labels)
-        self.losses, self.loss = taught.losses, taught.loss
+        self.losses, self.loss = teach(adaptor, self.model, tokens, steps, at_labels)
         self.log_dict["chosen_key"] = adaptor.chosen_key
         self.log_dict["nkeys"] = len(adaptor.keys)
 
@@ -103,18 +113,14 @@ class GRACE(Editor):
     """
 
     def __init__(self, config: Mapping[str, Any], model: Any) -> None:
-        self._check(config)
-        layers = _reader(config, "model")("inner_params")
-        super().__init__(model.model, layers[0], functools.partial(GRACEAdapter, config))
-        self.config, self.device = config, config["device"]
-        self.tokenizer = getattr(model, "tokenizer", None)
-
-    @staticmethod
-    def _check(config: Mapping[str, Any]) -> None:
         one_of("task", _reader(config, "experiment")("task"), Task)
         if "device" not in config:
             raise KeyError('config["device"] is needed')
         read_steps(_reader(config, "editor"))
+        layers = _reader(config, "model")("inner_params")
+        super().__init__(model.model, layers[0], functools.partial(GRACEAdapter, config))
+        self.config, self.device = config, config["device"]
+        self.tokenizer = getattr(model, "tokenizer", None)
 
     @property
     def _asks_at_labels(self) -> bool:
@@ -131,20 +137,6 @@ class GRACE(Editor):
         """
         steps = read_steps(_reader(self.config if config is None else config, "editor"))
         self.teach(tokens, steps, at_labels=self._asks_at_labels)
-
-    def forward(self, **tokens: Any) -> Any:
-        """Return what the edited model answers; for `hallucination` labels say where it asks."""
-        if self._asks_at_labels and isinstance(tokens.get("labels"), Tensor):
-            self.adaptor.key_id = prompt_end(tokens["labels"])
-        return self.model(**tokens)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what the edited model generates, asking at the prompt's last token."""
-        adaptor = self.adaptor
-        if self._asks_at_labels:
-            adaptor.key_id = -1
-        with adaptor.pinned() if self._asks_at_labels else nullcontext():
-            return super().generate(*args, **kwargs)
 
 
 class GRACE_barebones(Editor):
@@ -173,7 +165,7 @@ class GRACE_barebones(Editor):
         }
         super().__init__(model, layer, functools.partial(GRACEAdapter, config))
         self.config, self.device, self.generation = config, device, generation
-        self._steps = Steps(200, learning_rate)
+        self._steps = steps_of(200, learning_rate)
 
     def edit(self, tokens: Mapping[str, Any]) -> None:
         """Make the model answer tokens with their `labels`."""
@@ -200,7 +192,3 @@ def _reader(config: Mapping[str, Any], part: str) -> Read:
         return config[part][name]
 
     return read
-
-
-def _idle_reader(config: Mapping[str, Any], part: str) -> Read:
-    return lambda name: config[part].get(name)

@@ -18,7 +18,7 @@ from grace_fast.compat import easyedit, reference
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.live import CODEBOOK, as_epsilons, home
 from grace_fast.compat.reference import put
-from grace_fast.editor.edit_warnings import GraceWarning
+from grace_fast.errors import GraceWarning
 
 _NAMES = ("layer", "init_epsilon", "replacement", "key_id", "config")  # of any reference's adaptor
 # `training` is not moved: where the model is in training mode it says nothing of an edit.

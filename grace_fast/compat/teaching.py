@@ -7,34 +7,26 @@ Nothing is published before the last step.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from grace_fast.compat.adaptor import Adaptor
-from grace_fast.compat.method import Steps
 from grace_fast.editor.prefix_cache import PrefixCache
 from grace_fast.editor.training import frozen, train
 from grace_fast.edits.settings import Schedule
+from grace_fast.hook.wrappers import parameters_of
 from grace_fast.semantics import IGNORED_LABEL
 
 
-@dataclass(frozen=True)
-class Taught:
-    """What an edit's training saw."""
-
-    losses: list[Any]  # numpy scalars, each before its step
-    loss: Tensor  # the last of them
-
-
 def teach(
-    adaptor: Adaptor, model: nn.Module, tokens: Mapping[str, Any], steps: Steps, at_labels: bool
-) -> Taught:
-    """Edit tokens with `labels` into an adaptor of a model.
+    adaptor: Adaptor, model: nn.Module, tokens: Mapping[str, Any], steps: Schedule, at_labels: bool
+) -> tuple[list[Any], Tensor]:
+    """Edit tokens with `labels` into an adaptor of a model; return the losses, and the last again.
+
+    The losses are numpy scalars, each before its step; the last is a tensor, too.
 
     at_labels: the query is taken from before the first label; else where `key_id` says.
 
@@ -45,7 +37,7 @@ def teach(
     if not isinstance(labels, Tensor):
         raise ValueError(f"an edit needs tokens['labels'], got {sorted(tokens)}")
     asked = dict(tokens)
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in parameters_of(model):
         asked.setdefault("use_cache", False)
     before = adaptor.key_id
     if at_labels:
@@ -58,12 +50,11 @@ def teach(
 
 
 def _train(
-    adaptor: Adaptor, model: nn.Module, asked: dict[str, Any], labels: Tensor, steps: Steps
-) -> Taught:
+    adaptor: Adaptor, model: nn.Module, asked: dict[str, Any], labels: Tensor, steps: Schedule
+) -> tuple[list[Any], Tensor]:
     loss: Any = None
     losses: list[Any] = []
     prefix = PrefixCache(model, adaptor.layer, adaptor, looks=1)
-    schedule = Schedule(steps.n_iter, steps.edit_lr, None, keep_best=False, judges_last=False)
 
     def attempt(_: Tensor | None = None) -> tuple[Tensor, bool]:
         nonlocal loss
@@ -78,10 +69,8 @@ def _train(
     still = frozen(model, with_modes=False)
     with still, torch.enable_grad(), adaptor.editing(labels), prefix:
         first = attempt()
-        if adaptor.trained is None:
-            raise RuntimeError("the edited layer did not run in the model's forward call")
-        train(adaptor.trained, attempt, schedule, first)
-    return Taught(losses, loss.detach())
+        train(adaptor.trained, attempt, steps, first)
+    return losses, loss.detach()
 
 
 def prompt_end(labels: Tensor) -> int | Tensor:

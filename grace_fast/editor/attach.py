@@ -8,7 +8,8 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast
 
@@ -25,7 +26,7 @@ from grace_fast.editor.grace import Grace
 from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
-from grace_fast.errors import CodebookMismatch as CodebookMismatch
+from grace_fast.errors import CodebookMismatch
 from grace_fast.hook.attachment import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
@@ -35,8 +36,7 @@ from grace_fast.semantics import Expand, Replacement, Semantics
 from grace_fast.store import atomic, files, manifest
 from grace_fast.store.journal import JournalFile
 from grace_fast.store.locks import Lock
-from grace_fast.store.saved import Saved as Saved
-from grace_fast.store.saved import read_saved as read_saved
+from grace_fast.store.saved import Saved, read_saved
 
 USUAL_EPSILON = float("1")  # an object of its own, to tell what is left out from a 1 that is given
 
@@ -149,8 +149,8 @@ def attach(
             max_radius=widest,
             hmac_key=hmac_key,
         )
-    auto = isinstance(epsilon, str) and epsilon == "auto"
-    if isinstance(epsilon, str) and not auto:
+    auto = isinstance(epsilon, str)
+    if auto and epsilon != "auto":
         raise ValueError(f'epsilon must be a number or "auto", got {epsilon!r}')
     if epsilon is USUAL_EPSILON or auto:
         radius = 1.0 if settings is None else settings.epsilon
@@ -161,23 +161,17 @@ def attach(
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
     if auto and inputs is None:
         raise ValueError('epsilon="auto" needs calibration_inputs: unrelated batches or texts')
-    lock = None if path is None else Lock(path)
-    try:
+    with ExitStack() as taken:
+        lock = None if path is None else taken.enter_context(closing(Lock(path)))
         context = EditContext(model, module, settings, tokenizer, path, name, hmac_key, lock)
+        taken.callback(context.unload)
         if codebook is not None:
             context.take(cast(Codebook, codebook), History())
-    except BaseException:
-        if lock is not None:
-            lock.close()
-        raise
-    try:
         if auto:
             assert inputs is not None
             _calibrate(context, inputs, sample)
         context.directory.begin(context.adapter.book)
-    except BaseException:
-        context.unload()
-        raise
+        taken.pop_all()
     return Grace(context)
 
 
@@ -199,11 +193,9 @@ def _refuse_unknown(fields: Mapping[str, Any]) -> None:
 def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
     if name is not None and not (isinstance(name, str) and name):
         raise ValueError(f"name must be a word, or None, got {name!r}")
-    if not has_adapter(module, name):
-        return
-    if name is None:
-        raise ValueError(f"{layer} has an adaptor already; unload() it first, or give it a name")
-    raise ValueError(f"{layer} has an adaptor named {name!r} already; unload() it first")
+    if has_adapter(module, name):
+        named, advice = (" ", ", or give it a name") if name is None else (f" named {name!r} ", "")
+        raise ValueError(f"{layer} has an adaptor{named}already; unload() it first{advice}")
 
 
 def _calibrate(
@@ -216,16 +208,8 @@ def _calibrate(
     Raises: ValueError for fewer than 8 inputs, no edit, or inputs that the layer cannot tell apart.
     """
     unrelated = [inputs] if isinstance(inputs, str | Mapping) else list(inputs)
-    least = calibrate.CALIBRATION_INPUTS
-    if edits is None and not unrelated:
-        raise ValueError(
-            f"calibration_inputs must hold at least {least} unrelated inputs, got none"
-        )
-    if edits is not None and len(unrelated) < least:
-        raise ValueError(
-            f'epsilon="auto" needs at least {least} unrelated calibration_inputs, '
-            f"got {len(unrelated)}"
-        )
+    if edits is not None:
+        calibrate.require_enough(len(unrelated))
 
     def queries(prompts: Sequence[Any]) -> Tensor:
         found = [context.query_of(context.batch_of(prompt)) for prompt in prompts]
@@ -283,80 +267,42 @@ def from_pretrained(
     if old:
         raise TypeError(f"from_pretrained() got an unexpected keyword argument {next(iter(old))!r}")
     path = atomic.absolute(path)
-    lock = Lock(path) if read_only is False else None
-    try:
-        opened = files.steadily(path, lambda: _open(model, path, name, max_radius, hmac_key, lock))
-        return _attach_saved(model, opened, tokenizer, name, lock, bool(read_only))
-    except BaseException:
-        if lock is not None:
-            lock.close()
-        raise
+    with ExitStack() as taken:
+        lock = None if read_only is not False else taken.enter_context(closing(Lock(path)))
+
+        def opened() -> tuple[Saved, nn.Module, Codebook, History, JournalFile | None]:
+            saved = read_saved(path, hmac_key, max_radius)
+            if lock is not None and saved.hmac_key is None and "hmac" in saved.config:
+                raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
+            layer, module = find_layer(model, saved.settings.layer)
+            _refuse_second(layer, module, name)
+            bare = uncompiled(host_of(model, layer).called)
+            odd = differences(saved.fingerprint, fingerprint(bare, module), usual_settings(bare))
+            if odd:
+                raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
+            placed = layer_device_dtype(module)
+            device = "cpu" if placed is None else placed[0]
+            book, history, journal = saved.open(device, read_only=lock is None)
+            _refuse_other_widths(str(path), layer, module, book)
+            return saved, module, book, history, journal
+
+        saved, module, book, history, journal = files.steadily(path, opened)
+        kept, key = path if lock is not None or read_only else None, saved.hmac_key
+        context = EditContext(model, module, saved.settings, tokenizer, kept, name, key, lock)
+        taken.callback(context.unload)
+        context.adapter.hits.update(saved.hits)
+        context.take(book, history)
+        if read_only:
+            context.directory.follow(journal)
+        else:
+            context.directory.begin(book, journal)
+        taken.pop_all()
+    return Grace(context)
 
 
 @functools.cache  # once in a process
 def _warn_of_old(old: str, new: str) -> None:
     warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A saved codebook that fits a layer of a model."""
-
-    saved: Saved
-    module: nn.Module  # the layer
-    book: Codebook
-    history: History
-    journal: JournalFile | None
-
-
-def _open(
-    model: nn.Module,
-    path: Path,
-    name: str | None,
-    max_radius: float | None,
-    hmac_key: bytes | None,
-    lock: Lock | None,
-) -> _Opened:
-    saved, durable = read_saved(path, hmac_key, max_radius), lock is not None
-    if durable and saved.hmac_key is None and "hmac" in saved.config:
-        raise ValueError(f"{path} is signed, and further edits must be: give its hmac_key")
-    layer, module = find_layer(model, saved.settings.layer)
-    _refuse_second(layer, module, name)
-    bare = uncompiled(host_of(model, layer).called)
-    odd = differences(saved.fingerprint, fingerprint(bare, module), usual_settings(bare))
-    if odd:
-        raise CodebookMismatch(f"{path} is of another model: {'; '.join(odd)}")
-    placed = layer_device_dtype(module)
-    book, history, journal = saved.open(
-        "cpu" if placed is None else placed[0], read_only=not durable
-    )
-    _refuse_other_widths(str(path), layer, module, book)
-    return _Opened(saved, module, book, history, journal)
-
-
-def _attach_saved(
-    model: nn.Module,
-    opened: _Opened,
-    tokenizer: Any,
-    name: str | None,
-    lock: Lock | None,
-    follow: bool,
-) -> Grace:
-    saved = opened.saved
-    kept = saved.path if lock is not None or follow else None
-    key = saved.hmac_key
-    context = EditContext(model, opened.module, saved.settings, tokenizer, kept, name, key, lock)
-    context.adapter.hits.update(saved.hits)
-    context.take(opened.book, opened.history)
-    if follow:
-        context.directory.follow(opened.journal)
-        return Grace(context)
-    try:
-        context.directory.begin(opened.book, opened.journal)
-    except BaseException:
-        context.unload()
-        raise
-    return Grace(context)
 
 
 def _refuse_other_widths(
@@ -403,9 +349,7 @@ def find_layer(model: nn.Module, layer: str) -> tuple[str, nn.Module]:
     name = re.sub(r"\[(\d+)\]", r".\1", str(layer))
     name = re.sub(r"\.(weight|bias)$", "", name)
     if not isinstance(model, nn.Module):
-        inner = ""
-        if isinstance(getattr(model, "model", None), nn.Module):
-            inner = "; give its .model"
+        inner = "; give its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}{inner}")
     modules = dict(uncompiled(model).named_modules())
     if name and name in modules:

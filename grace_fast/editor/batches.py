@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from grace_fast.editor import heads, prompts
 from grace_fast.editor.heads import Head, Kind
+from grace_fast.editor.prompts import Prompt, Target
 from grace_fast.hook import positions
 from grace_fast.semantics import IGNORED_LABEL
 
@@ -35,14 +36,6 @@ def prompts_of(batch: Mapping[str, Any]) -> Tensor:
     )
 
 
-def size(batch: Mapping[str, Any]) -> int:
-    """Return B, the rows of a batch.
-
-    Raises: ValueError where the batch holds no prompts.
-    """
-    return len(prompts_of(batch))
-
-
 def token_count(batch: Mapping[str, Any]) -> int | None:
     """Return T of a batch's prompts; None where they are a signal, which the model counts anew."""
     given = prompts_of(batch)
@@ -52,7 +45,7 @@ def token_count(batch: Mapping[str, Any]) -> int | None:
 
 def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
     """Return the picked rows of a batch; what is not [B, ...] stays as it is."""
-    count = size(batch)
+    count = len(prompts_of(batch))
     index = torch.as_tensor(picked, dtype=torch.int64, device="cpu")
     return {
         name: value[index.to(value.device)]
@@ -96,7 +89,7 @@ def decoder_length(batch: Batch) -> int | None:
 
 def with_more_tokens(batch: Batch) -> Batch:
     """Return prompts of one token with that token twice, and no labels."""
-    count = size(batch)
+    count = len(prompts_of(batch))
     return {
         name: torch.cat([value, value], dim=1)
         if isinstance(value, Tensor) and value.ndim > 1 and value.shape[:2] == (count, 1)
@@ -174,10 +167,6 @@ def prompt_checksum(batch: Mapping[str, Any], row: int, kind: Kind) -> int:
     if kind == "decoder" and isinstance(labels, Tensor) and labels.shape == tokens.shape:
         keep &= labels[row] == IGNORED_LABEL
     return zlib.crc32(ids[keep].to("cpu", torch.int64).numpy().tobytes())
-
-
-Prompt = prompts.Prompt
-Target = str | int | float
 
 
 def from_text(

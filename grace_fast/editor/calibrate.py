@@ -145,11 +145,13 @@ def measure(layer: str, edits: Labelled, paraphrases: Labelled, unrelated: Label
     asked = torch.cat(parts)
     if not asked.isfinite().all():
         raise ValueError(f"the queries at {layer} must be finite, got NaN or infinity")
-    exactly = "donot_use_mm_for_euclid_dist"  # the matmul formula loses small distances
-    squared = torch.cat(
-        [torch.cdist(chunk, keys, compute_mode=exactly) ** 2 for chunk in torch.split(asked, CHUNK)]
-    )
+    squared = torch.cat([_apart(chunk, keys) ** 2 for chunk in torch.split(asked, CHUNK)])
     return Distances(layer, edits, paraphrases, unrelated, squared.numpy())
+
+
+def _apart(queries: Tensor, keys: Tensor) -> Tensor:
+    # The matmul formula loses small distances.
+    return torch.cdist(queries, keys, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def grid(distances: Distances, steps: int = GRID) -> list[float]:
@@ -250,7 +252,8 @@ def recommend(
     if not 0 <= budget <= 1:
         raise ValueError(f"the locality budget must be a share in [0, 1], got {budget}")
     learnt = dict(learnt or {})
-    able = _able([distances.layer for distances in measured], learnt)
+    layers = {distances.layer for distances in measured}
+    able = {layer for layer in layers if learnt.get(layer, 1.0) >= LEARNABLE} or layers
     every = [
         attempt(distances, replace(rules, epsilon=epsilon))
         for distances in measured
@@ -278,12 +281,6 @@ def recommend(
         trials=tuple(every),
         learnt=learnt,
     )
-
-
-def _able(layers: Sequence[str], learnt: Mapping[str, float]) -> set[str]:
-    """Return the layers at which edits can be learnt, as far as that was tried; all if at none."""
-    able = {layer for layer in layers if learnt.get(layer, 1.0) >= LEARNABLE}
-    return able or set(layers)
 
 
 def _choose(
@@ -367,15 +364,13 @@ def _interval(values: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def nearest_distances(queries: Tensor) -> Tensor:
-    """Return each query's distance to the nearest of the others, [M] float32.
-
-    queries: [M, D] of unrelated inputs; repeats of one query are dropped first.
-    """
-    distinct = torch.unique(queries, dim=0).double()
-    exactly = "donot_use_mm_for_euclid_dist"  # the matmul formula loses small distances
-    distances = torch.cdist(distinct, distinct, compute_mode=exactly)
-    return distances.fill_diagonal_(torch.inf).amin(dim=1).float()
+def require_enough(unrelated: int) -> None:
+    """Raise ValueError for fewer than 8 unrelated inputs."""
+    if unrelated < CALIBRATION_INPUTS:
+        raise ValueError(
+            f'epsilon="auto" needs at least {CALIBRATION_INPUTS} unrelated calibration_inputs, '
+            f"got {unrelated}"
+        )
 
 
 def epsilon_from(queries: Tensor) -> float:
@@ -383,14 +378,12 @@ def epsilon_from(queries: Tensor) -> float:
 
     Raises: ValueError for fewer than 8 inputs, or where they all ask with one query.
     """
-    if len(queries) < CALIBRATION_INPUTS:
-        raise ValueError(
-            f'epsilon="auto" needs at least {CALIBRATION_INPUTS} unrelated calibration_inputs, '
-            f"got {len(queries)}"
-        )
-    if len(torch.unique(queries, dim=0)) < 2:
+    require_enough(len(queries))
+    distinct = torch.unique(queries, dim=0).double()
+    if len(distinct) < 2:
         raise ValueError(
             "the calibration inputs all ask with the same query, so no epsilon can tell them "
             "apart; attach to another layer"
         )
-    return float(nearest_distances(queries).quantile(CLOSE_QUANTILE)) / 2
+    nearest = _apart(distinct, distinct).fill_diagonal_(torch.inf).amin(dim=1).float()
+    return float(nearest.quantile(CLOSE_QUANTILE)) / 2

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from grace_fast.editor import batches, edit_warnings, unfit
+from grace_fast.codebook import printable
+from grace_fast.editor import batches, unfit
 from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
 from grace_fast.editor.training import Trained
 from grace_fast.edits.plans import Plan
 from grace_fast.edits.settings import Settings
+from grace_fast.errors import GraceWarning
 from grace_fast.hook.modes import Observation
 from grace_fast.hook.wrappers import Host
 from grace_fast.semantics import Rules
@@ -79,7 +83,22 @@ def check_query(context: EditContext, queries: Tensor, seen: Observation) -> Non
         )
     if not context.scale_is_checked:
         context.scale_is_checked = True
-        edit_warnings.warn_of_scale(settings.layer, settings.epsilon, seen)
+        _warn_of_scale(settings.layer, settings.epsilon, seen)
+
+
+def _warn_of_scale(layer: str, epsilon: float, seen: Observation) -> None:
+    """Compare epsilon with how far apart the tokens of the first prompt are at a layer."""
+    others = seen.hidden[0, : int(seen.positions[0])].float()
+    if not len(others):
+        return
+    scale = float((others - seen.queries[0].float()).norm(dim=1).median())
+    if epsilon > scale or epsilon < 1e-3 * scale:
+        effect = "unrelated prompts" if epsilon > scale else "nothing but exact repeats"
+        _warn(
+            f"epsilon {epsilon:g} is far off the scale of {layer}: tokens of one prompt are about "
+            f"{scale:.3g} apart there, so an edit would catch {effect}; measure it with "
+            'epsilon="auto"'
+        )
 
 
 def warn_of_shared_queries(context: EditContext, batch: Batch, plan: Plan, rules: Rules) -> None:
@@ -94,12 +113,15 @@ def warn_of_shared_queries(context: EditContext, batch: Batch, plan: Plan, rules
         stored = [history.edits[edit] for edit in near.edits]
         prompt = batches.prompt_checksum(batch, at, context.kind)
         if stored and all(edit.prompt != prompt for edit in stored):
-            layer = context.settings.layer
-            edit_warnings.warn_of_shared_query(layer, stored[0], done.distance)
+            _warn(
+                f"this prompt asks {context.settings.layer} with the same query as the other "
+                f"prompt of edit {stored[0].id} (distance {done.distance:.3g}): the layer cannot "
+                "tell them apart, as at the tail of a template; attach to a later layer"
+            )
 
 
 def warn_of_nothing_learnt(settings: Settings, plan: Plan, results: Sequence[Trained]) -> None:
-    """Warn of values whose training was given up.
+    """Warn of values whose training was given up: say why, and what to do.
 
     Raises: ValueError for a value that is not finite, which no codebook may hold.
     """
@@ -110,6 +132,28 @@ def warn_of_nothing_learnt(settings: Settings, plan: Plan, results: Sequence[Tra
                 f"the value of row {at} of the batch must be finite, and its training at "
                 f"{layer} ended in NaN or infinity; attach with a lower learning_rate"
             )
-        if result.stuck is not None:
-            how = (settings.replacement, result.stuck, result.loss, result.steps)
-            edit_warnings.warn_of_nothing_learnt(layer, at, *how)
+        said = f"the edit of row {at} of the batch cannot be learnt at {layer}"
+        if result.stuck == "not finite":
+            now = "from the start" if not result.steps else f"after {result.steps} steps"
+            _warn(
+                f"{said}: the loss is not finite {now} (kept: {result.loss:g}); look at the "
+                "labels, the mask and the model's element type, or attach with a lower "
+                "learning_rate"
+            )
+        elif result.stuck is not None:
+            reason = "what the layer gives there reaches no token of the target"
+            advice = "another layer, an earlier one as a rule"
+            if settings.replacement == "replace_prompt":
+                reason = (
+                    "replace_prompt writes it before the query token, and nothing later reads it "
+                    "there"
+                )
+                advice = "replacement='replace_last', or to an earlier layer"
+            _warn(f"{said}: its value has no effect on the loss ({reason}); attach with {advice}")
+
+
+def _warn(message: str) -> None:
+    frame, level = sys._getframe(), 1  # the line of the caller's `edit`, past the steps of the edit
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(__package__ + "."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(printable.spelt(message), GraceWarning, stacklevel=level)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from grace_fast.codebook.checks import DTYPES
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.draft import Draft
 from grace_fast.editor import batches, heads, unfit
-from grace_fast.editor.batches import Batch, Prompt, Target
+from grace_fast.editor.batches import Batch
 from grace_fast.editor.directory import Directory
 from grace_fast.editor.fingerprint import fingerprint
+from grace_fast.editor.prompts import Prompt, Target
 from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
@@ -132,14 +133,9 @@ class EditContext:
                 self.adapter.book = book
             return self.adapter.book
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[object]:
         """Hold other threads' edits off: the history is noted before its version is published."""
-        if self.adapter.book is None:
-            yield
-            return
-        with self.adapter.book.held():
-            yield
+        return nullcontext() if self.adapter.book is None else self.adapter.book.held()
 
     @contextmanager
     def noting(self) -> Iterator[Draft]:

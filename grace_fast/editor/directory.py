@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,10 @@ class Directory:
         if journal is not None:
             self.store.resume(journal, book)
         else:
-            self.store.begin(book, lambda told: self._write_base(book, told))
+            folder = self.store.folder
+            self.store.begin(
+                book, lambda told: self._write(folder, book.snapshot(), self._key, told)
+            )
 
     def follow(self, journal: JournalFile | None) -> None:
         """Only read from now on, what others write to a journal."""
@@ -115,11 +119,8 @@ class Directory:
 
     def save(self, path: Path, snapshot: Snapshot, hmac_key: bytes | None) -> None:
         """Write a codebook and its edits elsewhere, signed as here unless another key is given."""
-        lock = Lock(path)
-        try:
+        with closing(Lock(path)):
             self._write(path, snapshot, self._key if hmac_key is None else hmac_key, {})
-        finally:
-            lock.close()
 
     def is_at(self, path: Path) -> bool:
         """Tell whether this is the directory that edits go to."""
@@ -129,10 +130,6 @@ class Directory:
         """Give the directory back, with the hits by row."""
         if self.store is not None:
             self.store.close(hits)
-
-    def _write_base(self, book: Codebook, told: Mapping[str, Any]) -> None:
-        assert self.path is not None, "a store has a directory"
-        self._write(self.path, book.snapshot(), self._key, told)
 
     def _write(
         self, path: Path, snapshot: Snapshot, hmac_key: bytes | None, told: Mapping[str, Any]

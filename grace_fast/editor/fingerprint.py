@@ -21,40 +21,35 @@ DEPTH = 3  # of settings within settings; deeper ones are kept as a text
 FORM = 2  # of "config"; the first one, without this mark, kept numbers, truths and texts only
 
 # Settings of the config that no layer's input depends on, by exact name...
-_OF_A_RELEASE = "transformers_version dtype torch_dtype torchscript use_bfloat16 architectures"
-_OF_A_RELEASE += " attn_implementation experts_implementation auto_map tf_legacy_loss"
-_OF_THE_ANSWER = "return_dict use_return_dict output_hidden_states output_attentions"
-_OF_THE_ANSWER += " output_router_logits keys_to_ignore_at_inference use_cache"
-# `problem_type` is set by the first forward call with labels.
-_OF_A_HEAD = "problem_type id2label label2id num_labels finetuning_task task_specific_params"
-_OF_A_LOSS = "loss_type label_smoothing router_aux_loss_coef router_z_loss_coef aux_loss_alpha"
-_OF_A_LOSS += " classifier_dropout ignore_index"
-_OF_A_NAME = "name_or_path tokenizer_class processor_class prefix unsloth_version unsloth_fixed"
-_OF_TRAINING = "gradient_checkpointing init_std init_xavier_std drop_path_rate"
-_OF_TRAINING += " router_jitter_noise input_jitter_noise jitter_noise"
-# Special tokens are the tokenizer's and `generate`'s; but for the token a decoder starts with,
-# which asks, and padding, where positions are counted from it: see `_padding_of_positions`.
-_OF_GENERATE = "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id"
-_OF_GENERATE += " forced_bos_token_id forced_eos_token_id max_length min_length"
-_OF_GENERATE += " max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups"
-_OF_GENERATE += " diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff"
-_OF_GENERATE += " eta_cutoff repetition_penalty length_penalty no_repeat_ngram_size"
-_OF_GENERATE += " encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores"
-_OF_GENERATE += " return_dict_in_generate remove_invalid_values suppress_tokens"
-_OF_GENERATE += " exponential_decay_length_penalty begin_suppress_tokens cache_implementation"
-_VOLATILE = {
-    name
-    for names in (
-        _OF_A_RELEASE,
-        _OF_THE_ANSWER,
-        _OF_A_HEAD,
-        _OF_A_LOSS,
-        _OF_A_NAME,
-        _OF_TRAINING,
-        _OF_GENERATE,
-    )
-    for name in names.split()
-}
+_NAMES = (
+    # Of a release.
+    "transformers_version dtype torch_dtype torchscript use_bfloat16 architectures"
+    " attn_implementation experts_implementation auto_map tf_legacy_loss"
+    # Of what is returned.
+    " return_dict use_return_dict output_hidden_states output_attentions"
+    " output_router_logits keys_to_ignore_at_inference use_cache"
+    # Of a head; `problem_type` is set by the first forward call with labels.
+    " problem_type id2label label2id num_labels finetuning_task task_specific_params"
+    # Of a loss.
+    " loss_type label_smoothing router_aux_loss_coef router_z_loss_coef aux_loss_alpha"
+    " classifier_dropout ignore_index"
+    # Of a name.
+    " name_or_path tokenizer_class processor_class prefix unsloth_version unsloth_fixed"
+    # Of training.
+    " gradient_checkpointing init_std init_xavier_std drop_path_rate"
+    " router_jitter_noise input_jitter_noise jitter_noise"
+    # Special tokens are the tokenizer's and `generate`'s; but for the token a decoder starts with,
+    # which asks, and padding, where positions are counted from it: see `_padding_of_positions`.
+    " bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id"
+    " forced_bos_token_id forced_eos_token_id max_length min_length"
+    " max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups"
+    " diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff"
+    " eta_cutoff repetition_penalty length_penalty no_repeat_ngram_size"
+    " encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores"
+    " return_dict_in_generate remove_invalid_values suppress_tokens"
+    " exponential_decay_length_penalty begin_suppress_tokens cache_implementation"
+)
+_VOLATILE = frozenset(_NAMES.split())
 # ... or by a part of it: dropout is of training, and first weights are drawn once.
 _VOLATILE_PARTS = ("dropout", "pdrop", "layerdrop", "initializer")
 
@@ -179,7 +174,11 @@ def differences(
         return [f"positions must be counted from padding {padding!r}, this model's from {found!r}"]
     usual = dict(usual or {})
     if ours.pop("form", None) is None:  # of a release that did not keep every setting
-        others = {name: each for name, each in others.items() if _is_scalar(each)}
+        others = {
+            name: each
+            for name, each in others.items()
+            if isinstance(each, bool | int | float | str)
+        }
         if "rope_theta" not in settings:
             others.pop("rope_theta", None)
         usual = {}
@@ -197,10 +196,6 @@ def usual_settings(model: nn.Module) -> Settings:
     except Exception:  # whatever a foreign class asks for
         return {}
     return _counting(made)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str)
 
 
 def _compared(

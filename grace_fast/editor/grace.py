@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor import batches, prompts, session
-from grace_fast.editor.batches import Prompt, Target
 from grace_fast.editor.context import EditContext
+from grace_fast.editor.prompts import Prompt, Target
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.settings import Settings
 from grace_fast.edits.verify import Verification, verify
@@ -119,7 +119,7 @@ class Grace:
         if target is None and not isinstance(batch, Mapping):
             raise ValueError("an edit by text needs a target: edit(prompt, target)")
         whole = self._context.batch_of(batch, target, joint)
-        count = batches.size(whole)
+        count = len(batches.prompts_of(whole))
         if count != 1:
             raise ValueError(f"edit takes one prompt, got a batch of {count}; use edit_batch")
         text = None
@@ -212,21 +212,11 @@ class Grace:
             return [Explanation(False, None, -1, math.inf, math.nan) for _ in queries]
         with self.codebook.held() as snapshot:
             near, match = lookup.nearest(queries, snapshot), lookup.find(queries, snapshot)
-            lives = [self._context.history.rows.get(row) for row in near.row.tolist()]
+            lives = map(self._context.history.rows.get, near.row.tolist())
             newest = [life.edits[-1] if life and life.edits else None for life in lives]
-        explained = []
-        for at, row in enumerate(near.row.tolist()):
-            radius = snapshot.row(row).radius if row >= 0 else math.nan
-            explained.append(
-                Explanation(
-                    fires=bool(match.hit[at]),
-                    edit=newest[at],
-                    row=row,
-                    distance=float(near.distance[at]),
-                    radius=radius,
-                )
-            )
-        return explained
+        rows, hits, distances = near.row.tolist(), match.hit.tolist(), near.distance.tolist()
+        radii = [snapshot.row(row).radius if row >= 0 else math.nan for row in rows]
+        return list(map(Explanation, hits, newest, rows, distances, radii))
 
     def query_of(self, batch: Mapping[str, Any] | Prompt) -> Tensor:
         """Return what a batch asks the codebook, [B, D], as the codebook would store it."""

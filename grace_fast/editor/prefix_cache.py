@@ -150,12 +150,9 @@ class PrefixCache:
         self._beside = _beside(self._path)
         self._stand_ins: list[_StandIn] = []
         self.restart()
+        own = (vars(module).get("forward") for module in (*self._beside, layer))
         self._is_fit = bool(self._path) and not (
-            any(
-                "forward" in vars(module)
-                for module in (*self._beside, layer)
-                if not _is_ours(module)
-            )
+            any(each is not None and not isinstance(each, _StandIn) for each in own)
             or any(isinstance(module, nn.DataParallel) for module in model.modules())
             or (torch.distributed.is_available() and torch.distributed.is_initialized())
         )
@@ -279,11 +276,8 @@ class PrefixCache:
 def _path(model: nn.Module, layer: nn.Module) -> list[nn.Module]:
     """Return the modules around a layer, outermost first; none where it is not in the model."""
     name = next((name for name, module in model.named_modules() if module is layer), "")
-    path, parts = [], name.split(".") if name else []
-    for part in parts:
-        path.append(model)
-        model = model.get_submodule(part)
-    return path
+    parts = name.split(".") if name else []
+    return [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
 
 
 def _beside(path: list[nn.Module]) -> list[nn.Module]:
@@ -299,10 +293,6 @@ def _stand_in(module: nn.Module) -> _StandIn:
         found = vars(module)["forward"] = _StandIn(module)
     found.wanted += 1
     return found
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return isinstance(vars(module).get("forward"), _StandIn)
 
 
 def _is_used_by_others(module: nn.Module, hooks_at: Sequence[str] = _HOOKS) -> bool:

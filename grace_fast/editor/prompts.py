@@ -22,6 +22,7 @@ from grace_fast.editor import joining
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 Prompt = str | Sequence[Mapping[str, str]]
+Target = str | int | float
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -36,8 +37,11 @@ def one_prompt(prompt: Any) -> Prompt:
     kind = type(prompt).__name__
     if isinstance(prompt, bytes | bytearray):
         raise TypeError(f"the prompt must be a text, got {kind}: decode it first")
-    parts = _parts(prompt)
-    if parts is None:
+    if isinstance(prompt, Sequence | np.ndarray | Set):
+        parts = list(prompt)
+    elif hasattr(prompt, "tolist") and hasattr(prompt, "__len__"):  # a series of pandas
+        parts = list(prompt.tolist())
+    else:
         raise TypeError(f"the prompt must be one text, or chat messages, got {kind}")
     if parts and all(isinstance(part, Mapping) for part in parts):
         for at, part in enumerate(parts):
@@ -61,15 +65,6 @@ def as_text(prompt: Any, target: Any) -> tuple[str, str]:
     return said, str(one_target(target))
 
 
-def _parts(prompt: Any) -> list[Any] | None:
-    """Return what a list, a tuple, an array or a column of a table holds; None of anything else."""
-    if isinstance(prompt, Sequence | np.ndarray | Set):
-        return list(prompt)
-    if hasattr(prompt, "tolist") and hasattr(prompt, "__len__"):  # a series of pandas
-        return list(prompt.tolist())
-    return None
-
-
 def one_target(target: Any) -> str | float | None:
     """Return the one text or number that a target is, of numpy and torch as Python's.
 
@@ -85,15 +80,12 @@ def one_target(target: Any) -> str | float | None:
     if isinstance(target, Decimal | Real) and not isinstance(target, int | float):
         target = scalars.number("the target", target)
     if isinstance(target, bool) or not isinstance(target, int | float):
-        raise TypeError(f"the target must be one text or number, got {_named(target)}")
+        written = repr(target)
+        written = written if len(written) <= 60 else f"a {type(target).__name__}"
+        raise TypeError(f"the target must be one text or number, got {written}")
     if not math.isfinite(target):
         raise ValueError(f"the target must be a text or a number, got {target!r}")
     return target
-
-
-def _named(value: Any) -> str:
-    written = repr(value)
-    return written if len(written) <= 60 else f"a {type(value).__name__}"
 
 
 def _of_unicode(call: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -87,8 +87,8 @@ def train(
             stuck = stuck or _stuck(step, correct, reached, gradient)
         is_over = last or done or bool(stuck and schedule.keep_best)
         is_best = is_over
-        if schedule.keep_best:
-            is_best = kept is None or _better((correct, reached), kept)
+        if schedule.keep_best:  # False for NaN: a value that breaks the model is not kept
+            is_best = kept is None or (correct, -reached) > (kept.correct, -kept.loss)
         if is_best:
             kept = Trained(master.detach().to(start.dtype, copy=True), reached, step, correct)
         if is_over:
@@ -135,13 +135,6 @@ def _stuck(step: int, correct: bool, loss: float, gradient: Tensor) -> Stuck | N
     if not math.isfinite(loss) and not gradient.isfinite().all():
         return "not finite"
     return "no gradient" if step == 0 and not correct and not gradient.any() else None
-
-
-def _better(one: tuple[bool, float], other: Trained) -> bool:
-    correct, loss = one
-    if correct != other.correct:
-        return correct
-    return loss < other.loss  # False for NaN: a value that breaks the model is not kept
 
 
 class _Frozen:

@@ -44,14 +44,12 @@ class Plan:
 
     def agrees(self, other: Plan) -> bool:
         """Tell whether values that were trained for another plan are what this one asks for."""
-        return (
-            self._decisions() == other._decisions()
-            and self._targets() == other._targets()
-            and all(map(torch.equal, self._token_bytes(), other._token_bytes()))
+        return self._decisions() == other._decisions() and all(
+            map(torch.equal, self._token_bytes(), other._token_bytes())
         )
 
-    def _decisions(self) -> list[tuple[object, ...]]:
-        return [
+    def _decisions(self) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
+        decided: list[tuple[object, ...]] = [
             (
                 done.outcome,
                 _since(self.rows, done.row),
@@ -59,9 +57,7 @@ class Plan:
             )
             for done in self.applied
         ]
-
-    def _targets(self) -> list[tuple[object, ...]]:
-        return [(_since(self.rows, one.row), one.picked) for one in self.trainings]
+        return decided, [(_since(self.rows, one.row), one.picked) for one in self.trainings]
 
     def _token_bytes(self) -> list[Tensor]:
         """Return what the prompts' tokens hit and get, but for the value that is trained."""

@@ -11,7 +11,7 @@ from compat_cases import STEPS, TASKS, config, editor, stream
 from torch import nn
 
 from grace_fast.compat import teaching
-from grace_fast.compat.method import Steps
+from grace_fast.compat.method import steps_of
 from grace_fast.compat.reference import GRACEAdapter
 from grace_fast.editor.prefix_cache import PrefixCache
 
@@ -104,6 +104,7 @@ def test_an_output_that_its_caller_writes_to_is_computed_again(monkeypatch):
         model = Small().eval()
         model.edited = GRACEAdapter(config("edited", "qa", 1.0, "replace_all"), model.edited)
         torch.manual_seed(1)
-        taught.append(teaching.teach(model.edited, model, tokens, Steps(5, 0.1), False).losses)
+        losses, _ = teaching.teach(model.edited, model, tokens, steps_of(5, 0.1), False)
+        taught.append(losses)
     assert taught[0] == taught[1]
     assert len(set(taught[0])) == 5

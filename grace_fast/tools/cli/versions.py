@@ -9,10 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
-from grace_fast.editor.attach import Saved, read_saved
 from grace_fast.store import archive
 from grace_fast.store.files import steadily
-from grace_fast.store.saved import Offline
+from grace_fast.store.saved import Offline, Saved, read_saved
 from grace_fast.store.versions import difference, journal_of
 from grace_fast.tools.cli import command as shared
 from grace_fast.tools.cli.command import Editable, Json, answer, command, typer
