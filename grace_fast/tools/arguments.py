@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -32,23 +33,16 @@ class Exit(Exception):
 
 @dataclass(frozen=True)
 class _Told:
-    """What an option or an argument is told by."""
+    """What an option is told by, or an argument, which has its place."""
 
     is_option: bool
-    flag: str | None = None
+    flag: str | None = None  # a truth with one of its own has no opposite
     help: str = ""
     metavar: str | None = None
     min: int | None = None
 
 
-def Option(flag: str | None = None, *, help: str = "", min: int | None = None) -> Any:
-    """Describe an option; a truth with a flag of its own has no opposite."""
-    return _Told(True, flag, help, min=min)
-
-
-def Argument(*, help: str = "", metavar: str | None = None) -> Any:
-    """Describe an argument, which is told by its place."""
-    return _Told(False, None, help, metavar)
+Option, Argument = partial(_Told, True), partial(_Told, False)
 
 
 def echo(text: str, err: bool = False) -> None:
