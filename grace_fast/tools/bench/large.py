@@ -106,7 +106,7 @@ def run(rows: int, folder: Path | None = None, as_json: bool = False) -> dict[st
     with tempfile.TemporaryDirectory(dir=folder, prefix="grace-fast-") as temporary:
         figures = _measure(rows, Path(temporary), False if as_json else None)
     if not as_json:
-        for line in _text(figures).splitlines():
+        for line in _lines_of(figures):
             say(line)
     return figures
 
@@ -173,7 +173,7 @@ def _blocks(rows: int, epsilon: float, first: int) -> Iterator[tuple[Tensor, Ten
         yield keys[rest], values[rest], radii[rest]
 
 
-def _text(figures: dict[str, Any]) -> str:
+def _lines_of(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{DATA}; D = {WIDTH}, fp16, one query, one thread",
         figures["cpu"],
@@ -184,4 +184,4 @@ def _text(figures: dict[str, Any]) -> str:
     ]
     if figures["us_p50"] is not None:
         lines.append(f"p50 {figures['us_p50']:.1f} us, p95 {figures['us_p95']:.1f} us")
-    return "\n".join(lines)
+    return lines
