@@ -106,7 +106,8 @@ def _search(
     queries = keys_of(reading.snapshot, rows[asked])
     squares = queries.square().sum(dim=1, keepdim=True)
     close = radii[places] + NEARLY * reading.rules.epsilon  # to a ball, from the key
-    nearest = facing = _Least.of_none(len(asked))
+    nowhere = torch.full((len(asked), 1), -1, dtype=torch.int64, device="cpu")
+    nearest = facing = _Least(torch.full_like(nowhere, math.inf, dtype=torch.float64), nowhere)
     count = NEAREST if labels is None else 1
     for first in range(0, len(rows), BLOCK):
         keys = keys_of(reading.snapshot, rows[first : first + BLOCK])
@@ -129,12 +130,6 @@ class _Least:
 
     values: Tensor  # [S, k] float64; inf where there are fewer
     places: Tensor  # [S, k]; -1 there
-
-    @staticmethod
-    def of_none(rows: int) -> _Least:
-        """Return what is known before anything was looked at."""
-        nowhere = torch.full((rows, 1), -1, dtype=torch.int64, device="cpu")
-        return _Least(torch.full((rows, 1), math.inf, dtype=torch.float64, device="cpu"), nowhere)
 
     def or_less(
         self, values: Tensor, first: int, count: int, within: Tensor | float = math.inf
