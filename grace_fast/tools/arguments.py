@@ -64,7 +64,7 @@ class Typer:
         self, help: str = "", no_args_is_help: bool = False, pretty_exceptions_enable: bool = True
     ) -> None:
         self._help = help
-        self._first: Callable[..., Any] | None = None
+        self._first: Callable[..., Any] = lambda: None
         self._commands: dict[str, Callable[..., Any]] = {}
 
     def callback(
@@ -93,12 +93,10 @@ class Typer:
         """Run the command that is given, by default by the process's arguments, and end."""
         parser = self._parser()
         found = vars(parser.parse_args(given))
-        name, at_first = found.pop(""), {}
-        if self._first is not None:
-            at_first = {one: found.pop(one) for one in signature(self._first).parameters}
+        name = found.pop("")
+        at_first = {one: found.pop(one) for one in signature(self._first).parameters}
         try:
-            if self._first is not None:
-                self._first(**at_first)
+            self._first(**at_first)
             if name is None:
                 parser.print_help()
                 raise Exit(2)
@@ -109,8 +107,7 @@ class Typer:
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = _Parser(PROGRAM, description=self._help, epilog=EPILOG)
-        if self._first is not None:
-            _describe(parser, self._first)
+        _describe(parser, self._first)
         commands = parser.add_subparsers(dest="", metavar="COMMAND", title="commands")
         for name, function in self._commands.items():
             words = (function.__doc__ or "").strip()

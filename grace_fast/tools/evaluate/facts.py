@@ -239,14 +239,8 @@ def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]
 
 
 def _noised(prompt: str, name: str, frame_words: Sequence[str], dealer: random.Random) -> str:
-    before, after = prompt.split(name, 1)
-    return " ".join(
-        [
-            *_noise(before.split(), frame_words, dealer),
-            name,
-            *_noise(after.split(), frame_words, dealer),
-        ]
-    )
+    before, after = (_noise(part.split(), frame_words, dealer) for part in prompt.split(name, 1))
+    return " ".join([*before, name, *after])
 
 
 def _noise(frame: Sequence[str], known: Sequence[str], dealer: random.Random) -> Iterator[str]:
