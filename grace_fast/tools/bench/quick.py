@@ -92,8 +92,7 @@ def _measure(size: int, budget_s: float) -> list[dict[str, Any]]:
 def _problem(size: int) -> tuple[gf.Codebook, Tensor]:
     """Return a codebook, and queries: unseen, near a key, and exactly on an expanded radius."""
     generator = torch.Generator().manual_seed(size)
-    deviation = torch.arange(1, WIDTH + 1).float().rsqrt()
-    made = torch.randn(size + QUERIES, WIDTH, generator=generator) * deviation
+    made = drawn(size + QUERIES, generator)
     keys, queries = made[:size], made[size:]
     apart = torch.cdist(keys[:64], keys)
     apart[torch.arange(min(64, size)), torch.arange(min(64, size))] = torch.inf
@@ -110,6 +109,12 @@ def _problem(size: int) -> tuple[gf.Codebook, Tensor]:
         for row, squared in zip(found.row.tolist(), found.squared_distance.tolist(), strict=True):
             draft.set_radius(row, covering_radius(squared, 0.0))
     return book, queries[torch.randperm(QUERIES, generator=generator)].contiguous()
+
+
+def drawn(count: int, generator: torch.Generator) -> Tensor:
+    """Return synthetic keys [count, D]."""
+    deviation = torch.arange(1, WIDTH + 1).float().rsqrt()
+    return torch.randn(count, WIDTH, generator=generator) * deviation
 
 
 def _contestants(
