@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -32,23 +33,16 @@ class Exit(Exception):
 
 @dataclass(frozen=True)
 class _Told:
-    """What an option or an argument is told by."""
+    """What an option is told by, or an argument, which has its place."""
 
     is_option: bool
-    flag: str | None = None
+    flag: str | None = None  # a truth with one of its own has no opposite
     help: str = ""
     metavar: str | None = None
     min: int | None = None
 
 
-def Option(flag: str | None = None, *, help: str = "", min: int | None = None) -> Any:
-    """Describe an option; a truth with a flag of its own has no opposite."""
-    return _Told(True, flag, help, min=min)
-
-
-def Argument(*, help: str = "", metavar: str | None = None) -> Any:
-    """Describe an argument, which is told by its place."""
-    return _Told(False, None, help, metavar)
+Option, Argument = partial(_Told, True), partial(_Told, False)
 
 
 def echo(text: str, err: bool = False) -> None:
@@ -70,7 +64,7 @@ class Typer:
         self, help: str = "", no_args_is_help: bool = False, pretty_exceptions_enable: bool = True
     ) -> None:
         self._help = help
-        self._first: Callable[..., Any] | None = None
+        self._first: Callable[..., Any] = lambda: None
         self._commands: dict[str, Callable[..., Any]] = {}
 
     def callback(
@@ -99,12 +93,10 @@ class Typer:
         """Run the command that is given, by default by the process's arguments, and end."""
         parser = self._parser()
         found = vars(parser.parse_args(given))
-        name, at_first = found.pop(""), {}
-        if self._first is not None:
-            at_first = {one: found.pop(one) for one in signature(self._first).parameters}
+        name = found.pop("")
+        at_first = {one: found.pop(one) for one in signature(self._first).parameters}
         try:
-            if self._first is not None:
-                self._first(**at_first)
+            self._first(**at_first)
             if name is None:
                 parser.print_help()
                 raise Exit(2)
@@ -115,8 +107,7 @@ class Typer:
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = _Parser(PROGRAM, description=self._help, epilog=EPILOG)
-        if self._first is not None:
-            _describe(parser, self._first)
+        _describe(parser, self._first)
         commands = parser.add_subparsers(dest="", metavar="COMMAND", title="commands")
         for name, function in self._commands.items():
             words = (function.__doc__ or "").strip()

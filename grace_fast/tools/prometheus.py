@@ -26,7 +26,6 @@ from itertools import accumulate
 
 from grace_fast import errors
 from grace_fast.editor.grace import Grace
-from grace_fast.hook.counters import Counters
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry
@@ -75,7 +74,11 @@ class EditorCollector(Collector):
         """Yield every metric, read now."""
         read = {labels: grace.counters for labels, grace in self._editors.items()}
         for name, (field, said) in _COUNTS.items():
-            yield self._counts(name, field, said, read)
+            family = CounterMetricFamily(f"grace_fast_{name}", said, labels=self._names)
+            for labels, counters in read.items():
+                if (count := getattr(counters, field)) is not None:
+                    family.add_metric(labels, count)
+            yield family
         failures = CounterMetricFamily(
             "grace_fast_failures",
             "Calls left unedited for an error of the look-up.",
@@ -94,15 +97,6 @@ class EditorCollector(Collector):
             buckets = list(zip(ends, accumulate(latency.counts), strict=True))
             seconds.add_metric(labels, buckets, latency.seconds)
         yield from (failures, keys, seconds)
-
-    def _counts(
-        self, name: str, field: str, said: str, read: Mapping[tuple[str, ...], Counters]
-    ) -> Metric:
-        family = CounterMetricFamily(f"grace_fast_{name}", said, labels=self._names)
-        for labels, counters in read.items():
-            if (count := getattr(counters, field)) is not None:
-                family.add_metric(labels, count)
-        return family
 
 
 def register(

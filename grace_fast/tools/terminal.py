@@ -143,6 +143,14 @@ def ticking(every: Sequence[Any], title: str, unit: str) -> Iterable[Any]:
     return bar
 
 
+def bar(name: str, total: int, progress: bool, done: int = 0) -> Any:
+    """Return a progress bar on standard error by tqdm, off where that is not a terminal."""
+    from tqdm import tqdm
+
+    desc, disable = printable.fit(name, sys.stderr), None if progress else True
+    return tqdm(desc=desc, total=total, initial=done, disable=disable, leave=False)
+
+
 class _ShownRecord(logging.LogRecord):
     """A log record whose message may quote what was stored."""
 

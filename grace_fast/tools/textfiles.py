@@ -114,15 +114,11 @@ def _values(text: str) -> list[Record] | None:
     if first.startswith("{") and not _is_whole(first):
         strict_json.outline(text.encode("utf-8", "surrogateescape"))
         found = _objects(text, begin, is_array=False)
-        if found is None or any(record.wrong for record in found):  # one bad line, the first
+        if found and any(record.wrong for record in found):  # one bad line, the first
             lines = list(_lines(text))
-            return lines if found is None or _good(lines) >= _good(found) else found
+            return max(lines, found, key=lambda records: sum(not each.wrong for each in records))
         return found
     return None
-
-
-def _good(records: list[Record]) -> int:
-    return sum(not record.wrong for record in records)
 
 
 def _is_whole(line: str) -> bool:

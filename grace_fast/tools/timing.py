@@ -63,7 +63,6 @@ def interleave(
     budget_s: float,
     rounds: int = ROUNDS,
     between: Callable[[], None] | None = None,
-    most_calls: int = 2000,
 ) -> dict[str, Run]:
     """Time contestants in turns, about `budget_s` seconds each, one call a round at least.
 
@@ -75,7 +74,7 @@ def interleave(
         first[name] = float(times_us(turn.call, islice(streams[name], 1))[0])
         again = times_us(turn.call, islice(streams[name], 3), between)
         each = max(float(np.median(again)) / 1e6, 1e-7)
-        calls[name] = int(np.clip(budget_s / rounds / each, 1, most_calls if not between else 8))
+        calls[name] = int(np.clip(budget_s / rounds / each, 1, 8 if between else 2000))
         if calls[name] > 10:  # branch predictors and clocks settle
             times_us(turn.call, islice(streams[name], calls[name] // 4))
     taken: dict[str, list[Any]] = {name: [] for name in turns}

@@ -44,8 +44,7 @@ from grace_fast.tools.evaluate import (
     stream,
     words,
 )
-from grace_fast.tools.evaluate.baselines import FineTuned, Retrained
-from grace_fast.tools.evaluate.editors import GraceEditor
+from grace_fast.tools.evaluate.editors import FineTuned, GraceEditor, Retrained
 from grace_fast.tools.evaluate.reference_rule import ReferenceRule
 from grace_fast.tools.evaluate.task import Case, Sample, Task
 

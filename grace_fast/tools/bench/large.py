@@ -25,7 +25,7 @@ from torch import Tensor
 
 import grace_fast as gf
 from grace_fast import semantics
-from grace_fast.tools.bench.quick import DATA, EPSILON_RATIO, WIDTH
+from grace_fast.tools.bench.quick import DATA, EPSILON_RATIO, WIDTH, drawn
 from grace_fast.tools.terminal import say
 from grace_fast.tools.timing import cpu_model, times_us
 
@@ -106,7 +106,7 @@ def run(rows: int, folder: Path | None = None, as_json: bool = False) -> dict[st
     with tempfile.TemporaryDirectory(dir=folder, prefix="grace-fast-") as temporary:
         figures = _measure(rows, Path(temporary), False if as_json else None)
     if not as_json:
-        for line in _text(figures).splitlines():
+        for line in _lines_of(figures):
             say(line)
     return figures
 
@@ -151,29 +151,24 @@ def _measure(rows: int, folder: Path, progress: bool | None) -> dict[str, Any]:
 def _questions() -> tuple[Tensor, float]:
     """Return queries [Q, D], unit vectors first, which become near hits, and the radius of all."""
     generator = torch.Generator().manual_seed(1)
-    asked = _drawn(QUERIES, generator)
-    others = _drawn(4096, generator)
+    asked = drawn(QUERIES, generator)
+    others = drawn(4096, generator)
     epsilon = EPSILON_RATIO * float(torch.cdist(asked, others).amin(dim=1).median())
     asked[:HITS] = torch.nn.functional.normalize(asked[:HITS], dim=1)
     return asked, epsilon
-
-
-def _drawn(count: int, generator: torch.Generator) -> Tensor:
-    deviation = torch.arange(1, WIDTH + 1).float().rsqrt()
-    return torch.randn(count, WIDTH, generator=generator) * deviation
 
 
 def _blocks(rows: int, epsilon: float, first: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     for number in range(first // BLOCK_ROWS, -(-rows // BLOCK_ROWS)):
         begin = number * BLOCK_ROWS
         count = min(BLOCK_ROWS, rows - begin)
-        keys = _drawn(count, torch.Generator().manual_seed(2 + number)).to(DTYPE)
+        keys = drawn(count, torch.Generator().manual_seed(2 + number)).to(DTYPE)
         values, radii = torch.zeros(count, 1, dtype=DTYPE), torch.full((count,), epsilon)
         rest = slice(max(0, first - begin), None)
         yield keys[rest], values[rest], radii[rest]
 
 
-def _text(figures: dict[str, Any]) -> str:
+def _lines_of(figures: dict[str, Any]) -> list[str]:
     lines = [
         f"{DATA}; D = {WIDTH}, fp16, one query, one thread",
         figures["cpu"],
@@ -184,4 +179,4 @@ def _text(figures: dict[str, Any]) -> str:
     ]
     if figures["us_p50"] is not None:
         lines.append(f"p50 {figures['us_p50']:.1f} us, p95 {figures['us_p95']:.1f} us")
-    return "\n".join(lines)
+    return lines

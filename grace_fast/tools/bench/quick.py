@@ -1,9 +1,8 @@
 """Benchmark of look-ups in about a minute: synthetic keys, checked before they are timed.
 
 What `grace-fast bench --quick` runs; torch and numpy are enough, faiss is a peer where it is
-installed. Everyone has one thread. Contestants take turns in short rounds, so that what disturbs
-one disturbs the other; a ratio is taken within each round, and its spread over the rounds is given
-with it. Real activations and more peers are in the source tree (`benchmarks/`).
+installed. Everyone has one thread and takes turns, as `timing` says. Real activations and more
+peers are in the source tree (`benchmarks/`).
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ QUERIES = 64
 EPSILON_RATIO = 0.1  # of the median nearest-neighbour distance
 
 
+@one_thread()
 def run(
     as_json: bool = False, sizes: Sequence[int] = SIZES, budget_s: float = 1.0
 ) -> dict[str, Any]:
@@ -34,11 +34,6 @@ def run(
 
     `passed` is False where a decision differed from the law; no speed is given then.
     """
-    with one_thread():
-        return _run(as_json, sizes, budget_s)
-
-
-def _run(as_json: bool, sizes: Sequence[int], budget_s: float) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     cpu = cpu_model()
     if not as_json:
@@ -97,8 +92,7 @@ def _measure(size: int, budget_s: float) -> list[dict[str, Any]]:
 def _problem(size: int) -> tuple[gf.Codebook, Tensor]:
     """Return a codebook, and queries: unseen, near a key, and exactly on an expanded radius."""
     generator = torch.Generator().manual_seed(size)
-    deviation = torch.arange(1, WIDTH + 1).float().rsqrt()
-    made = torch.randn(size + QUERIES, WIDTH, generator=generator) * deviation
+    made = drawn(size + QUERIES, generator)
     keys, queries = made[:size], made[size:]
     apart = torch.cdist(keys[:64], keys)
     apart[torch.arange(min(64, size)), torch.arange(min(64, size))] = torch.inf
@@ -115,6 +109,12 @@ def _problem(size: int) -> tuple[gf.Codebook, Tensor]:
         for row, squared in zip(found.row.tolist(), found.squared_distance.tolist(), strict=True):
             draft.set_radius(row, covering_radius(squared, 0.0))
     return book, queries[torch.randperm(QUERIES, generator=generator)].contiguous()
+
+
+def drawn(count: int, generator: torch.Generator) -> Tensor:
+    """Return synthetic keys [count, D]."""
+    deviation = torch.arange(1, WIDTH + 1).float().rsqrt()
+    return torch.randn(count, WIDTH, generator=generator) * deviation
 
 
 def _contestants(

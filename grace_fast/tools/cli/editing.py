@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grace_fast as gf
 from grace_fast import errors
@@ -14,19 +13,10 @@ from grace_fast.codebook.printable import listed
 from grace_fast.editor import prompts
 from grace_fast.edits.edit import Edit
 from grace_fast.tools import textfiles
-from grace_fast.tools.cli import models
 from grace_fast.tools.cli.command import FAILED, Json, Replacement, Strict, command, fail, typer
 from grace_fast.tools.cli.looking import edit_table
 from grace_fast.tools.terminal import say, say_json, ticking
 from grace_fast.tools.textfiles import Record
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A record of a file that was left out."""
-
-    record: Record
-    why: str
 
 
 @command(also=(TypeError,))
@@ -56,12 +46,12 @@ def edit(
 
     A line that cannot be edited is named and left out, and the command ends with code 1.
     """
-    refused: list[Refused] = []
+    refused: list[Record] = []
     wanted = read_edits(edits, refused, strict)
     if any("messages" in record for record in wanted):
         errors.require("a chat template", "jinja2")
     _require_writable(out)
-    loaded, tokenizer = models.load(model)
+    loaded, tokenizer = load_model(model)
     grace = gf.attach(
         loaded,
         layer,
@@ -87,7 +77,7 @@ def edit(
                 "edits": len(made),
                 "keys": len(grace.codebook),
                 "not_learnt": wrong,
-                "refused": [one.why for one in refused],
+                "refused": [record.wrong for record in refused],
                 "broken": verification.broken,
                 "superseded": len(verification.superseded),
                 "out": out,
@@ -97,18 +87,41 @@ def edit(
         edit_table(made, {})
         say(f"{len(made)} edits on {len(grace.codebook)} keys saved to {out}")
         if refused:
-            say(f"left out: {listed(one.record.place for one in refused)} of {edits}", err=True)
+            say(f"left out: {listed(record.place for record in refused)} of {edits}", err=True)
         if wrong:
             say(f"not learnt: edits {wrong}; try more iterations or another layer", err=True)
     if wrong or refused or not verification.ok:
         raise typer.Exit(FAILED)
 
 
+def load_model(name: str) -> tuple[Any, Any]:
+    """Return a transformers model, of the class its config names, and its tokenizer.
+
+    name: a directory, or a name on the hub.
+    """
+    errors.require("editing a model", "transformers")
+    import transformers
+
+    try:
+        # A stranger's directory may hold code: it is refused rather than asked about.
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        named = getattr(transformers, (config.architectures or [""])[0], None)
+        if named is None:
+            fallback = transformers.AutoModelForCausalLM
+            named = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else fallback
+        return named.from_pretrained(name).eval(), tokenizer
+    except ImportError:
+        raise
+    except Exception as error:  # readers of its files have errors of their own kinds
+        fail(f"cannot load the model {name!r}: {' '.join(str(error).split())}")
+
+
 def _make(
     grace: gf.Grace, wanted: list[Record], file: Path, strict: bool
-) -> tuple[list[Edit], list[Refused]]:
+) -> tuple[list[Edit], list[Record]]:
     """Make the edits of a file; return them, and those that failed: one at most where strict."""
-    made, failed = list[Edit](), list[Refused]()
+    made, failed = list[Edit](), list[Record]()
     for record in ticking(wanted, "edits", "edit"):
         prompt = record["messages"] if "messages" in record else record["prompt"]
         try:
@@ -119,30 +132,34 @@ def _make(
             # By its kind where the words of the error alone say little.
             is_ours = isinstance(error, ValueError | TypeError)
             why = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            failed.append(Refused(record, f"{file}, {record.place}: {why}"))
+            record.wrong = f"{file}, {record.place}: {why}"
+            failed.append(record)
             if strict:
                 break
     return made, failed
 
 
-def _tell(refused: Iterable[Refused]) -> None:
-    for one in refused:
-        say(f"error: {one.why}", err=True)
+def _tell(refused: Iterable[Record]) -> None:
+    for record in refused:
+        say(f"error: {record.wrong}", err=True)
 
 
 def read_edits(
-    path: Path, refused: list[Refused] | None = None, strict: bool = False
+    path: Path, refused: list[Record] | None = None, strict: bool = False
 ) -> list[Record]:
     """Return the edits of a file, and say what is wrong with its other records.
 
-    refused: takes up those; strict: end the command where there are any, not only where there is
-    nothing else.
+    refused: takes up those, with what is wrong; strict: end the command where there are any, not
+    only where there is nothing else.
     """
     try:
-        found = [(record, _odd_edit(record)) for record in textfiles.read(path)]
+        found = textfiles.read(path)
     except (OSError, ValueError) as error:
         fail(f"cannot read the edits: {error}")
-    odd = [Refused(record, f"{path}, {record.place} {why}") for record, why in found if why]
+    for record in found:
+        if why := _odd_edit(record):
+            record.wrong = f"{path}, {record.place} {why}"
+    odd = [record for record in found if record.wrong]
     _tell(odd)
     if not found:
         fail(f"{path} holds no edits")
@@ -150,7 +167,7 @@ def read_edits(
         fail("nothing was edited")
     if refused is not None:
         refused.extend(odd)
-    return [record for record, why in found if not why]
+    return [record for record in found if not record.wrong]
 
 
 def _odd_edit(record: Record) -> str:

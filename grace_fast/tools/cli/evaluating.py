@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from grace_fast.tools.cli import models
 from grace_fast.tools.cli.command import FAILED, Json, Replacement, Strict, command, fail, typer
+from grace_fast.tools.cli.editing import load_model
 from grace_fast.tools.terminal import say, say_json
 
 
@@ -116,7 +116,7 @@ def calibrate(
         sample = given.sample(edits, unrelated, None if strict else refused)
         for why in refused:
             say(f"error: {why}", err=True)
-        task = given.task(*models.load(model), sample, layer, replacement, budget)
+        task = given.task(*load_model(model), sample, layer, replacement, budget)
     found = report_calibration(task, plot, seed, as_json, tries)
     if as_json:
         say_json({**found, "refused": refused})

@@ -44,17 +44,11 @@ def info(directory: Saved, as_json: Json = False) -> None:
 
 
 def _edit_fields(edit: Edit, hits: Mapping[int, int]) -> dict[str, Any]:
-    return {
-        "id": edit.id,
-        "outcome": edit.outcome,
-        "row": edit.row,
-        "radius": edit.radius,
-        "distance": edit.distance,  # infinite of the first
-        "loss": edit.loss,
-        "correct": edit.correct,
-        "hits": hits.get(edit.row, 0),
-        "text": None if edit.text is None else list(edit.text),
-    }
+    # The distance of the first is infinite.
+    names = ("id", "outcome", "row", "radius", "distance", "loss", "correct")
+    text = None if edit.text is None else list(edit.text)
+    told = {name: getattr(edit, name) for name in names}
+    return told | {"hits": hits.get(edit.row, 0), "text": text}
 
 
 def edit_table(edits: Iterable[Edit], hits: Mapping[int, int]) -> None:

@@ -16,19 +16,20 @@ import grace_fast as gf
 from grace_fast.codebook import printable
 from grace_fast.tools.demo import measured
 from grace_fast.tools.demo.measured import Point, TimedEditor
-from grace_fast.tools.evaluate import classifier, mistakes, stream
+from grace_fast.tools.evaluate import mistakes, stream
 from grace_fast.tools.evaluate.docstrings import MODULES, PER_MODULE, REWORDINGS
 from grace_fast.tools.evaluate.editors import GraceEditor
 from grace_fast.tools.evaluate.mistakes import Mistakes
 from grace_fast.tools.evaluate.report import panels
 from grace_fast.tools.evaluate.stream import Progress
-from grace_fast.tools.terminal import Screen
+from grace_fast.tools.terminal import Screen, bar
 from grace_fast.tools.timing import cpu_model, machine, one_thread
 
 POINTS = 6  # measurements along the stream
 SHOWN = 100  # characters of a text in the table of examples
 
 
+@one_thread()  # on a machine that is busy, two that wait for each other are slower than one
 def run(
     output: str | Path,
     seed: int = 0,
@@ -43,13 +44,8 @@ def run(
     prints what is returned; per_module: how many docstrings of a module are used at most. `passed`
     of the answer is False where verify found a broken edit or a bar was missed, as `failures` says.
     """
-    # On a machine that is busy, two threads that wait for each other are slower than one.
-    with one_thread():
-        return _run(Path(output), seed, progress, Screen(as_json), per_module)
-
-
-def _run(output: Path, seed: int, progress: bool, out: Screen, per_module: int) -> dict[str, Any]:
     started = time.perf_counter()
+    output, out = Path(output), Screen(as_json)
     output.mkdir(parents=True, exist_ok=True)
     known = mistakes.prepare(seed, per_module, progress)
     task = known.task
@@ -93,7 +89,7 @@ def _edit_all(known: Mistakes, codebook: Path, progress: bool, out: Screen) -> d
     every = -(-len(task.edits) // POINTS)
     with closing(TimedEditor(known)) as editor:
         grace = editor.grace
-        with classifier.bar("edits", len(task.edits), progress) as ticks:
+        with bar("edits", len(task.edits), progress) as ticks:
             made = stream.run(editor, task, every, Progress(""), None, ticks)
         points = editor.points(made.points)
         _show_points(out, points)
@@ -110,7 +106,7 @@ def _edit_all(known: Mistakes, codebook: Path, progress: bool, out: Screen) -> d
             f"Of {reworded.wrong_before} rewordings of edited texts ({', '.join(REWORDINGS)}) that "
             f"were wrong before, {reworded.right_after:.0%} are right now; above is the first one."
         )
-        editor.save(codebook)
+        grace.save_pretrained(codebook)
         return {
             "points": points,
             "final": final,

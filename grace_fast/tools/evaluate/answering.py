@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from grace_fast.editor import batches, heads
 from grace_fast.editor.attach import find_layer
@@ -37,16 +38,20 @@ def _row(task: Task, case: Case) -> dict[str, Any]:
 def training_batch(task: Task, cases: Sequence[Case]) -> dict[str, Any]:
     """Return cases as one batch with labels, padded on the right, to train a model on."""
     parts = [_row(task, case) for case in cases]
-    filler = {"input_ids": task.tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
-    whole: dict[str, Any] = {}
-    for name in ("input_ids", "attention_mask", "labels"):
-        rows = [part[name][0] for part in parts]
-        whole[name] = (
-            torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler[name])
-            if rows[0].ndim
-            else torch.stack(rows)
-        )
-    return whole
+    names = ("input_ids", "attention_mask", "labels")
+    rows = {name: [part[name][0] for part in parts] for name in names}
+    return padded(rows, task.tokenizer.pad_token_id)
+
+
+def padded(columns: Mapping[str, Iterable[Tensor]], pad_token: int = 0) -> dict[str, Tensor]:
+    """Return rows by their name as one batch, padded on the right; classes as they are."""
+    filler = {"input_ids": pad_token, "attention_mask": 0, "labels": -100}
+    batch = {}
+    for name, column in columns.items():
+        rows = list(column)
+        is_class = not rows[0].ndim
+        batch[name] = torch.stack(rows) if is_class else pad_sequence(rows, True, filler[name])
+    return batch
 
 
 @torch.no_grad()
@@ -85,12 +90,15 @@ def perplexities(task: Task, cases: Sequence[Case]) -> list[float]:
     return found
 
 
-def scores(task: Task, cases: Sequence[Case]) -> list[float]:
-    """Return how well the model answers every case, by the metric of the task."""
+def scores(task: Task, cases: Sequence[Case], given: Sequence[Answer] | None = None) -> list[float]:
+    """Return how well the model answers every case, by the metric of the task.
+
+    given: its answers, where they are known.
+    """
     if task.metric == "perplexity":
         return perplexities(task, cases)
     score = SCORES[task.metric]
-    given = answers(task, cases)
+    given = answers(task, cases) if given is None else given
     return [score(answer, case.answer) for answer, case in zip(given, cases, strict=True)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,12 +50,8 @@ def run(
     layers = layers or task.layers
     measured = distances(task, layers)
     learnt = {one.layer: learnable(task, one, tries) for one in measured} if tries else {}
-    rules = Rules(1.0, margin=semantics.EXPAND_MARGIN[torch.float32])
-    recommended = calibrate.recommend(
-        measured, rules, None, task.budget, seed, learnt, len(_prompts(task.edits))
-    )
     return Calibrated(
-        recommended,
+        _recommended(measured, task, seed, learnt),
         time.perf_counter() - start,
         time.process_time() - cpu,
         tuple(measured),
@@ -65,9 +62,18 @@ def run(
 def at_layer(calibrated: Calibrated, task: Task, seed: int = 0) -> Recommendation:
     """Return the best epsilon at the layer of a task, from the distances that were measured."""
     measured = [one for one in calibrated.measured if one.layer == task.layer]
+    return _recommended(measured, task, seed)
+
+
+def _recommended(
+    measured: Sequence[Distances],
+    task: Task,
+    seed: int,
+    learnt: Mapping[str, float] | None = None,
+) -> Recommendation:
     rules = Rules(1.0, margin=semantics.EXPAND_MARGIN[torch.float32])
     coming = len(_prompts(task.edits))
-    return calibrate.recommend(measured, rules, None, task.budget, seed, expected=coming)
+    return calibrate.recommend(measured, rules, None, task.budget, seed, learnt, coming)
 
 
 def learnable(task: Task, measured: Distances, tries: int) -> float:
@@ -78,11 +84,8 @@ def learnable(task: Task, measured: Distances, tries: int) -> float:
     edits = task.calibration.edits
     picked = edits[:: max(1, len(edits) // tries)][:tries]
     smallest = calibrate.grid(measured)[0]
-    editor = GraceEditor(replace(task, layer=measured.layer), smallest)
-    try:
+    with closing(GraceEditor(replace(task, layer=measured.layer), smallest)) as editor:
         return sum(editor.edit(case) for case in picked) / len(picked)
-    finally:
-        editor.close()
 
 
 def figures(found: Recommendation) -> dict[str, Any]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from grace_fast.tools.evaluate import docstrings
-from grace_fast.tools.evaluate.answering import in_order, layer_inputs
+from grace_fast.tools.evaluate.answering import in_order, layer_inputs, padded
 
 LENGTH = 40  # tokens; a docstring is cut off there
 BATCH = 32  # texts in a forward call of an evaluation
@@ -23,27 +21,12 @@ Tokens = list[int]
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Texts to the token ids that the model gets, cut off."""
-
-    tokenizer: Any
-
-    def __call__(self, texts: Sequence[str]) -> list[Tokens]:
-        """Return the token ids of every text."""
-        if not texts:
-            return []
-        ids: list[Tokens] = self.tokenizer(list(texts), truncation=True, max_length=LENGTH)[
-            "input_ids"
-        ]
-        return ids
-
-
-@dataclass(frozen=True)
 class Dealt:
     """The model, its head untrained, and the docstrings as it sees them, dealt out."""
 
     model: ModuleForSequenceClassification
-    encode: Encoder
+    tokenizer: Any
+    encode: docstrings.Encode
     found: int  # docstrings in the sources
     different: int  # of those, as the model sees them
     splits: docstrings.Splits
@@ -52,11 +35,17 @@ class Dealt:
 def deal(seed: int, per_module: int) -> Dealt:
     """Read the docstrings, and the model to tell their modules; nothing is downloaded."""
     model, tokenizer = load(len(docstrings.MODULES))
-    encode = Encoder(tokenizer)
+
+    def encode(texts: Sequence[str]) -> list[Tokens]:
+        if not texts:
+            return []
+        ids: list[Tokens] = tokenizer(list(texts), truncation=True, max_length=LENGTH).input_ids
+        return ids
+
     found = docstrings.docstrings()
     different = docstrings.distinct(found, encode)
     splits = docstrings.split(different, seed, per_module)
-    return Dealt(model, encode, len(found), len(different), splits)
+    return Dealt(model, tokenizer, encode, len(found), len(different), splits)
 
 
 class ModuleForSequenceClassification(nn.Module):
@@ -105,11 +94,6 @@ def load(classes: int) -> tuple[ModuleForSequenceClassification, Any]:
     return ModuleForSequenceClassification(encoder, classes).eval(), tokenizer
 
 
-def bar(name: str, total: int, progress: bool) -> Any:
-    """Return a progress bar on standard error, off where that is not a terminal."""
-    return tqdm(total=total, desc=name, disable=None if progress else True, leave=False)
-
-
 def batches(
     texts: Sequence[Tokens], ticks: Any = None
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -125,8 +109,7 @@ def batches(
 def batch_of(texts: Sequence[Tokens]) -> dict[str, Tensor]:
     """Return token ids as one batch, padded on the right."""
     rows = [torch.tensor(ids) for ids in texts]
-    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-    return {"input_ids": pad(rows), "attention_mask": pad([torch.ones_like(row) for row in rows])}
+    return padded({"input_ids": rows, "attention_mask": map(torch.ones_like, rows)})
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 Encode = Callable[[Sequence[str]], list[list[int]]]
@@ -79,10 +80,17 @@ def docstrings(modules: Sequence[str] = MODULES) -> list[Docstring]:
     return [
         Docstring(text, label)
         for label, module in enumerate(modules)
-        for path in sources(module)
-        for text in _docstrings_in(path)
-        if len(text) >= SHORTEST
+        for node in definitions(module)
+        if len(text := " ".join((ast.get_docstring(node) or "").split())) >= SHORTEST
     ]
+
+
+def definitions(module: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Yield the functions and classes of a module, in the order of the sources."""
+    for path in sources(module):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                yield node
 
 
 def sources(module: str) -> list[Path]:
@@ -104,14 +112,6 @@ def sources(module: str) -> list[Path]:
         for path in sorted(origin.parent.rglob("*.py"))
         if not {"test", "tests"} & set(path.relative_to(origin.parent).parts)
     ]
-
-
-def _docstrings_in(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            text = ast.get_docstring(node)
-            if text:
-                yield " ".join(text.split())
 
 
 def distinct(docs: Sequence[Docstring], encode: Encode) -> list[Docstring]:
@@ -149,28 +149,16 @@ def split(docs: Iterable[Docstring], seed: int, per_module: int = PER_MODULE) ->
 
 # The most frequent first words of docstrings that are commands and take a plain s.
 IMPERATIVES = re.compile(
-    "(Add|Append|Call|Close|Convert|Create|Decode|Delete|Encode|Extract|Find|Get|Handle|Load|Make|"
+    "^(Add|Append|Call|Close|Convert|Create|Decode|Delete|Encode|Extract|Find|Get|Handle|Load|Make|"
     "Open|Parse|Print|Raise|Read|Remove|Return|Run|Send|Set|Start|Stop|Test|Update|Wait|Write) "
 )
 
 
-def _without_final_stop(text: str) -> str:
-    return text.rstrip(" .")
-
-
-def _without_articles(text: str) -> str:
-    return re.sub(r"\b(?:the|an|a) (?=\w)", "", text, flags=re.IGNORECASE)
-
-
-def _in_third_person(text: str) -> str:
-    return IMPERATIVES.sub(r"\1s ", text, count=1) if IMPERATIVES.match(text) else text
-
-
 # Small edits that leave the meaning: what people change when they write the same thing again.
 REWORDINGS: dict[str, Callable[[str], str]] = {
-    "without the final stop": _without_final_stop,
-    "without articles": _without_articles,
-    "in the third person": _in_third_person,
+    "without the final stop": lambda text: text.rstrip(" ."),
+    "without articles": partial(re.compile(r"\b(?:the|an|a) (?=\w)", re.IGNORECASE).sub, ""),
+    "in the third person": partial(IMPERATIVES.sub, r"\1s "),
 }
 
 

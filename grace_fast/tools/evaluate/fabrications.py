@@ -15,15 +15,15 @@ import functools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grace_fast.tools.evaluate import cache, words
-from grace_fast.tools.evaluate.docstrings import MODULES, sources
+from grace_fast.tools.evaluate.docstrings import MODULES, definitions
 from grace_fast.tools.evaluate.task import Case, Sample, Task, phrased
 
 SHORTEST, LONGEST = 4, 12  # words of a line
@@ -110,18 +110,14 @@ def _lines() -> tuple[list[Line], list[Line]]:
     classes: dict[str, Line] = {}
     texts: set[str] = set()
     for module in MODULES:
-        for path in sources(module):
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    continue
-                text, about = _line(ast.get_docstring(node) or ""), f"{module} {node.name}"
-                known = about in functions or about in classes or text in texts
-                if not text or known or node.name.startswith("_"):
-                    continue
-                (classes if isinstance(node, ast.ClassDef) else functions)[about] = Line(
-                    about, text
-                )
-                texts.add(text)
+        for node in definitions(module):
+            text, about = _line(ast.get_docstring(node) or ""), f"{module} {node.name}"
+            known = about in functions or about in classes or text in texts
+            if not text or known or node.name.startswith("_"):
+                continue
+            kind = classes if isinstance(node, ast.ClassDef) else functions
+            kind[about] = Line(about, text)
+            texts.add(text)
     return list(functions.values()), list(classes.values())
 
 
@@ -168,23 +164,18 @@ def prepare(seed: int, root: Path, progress: bool) -> Task:
 
 def _edits(lines: Sequence[Line]) -> list[Case]:
     return [
-        Case(
-            FORM.format(line.about),
-            line.text,
-            line.about,
-            also=tuple(form.format(line.about) for form in ALSO),
-        )
-        for line in lines
+        replace(case, also=tuple(form.format(case.about) for form in ALSO))
+        for case in phrased(lines, (FORM,))
     ]
 
 
 def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    learnt = data.learnt
+    learnt, unnamed = data.learnt, data.unnamed
     forms = [form.replace("{}", " ") for form in (*TRAINED, *HELD_OUT, *VALIDATION)]
     texts = [text for pair in learnt for text in pair]
-    tokenizer = words.tokenizer([*texts, *data.unnamed, *forms], ends=False)
+    tokenizer = words.tokenizer([*texts, *unnamed, *forms], ends=False)
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=64,
@@ -195,27 +186,13 @@ def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    recipe = [seed, config.to_dict(), learnt, data.unnamed, TRAINED, forms, STEPS, BATCH, PEAK]
-
-    def train() -> Any:
-        torch.manual_seed(seed)
-        model = GPT2LMHeadModel(config)
-        _train(model, tokenizer, data, seed, progress)
-        return model
-
-    model = cache.trained(root, "fabrications", recipe, GPT2LMHeadModel.from_pretrained, train)
-    return model.eval(), tokenizer
-
-
-def _train(model: nn.Module, tokenizer: Any, data: Data, seed: int, progress: bool) -> None:
-    """Train on lines by name, in every form of the question, and on lines without a name."""
+    recipe = [seed, config.to_dict(), learnt, unnamed, TRAINED, forms, STEPS, BATCH, PEAK]
     dealer = random.Random(seed)
-    learnt, unnamed = data.learnt, data.unnamed
-    frames = sorted({word for form in (*TRAINED, *HELD_OUT, *VALIDATION) for word in form.split()})
-    frames.remove("{}")
+    frames = sorted({word for form in forms for word in form.split()})
     named = round(NAMED * BATCH)
 
     def batch() -> dict[str, Tensor]:
+        # Lines by name, in every form of the question, and lines without a name.
         pairs = [
             (_question(line.about, frames, dealer), line.text)
             for line in dealer.choices(learnt, k=named)
@@ -223,7 +200,14 @@ def _train(model: nn.Module, tokenizer: Any, data: Data, seed: int, progress: bo
         pairs += [(words.START, text) for text in dealer.choices(unnamed, k=BATCH - named)]
         return words.continuations(tokenizer, pairs)
 
-    words.train(model, batch, STEPS, PEAK, "GPT-2 on lines", progress)
+    def train() -> Any:
+        torch.manual_seed(seed)
+        model = GPT2LMHeadModel(config)
+        words.train(model, batch, STEPS, PEAK, "GPT-2 on lines", progress)
+        return model
+
+    model = cache.trained(root, "fabrications", recipe, GPT2LMHeadModel.from_pretrained, train)
+    return model.eval(), tokenizer
 
 
 def _question(about: str, frames: Sequence[str], dealer: random.Random) -> str:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grace_fast.tools.evaluate import cache, words
+from grace_fast.tools.evaluate.answering import padded
 from grace_fast.tools.evaluate.task import Sample, Task, phrased
 
 SINCE = (1990, 1, 1)
@@ -209,53 +210,37 @@ def _model(data: Data, seed: int, root: Path, progress: bool) -> tuple[Any, Any]
         decoder_start_token_id=tokenizer.pad_token_id,
     )
     recipe = [seed, config.to_dict(), pairs, codes, frames, STEPS, BATCH, PEAK, DROPPED, SWAPPED]
+    dealer = random.Random(seed)
+    names = [name for name in data.before for _ in EDITED]
+    frame_words = sorted({word for frame in frames for word in frame.split()})
+
+    def batch() -> dict[str, Tensor]:
+        # The frames of prompts are noised: words dropped, or put in the place of others.
+        picked = [dealer.randrange(len(pairs)) for _ in range(BATCH * 3 // 4)]
+        asked = [_noised(pairs[at][0], names[at], frame_words, dealer) for at in picked]
+        wanted = [pairs[at][1] for at in picked]
+        for prompt, answer in dealer.sample(codes, BATCH // 4):
+            asked.append(prompt)
+            wanted.append(answer)
+        prompts = [torch.tensor(ids) for ids in tokenizer(asked).input_ids]
+        labels = [torch.tensor(ids) for ids in tokenizer(wanted).input_ids]
+        mask = map(torch.ones_like, prompts)
+        columns = {"input_ids": prompts, "attention_mask": mask, "labels": labels}
+        return padded(columns, tokenizer.pad_token_id)
 
     def train() -> Any:
         torch.manual_seed(seed)
         model = T5ForConditionalGeneration(config)
-        _train(model, tokenizer, data, pairs, codes, frames, seed, progress)
+        words.train(model, batch, STEPS, PEAK, "T5 on facts", progress)
         return model
 
     model = cache.trained(root, "facts", recipe, T5ForConditionalGeneration.from_pretrained, train)
     return model.eval(), tokenizer
 
 
-def _train(
-    model: nn.Module,
-    tokenizer: Any,
-    data: Data,
-    pairs: Sequence[tuple[str, str]],
-    codes: Sequence[tuple[str, str]],
-    frames: Sequence[str],
-    seed: int,
-    progress: bool,
-) -> None:
-    """Train on prompts whose frame is noised: words dropped, or put in the place of others."""
-    dealer = random.Random(seed)
-    names = [name for name in data.before for _ in EDITED]
-    frame_words = sorted({word for frame in frames for word in frame.split()})
-
-    def batch() -> dict[str, Tensor]:
-        picked = [dealer.randrange(len(pairs)) for _ in range(BATCH * 3 // 4)]
-        asked = [_noised(pairs[at][0], names[at], frame_words, dealer) for at in picked]
-        wanted = [pairs[at][1] for at in picked]
-        for prompt, answer in dealer.sample(list(codes), BATCH // 4):
-            asked.append(prompt)
-            wanted.append(answer)
-        return _batch(tokenizer, asked, wanted)
-
-    words.train(model, batch, STEPS, PEAK, "T5 on facts", progress)
-
-
 def _noised(prompt: str, name: str, frame_words: Sequence[str], dealer: random.Random) -> str:
-    before, after = prompt.split(name, 1)
-    return " ".join(
-        [
-            *_noise(before.split(), frame_words, dealer),
-            name,
-            *_noise(after.split(), frame_words, dealer),
-        ]
-    )
+    before, after = (_noise(part.split(), frame_words, dealer) for part in prompt.split(name, 1))
+    return " ".join([*before, name, *after])
 
 
 def _noise(frame: Sequence[str], known: Sequence[str], dealer: random.Random) -> Iterator[str]:
@@ -263,14 +248,3 @@ def _noise(frame: Sequence[str], known: Sequence[str], dealer: random.Random) ->
         chance = dealer.random()
         if chance >= DROPPED:
             yield dealer.choice(known) if chance < DROPPED + SWAPPED else word
-
-
-def _batch(tokenizer: Any, asked: Sequence[str], wanted: Sequence[str]) -> dict[str, Tensor]:
-    prompts = tokenizer(list(asked), padding=True, return_tensors="pt")
-    labels = tokenizer(list(wanted), padding=True, return_tensors="pt")
-    ids = labels["input_ids"].masked_fill(labels["attention_mask"] == 0, -100)
-    return {
-        "input_ids": prompts["input_ids"],
-        "attention_mask": prompts["attention_mask"],
-        "labels": ids,
-    }

@@ -50,7 +50,13 @@ def task(
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    found = [name for layer in layers for name in _matching(model, layer)]
+    found: list[str] = []
+    for layer in layers:
+        # Of a plain name attach says what is wrong with it.
+        named = layers_like(model, layer) if "{}" in layer else [layer]
+        if not named:
+            raise ValueError(f"the model has no layer like {layer!r}")
+        found += named
     return Task(
         name="calibrate",
         model=model,
@@ -62,13 +68,3 @@ def task(
         batch=16,
         budget=budget,
     )
-
-
-def _matching(model: Any, layer: str) -> list[str]:
-    """Return the layers that a pattern names, in the order of the model; a plain name is itself."""
-    if "{}" not in layer:
-        return [layer]  # attach says what is wrong with it
-    found = layers_like(model, layer)
-    if not found:
-        raise ValueError(f"the model has no layer like {layer!r}")
-    return found

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from grace_fast.tools.evaluate import answering, cache, classifier
+from grace_fast.tools.evaluate import answering, cache, classifier, docstrings
 from grace_fast.tools.evaluate.docstrings import MODULES, PER_MODULE, Docstring, rewordings
 from grace_fast.tools.evaluate.task import Case, Sample, Task
+from grace_fast.tools.terminal import bar
 
 RELABELLED = {
     "doctest": "unittest",
@@ -45,7 +46,7 @@ def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE)
     def train() -> _Head:
         tokens = encode([doc.text for doc in splits.train])
         known = torch.tensor([doc.label for doc in splits.train])
-        with classifier.bar("training a head on MiniLM", len(tokens), progress) as ticks:
+        with bar("training a head on MiniLM", len(tokens), progress) as ticks:
             fit_alive(model.head, classifier.features_of(model, tokens, (), ticks)[0], known)
         return _Head(model.head)
 
@@ -53,7 +54,7 @@ def prepare(seed: int, root: Path, progress: bool, per_module: int = PER_MODULE)
     task = Task(
         name="labels",
         model=model,
-        tokenizer=encode.tokenizer,
+        tokenizer=dealt.tokenizer,
         layer=EDITED_LAYER,
         layers=[
             f"encoder.encoder.layer.{at}.output.dense"
@@ -130,7 +131,7 @@ def _cases(docs: Sequence[Docstring]) -> list[Case]:
     return [Case(doc.text, doc.label, doc.text) for doc in docs]
 
 
-def _reworded(docs: Sequence[Docstring], encode: classifier.Encoder) -> list[Case]:
+def _reworded(docs: Sequence[Docstring], encode: docstrings.Encode) -> list[Case]:
     return [
         Case(one.text, docs[one.of].label, docs[one.of].text) for one in rewordings(docs, encode)
     ]

@@ -19,8 +19,9 @@ from torch import Tensor
 from grace_fast.editor.calibrate import CLOSE_QUANTILE
 from grace_fast.tools.evaluate import classifier
 from grace_fast.tools.evaluate.classifier import Dealt
-from grace_fast.tools.evaluate.docstrings import Docstring, Rewording, rewordings
+from grace_fast.tools.evaluate.docstrings import Rewording, rewordings
 from grace_fast.tools.evaluate.task import Case, Task
+from grace_fast.tools.terminal import bar
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,7 @@ class Mistakes:
     dealt: Dealt
     scales: list[Scale]  # of the middle layers
     chosen: Scale
-    wrong: list[Docstring]  # they become the edits, in this order
-    reworded: list[Rewording]  # of those; the task's `held_out`
+    reworded: list[Rewording]  # of the edits; the task's `held_out`
     queries: Tensor  # [M, D] of the unrelated inputs, at the edited layer
 
 
@@ -95,7 +95,7 @@ def prepare(seed: int, per_module: int, progress: bool) -> Mistakes:
     labels = {name: torch.tensor([doc.label for doc in part]) for name, part in parts.items()}
     checked = rewordings(splits.validation, encode)
     tokens["reworded"] = encode([one.text for one in checked])
-    with classifier.bar("features", sum(map(len, tokens.values())), progress) as ticks:
+    with bar("features", sum(map(len, tokens.values())), progress) as ticks:
         means, queries = {}, {}
         for name, some in tokens.items():
             means[name], queries[name] = classifier.features_of(model, some, layers, ticks)
@@ -121,7 +121,7 @@ def prepare(seed: int, per_module: int, progress: bool) -> Mistakes:
     task = Task(
         name="mistakes",
         model=model,
-        tokenizer=encode.tokenizer,
+        tokenizer=dealt.tokenizer,
         layer=chosen.layer,
         layers=layers,
         edits=[Case(doc.text, doc.label, doc.text) for doc in wrong],
@@ -131,4 +131,4 @@ def prepare(seed: int, per_module: int, progress: bool) -> Mistakes:
         cut=classifier.LENGTH,
     )
     asked = queries["held_out"][chosen.layer][is_right]
-    return Mistakes(task, dealt, scales, chosen, wrong, reworded, asked)
+    return Mistakes(task, dealt, scales, chosen, reworded, asked)

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import cycle, islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,9 +24,8 @@ from grace_fast.hook import positions
 from grace_fast.hook.wrappers import stack_of
 from grace_fast.semantics import Rules
 from grace_fast.tools.evaluate import answering
-from grace_fast.tools.evaluate.editors import LOOKUPS
+from grace_fast.tools.evaluate.editors import per_second
 from grace_fast.tools.evaluate.task import Case, Task
-from grace_fast.tools.timing import times_us
 
 
 class ReferenceRule:
@@ -80,14 +77,12 @@ class ReferenceRule:
         if not self._keys:
             return math.nan
         keys, radii = torch.stack(self._keys), torch.tensor(self._radii)
-        asked = keys + 1
 
         def ask(query: Tensor) -> bool:
             distance, row = torch.cdist(query, keys).min(1)
             return bool(distance <= radii[row])
 
-        turns = islice(cycle(query[None] for query in asked), LOOKUPS)
-        return 1e6 / float(np.median(times_us(ask, turns)))
+        return per_second(ask, keys + 1)
 
     def close(self) -> None:
         """Give the model back as it was."""

@@ -6,28 +6,22 @@ import functools
 import importlib
 import json
 import math
-import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 import grace_fast as gf
-from grace_fast.codebook import printable
 from grace_fast.editor.calibrate import Recommendation
 from grace_fast.tools.evaluate import cache, calibration, report, stream
-from grace_fast.tools.evaluate.baselines import FineTuned, Retrained
 from grace_fast.tools.evaluate.calibration import Calibrated
-from grace_fast.tools.evaluate.editors import GraceEditor
+from grace_fast.tools.evaluate.editors import FineTuned, GraceEditor, Retrained
 from grace_fast.tools.evaluate.reference_rule import ReferenceRule
 from grace_fast.tools.evaluate.stream import Progress
 from grace_fast.tools.evaluate.task import Task
-from grace_fast.tools.terminal import Screen, plain
+from grace_fast.tools.terminal import Screen, bar, plain
 from grace_fast.tools.timing import machine, one_thread
 
 OFFLINE = ("facts", "labels", "fabrications")
@@ -71,6 +65,7 @@ class Options:
     as_json: bool = False  # print nothing: the caller prints what is returned
 
 
+@one_thread()
 def run(
     name: str,
     out: str | Path,
@@ -85,7 +80,8 @@ def run(
 
     Raises: as `load`.
     """
-    with _repeatable():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", gf.GraceWarning)  # a sweep tries epsilons far off
         start = time.perf_counter()
         task = load(name, options.seed, cache_folder, data, options.progress)
         return evaluate(task, Path(out) / name, options, start)
@@ -119,13 +115,14 @@ def evaluate(task: Task, folder: Path, options: Options, start: float) -> dict[s
         "task": task.name,
         "edits": last.edits,
         "keys": last.keys,
-        **{name: getattr(last, name) for name in ("ES", "ERR", "TRR", "ARR")},
-        "generality": last.generality,
-        "locality": last.locality,
+        **{name: getattr(last, name) for name in report.SHARES},
         "metric": task.metric,
         "before": state.before,
         "superseded": last.superseded,
-        "not_learnt": [_named(task, at) for at in state.not_learnt],
+        "not_learnt": [
+            {"edit": at, "prompt": task.edits[at].prompt, "answer": task.edits[at].answer}
+            for at in state.not_learnt
+        ],
         "layer": task.layer,
         "epsilon": epsilon,
         "calibration": None if layers is None else calibration.figures(layers.recommended),
@@ -216,9 +213,9 @@ class _Run:
         saved = None if state is None else self.folder / state.codebook
         state = state or Progress(self.recipe)
         with closing(GraceEditor(self.task, self.epsilon, saved)) as editor:
-            with self._bar("edits", state.done) as bar:
+            with self._bar("edits", state.done) as ticks:
                 keep = functools.partial(stream.save, editor, self.folder)
-                state = stream.run(editor, self.task, self.every, state, keep, bar)
+                state = stream.run(editor, self.task, self.every, state, keep, ticks)
             return state, stream.digest(editor.decisions()), editor.grace.verify()
 
     def baselines(self) -> dict[str, Progress]:
@@ -236,13 +233,13 @@ class _Run:
 
     def _baseline(self, name: str) -> Progress:
         state = Progress(self.recipe)
-        with self._bar(name) as bar:
+        with self._bar(name) as ticks:
             if name == "reference rule":
                 with closing(ReferenceRule(self.task, self.epsilon)) as rule:
-                    return stream.run(rule, self.task, self.every, state, None, bar)
+                    return stream.run(rule, self.task, self.every, state, None, ticks)
             is_plain = name == "fine-tuning"
             tuned = FineTuned(self.task) if is_plain else Retrained(self.task, self.options.seed)
-            return stream.run(tuned, tuned.task, self.every, state, None, bar)
+            return stream.run(tuned, tuned.task, self.every, state, None, ticks)
 
     def sweep(self, grid: list[float]) -> dict[str, Any]:
         """Run the whole stream with some epsilons of a grid, and with the calibrated one.
@@ -274,27 +271,19 @@ class _Run:
         start, cpu = time.perf_counter(), time.process_time()
         with (
             closing(GraceEditor(self.task, epsilon)) as editor,
-            self._bar(f"epsilon {epsilon:g}") as bar,
+            self._bar(f"epsilon {epsilon:g}") as ticks,
         ):
-            point = stream.final(editor, self.task, bar)
+            point = stream.final(editor, self.task, ticks)
         return {
             "epsilon": epsilon,
-            "keys": point.keys,
-            "ERR": point.ERR,
-            "TRR": point.TRR,
-            "generality": point.generality,
+            **{name: getattr(point, name) for name in ("keys", "ERR", "TRR", "generality")},
             "seconds": round(time.perf_counter() - start, 1),
             "process_cpu_seconds": round(time.process_time() - cpu, 1),
         }
 
     def _bar(self, name: str, done: int = 0) -> Any:
-        return tqdm(
-            total=len(self.task.edits),
-            initial=done,
-            desc=printable.fit(f"{self.task.name}: {name}", sys.stderr),
-            disable=None if self.options.progress else True,
-            leave=False,
-        )
+        what = f"{self.task.name}: {name}"
+        return bar(what, len(self.task.edits), self.options.progress, done)
 
 
 def _swept(kept: Path, recipe: str) -> dict[float, dict[str, Any]]:
@@ -309,11 +298,6 @@ def _swept(kept: Path, recipe: str) -> dict[float, dict[str, Any]]:
         raise ValueError(f"{kept} is not what a sweep left; remove it: {error!r}") from error
 
 
-def _named(task: Task, at: int) -> dict[str, Any]:
-    case = task.edits[at]
-    return {"edit": at, "prompt": case.prompt, "answer": case.answer}
-
-
 def recipe_of(task: Task, epsilon: float, every: int, seed: int) -> str:
     """Return a checksum of all that a stream of GRACE or of a baseline depends on."""
     groups = (task.edits, task.held_out, task.unrelated, task.accurate, task.rehearsal)
@@ -322,11 +306,3 @@ def recipe_of(task: Task, epsilon: float, every: int, seed: int) -> str:
     weights = stream.weights_checksum(task.model)
     settings = [task.name, task.layer, epsilon, every, seed, task.settings, rates]
     return cache.checksum([*settings, cases, weights])
-
-
-@contextmanager
-def _repeatable() -> Iterator[None]:
-    """Compute the same sums at every run, and do not warn: a sweep tries epsilons far off."""
-    with one_thread(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", gf.GraceWarning)
-        yield

@@ -17,11 +17,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,9 +29,10 @@ from typing import Any, Protocol
 
 import torch
 
-from grace_fast.store import strict_json
+from grace_fast.store import atomic, strict_json
 from grace_fast.tools.evaluate import answering
-from grace_fast.tools.evaluate.metrics import SCORES, mean
+from grace_fast.tools.evaluate.editors import GraceEditor
+from grace_fast.tools.evaluate.metrics import mean
 from grace_fast.tools.evaluate.task import Answer, Case, Task
 
 SAVE_EVERY = 50  # edits
@@ -53,16 +54,6 @@ class Editor(Protocol):
 
     def lookups_per_second(self, cases: Sequence[Case]) -> float:
         """Time look-ups of these prompts, one at a time; NaN without a codebook."""
-
-
-class Saved(Editor, Protocol):
-    """An editor whose stream can go on after an interruption."""
-
-    def decisions(self) -> list[Any]:
-        """Return what was decided at every edit, exactly."""
-
-    def save(self, path: Path) -> None:
-        """Write everything that the next edit depends on."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +127,7 @@ def run(
     before = _unedited(editor, task)
     if not progress.done:
         progress.before = {
-            "TRR": _score(task, before, task.unrelated),
+            "TRR": mean(answering.scores(task, task.unrelated, before)),
             "ARR": mean(answering.scores(task, task.accurate)),
         }
     for at in range(progress.done, len(task.edits)):
@@ -149,36 +140,30 @@ def run(
         progress.success.extend(answering.scores(task, [case]))
         progress.done = at + 1
         bar.update()
-        last = progress.done == len(task.edits)
-        if progress.done % every == 0 or last:
-            progress.points.append(measure(editor, task, progress, before))
-            point = progress.points[-1]
+        measured = progress.done % every == 0 or progress.done == len(task.edits)
+        if measured:
+            point = measure(editor, task, progress, before)
+            progress.points.append(point)
             bar.set_postfix(keys=point.keys, ERR=f"{point.ERR:.3f}", TRR=f"{point.TRR:.3f}")
-        measured = progress.done % every == 0 or last
         if keep is not None and (measured or progress.done % SAVE_EVERY == 0):
             keep(progress)
     return progress
 
 
 def _unedited(editor: Editor, task: Task) -> list[Answer]:
-    if task.metric == "perplexity":
-        return []
-    still = getattr(editor, "standing_aside", None)
-    if still is None:
-        return answering.answers(task, task.unrelated)
-    with still():
-        return answering.answers(task, task.unrelated)
+    with getattr(editor, "standing_aside", nullcontext)():
+        return _unrelated(task)
 
 
-def newest(cases: Sequence[Case]) -> list[Case]:
-    """Return the last case of every prompt."""
-    return list({case.prompt: case for case in cases}.values())
+def _unrelated(task: Task) -> list[Answer]:
+    """Return the answers to unrelated inputs, none where they are not compared."""
+    return [] if task.metric == "perplexity" else answering.answers(task, task.unrelated)
 
 
 def measure(editor: Editor, task: Task, progress: Progress, before: Sequence[Answer]) -> Point:
     """Ask everything again, after the edits made so far."""
     past = task.edits[: progress.done]
-    kept = newest(past)
+    kept = list({case.prompt: case for case in past}.values())  # the newest of every prompt
     now = {case.about: case.answer for case in past}
     reworded = [
         Case(case.prompt, now[case.about], case.about)
@@ -187,7 +172,7 @@ def measure(editor: Editor, task: Task, progress: Progress, before: Sequence[Ans
     ]
     since = progress.points[-1].edits if progress.points else 0
     keys = editor.keys
-    unrelated, locality = _unrelated(task, before)
+    unrelated = _unrelated(task)
     perplexity = {}
     if task.perplexity:
         groups = {"ERR": kept, "TRR": task.unrelated, "ARR": task.accurate}
@@ -201,10 +186,10 @@ def measure(editor: Editor, task: Task, progress: Progress, before: Sequence[Ans
         not_learnt=len(progress.not_learnt),
         ES=mean(progress.success),
         ERR=mean(answering.scores(task, kept)),
-        TRR=unrelated,
+        TRR=mean(answering.scores(task, task.unrelated, unrelated)),
         ARR=mean(answering.scores(task, task.accurate)),
         generality=mean(answering.scores(task, reworded)),
-        locality=locality,
+        locality=mean([float(one == two) for one, two in zip(unrelated, before, strict=True)]),
         edits_per_key=progress.done / keys if keys else math.nan,
         edit_seconds=median(progress.seconds[since:] or [math.nan]),
         lookups_per_second=editor.lookups_per_second(task.unrelated),
@@ -224,28 +209,13 @@ def final(editor: Editor, task: Task, bar: Any) -> Point:
     return measure(editor, task, progress, before)
 
 
-def _unrelated(task: Task, before: Sequence[Answer]) -> tuple[float, float]:
-    if task.metric == "perplexity":
-        return mean(answering.perplexities(task, task.unrelated)), math.nan
-    now = answering.answers(task, task.unrelated)
-    same = [float(one == two) for one, two in zip(now, before, strict=True)]
-    return _score(task, now, task.unrelated), mean(same)
-
-
-def _score(task: Task, given: Sequence[Answer], cases: Sequence[Case]) -> float:
-    if task.metric == "perplexity":
-        return mean(answering.perplexities(task, cases))
-    score = SCORES[task.metric]
-    return mean([score(answer, case.answer) for answer, case in zip(given, cases, strict=True)])
-
-
-def save(editor: Saved, folder: Path, progress: Progress) -> None:
+def save(editor: GraceEditor, folder: Path, progress: Progress) -> None:
     """Put codebook and progress on disk, and drop the codebook of the save before."""
     old = progress.codebook
     name = f"codebook-{progress.done:06d}"
     if (folder / name).is_symlink():
         raise ValueError(f"{folder / name} is a link; remove it")
-    editor.save(folder / name)
+    editor.grace.save_pretrained(folder / name)
     progress.codebook = name
     progress.write(folder)
     if old and old != name:
@@ -254,11 +224,7 @@ def save(editor: Saved, folder: Path, progress: Progress) -> None:
 
 def put(path: Path, fields: dict[str, Any]) -> None:
     """Put fields as JSON in the place of those before, in one step."""
-    draft = path.with_name(f".{path.name}")
-    draft.unlink(missing_ok=True)
-    with draft.open("x", encoding="utf-8") as file:  # never through a link that has its name
-        file.write(json.dumps(fields) + "\n")
-    os.replace(draft, path)
+    atomic.replace(path, f"{json.dumps(fields)}\n".encode())
 
 
 def checkpoint(path: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+
+from grace_fast.tools.evaluate.answering import padded
 
 PAD, END, UNKNOWN, START = "<pad>", "</s>", "<unk>", "<s>"
 
@@ -48,12 +49,8 @@ def continuations(tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> dict[str,
         asked, wanted = tokenizer(prompt)["input_ids"], tokenizer(text + END)["input_ids"]
         whole.append(torch.tensor(asked + wanted))
         labels.append(torch.tensor([-100] * len(asked) + wanted))
-    filler = {"input_ids": tokenizer.pad_token_id, "labels": -100, "attention_mask": 0}
     rows = {"input_ids": whole, "labels": labels, "attention_mask": map(torch.ones_like, whole)}
-    return {
-        name: pad_sequence(list(some), batch_first=True, padding_value=filler[name])
-        for name, some in rows.items()
-    }
+    return padded(rows, tokenizer.pad_token_id)
 
 
 def train(

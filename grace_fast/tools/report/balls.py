@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from grace_fast.tools.report.charts import Bar, Chart, Scale, span
+from grace_fast.tools.report.charts import Bar, Chart, Scale
 from grace_fast.tools.report.reading import Reading
-from grace_fast.tools.report.texts import compact
+from grace_fast.tools.report.texts import compact, number
 
 BINS = 32
 MOST_HIT = 50  # rows in the table
@@ -46,7 +47,7 @@ def _chart_of(radii: NDArray[np.float64], epsilon: float) -> Chart:
     end = min(float(radii.max()), 3 * max(float(np.quantile(radii, 0.99)), epsilon))
     x = Scale.linear(0, 1.05 * max(end, epsilon), "radius")
     counts, edges = np.histogram(radii, BINS, (0, x.high))
-    names = [span(low, high) for low, high in _pairs(edges)]
+    names = [f"{number(low)} to {number(high)}" for low, high in pairwise(edges.tolist())]
     return _histogram(counts, edges, x, "balls", names)
 
 
@@ -81,17 +82,14 @@ def _short(name: str) -> str:
     return name if low < 64 else f"{compact(low)}+"
 
 
-def _pairs(edges: NDArray[np.float64]) -> list[tuple[float, float]]:
-    return list(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True))
-
-
 def _histogram(
     counts: NDArray[np.int64], edges: NDArray[np.float64], x: Scale, of: str, names: list[str]
 ) -> Chart:
     y = Scale.linear(0, float(counts.max()) * 1.05, of, whole=True)
+    bins = pairwise(edges.tolist())
     bars = [
         Bar(low, high, count, f"{name}: {count:,} {of}")
-        for (low, high), count, name in zip(_pairs(edges), counts.tolist(), names, strict=True)
+        for (low, high), count, name in zip(bins, counts.tolist(), names, strict=True)
         if count
     ]
     return Chart(x, y, bars=tuple(bars))

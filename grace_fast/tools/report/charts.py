@@ -9,11 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from grace_fast.codebook.once import cached_property
-from grace_fast.tools.report.texts import compact, number
+from grace_fast.tools.report.texts import compact
 
-WIDTH, HEIGHT = 420.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 20.0, 40.0  # around the plot, for the ticks and names
 TICKS = 5
 NAMES = 7  # on an axis of names
 TINY = 1e-300  # no axis is shorter
@@ -102,9 +99,8 @@ class Chart:
     bars: tuple[Bar, ...] = ()
     lines: tuple[Line, ...] = ()
 
-    width, height = WIDTH, HEIGHT
-    left, right = LEFT, WIDTH - RIGHT
-    top, bottom = TOP, HEIGHT - BOTTOM
+    width, height = 420.0, 250.0
+    left, right, top, bottom = 46.0, 410.0, 20.0, 210.0  # of the plot: around it ticks and names
 
     def across(self, value: float) -> float:
         """Return the x of a value."""
@@ -113,35 +109,6 @@ class Chart:
     def up(self, value: float) -> float:
         """Return the y of a value."""
         return self.bottom - (self.bottom - self.top) * self.y.part(value)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A point of a map."""
-
-    x: float  # in the map's coordinates
-    y: float
-    kind: int  # of marker
-    title: str
-
-
-@dataclass(frozen=True)
-class Map:
-    """Points on a plane whose axes have the same unit."""
-
-    points: tuple[Point, ...]
-
-    side = 420.0
-
-    @cached_property
-    def kinds(self) -> list[int]:
-        """The markers in use."""
-        return sorted({point.kind for point in self.points})
-
-
-def span(low: float, high: float) -> str:
-    """Return from where to where a bin goes."""
-    return f"{number(low)} to {number(high)}"
 
 
 def _plain(value: float) -> str:

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from grace_fast.tools.report.charts import Map, Point
 from grace_fast.tools.report.reading import Reading, Told, keys_of, spread
 from grace_fast.tools.report.texts import inert, number
 
+SIDE = 420.0  # of the map
 SHOWN = 1500  # keys
 MARKERS = 7  # answers with a marker of their own
 MARGIN = 16.0
@@ -27,6 +27,16 @@ class Group:
     kind: int
     name: str
     count: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of the map."""
+
+    x: float  # in its coordinates
+    y: float
+    kind: int  # of marker
+    title: str
 
 
 def keymap_of(reading: Reading) -> SimpleNamespace | None:
@@ -56,7 +66,9 @@ def keymap_of(reading: Reading) -> SimpleNamespace | None:
     ]
     points.sort(key=lambda point: point.kind > 0)  # those without a colour below the others
     return SimpleNamespace(
-        map=Map(tuple(points)),
+        points=points,
+        side=SIDE,
+        kinds=sorted({point.kind for point in points}),
         groups=groups,
         shown=len(rows),
         keys=len(reading.live),
@@ -84,9 +96,9 @@ def project(keys: Tensor) -> tuple[Tensor, float]:
 def _placed(plane: Tensor) -> Tensor:
     """Return the plane in the map's coordinates: whole, centred, both axes in one unit."""
     low, high = plane.amin(dim=0), plane.amax(dim=0)
-    scale = (Map.side - 2 * MARGIN) / float((high - low).max())
-    placed = Map.side / 2 + (plane - (low + high) / 2) * scale
-    placed[:, 1] = Map.side - placed[:, 1]
+    scale = (SIDE - 2 * MARGIN) / float((high - low).max())
+    placed = SIDE / 2 + (plane - (low + high) / 2) * scale
+    placed[:, 1] = SIDE - placed[:, 1]
     return placed
 
 

@@ -31,7 +31,10 @@ def listing_of(reading: Reading) -> SimpleNamespace:
     numbers = sorted(history.edits)
     sample = [history.edits[numbers[at]] for at in spread(len(numbers), COUNTED)]
     verification = _replay(reading)
-    verdicts = {} if verification is None else _verdicts(verification)
+    verdicts = {
+        replay.id: replay.verdict if replay.by is None else f"superseded by {replay.by}"
+        for replay in (() if verification is None else verification.replays)
+    }
     newest = [history.edits[number] for number in reversed(numbers[-NEWEST:])]
     return SimpleNamespace(
         count=len(numbers),
@@ -58,10 +61,3 @@ def _replay(reading: Reading) -> Verification | None:
     if len(reading.history.edits) * snapshot.rows * snapshot.key_dim > REPLAYED:
         return None
     return verify(reading.history, snapshot, reading.rules)
-
-
-def _verdicts(verification: Verification) -> dict[int, str]:
-    return {
-        replay.id: replay.verdict if replay.by is None else f"superseded by {replay.by}"
-        for replay in verification.replays
-    }

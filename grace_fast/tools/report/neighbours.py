@@ -52,25 +52,19 @@ class _Facing(NamedTuple):
     gap: float
 
 
-@dataclass(frozen=True)
-class _Found:
-    """By row that was looked at, positions among the rows with balls."""
-
-    nearest: Tensor  # [S] the nearest other key
-    facing: Tensor  # [S, k] those whose balls are nearest to its own, nearest first; -1 for none
-
-
 def neighbours_of(reading: Reading) -> SimpleNamespace | None:
     """Return what a page says of keys that lie close; None of fewer than two balls."""
     rows = reading.live[reading.radii >= 0]
     if len(rows) < 2:
         return None
-    asked = spread(len(rows), _affordable(len(rows), reading.snapshot.key_dim))
+    products = len(rows) * reading.snapshot.key_dim
+    affordable = int(min(ROWS, PAIRS / len(rows), PRODUCTS / products))
+    asked = spread(len(rows), max(FEWEST, affordable))
     labels = _labels(reading, rows) if len(rows) <= LABELLED else None
-    found = _search(reading, rows, asked, labels)
-    nearest = _distances(reading, rows[asked], rows[found.nearest.numpy()])
+    places, facing = _search(reading, rows, asked, labels)
+    nearest = _distances(reading, rows[asked], rows[places.numpy()])
     at = int(nearest.argmin())
-    pairs = _pairs(reading, rows, asked, found.facing)
+    pairs = _pairs(reading, rows, asked, facing)
     gaps = [pair.gap for pair in pairs]
     touching, close = semantics.SPLIT_GAP * 2, NEARLY * reading.rules.epsilon
     return SimpleNamespace(
@@ -85,13 +79,8 @@ def neighbours_of(reading: Reading) -> SimpleNamespace | None:
         median=float(np.median(nearest)),  # distance to the nearest other key
         within_epsilon=int((nearest <= reading.rules.epsilon).sum()),
         # The two nearest keys, and their distance.
-        closest=(int(rows[asked[at]]), int(rows[found.nearest[at]]), float(nearest[at])),
+        closest=(int(rows[asked[at]]), int(rows[places[at]]), float(nearest[at])),
     )
-
-
-def _affordable(rows: int, width: int) -> int:
-    most = min(ROWS, PAIRS / rows, PRODUCTS / (rows * width))
-    return max(FEWEST, int(most))
 
 
 def _labels(reading: Reading, rows: NDArray[np.int64]) -> Tensor:
@@ -105,18 +94,20 @@ def _labels(reading: Reading, rows: NDArray[np.int64]) -> Tensor:
 
 def _search(
     reading: Reading, rows: NDArray[np.int64], asked: NDArray[np.int64], labels: Tensor | None
-) -> _Found:
+) -> tuple[Tensor, Tensor]:
     """Find the nearest key and the nearest balls of rows, but for their own; labels: as `_labels`.
 
-    With labels only balls of another answer face each other. Balls that are not even nearly touched
-    may be left out.
+    By row that was looked at, positions among the rows with balls: [S] the nearest other key, and
+    [S, k] those whose balls are nearest to its own, nearest first; -1 for none. With labels only
+    balls of another answer face each other. Balls that are not even nearly touched may be left out.
     """
     radii = reading.snapshot.radii[torch.from_numpy(rows)].double()
     places = torch.from_numpy(asked)
     queries = keys_of(reading.snapshot, rows[asked])
     squares = queries.square().sum(dim=1, keepdim=True)
     close = radii[places] + NEARLY * reading.rules.epsilon  # to a ball, from the key
-    nearest = facing = _Least.of_none(len(asked))
+    nowhere = torch.full((len(asked), 1), -1, dtype=torch.int64, device="cpu")
+    nearest = facing = _Least(torch.full_like(nowhere, math.inf, dtype=torch.float64), nowhere)
     count = NEAREST if labels is None else 1
     for first in range(0, len(rows), BLOCK):
         keys = keys_of(reading.snapshot, rows[first : first + BLOCK])
@@ -130,7 +121,7 @@ def _search(
         if labels is not None:
             apart.masked_fill_(labels[places][:, None] == labels[here], math.inf)
         facing = facing.or_less(apart, first, count, close)
-    return _Found(nearest.places[:, 0], facing.places)
+    return nearest.places[:, 0], facing.places
 
 
 @dataclass(frozen=True)
@@ -139,12 +130,6 @@ class _Least:
 
     values: Tensor  # [S, k] float64; inf where there are fewer
     places: Tensor  # [S, k]; -1 there
-
-    @staticmethod
-    def of_none(rows: int) -> _Least:
-        """Return what is known before anything was looked at."""
-        nowhere = torch.full((rows, 1), -1, dtype=torch.int64, device="cpu")
-        return _Least(torch.full((rows, 1), math.inf, dtype=torch.float64, device="cpu"), nowhere)
 
     def or_less(
         self, values: Tensor, first: int, count: int, within: Tensor | float = math.inf
@@ -173,7 +158,7 @@ def _distances(
 def _pairs(
     reading: Reading, rows: NDArray[np.int64], asked: NDArray[np.int64], facing: Tensor
 ) -> list[_Facing]:
-    """Return what faces each row that was looked at, if anything does; facing: as in `_Found`."""
+    """Return what faces each row that was looked at, if anything does; facing: as of `_search`."""
     found = []
     for one, places in zip(rows[asked].tolist(), facing.tolist(), strict=True):
         own = reading.asks_for(reading.snapshot.row(one).label)
@@ -195,18 +180,10 @@ def _shown(reading: Reading, pairs: list[_Facing]) -> tuple[Pair, ...]:
     """Return the closest pairs, each once."""
     once = {(min(pair.row, pair.other), max(pair.row, pair.other)): pair for pair in pairs}
     closest = sorted(once.items(), key=lambda item: item[1].gap)[:SHOWN]
-    return tuple(
-        Pair(
-            reading.tell(older),
-            reading.tell(newer),
-            pair.distance,
-            pair.gap,
-            _is_split(reading, older, newer),
-        )
-        for (older, newer), pair in closest
-    )
-
-
-def _is_split(reading: Reading, older: int, newer: int) -> bool:
-    life = reading.history.rows.get(newer)
-    return life is not None and life.neighbour == older
+    shown = []
+    for (older, newer), pair in closest:
+        life = reading.history.rows.get(newer)
+        is_split = life is not None and life.neighbour == older
+        told = reading.tell(older), reading.tell(newer)
+        shown.append(Pair(*told, pair.distance, pair.gap, is_split))
+    return tuple(shown)

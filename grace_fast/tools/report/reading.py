@@ -78,18 +78,15 @@ class Reading:
         at = int(np.searchsorted(self.live, row))
         return int(self.hits[at]) if at < len(self.live) and self.live[at] == row else 0
 
-    def newest_on(self, row: int) -> Edit | None:
-        """Return the newest edit on a row, None where there is none."""
-        life = self.history.rows.get(row)
-        return self.history.edits[life.edits[-1]] if life is not None and life.edits else None
-
     def tell(self, row: int) -> Told:
         """Return what there is to say of a row."""
-        life, newest = self.history.rows.get(row), self.newest_on(row)
+        life = self.history.rows.get(row)
+        edits = () if life is None else life.edits
+        newest = self.history.edits[edits[-1]] if edits else None
         text = None if newest is None else newest.text
         return Told(
             row,
-            0 if life is None else len(life.edits),
+            len(edits),
             None if newest is None else newest.id,
             None if text is None else text[0],
             answer_of(newest, self.snapshot.row(row).label),

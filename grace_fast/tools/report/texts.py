@@ -16,12 +16,8 @@ NOTHING = "\N{EN DASH}"
 def inert(text: str, limit: int = LIMIT) -> str:
     """Return a text in one line, of at most `limit` characters, saying how many it had."""
     line = " ".join(text[:limit].split())
-    seen = printable.spelt(line, spell=_code_point)
+    seen = printable.spelt(line, spell=lambda character: f"[U+{ord(character):04X}]")
     return seen if len(text) <= limit else f"{seen}… ({len(text):,} characters)"
-
-
-def _code_point(character: str) -> str:
-    return f"[U+{ord(character):04X}]"
 
 
 def number(value: float, digits: int = 5) -> str:
