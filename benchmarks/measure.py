@@ -137,8 +137,12 @@ def _effort(problem: Problem) -> dict[str, object]:
     if view is None or not view.keys_pay:
         return {}
     effort = view.effort(problem.queries)
-    names = ("codes", "survivors", "rechecks", "bytes")
-    return {name: getattr(effort, name) for name in names}
+    return {
+        "codes": effort.codes,
+        "survivors": effort.candidates,
+        "rechecks": effort.exact_reranks,
+        "bytes": effort.bytes,
+    }
 
 
 def _build(work: Work, problem: Problem, peer: Peer) -> Contestant:

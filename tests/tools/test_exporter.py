@@ -14,7 +14,7 @@ from torch import nn
 
 import grace_fast as gf
 from grace_fast.errors import LookupWarning
-from grace_fast.lookup import lookup
+from grace_fast.lookup.prepared import Prepared
 from grace_fast.tools import prometheus
 
 WIDTH = 16
@@ -104,7 +104,7 @@ def test_failures_are_told_by_their_error(model, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(lookup.cpu, "ask", fail)
+    monkeypatch.setattr(Prepared, "__call__", fail)
     with pytest.warns(LookupWarning):
         ask(model, 1)
     wanted = ("grace_fast_failures_total", ("error", "MemoryError"), ("layer", "layer"))
@@ -139,7 +139,13 @@ def test_models_are_told_apart_by_labels_of_their_own(model):
 def test_what_is_not_told_is_left_out(model, monkeypatch):
     grace, registry = edited(model), CollectorRegistry()
     prometheus.register(grace, registry=registry)
-    monkeypatch.setattr(gf.Match, "effort", None)
+    usual = Prepared.__call__
+
+    def silent(self, queries):
+        found = usual(self, queries)
+        return gf.Match(found.hits, fields=(found.hit, found.row, found.squared_distance))
+
+    monkeypatch.setattr(Prepared, "__call__", silent)
     ask(model, 1)
     names = {name for name, *_ in scrape(registry)}
     assert "grace_fast_queries_total" in names

@@ -60,13 +60,13 @@ def test_every_decision_is_held_against_both_scans(source, tmp_path, monkeypatch
             "machine": {
                 "cpu": "some processor",
                 "cores": 2,
-                "memory_gib": 1,
                 "commit": "abc",
                 "python": "3",
                 "packages": {"torch": "2"},
             },
             "command": "run",
             "date": "today",
+            "memory_gib": 1,
             "sizes": [found],
         }
     )

@@ -23,6 +23,7 @@ __all__ = ["CANNOT_BEGIN", "FAILED", "LOST", "app", "main"]
 
 # What they add to `app` is all that they are imported for.
 COMMANDS = (editing, evaluating, looking, versions, benching)
+_read_edits = editing.read_edits  # its former name, for one version
 
 
 def main() -> None:
