@@ -207,8 +207,8 @@ class MappedFile:
                     field=self.name,
                     row=row,
                 )
-            if (at := first_not_finite(content, self.shape.dtype)) is not None:
-                row = (first + at * self.shape.dtype.itemsize) // self.shape.row_bytes
+            if len(at := not_finite(content, self.shape.dtype)):
+                row = (first + int(at[0]) * self.shape.dtype.itemsize) // self.shape.row_bytes
                 raise CodebookCorrupt(
                     f"{self.path}: {self.name} must be finite, got NaN or infinity in row {row}",
                     field=self.name,
@@ -288,21 +288,7 @@ def is_saved(content: bytes, check: Tensor) -> bool:
     return zlib.crc32(content) == int(check)
 
 
-def first_not_finite(content: bytes | memoryview, dtype: torch.dtype) -> int | None:
-    """Return the first element of a buffer that is NaN or infinite, None where none is."""
-    raised, exponent = _exponents(content, dtype)
-    if not len(raised) or raised.max() != exponent:
-        return None
-    return int(np.argmax(raised == exponent))
-
-
 def not_finite(content: bytes, dtype: torch.dtype) -> npt.NDArray[np.int64]:
     """Return every element of a buffer that is NaN or infinite."""
-    raised, exponent = _exponents(content, dtype)
-    return np.flatnonzero(raised == exponent)
-
-
-def _exponents(content: bytes | memoryview, dtype: torch.dtype) -> tuple[npt.NDArray[Any], int]:
-    """Return the exponents of a buffer, in place, and that of what is not finite: the highest."""
     kind, exponent = _EXPONENT[dtype]
-    return np.frombuffer(content, kind) & kind(exponent), exponent
+    return np.flatnonzero(np.frombuffer(content, kind) & kind(exponent) == exponent)
