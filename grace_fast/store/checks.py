@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grace_fast.codebook.checks import MAX_NUMBER
+from grace_fast.codebook.pages import Counts
 from grace_fast.errors import CodebookCorrupt
-
-
-class Counts(NamedTuple):
-    """The numbers of rows of a codebook, and of the slots that they and their history may name."""
-
-    rows: int
-    keys: int
-    values: int
-    labels: int
-
-    @staticmethod
-    def of(holder: Any) -> Counts:
-        """Return those of a snapshot or a draft."""
-        counts = holder.counts
-        return Counts(counts.rows, counts.keys, counts.values, counts.labels)
 
 
 @dataclass(frozen=True)

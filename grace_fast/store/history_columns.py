@@ -24,7 +24,7 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import Base, Edit, RowLife
 from grace_fast.edits.history import History
 from grace_fast.store import schema
-from grace_fast.store.checks import Counts, check_radii, column, refuse
+from grace_fast.store.checks import check_radii, column, refuse
 from grace_fast.store.history_check import (
     HistoryColumns,
     faults,
@@ -90,12 +90,9 @@ class RowHistories:
         of = (history.events["row"], by_row, history.bases[:, 0])
         return np.stack([np.searchsorted(rows, ends) for rows in of])
 
-    def make(self, at: int) -> RowLife:
-        """Return what happened on one row; it is asked for again and again where there is much."""
-        return self._cached(at)
-
     @cached_property
-    def _cached(self) -> Callable[[int], RowLife]:
+    def make(self) -> Callable[[int], RowLife]:
+        """Return what happened on one row; it is asked for again and again where there is much."""
         return lru_cache(maxsize=64)(self._made)
 
     def _made(self, at: int) -> RowLife:
@@ -191,7 +188,7 @@ def unpack_history(
     width, count = snapshot.key_dim, len(edits["id"])
     queries = column(tensors, "edits.query", snapshot.dtype, count, (width,))
     refuse(order_faults(edits))
-    refuse(faults(edits, queries, events, bases, Counts.of(snapshot)))
+    refuse(faults(edits, queries, events, bases, snapshot.counts))
     columns = HistoryColumns.of(snapshot.rows, edits, events, bases.numpy())
     refuse_inconsistent(columns, next_id)
     source: ColumnSource[Edit] = _Edits(

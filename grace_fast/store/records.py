@@ -19,13 +19,14 @@ from grace_fast.codebook.checks import MAX_NUMBER
 from grace_fast.codebook.diff import Change
 from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.labels import columns_of
+from grace_fast.codebook.pages import Counts
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import Base, BaseRecorded, EditRecorded, Event, Reset, Step, Undone
 from grace_fast.edits.history import History
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import headers, manifest, schema, strict_json
-from grace_fast.store.checks import Counts, column, not_finite, outside, refuse, row_faults
-from grace_fast.store.columns import ROW_COLUMNS, pack_labels, unpack_labels
+from grace_fast.store.checks import column, not_finite, outside, refuse, row_faults
+from grace_fast.store.columns import ROW_COLUMNS, unpack_labels
 from grace_fast.store.history_check import faults
 from grace_fast.store.schema import EDITS, EVENTS
 from grace_fast.store.tensor_files import serialised
@@ -47,11 +48,13 @@ class Version:
         events = [vars(step) for step in self.steps if isinstance(step, Event)]
         bases = [step for step in self.steps if isinstance(step, BaseRecorded)]
         gone = [step.edit for step in self.steps if isinstance(step, Undone)]
+        lengths, ids = columns_of(change.labels)
         order = [_KINDS.index(type(step)) for step in self.steps]
         tensors = {
             "keys": change.keys,
             "values": change.values,
-            **pack_labels(*columns_of(change.labels)),
+            "labels.length": lengths,
+            "labels.ids": ids,
             "ids": change.ids,
             "rows": change.rows,
             **{f"rows.{name}": column for name, column in change.columns.items()},
@@ -129,12 +132,15 @@ def _change(tensors: Mapping[str, Tensor], now: Snapshot) -> Change:
         for name, dtype in ROW_COLUMNS.items()
         if name != "id"
     }
-    slots = (counts.keys + len(keys), counts.values + len(values), counts.labels + len(lengths))
+    after = Counts(
+        rows=total,
+        keys=counts.keys + len(keys),
+        values=counts.values + len(values),
+        labels=counts.labels + len(lengths),
+    )
     refuse(not_finite(name, each) for name, each in (("keys", keys), ("values", values)))
     refuse([outside("ids", fresh, MAX_NUMBER)])
-    refuse(
-        row_faults({f"rows.{name}": each for name, each in columns.items()}, Counts(total, *slots))
-    )
+    refuse(row_faults({f"rows.{name}": each for name, each in columns.items()}, after))
     return Change(keys, values, labels.between(0, len(labels)), fresh, rows, columns)
 
 
@@ -154,7 +160,7 @@ def _steps(
     count = len(edits["id"])
     queries = _get(tensors, "edits.query", now.dtype, now.key_dim, count=count)
     bases = _get(tensors, "bases", torch.int64, len(schema.BASES))
-    refuse(faults(edits, queries, events, bases, Counts.of(now)))
+    refuse(faults(edits, queries, events, bases, now.counts))
     queries, labels = queries.to(now.device), now.label_slots
     steps: tuple[Iterator[Step], ...] = (
         (schema.recorded(edits, at, queries[at], labels, texts) for at in range(count)),

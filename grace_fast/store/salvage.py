@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grace_fast.store.checks import Counts, column, row_faults, too_wide
+from grace_fast.codebook.pages import Counts
+from grace_fast.store.checks import column, row_faults, too_wide
 from grace_fast.store.history_check import HistoryColumns, check, faults, order_faults
 from grace_fast.store.schema import BASES, EDITS, EVENTS, Columns
 
@@ -96,7 +97,7 @@ def mend_rows(
 
 def _counts(columns: Mapping[str, Tensor], corrupt: CorruptSlots) -> Counts:
     rows, labels = len(columns["rows.live"]), len(columns["labels.length"])
-    return Counts(rows, len(corrupt.keys), len(corrupt.values), labels)
+    return Counts(rows=rows, keys=len(corrupt.keys), values=len(corrupt.values), labels=labels)
 
 
 class SalvagedHistory:
