@@ -10,5 +10,5 @@ The modules, the lowest ones first:
                                         a version as bytes, and the file that holds them all
     versions, durable, saved, archive   replaying, editing, opening, carrying elsewhere
     salvage, damage, repair*            a sound directory of a damaged one
-    row_file, damaged_rows, large/      keys and values in files of their own, larger than memory
+    row_file, large/                    keys and values in files of their own, larger than memory
 """

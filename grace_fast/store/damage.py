@@ -13,7 +13,7 @@ from torch import Tensor
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import tensor_files
 from grace_fast.store.columns import ROW_COLUMNS, row_columns
-from grace_fast.store.salvage import HISTORY, Dropped, Untrusted
+from grace_fast.store.salvage import HISTORY, Dropped
 
 
 @dataclass
@@ -29,18 +29,6 @@ class Repaired:
     def was_sound(self) -> bool:
         """Whether there was nothing to repair."""
         return self.kept is None
-
-
-@dataclass(frozen=True)
-class Damaged:
-    """A directory that is not sound, and what is asked of its repair; as in `repair`."""
-
-    folder: Path
-    config: dict[str, Any]
-    hmac_key: bytes | None
-    max_radius: float | None
-    keep_rows: bool
-    report: Repaired
 
 
 def read_columns(folder: Path, described: Any, report: Repaired) -> tuple[dict[str, Tensor], bool]:
@@ -64,12 +52,6 @@ def read_columns(folder: Path, described: Any, report: Repaired) -> tuple[dict[s
         columns["labels.ids"] = torch.zeros(0, dtype=torch.int64, device="cpu")
         report.dropped.append(Dropped("label", None, "the labels are not what was saved"))
     return columns, not history
-
-
-def list_rows(untrusted: Untrusted, keep_rows: bool, live: Tensor) -> list[Dropped]:
-    """Return the live rows that go, for the report."""
-    gone = untrusted.gone(keep_rows)
-    return [Dropped("row", row, why) for row, why in sorted(gone.items()) if bool(live[row])]
 
 
 def without_rows(live: Tensor, rows: Mapping[int, str]) -> Tensor:

@@ -47,6 +47,11 @@ class Untrusted:
         """Return the rows that answer no more; keep_rows: those stay that are only unexplained."""
         return dict(self.numbers) if keep_rows else self.unexplained | self.numbers
 
+    def dropped(self, keep_rows: bool, live: Tensor) -> list[Dropped]:
+        """Return the live rows among them, for the report."""
+        gone = sorted(self.gone(keep_rows).items())
+        return [Dropped("row", row, why) for row, why in gone if bool(live[row])]
+
 
 @dataclass(frozen=True)
 class CorruptSlots:
