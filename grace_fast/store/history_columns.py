@@ -59,16 +59,8 @@ class _Edits:
 class _LabelSlots:
     """The label slots of edits in columns."""
 
-    history: HistoryColumns
-
-    @property
-    def numbers(self) -> NDArray[np.int64]:
-        """[E] ids."""
-        return self.history.edits["id"]
-
-    def make(self, at: int) -> int:
-        """Return the slot of one edit's label."""
-        return int(self.history.edits["label_slot"].item(at))
+    numbers: NDArray[np.int64]  # [E] ids
+    make: Callable[[int], int]  # the slot of one edit's label
 
 
 @dataclass(frozen=True)
@@ -197,7 +189,7 @@ def unpack_history(
     return History(
         LazyTable(source),
         LazyTable(RowHistories(columns)),
-        LazyTable(_LabelSlots(columns)),
+        LazyTable(_LabelSlots(edits["id"], edits["label_slot"].item)),
         next_id,
     )
 
