@@ -20,11 +20,11 @@ from typing import Any
 
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, saved
-from grace_fast.store.damage import Repaired
 from grace_fast.store.large import resident
 from grace_fast.store.locks import LOCK, Lock
 from grace_fast.store.repair_book import BookRepair
 from grace_fast.store.repair_edits import EditsRepair
+from grace_fast.store.salvage import Repaired
 
 
 def repair(

@@ -26,10 +26,17 @@ from grace_fast.codebook.mapped import (
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, tensor_files
 from grace_fast.store.columns import fill_defaults, unpack_rows
-from grace_fast.store.damage import Repaired, read_columns, require_rows, without_rows
 from grace_fast.store.large import resident
 from grace_fast.store.row_file import RowWriter, Written
-from grace_fast.store.salvage import CorruptSlots, Untrusted, mend_rows
+from grace_fast.store.salvage import (
+    CorruptSlots,
+    Repaired,
+    Untrusted,
+    mend_rows,
+    read_columns,
+    require_rows,
+    without_rows,
+)
 
 _HOST = torch.device("cpu")
 

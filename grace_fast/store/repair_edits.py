@@ -20,16 +20,19 @@ from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, history_columns, saved, side_files, tensor_files
 from grace_fast.store.checks import check_radii
 from grace_fast.store.columns import pack_codebook, unpack_codebook
-from grace_fast.store.damage import Repaired, read_columns, require_rows, without_rows
 from grace_fast.store.journal import Entry, JournalFile
 from grace_fast.store.records import redo
 from grace_fast.store.salvage import (
     CorruptSlots,
     Dropped,
+    Repaired,
     SalvagedHistory,
     Untrusted,
     mend_rows,
+    read_columns,
+    require_rows,
     without_corrupt_slots,
+    without_rows,
 )
 from grace_fast.store.versions import journal_place
 
@@ -63,13 +66,12 @@ class EditsRepair:
         if not fits:
             columns = self._mended(columns, is_readable, drops=not has_journal)
         self._entries: list[Entry] = []
-        if has_journal:
-            self._take_versions(columns)
-        else:
-            self._book, self._history = self._saved.unpack(columns)
         self._is_folded = not fits or not has_journal
         if has_journal:
+            self._take_versions(columns)
             self._finish()
+        else:
+            self._book, self._history = self._saved.unpack(columns)
 
     def _fits(self, columns: Mapping[str, Tensor]) -> bool:
         try:
