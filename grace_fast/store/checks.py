@@ -119,3 +119,18 @@ def column(
             field=name,
         )
     return column
+
+
+def column_or_empty(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    dtype: torch.dtype,
+    *widths: int,
+    count: int | None = None,
+) -> Tensor:
+    """Return a column [count, *widths] of a version; one that was left out is empty.
+
+    Raises: CodebookCorrupt where it has another type or shape.
+    """
+    empty = torch.zeros(0, *widths, dtype=dtype, device="cpu")
+    return column({name: tensors.get(name, empty)}, name, dtype, count, widths)
