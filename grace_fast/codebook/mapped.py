@@ -16,6 +16,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -52,10 +53,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     # What takes its place in between is opened without waiting for it, and refused then.
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        found = os.fstat(descriptor)
-        _refuse_mode(path, found.st_mode)
-        if flags & (os.O_RDWR | os.O_WRONLY):
-            _refuse_other_names(path, found.st_nlink)
+        _refuse(path, os.fstat(descriptor), bool(flags & (os.O_RDWR | os.O_WRONLY)))
     except CodebookCorrupt:
         os.close(descriptor)
         raise
@@ -69,23 +67,15 @@ def refuse_special(path: Path, writes: bool = False) -> None:
 
     writes: it will be written, so it must have no other name either.
     """
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return
-    _refuse_mode(path, found.st_mode)
-    if writes:
-        _refuse_other_names(path, found.st_nlink)
+    with suppress(FileNotFoundError):
+        _refuse(path, path.lstat(), writes)
 
 
-def _refuse_mode(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+def _refuse(path: Path, found: os.stat_result, writes: bool) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = "a link" if stat.S_ISLNK(found.st_mode) else "no regular file"
         raise CodebookCorrupt(f"{path} is {what}: a codebook's files are regular files")
-
-
-def _refuse_other_names(path: Path, names: int) -> None:
-    if names > 1:
+    if writes and found.st_nlink > 1:
         raise CodebookCorrupt(
             f"{path} has another name somewhere (a hard link), and what is written to it would be "
             "seen there; copy the directory (cp -r) and use the copy"
