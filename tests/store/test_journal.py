@@ -44,7 +44,7 @@ def batch(prompt, label):
 
 def state(grace):
     """Everything that a codebook and its history hold, as plain values."""
-    book, history = grace.codebook.snapshot(), grace._history
+    book, history = grace.codebook.snapshot(), grace._context.history
     edits = [
         tuple(
             value.tolist() if isinstance(value, torch.Tensor) else repr(value)
@@ -300,7 +300,7 @@ def test_a_fork_of_an_editing_process_edits_nothing(model, tmp_path, monkeypatch
     grace = attach(model, tmp_path)
     grace.edit(batch(0, 0))
     before = state(grace)
-    monkeypatch.setattr(grace._store, "_process", os.getpid() + 1)
+    monkeypatch.setattr(grace._context.directory.store, "_process", os.getpid() + 1)
     with pytest.raises(gf.CodebookReadOnly, match="of which this is a fork"):
         grace.edit(batch(1, 1))
     assert state(grace) == before
@@ -438,7 +438,7 @@ def test_a_failing_disk_makes_the_store_read_only_and_nothing_is_published(
     def fail(*statements):
         raise OSError("input/output error")
 
-    monkeypatch.setattr(grace._store.journal, "_write", fail)
+    monkeypatch.setattr(grace._context.directory.store.journal, "_write", fail)
     with pytest.raises(OSError, match="input/output"):
         grace.edit(batch(1, 1))
     monkeypatch.undo()

@@ -183,7 +183,7 @@ def test_who_is_never_left_to_read_is_told_so_in_the_end(tmp_path):
 def test_a_version_that_is_taken_off_while_it_is_read_is_no_damage(tmp_path):
     with attach_and_edit(tmp_path) as grace:
         journal = versions.journal_of(tmp_path, read_saved(tmp_path).config)
-        writer, real = grace._store.journal, journal._chain
+        writer, real = grace._context.directory.store.journal, journal._chain
         content = list(writer.entries())[-1].content
 
         def chain(*given):
