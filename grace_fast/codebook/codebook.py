@@ -211,7 +211,7 @@ class Codebook(NotCopied):
         FileExistsError where the directory holds a model's edits or an unfinished build;
         CodebookLocked where another process saves or edits there.
         """
-        self.directories.save(self, path, hmac_key=hmac_key)
+        Codebook.directories.save(self, path, hmac_key=hmac_key)
 
     def snapshot(self) -> Snapshot:
         """Return the codebook as it is now; what is edited later does not change it."""

@@ -22,8 +22,7 @@ class Labels:
         nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
         self._lengths = nothing if lengths is None else lengths
         self._ids = nothing if ids is None else ids
-        ends = self._lengths.clamp(min=0).cumsum(0)
-        self._ends = ends.numpy()
+        self._ends = self._lengths.clamp(min=0).cumsum(0).numpy()
         self._later: list[Tensor | None] = []
 
     def __len__(self) -> int:

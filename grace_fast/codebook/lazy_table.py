@@ -35,23 +35,24 @@ class LazyTable(MutableMapping[int, T], Generic[T]):
     """
 
     def __init__(self, source: ColumnSource[T] | None = None) -> None:
-        self._source = source
+        self.source = source  # the columns that the first items came in
         self._numbers = np.zeros(0, np.int64) if source is None else source.numbers
-        self._later: dict[int, T] = {}  # set since; an item of the columns too, in its place
+        # Set since, an item of the columns too, in its place; for others to read.
+        self.later: dict[int, T] = {}
         self._gone: set[int] = set()  # of the columns: deleted, or another one in place
         self._marks = 0  # that may be gone back to
         self._done: list[tuple[int, Any, bool]] = []  # what was there before each change since
 
     def __getitem__(self, number: int) -> T:
-        if number in self._later:
-            return self._later[number]
+        if number in self.later:
+            return self.later[number]
         at = self._position(number)
-        if self._source is None or at is None:
+        if self.source is None or at is None:
             raise KeyError(number)
-        return self._source.make(at)
+        return self.source.make(at)
 
     def __contains__(self, number: object) -> bool:
-        return number in self._later or (
+        return number in self.later or (
             isinstance(number, int) and self._position(number) is not None
         )
 
@@ -65,30 +66,20 @@ class LazyTable(MutableMapping[int, T], Generic[T]):
         self._note(number)
         if self._position(number) is not None:
             self._gone.add(number)
-        self._later[number] = item
+        self.later[number] = item
 
     def __delitem__(self, number: int) -> None:
         if number not in self:
             raise KeyError(number)
         self._note(number)
-        if self._later.pop(number, _NOTHING) is _NOTHING:
+        if self.later.pop(number, _NOTHING) is _NOTHING:
             self._gone.add(number)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(sorted([*self._numbers[self.source_positions()].tolist(), *self._later]))
+        return iter(sorted([*self._numbers[self.source_positions()].tolist(), *self.later]))
 
     def __len__(self) -> int:
-        return len(self._numbers) - len(self._gone) + len(self._later)
-
-    @property
-    def source(self) -> ColumnSource[T] | None:
-        """The columns that the first items came in."""
-        return self._source
-
-    @property
-    def later(self) -> dict[int, T]:
-        """The items that were set since, by number; not to be changed."""
-        return self._later
+        return len(self._numbers) - len(self._gone) + len(self.later)
 
     def source_positions(self) -> NDArray[np.int64]:
         """Return the positions of the columns whose items are still as they came, ascending."""
@@ -99,8 +90,8 @@ class LazyTable(MutableMapping[int, T], Generic[T]):
 
     def copy(self) -> LazyTable[T]:
         """Return one that later changes of this one do not change."""
-        twin = LazyTable(self._source)
-        twin._later, twin._gone = dict(self._later), set(self._gone)
+        twin = LazyTable(self.source)
+        twin.later, twin._gone = dict(self.later), set(self._gone)
         return twin
 
     def mark(self) -> int:
@@ -113,9 +104,9 @@ class LazyTable(MutableMapping[int, T], Generic[T]):
         while len(self._done) > mark:
             number, item, was_gone = self._done.pop()
             if item is _NOTHING:
-                self._later.pop(number, None)
+                self.later.pop(number, None)
             else:
-                self._later[number] = item
+                self.later[number] = item
             (self._gone.add if was_gone else self._gone.discard)(number)
 
     def let_go(self) -> None:
@@ -126,7 +117,7 @@ class LazyTable(MutableMapping[int, T], Generic[T]):
 
     def _note(self, number: int) -> None:
         if self._marks:
-            item = self._later.get(number, _NOTHING)
+            item = self.later.get(number, _NOTHING)
             self._done.append((number, item, number in self._gone))
 
 

@@ -16,6 +16,7 @@ import threading
 import weakref
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -52,10 +53,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
     # What takes its place in between is opened without waiting for it, and refused then.
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
-        found = os.fstat(descriptor)
-        _refuse_mode(path, found.st_mode)
-        if flags & (os.O_RDWR | os.O_WRONLY):
-            _refuse_other_names(path, found.st_nlink)
+        _refuse(path, os.fstat(descriptor), bool(flags & (os.O_RDWR | os.O_WRONLY)))
     except CodebookCorrupt:
         os.close(descriptor)
         raise
@@ -69,23 +67,15 @@ def refuse_special(path: Path, writes: bool = False) -> None:
 
     writes: it will be written, so it must have no other name either.
     """
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return
-    _refuse_mode(path, found.st_mode)
-    if writes:
-        _refuse_other_names(path, found.st_nlink)
+    with suppress(FileNotFoundError):
+        _refuse(path, path.lstat(), writes)
 
 
-def _refuse_mode(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        what = "a link" if stat.S_ISLNK(mode) else "no regular file"
+def _refuse(path: Path, found: os.stat_result, writes: bool) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        what = "a link" if stat.S_ISLNK(found.st_mode) else "no regular file"
         raise CodebookCorrupt(f"{path} is {what}: a codebook's files are regular files")
-
-
-def _refuse_other_names(path: Path, names: int) -> None:
-    if names > 1:
+    if writes and found.st_nlink > 1:
         raise CodebookCorrupt(
             f"{path} has another name somewhere (a hard link), and what is written to it would be "
             "seen there; copy the directory (cp -r) and use the copy"
@@ -207,8 +197,8 @@ class MappedFile:
                     field=self.name,
                     row=row,
                 )
-            if (at := first_not_finite(content, self.shape.dtype)) is not None:
-                row = (first + at * self.shape.dtype.itemsize) // self.shape.row_bytes
+            if len(at := not_finite(content, self.shape.dtype)):
+                row = (first + int(at[0]) * self.shape.dtype.itemsize) // self.shape.row_bytes
                 raise CodebookCorrupt(
                     f"{self.path}: {self.name} must be finite, got NaN or infinity in row {row}",
                     field=self.name,
@@ -288,21 +278,7 @@ def is_saved(content: bytes, check: Tensor) -> bool:
     return zlib.crc32(content) == int(check)
 
 
-def first_not_finite(content: bytes | memoryview, dtype: torch.dtype) -> int | None:
-    """Return the first element of a buffer that is NaN or infinite, None where none is."""
-    raised, exponent = _exponents(content, dtype)
-    if not len(raised) or raised.max() != exponent:
-        return None
-    return int(np.argmax(raised == exponent))
-
-
 def not_finite(content: bytes, dtype: torch.dtype) -> npt.NDArray[np.int64]:
     """Return every element of a buffer that is NaN or infinite."""
-    raised, exponent = _exponents(content, dtype)
-    return np.flatnonzero(raised == exponent)
-
-
-def _exponents(content: bytes | memoryview, dtype: torch.dtype) -> tuple[npt.NDArray[Any], int]:
-    """Return the exponents of a buffer, in place, and that of what is not finite: the highest."""
     kind, exponent = _EXPONENT[dtype]
-    return np.frombuffer(content, kind) & kind(exponent), exponent
+    return np.flatnonzero(np.frombuffer(content, kind) & kind(exponent) == exponent)

@@ -9,6 +9,6 @@ The modules, the lowest ones first:
     records, side_files, sqlite_file, journal
                                         a version as bytes, and the file that holds them all
     versions, durable, saved, archive   replaying, editing, opening, carrying elsewhere
-    salvage, damage, repair*            a sound directory of a damaged one
-    row_file, damaged_rows, large/      keys and values in files of their own, larger than memory
+    salvage, repair*                    a sound directory of a damaged one
+    row_file, large/                    keys and values in files of their own, larger than memory
 """

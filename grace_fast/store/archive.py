@@ -59,7 +59,7 @@ def pack(path: str | Path, file: str | Path, hmac_key: bytes | None = None) -> i
         partial.rename(target)
     finally:
         partial.unlink(missing_ok=True)
-    atomic.synchronise(target.absolute().parent)
+    atomic.synchronise(target.parent)
     return len(history.edits)
 
 
@@ -106,5 +106,5 @@ def unpack(file: str | Path, path: str | Path, hmac_key: bytes | None = None) ->
         raise CodebookCorrupt(f"{source} is not a packed codebook: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    atomic.synchronise(target.absolute().parent)
+    atomic.synchronise(target.parent)
     return edits

@@ -4,28 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grace_fast.codebook.checks import MAX_NUMBER
+from grace_fast.codebook.pages import Counts
 from grace_fast.errors import CodebookCorrupt
-
-
-class Counts(NamedTuple):
-    """The numbers of rows of a codebook, and of the slots that they and their history may name."""
-
-    rows: int
-    keys: int
-    values: int
-    labels: int
-
-    @staticmethod
-    def of(holder: Any) -> Counts:
-        """Return those of a snapshot or a draft."""
-        counts = holder.counts
-        return Counts(counts.rows, counts.keys, counts.values, counts.labels)
 
 
 @dataclass(frozen=True)
@@ -134,3 +119,18 @@ def column(
             field=name,
         )
     return column
+
+
+def column_or_empty(
+    tensors: Mapping[str, Tensor],
+    name: str,
+    dtype: torch.dtype,
+    *widths: int,
+    count: int | None = None,
+) -> Tensor:
+    """Return a column [count, *widths] of a version; one that was left out is empty.
+
+    Raises: CodebookCorrupt where it has another type or shape.
+    """
+    empty = torch.zeros(0, *widths, dtype=dtype, device="cpu")
+    return column({name: tensors.get(name, empty)}, name, dtype, count, widths)

@@ -18,17 +18,10 @@ from grace_fast.codebook.checks import DTYPES
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.labels import Labels
 from grace_fast.codebook.mapped import MappedFile
+from grace_fast.codebook.pages import Counts
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.errors import CodebookCorrupt
-from grace_fast.store.checks import (
-    Counts,
-    column,
-    get,
-    not_ascending,
-    not_finite,
-    refuse,
-    row_faults,
-)
+from grace_fast.store.checks import column, get, not_ascending, not_finite, refuse, row_faults
 
 ROW_COLUMNS = {
     "id": torch.int64,
@@ -42,22 +35,16 @@ ROW_COLUMNS = {
 
 def pack_codebook(snapshot: Snapshot) -> dict[str, Tensor]:
     """Return a codebook as tensors."""
-    counts = snapshot.counts
-    slots = {
-        "keys": snapshot.key_slots[: counts.keys],
-        "values": snapshot.value_slots[: counts.values],
-    }
-    return slots | pack_rows(snapshot)
-
-
-def pack_labels(lengths: Tensor, ids: Tensor) -> dict[str, Tensor]:
-    """Return the columns of labels as tensors; a length of -1 is that of none."""
-    return {"labels.length": lengths, "labels.ids": ids}
+    return {
+        "keys": snapshot.key_slots[: snapshot.counts.keys],
+        "values": snapshot.value_slots[: snapshot.counts.values],
+    } | pack_rows(snapshot)
 
 
 def pack_rows(snapshot: Snapshot) -> dict[str, Tensor]:
     """Return what a codebook says of its rows as tensors: all but the slots of keys and values."""
-    return pack_labels(*snapshot.label_slots.columns(snapshot.counts.labels)) | {
+    lengths, ids = snapshot.label_slots.columns(snapshot.counts.labels)
+    return {"labels.length": lengths, "labels.ids": ids} | {
         f"rows.{name}": snapshot.ids if name == "id" else snapshot.column(name)
         for name in ROW_COLUMNS
     }
@@ -97,7 +84,8 @@ def unpack_rows(
     keys_there, values_there = (
         each.shape.rows if isinstance(each, MappedFile) else len(each) for each in (keys, values)
     )
-    refuse(row_faults(tensors, Counts(count, keys_there, values_there, len(lengths))))
+    counts = Counts(rows=count, keys=keys_there, values=values_there, labels=len(lengths))
+    refuse(row_faults(tensors, counts))
     refuse(not_ascending("rows.id", columns["id"]))
     labels = unpack_labels(lengths, tensors["labels.ids"])
     return Codebook.restore(keys, values, labels, columns, device, version)
@@ -151,7 +139,7 @@ def _defaults(count: int) -> dict[str, Tensor]:
 
 
 def unpack_labels(lengths: Tensor, ids: Tensor) -> Labels:
-    """Return the labels of `pack_labels`.
+    """Return the labels of lengths, -1 for none, and ids: `labels.length` and `labels.ids`.
 
     Raises: CodebookCorrupt where the lengths are not those of the ids.
     """

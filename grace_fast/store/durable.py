@@ -88,7 +88,9 @@ class EditableDirectory:
             except BaseException as error:
                 journal.close()
                 if _is_named(self.folder, path.name):
-                    self._fail(error)  # an edit in the journal of before would not be found again
+                    self._failure = str(
+                        error
+                    )  # an edit in the journal of before would not be found again
                 else:
                     path.unlink(missing_ok=True)
                 raise
@@ -114,7 +116,7 @@ class EditableDirectory:
             is_of_the_disk = isinstance(error, OSError | ValueError)
             may_go_on = cause.startswith(_DISK_FULL) or not is_of_the_disk
             if not (may_go_on and self.journal.is_as_before()):
-                self._fail(error)
+                self._failure = str(error)
             raise
         self._require_lock()  # else another process may not have seen it
 
@@ -124,10 +126,7 @@ class EditableDirectory:
         try:
             self.journal.drop_last()
         except (OSError, CodebookCorrupt) as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        self._failure = str(error)
+            self._failure = str(error)
 
     def require_writable(self) -> None:
         """Raise CodebookReadOnly or CodebookLocked where nothing may be written any more."""

@@ -68,11 +68,8 @@ def check(
     Raises: CodebookCorrupt saying what is wrong; nothing but the header has been read then.
     """
     if isinstance(content, Path):
-        descriptor = open_regular(content)
-        try:
-            return check(descriptor, names)
-        finally:
-            os.close(descriptor)
+        with os.fdopen(open_regular(content), "rb") as file:
+            return check(file.fileno(), names)
     if isinstance(content, int):
         size = os.fstat(content).st_size
         length = _length(os.pread(content, 8, 0), size, names)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from grace_fast.codebook.checks import MAX_COUNTER
 from grace_fast.codebook.once import cached_property
+from grace_fast.codebook.pages import Counts
 from grace_fast.edits.edit import NO_EDIT
 from grace_fast.errors import CodebookCorrupt
-from grace_fast.store.checks import Counts, Fault, not_ascending, not_finite, outside
+from grace_fast.store.checks import Fault, not_ascending, not_finite, outside
 from grace_fast.store.schema import NONE, OUTCOMES, Columns
 
 _Rows = NDArray[np.int64]

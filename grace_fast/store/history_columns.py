@@ -24,7 +24,7 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import Base, Edit, RowLife
 from grace_fast.edits.history import History
 from grace_fast.store import schema
-from grace_fast.store.checks import Counts, check_radii, column, refuse
+from grace_fast.store.checks import check_radii, column, refuse
 from grace_fast.store.history_check import (
     HistoryColumns,
     faults,
@@ -59,16 +59,8 @@ class _Edits:
 class _LabelSlots:
     """The label slots of edits in columns."""
 
-    history: HistoryColumns
-
-    @property
-    def numbers(self) -> NDArray[np.int64]:
-        """[E] ids."""
-        return self.history.edits["id"]
-
-    def make(self, at: int) -> int:
-        """Return the slot of one edit's label."""
-        return int(self.history.edits["label_slot"].item(at))
+    numbers: NDArray[np.int64]  # [E] ids
+    make: Callable[[int], int]  # the slot of one edit's label
 
 
 @dataclass(frozen=True)
@@ -90,12 +82,9 @@ class RowHistories:
         of = (history.events["row"], by_row, history.bases[:, 0])
         return np.stack([np.searchsorted(rows, ends) for rows in of])
 
-    def make(self, at: int) -> RowLife:
-        """Return what happened on one row; it is asked for again and again where there is much."""
-        return self._cached(at)
-
     @cached_property
-    def _cached(self) -> Callable[[int], RowLife]:
+    def make(self) -> Callable[[int], RowLife]:
+        """Return what happened on one row; it is asked for again and again where there is much."""
         return lru_cache(maxsize=64)(self._made)
 
     def _made(self, at: int) -> RowLife:
@@ -191,7 +180,7 @@ def unpack_history(
     width, count = snapshot.key_dim, len(edits["id"])
     queries = column(tensors, "edits.query", snapshot.dtype, count, (width,))
     refuse(order_faults(edits))
-    refuse(faults(edits, queries, events, bases, Counts.of(snapshot)))
+    refuse(faults(edits, queries, events, bases, snapshot.counts))
     columns = HistoryColumns.of(snapshot.rows, edits, events, bases.numpy())
     refuse_inconsistent(columns, next_id)
     source: ColumnSource[Edit] = _Edits(
@@ -200,7 +189,7 @@ def unpack_history(
     return History(
         LazyTable(source),
         LazyTable(RowHistories(columns)),
-        LazyTable(_LabelSlots(columns)),
+        LazyTable(_LabelSlots(edits["id"], edits["label_slot"].item)),
         next_id,
     )
 

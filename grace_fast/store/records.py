@@ -19,13 +19,14 @@ from grace_fast.codebook.checks import MAX_NUMBER
 from grace_fast.codebook.diff import Change
 from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.labels import columns_of
+from grace_fast.codebook.pages import Counts
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.edit import Base, BaseRecorded, EditRecorded, Event, Reset, Step, Undone
 from grace_fast.edits.history import History
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import headers, manifest, schema, strict_json
-from grace_fast.store.checks import Counts, column, not_finite, outside, refuse, row_faults
-from grace_fast.store.columns import ROW_COLUMNS, pack_labels, unpack_labels
+from grace_fast.store.checks import column_or_empty, not_finite, outside, refuse, row_faults
+from grace_fast.store.columns import ROW_COLUMNS, unpack_labels
 from grace_fast.store.history_check import faults
 from grace_fast.store.schema import EDITS, EVENTS
 from grace_fast.store.tensor_files import serialised
@@ -47,11 +48,13 @@ class Version:
         events = [vars(step) for step in self.steps if isinstance(step, Event)]
         bases = [step for step in self.steps if isinstance(step, BaseRecorded)]
         gone = [step.edit for step in self.steps if isinstance(step, Undone)]
+        lengths, ids = columns_of(change.labels)
         order = [_KINDS.index(type(step)) for step in self.steps]
         tensors = {
             "keys": change.keys,
             "values": change.values,
-            **pack_labels(*columns_of(change.labels)),
+            "labels.length": lengths,
+            "labels.ids": ids,
             "ids": change.ids,
             "rows": change.rows,
             **{f"rows.{name}": column for name, column in change.columns.items()},
@@ -94,47 +97,35 @@ def redo(content: bytes, draft: Draft, history: History) -> None:
             raise CodebookCorrupt(f"a version does not follow the one before: {error}") from error
 
 
-def _get(
-    tensors: Mapping[str, Tensor],
-    name: str,
-    dtype: torch.dtype,
-    *widths: int,
-    count: int | None = None,
-) -> Tensor:
-    """Return a column [count, *widths] of a version; one that was left out is empty.
-
-    Raises: CodebookCorrupt where it has another type or shape.
-    """
-    empty = torch.zeros(0, *widths, dtype=dtype, device="cpu")
-    return column({name: tensors.get(name, empty)}, name, dtype, count, widths)
-
-
 def _change(tensors: Mapping[str, Tensor], now: Snapshot) -> Change:
     """Return the change of a version, checked against the codebook that it is made to."""
-    keys = _get(tensors, "keys", now.dtype, now.key_dim)
-    values = _get(tensors, "values", now.dtype, now.value_dim)
-    lengths = _get(tensors, "labels.length", torch.int64)
-    labels = unpack_labels(lengths, _get(tensors, "labels.ids", torch.int64))
-    fresh, counts = _get(tensors, "ids", torch.int64), now.counts
+    keys = column_or_empty(tensors, "keys", now.dtype, now.key_dim)
+    values = column_or_empty(tensors, "values", now.dtype, now.value_dim)
+    lengths = column_or_empty(tensors, "labels.length", torch.int64)
+    labels = unpack_labels(lengths, column_or_empty(tensors, "labels.ids", torch.int64))
+    fresh, counts = column_or_empty(tensors, "ids", torch.int64), now.counts
     newest = int(now.ids[-1]) if now.rows else -1
     if len(fresh) and (int(fresh[0]) <= newest or not bool(_ascends(fresh))):
         raise CodebookCorrupt(f"ids must ascend beyond {newest}")
-    rows, total = _get(tensors, "rows", torch.int64), now.rows + len(fresh)
+    rows, total = column_or_empty(tensors, "rows", torch.int64), now.rows + len(fresh)
     if not _ascends(rows) or (len(rows) and not 0 <= int(rows[0]) <= int(rows[-1]) < total):
         raise CodebookCorrupt(f"rows must ascend within the {total} there are")
     if int((rows >= now.rows).sum()) != len(fresh):
         raise CodebookCorrupt("rows must hold every row that is new")
     columns = {
-        name: _get(tensors, f"rows.{name}", dtype, count=len(rows))
+        name: column_or_empty(tensors, f"rows.{name}", dtype, count=len(rows))
         for name, dtype in ROW_COLUMNS.items()
         if name != "id"
     }
-    slots = (counts.keys + len(keys), counts.values + len(values), counts.labels + len(lengths))
+    after = Counts(
+        rows=total,
+        keys=counts.keys + len(keys),
+        values=counts.values + len(values),
+        labels=counts.labels + len(lengths),
+    )
     refuse(not_finite(name, each) for name, each in (("keys", keys), ("values", values)))
     refuse([outside("ids", fresh, MAX_NUMBER)])
-    refuse(
-        row_faults({f"rows.{name}": each for name, each in columns.items()}, Counts(total, *slots))
-    )
+    refuse(row_faults({f"rows.{name}": each for name, each in columns.items()}, after))
     return Change(keys, values, labels.between(0, len(labels)), fresh, rows, columns)
 
 
@@ -152,18 +143,18 @@ def _steps(
     """
     edits, events = EDITS.from_record(tensors), EVENTS.from_record(tensors)
     count = len(edits["id"])
-    queries = _get(tensors, "edits.query", now.dtype, now.key_dim, count=count)
-    bases = _get(tensors, "bases", torch.int64, len(schema.BASES))
-    refuse(faults(edits, queries, events, bases, Counts.of(now)))
+    queries = column_or_empty(tensors, "edits.query", now.dtype, now.key_dim, count=count)
+    bases = column_or_empty(tensors, "bases", torch.int64, len(schema.BASES))
+    refuse(faults(edits, queries, events, bases, now.counts))
     queries, labels = queries.to(now.device), now.label_slots
     steps: tuple[Iterator[Step], ...] = (
         (schema.recorded(edits, at, queries[at], labels, texts) for at in range(count)),
         (schema.event(events, at) for at in range(len(events["row"]))),
         (BaseRecorded(row, Base(*slots)) for row, *slots in bases.tolist()),
-        (Undone(edit) for edit in _get(tensors, "forgotten", torch.int64).tolist()),
+        (Undone(edit) for edit in column_or_empty(tensors, "forgotten", torch.int64).tolist()),
         repeat(Reset()),
     )
-    for kind in _get(tensors, "order", torch.uint8).tolist():
+    for kind in column_or_empty(tensors, "order", torch.uint8).tolist():
         if kind >= len(_KINDS):
             raise CodebookCorrupt(f"order must hold kinds below {len(_KINDS)}, got {kind}")
         step = next(steps[kind], None)

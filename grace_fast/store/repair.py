@@ -20,11 +20,11 @@ from typing import Any
 
 from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, saved
-from grace_fast.store.damage import Damaged, Repaired
 from grace_fast.store.large import resident
 from grace_fast.store.locks import LOCK, Lock
 from grace_fast.store.repair_book import BookRepair
 from grace_fast.store.repair_edits import EditsRepair
+from grace_fast.store.salvage import Repaired
 
 
 def repair(
@@ -53,8 +53,11 @@ def repair(
             raise ValueError(f"{folder} is signed: give its hmac_key")
         report = Repaired(folder)
         if not _is_sound(folder, config, hmac_key, max_radius):
-            damaged = Damaged(folder, config, hmac_key, max_radius, keep_rows, report)
-            work = BookRepair(damaged) if files.is_mapped(config) else EditsRepair(damaged)
+            work = (
+                BookRepair(folder, config, hmac_key, max_radius, report)
+                if files.is_mapped(config)
+                else EditsRepair(folder, hmac_key, max_radius, keep_rows, report)
+            )
             with _backed_up(folder) as backup:
                 work.write()
             report.kept = backup

@@ -20,23 +20,19 @@ from grace_fast.errors import CodebookCorrupt
 from grace_fast.store import atomic, files, history_columns, saved, side_files, tensor_files
 from grace_fast.store.checks import check_radii
 from grace_fast.store.columns import pack_codebook, unpack_codebook
-from grace_fast.store.damage import (
-    Damaged,
-    Repaired,
-    list_rows,
-    read_columns,
-    require_rows,
-    without_rows,
-)
 from grace_fast.store.journal import Entry, JournalFile
 from grace_fast.store.records import redo
 from grace_fast.store.salvage import (
     CorruptSlots,
     Dropped,
+    Repaired,
     SalvagedHistory,
     Untrusted,
     mend_rows,
+    read_columns,
+    require_rows,
     without_corrupt_slots,
+    without_rows,
 )
 from grace_fast.store.versions import journal_place
 
@@ -50,13 +46,19 @@ class EditsRepair:
     Raises: CodebookCorrupt where there is nothing to stand on.
     """
 
-    def __init__(self, damaged: Damaged) -> None:
-        folder, report = damaged.folder, damaged.report
-        self._folder, self._key = folder, damaged.hmac_key
-        self._saved = saved.read_saved(folder, self._key, damaged.max_radius)
+    def __init__(
+        self,
+        folder: Path,
+        hmac_key: bytes | None,
+        max_radius: float | None,
+        keep_rows: bool,
+        report: Repaired,
+    ) -> None:
+        self._folder, self._key = folder, hmac_key
+        self._saved = saved.read_saved(folder, hmac_key, max_radius)
         self._config = config = self._saved.config
         self._max_radius = self._saved.settings.max_radius
-        self._keep_rows, self._report = damaged.keep_rows, report
+        self._keep_rows, self._report = keep_rows, report
         self._untrusted = Untrusted()
         columns, is_readable = read_columns(folder, config.get("tensors"), report)
         has_journal = config.get("journal") is not None
@@ -64,13 +66,12 @@ class EditsRepair:
         if not fits:
             columns = self._mended(columns, is_readable, drops=not has_journal)
         self._entries: list[Entry] = []
-        if has_journal:
-            self._take_versions(columns)
-        else:
-            self._book, self._history = self._saved.unpack(columns)
         self._is_folded = not fits or not has_journal
         if has_journal:
+            self._take_versions(columns)
             self._finish()
+        else:
+            self._book, self._history = self._saved.unpack(columns)
 
     def _fits(self, columns: Mapping[str, Tensor]) -> bool:
         try:
@@ -112,7 +113,7 @@ class EditsRepair:
         out = untrusted.unexplained | (untrusted.numbers if drops else {})
         mended, edits = history.without(out.keys())
         gone = untrusted.gone(self._keep_rows)
-        self._report.dropped += list_rows(untrusted, self._keep_rows, live) if drops else []
+        self._report.dropped += untrusted.dropped(self._keep_rows, live) if drops else []
         self._report.dropped += [Dropped("edit", edit, why) for edit, why in edits]
         silent = {row: why for row, why in gone.items() if drops or row in untrusted.unexplained}
         numbers = mended["edits.id"].tolist() + mended["events.edit"].tolist()

@@ -9,18 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from grace_fast.store.checks import Counts, column, row_faults, too_wide
+from grace_fast.codebook.pages import Counts
+from grace_fast.errors import CodebookCorrupt
+from grace_fast.store import tensor_files
+from grace_fast.store.checks import column, row_faults, too_wide
+from grace_fast.store.columns import ROW_COLUMNS, row_columns
 from grace_fast.store.history_check import HistoryColumns, check, faults, order_faults
 from grace_fast.store.schema import BASES, EDITS, EVENTS, Columns
 
 _DEAD = -1.0  # the radius of a row that was dropped
-HISTORY = ("edits.", "events.", "bases")  # how the names of its columns begin
+_HISTORY = ("edits.", "events.", "bases")  # how the names of its columns begin
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,21 @@ class Dropped:
     what: str  # row, edit, version, label or file
     number: int | None  # of a row, an edit or a version
     why: str
+
+
+@dataclass
+class Repaired:
+    """The report of a repair; where the directory was sound, nothing was changed."""
+
+    path: Path
+    kept: Path | None = None  # where the directory lies as it was; None where it was sound
+    dropped: list[Dropped] = field(default_factory=list)
+    made_again: list[str] = field(default_factory=list)  # what was damaged, and nothing is lost by
+
+    @property
+    def was_sound(self) -> bool:
+        """Whether there was nothing to repair."""
+        return self.kept is None
 
 
 @dataclass
@@ -46,6 +67,11 @@ class Untrusted:
         """Return the rows that answer no more; keep_rows: those stay that are only unexplained."""
         return dict(self.numbers) if keep_rows else self.unexplained | self.numbers
 
+    def dropped(self, keep_rows: bool, live: Tensor) -> list[Dropped]:
+        """Return the live rows among them, for the report."""
+        gone = sorted(self.gone(keep_rows).items())
+        return [Dropped("row", row, why) for row, why in gone if bool(live[row])]
+
 
 @dataclass(frozen=True)
 class CorruptSlots:
@@ -59,6 +85,46 @@ class CorruptSlots:
         corrupt: Tensor = getattr(self, name)
         inside = (slots >= 0) & (slots < len(corrupt))
         return inside & corrupt[slots.masked_fill(~inside, 0)] if len(corrupt) else inside
+
+
+def read_columns(folder: Path, described: Any, report: Repaired) -> tuple[dict[str, Tensor], bool]:
+    """Return the columns of a directory that are what was saved, and whether its history is.
+
+    Raises: CodebookCorrupt where rows cannot be told without one that is not.
+    """
+    wrong: set[str] = set()
+    columns = tensor_files.read_file(folder, described, wrong)
+    history = {name for name in wrong if name.startswith(_HISTORY)}
+    labels = wrong & {"labels.length", "labels.ids"}
+    needed = sorted(wrong - history - labels)
+    if needed:
+        raise CodebookCorrupt(
+            f"{folder}: {needed} of {described['file']} are not what was saved (checksum), and "
+            "nothing tells which rows are meant; take the directory from a backup",
+            field=needed[0],
+        )
+    if labels and "labels.length" in columns:
+        columns["labels.length"] = torch.full_like(columns["labels.length"], -1)
+        columns["labels.ids"] = torch.zeros(0, dtype=torch.int64, device="cpu")
+        report.dropped.append(Dropped("label", None, "the labels are not what was saved"))
+    return columns, not history
+
+
+def without_rows(live: Tensor, rows: Mapping[int, str]) -> Tensor:
+    """Return which rows are live once some are removed."""
+    left = live.clone()
+    left[list(rows)] = False
+    return left
+
+
+def require_rows(columns: Mapping[str, Tensor]) -> None:
+    """Raise CodebookCorrupt, naming it, for a column of rows or labels that cannot be read."""
+    try:
+        row_columns(columns)
+    except CodebookCorrupt as error:
+        dtype = ROW_COLUMNS.get(str(error.field).removeprefix("rows."), torch.int64)
+        message = f"{error.field} must be {dtype}, one for each row"
+        raise CodebookCorrupt(message, field=error.field) from error
 
 
 def without_corrupt_slots(slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +162,7 @@ def mend_rows(
 
 def _counts(columns: Mapping[str, Tensor], corrupt: CorruptSlots) -> Counts:
     rows, labels = len(columns["rows.live"]), len(columns["labels.length"])
-    return Counts(rows, len(corrupt.keys), len(corrupt.values), labels)
+    return Counts(rows=rows, keys=len(corrupt.keys), values=len(corrupt.values), labels=labels)
 
 
 class SalvagedHistory:

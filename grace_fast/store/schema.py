@@ -18,7 +18,7 @@ from torch import Tensor
 
 from grace_fast.edits.edit import Edit, EditRecorded, Event
 from grace_fast.semantics import Outcome
-from grace_fast.store.checks import column
+from grace_fast.store.checks import column, column_or_empty
 
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 NONE = -1  # the number of a field that is None
@@ -107,8 +107,7 @@ class Schema:
         columns, count = {}, None
         for name, fields, dtype in self._tensors():
             widths = () if name != self.name and len(fields) == 1 else (len(fields),)
-            empty = torch.zeros(0, *widths, dtype=dtype, device="cpu")
-            found = column({name: tensors.get(name, empty)}, name, dtype, count, widths)
+            found = column_or_empty(tensors, name, dtype, *widths, count=count)
             count = len(found)
             parts = found.reshape(count, len(fields)).unbind(1)
             for field, part in zip(fields, parts, strict=True):

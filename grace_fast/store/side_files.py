@@ -118,11 +118,8 @@ def page_bytes_of(path: Path) -> int:
     Raises: CodebookCorrupt where it is no regular file, no file of SQLite's, has another name, or
     asks for a write-ahead log; OSError where it cannot be read.
     """
-    descriptor = open_regular(path, os.O_RDWR)
-    try:
-        head = os.pread(descriptor, 100, 0)
-    finally:
-        os.close(descriptor)
+    with os.fdopen(open_regular(path, os.O_RDWR), "rb") as file:
+        head = file.read(100)
     if len(head) < 100 or head[:16] != _FILE_MAGIC:
         raise CodebookCorrupt(f"{path} is not what was written: it is no file of SQLite's")
     if head[18:20] != b"\1\1":
@@ -157,9 +154,7 @@ def _names_another(descriptor: int, size: int) -> bool:
     if size < 16:
         return False
     length, checksum, magic = struct.unpack(">II8s", os.pread(descriptor, 16, size - 16))
-    if magic != _MAGIC or not 0 < length <= size - 16:
-        return False
-    if length > 1 << 16:  # than any path
+    if magic != _MAGIC or not 0 < length <= min(size - 16, 1 << 16):  # no path is longer
         return False
     name = os.pread(descriptor, length, size - 16 - length)
     signed = struct.unpack(f"{len(name)}b", name)  # as most processors have their characters

@@ -89,13 +89,19 @@ def read_file(path: str | Path, described: Any, wrong: set[str] | None = None) -
     if not isinstance(described, dict) or not isinstance(described.get("sha256"), dict):
         raise CodebookCorrupt(f"{path}: {CONFIG} does not describe its tensors")
     file, sums = place(path, described.get("file")), described["sha256"]
+    tensors: dict[str, Tensor] = {}
     try:
         descriptor = open_regular(file)
     except OSError as error:
         raise CodebookCorrupt(f"{file} is missing: the codebook is not complete") from error
     try:
-        found = headers.check(descriptor, sums.keys())
-        tensors = _read_all(descriptor, found, wrong)
+        for tensor_name, each in headers.check(descriptor, sums.keys()).items():
+            try:
+                tensors[tensor_name] = _read(descriptor, tensor_name, each)
+            except CodebookCorrupt as error:
+                if wrong is None or error.field is None:
+                    raise
+                wrong.add(tensor_name)
     except CodebookCorrupt as error:
         raise CodebookCorrupt(
             f"{file} is truncated or no safetensors file: {error}", field=error.field, row=error.row
@@ -112,20 +118,6 @@ def read_file(path: str | Path, described: Any, wrong: set[str] | None = None) -
             raise CodebookCorrupt(
                 f"{file}: {tensor_name} is not what was saved (checksum)", field=tensor_name
             )
-    return tensors
-
-
-def _read_all(
-    descriptor: int, found: Mapping[str, Described], wrong: set[str] | None
-) -> dict[str, Tensor]:
-    tensors = {}
-    for name, each in found.items():
-        try:
-            tensors[name] = _read(descriptor, name, each)
-        except CodebookCorrupt as error:
-            if wrong is None or error.field is None:
-                raise
-            wrong.add(name)
     return tensors
 
 

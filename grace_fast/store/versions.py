@@ -106,12 +106,10 @@ class Difference:
 def difference(one: tuple[Snapshot, History], other: tuple[Snapshot, History]) -> Difference:
     """Return what a version has otherwise than an earlier one of the same directory."""
     (before, old), (after, new) = one, other
-    shared = min(before.rows, after.rows)
-    live = [each.live.tolist() for each in (before, after)]
-    both = [row for row in range(shared) if live[0][row] and live[1][row]]
+    listed = [{*each.live.nonzero()[:, 0].tolist()} for each in (before, after)]
+    both = sorted(listed[0] & listed[1])
     radii = [each.radii.tolist() for each in (before, after)]
     slots = [each.column("value_slot").tolist() for each in (before, after)]
-    listed = [{row for row, alive in enumerate(each) if alive} for each in live]
     return Difference(
         sorted(listed[1] - listed[0]),
         sorted(listed[0] - listed[1]),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -87,17 +88,14 @@ def with_codes(book: Codebook) -> tuple[Snapshot, dict[str, Tensor] | None]:
 
 
 def _write(path: Path, name: str, slots: Tensor, count: int, file: MappedFile | None) -> Written:
-    writer = RowWriter(path, name, slots.shape[1], slots.dtype)
     step = max(1, _CHUNK_BYTES // (slots.shape[1] * slots.dtype.itemsize))
-    try:
+    with closing(RowWriter(path, name, slots.shape[1], slots.dtype)) as writer:
         for first in range(0, count, step):
             last = min(first + step, count)
             if file is not None:
                 file.test_rows(first, last)
             writer.append(slots[first:last].cpu())
         return writer.finish()
-    finally:
-        writer.close()
 
 
 def publish(

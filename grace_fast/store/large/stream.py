@@ -56,7 +56,13 @@ def build(
     resident.refuse_taken(folder)
     with _locked(folder / resident.BUILDING) as work:
         try:
-            _make(folder, work, blocks, rows, threads or torch.get_num_threads(), progress)
+            unfinished = _Unfinished(folder, work)
+            with _bar(progress, "rows", rows) as bar:
+                written = unfinished.write(blocks, bar)
+            with _bar(progress, "codes", written["keys"].shape.rows) as bar:
+                threads = threads or torch.get_num_threads()
+                snapshot, coded = unfinished.encode(written, threads, bar)
+            unfinished.publish(written, snapshot, coded)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -65,22 +71,6 @@ def build(
             ) from error
         shutil.rmtree(work)
     return resident.open(folder)
-
-
-def _make(
-    folder: Path,
-    work: Path,
-    blocks: Blocks,
-    rows: int | None,
-    threads: int,
-    progress: bool | None,
-) -> None:
-    unfinished = _Unfinished(folder, work)
-    with _bar(progress, "rows", rows) as bar:
-        written = unfinished.write(blocks, bar)
-    with _bar(progress, "codes", written["keys"].shape.rows) as bar:
-        snapshot, coded = unfinished.encode(written, threads, bar)
-    unfinished.publish(written, snapshot, coded)
 
 
 class _Unfinished:

@@ -11,8 +11,8 @@ import grace_fast as gf
 from grace_fast.edits import verify as replays
 from grace_fast.edits.edit import Edit
 from grace_fast.store import repair as repairing
-from grace_fast.store.damage import Repaired
 from grace_fast.store.files import read_config
+from grace_fast.store.salvage import Repaired
 from grace_fast.store.saved import read_newest
 from grace_fast.tools.cli.command import (
     FAILED,
