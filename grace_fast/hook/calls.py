@@ -190,7 +190,7 @@ def _announcing(forward: Method, listeners: _Listeners) -> Method:
             if depth == 0 or not stack or one not in stack[-1].depths:
                 for modules, name, module in one.attachment.seat.steps:
                     if modules.get(name) is not module:
-                        one.look_after_layer()
+                        one.attachment.look_after_layer()
                         break
         at, entered, result = len(stack), Entered(), None
         entered.depths, entered.arguments = listeners.depths, arguments
@@ -218,15 +218,15 @@ def _traced(
     arguments: Mapping[str, Any],
     listeners: _Listeners,
 ) -> Any:
-    told = [one for one, depth in listeners.adaptors if depth == 0 or not one.graphs.is_traced()]
+    told = [one for one, depth in listeners.adaptors if depth == 0 or one.graphs.order is None]
     for one, depth in listeners.adaptors:
-        if not one.graphs.is_traced():
+        if one.graphs.order is None:
             one.graphs.trace(arguments, depth)
     try:
         return forward(*args, **kwargs)
     finally:
         for one in told:
-            one.graphs.end_trace()
+            one.graphs.order = None  # what is compiled next is another call
 
 
 def _of(module: nn.Module, forward: Method) -> Method:

@@ -191,8 +191,7 @@ def prompt_end(call: Call) -> Tensor | None:
     tokens, mask = call.tokens, call.mask
     if tokens is None or not tokens.shape[1]:
         return None
-    length = tokens.shape[1]
-    if mask is None or len(mask) != len(tokens) or mask.shape[1] < length:
-        return torch.full((len(tokens),), length - 1, dtype=torch.int64, device=tokens.device)
+    if mask is None or len(mask) != len(tokens) or mask.shape[1] < tokens.shape[1]:
+        return last_unmasked(None, len(tokens), tokens.shape[1], tokens.device)
     # A mask that is longer than the tokens covers what is in the cache.
     return last_unmasked(mask, len(tokens), mask.shape[1], tokens.device)
