@@ -60,6 +60,8 @@ __all__ = [
     "using",
 ]
 
+import_module("grace_fast.store.large")  # what `Codebook.open`, `save` and `build` do
+
 # The references' surfaces are read when they are asked for; nothing else looks at them.
 _COMPAT = {"GRACE": "reference", "accelerate": "takeover"}
 

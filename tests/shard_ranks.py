@@ -18,7 +18,8 @@ import grace_fast as gf
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.apply import apply
 from grace_fast.edits.history import History
-from grace_fast.lookup.sharded import RankLost, ShardedCodebook, ShardedSnapshot, ShardsDiffer
+from grace_fast.errors import RankLost, ShardsDiffer
+from grace_fast.lookup.sharded import ShardedCodebook, ShardedSnapshot
 from grace_fast.semantics import Rules
 
 WIDTH, VALUE = 12, 3

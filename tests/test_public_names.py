@@ -83,6 +83,17 @@ def test_the_command_line_runs_by_its_old_name():
     assert done.stdout.strip() == gf.__version__, done.stderr
 
 
+def test_a_codebook_is_saved_and_opened_by_a_process_that_imported_nothing_else(tmp_path):
+    program = (
+        "import grace_fast as gf\n"
+        f"gf.Codebook(4, 4).save({str(tmp_path / 'book')!r})\n"
+        f"print(gf.Codebook.open({str(tmp_path / 'book')!r}))\n"
+    )
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("Codebook(0 keys, key_dim=4"), done.stderr
+
+
 def test_what_never_was_is_not_there():
     with pytest.raises(AttributeError, match="has no attribute 'never_was'"):
         gf.never_was  # noqa: B018

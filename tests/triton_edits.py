@@ -34,7 +34,7 @@ def assert_lawful(queries: Tensor, snapshot: Snapshot, what: str) -> None:
 
 def by_codes(book: gf.Codebook) -> bool:
     table = backend._tables.of(book.snapshot(), backend.Table)
-    return table._state is not None and table._certificate.current is table._state
+    return table._state is not None and table._index.current is table._state
 
 
 def edits(device: str) -> None:
@@ -94,7 +94,7 @@ def edits(device: str) -> None:
 def settle(book: gf.Codebook) -> None:
     """Wait for the codes of the keys that are there."""
     gf.find(book.keys[:1], book, backend="triton")
-    backend._tables.of(book.snapshot(), backend.Table)._certificate.settle()
+    backend._tables.of(book.snapshot(), backend.Table)._index.settle()
     gf.find(book.keys[:1], book, backend="triton")
 
 

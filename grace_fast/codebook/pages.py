@@ -36,13 +36,7 @@ class Page:
 
     def copy(self) -> Page:
         """Return a page of its own memory with the same rows."""
-        return Page(
-            self.radius.clone(),
-            self.live.clone(),
-            self.key_slot.clone(),
-            self.value_slot.clone(),
-            self.label_slot.clone(),
-        )
+        return Page(*(getattr(self, name).clone() for name in COLUMNS))
 
 
 @dataclass(frozen=True)

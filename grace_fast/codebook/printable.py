@@ -6,11 +6,10 @@ whoever hands a text to Rich, Jinja or Matplotlib hands it over as plain text.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Iterable
 from typing import IO, Any
 
-from grace_fast.errors import Spell, escape, spelt
+from grace_fast.errors import escape, spelt
 
 __all__ = ["escape", "fit", "for_plot", "listed", "spelt"]
 
@@ -22,7 +21,7 @@ def fit(text: Any, stream: IO[str] | None, keep: str = "") -> str:
     try:
         line.encode(encoding)
     except UnicodeEncodeError:
-        return "".join(map(_fitting(encoding), line))
+        return "".join(_fitting(character, encoding) for character in line)
     except LookupError:  # an encoding that Python does not know
         return line.encode("ascii", "backslashreplace").decode("ascii")
     return line
@@ -45,14 +44,9 @@ def listed(names: Iterable[Any], most: int = 20) -> str:
     return f"{', '.join(every[:most])} and {len(every) - most:,} more"
 
 
-def _fitting(encoding: str) -> Spell:
-    encode = codecs.getencoder(encoding)
-
-    def fitting(character: str) -> str:
-        try:
-            encode(character)
-        except UnicodeEncodeError:
-            return escape(character)
-        return character
-
-    return fitting
+def _fitting(character: str, encoding: str) -> str:
+    try:
+        character.encode(encoding)
+    except UnicodeEncodeError:
+        return escape(character)
+    return character

@@ -68,11 +68,6 @@ class Snapshot(NotCopied):
         return self.counts.rows
 
     @property
-    def is_draft(self) -> bool:
-        """Whether this may yet be dropped: back ends keep nothing of it."""
-        return self.cached is None
-
-    @property
     def widest(self) -> float:
         """At least every radius; what some row had once, 0 where none was positive."""
         return max(0.0, self.counts.widest)

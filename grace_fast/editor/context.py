@@ -170,8 +170,8 @@ class EditContext:
         """Raise RuntimeError where the layer is out of reach."""
         if not self.is_attached:
             raise RuntimeError("this editor was unloaded; attach() again")
-        self.adapter.look_after_layer()
-        if self.adapter.is_lost:
+        self.adapter.attachment.look_after_layer()
+        if self.adapter.attachment.is_lost:
             raise RuntimeError(
                 f"{self.settings.layer} left the model: unload() this editor, and attach its "
                 "codebook to another layer"

@@ -228,14 +228,14 @@ class Grace:
         Each one fires, is superseded by a later edit (named), or is broken; broken is a failure,
         and so is a layer that left the model, for nobody asks then.
         """
-        self._adapter.look_after_layer()
+        self._adapter.attachment.look_after_layer()
         if self._adapter.book is None:
             return Verification(())
         with self.codebook.held() as snapshot:
             history = self._context.history.copy()
         found = verify(history, snapshot, self.settings.rules(snapshot.dtype))
         is_there = any(module is self._context.host.model for module in self.model.modules())
-        return replace(found, is_asked=is_there and not self._adapter.is_lost)
+        return replace(found, is_asked=is_there and not self._adapter.attachment.is_lost)
 
     # For a while
 

@@ -38,7 +38,7 @@ from grace_fast.hook.recompute import RecomputeCache
 from grace_fast.hook.training_override import TrainingOverride
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
-from grace_fast.lookup.lookup import Match
+from grace_fast.lookup.match import Match
 from grace_fast.lookup.prepared import Prepared
 
 
@@ -77,11 +77,6 @@ class Adapter:
         return self.site.layer
 
     @property
-    def is_lost(self) -> bool:
-        """Whether the layer left the model, and nothing like it is in its place."""
-        return self.attachment.is_lost
-
-    @property
     def book(self) -> Codebook | None:
         """The codebook that answers: anything that finds queries, and values of rows."""
         book: Codebook | None = self._answers.book
@@ -103,10 +98,6 @@ class Adapter:
         """Take the hooks out; the model is as it was."""
         self.attachment.remove()
         self.graphs.forget()
-
-    def look_after_layer(self) -> None:
-        """Follow the layer where other libraries moved it or put another module in its place."""
-        self.attachment.look_after_layer()
 
     # In the forward call
 

@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary, WeakSet
 from torch import nn
 
 from grace_fast.codebook import forks
-from grace_fast.hook import calls, compile, generation, wrappers
-from grace_fast.hook.counters import LookupWarning
+from grace_fast.errors import LookupWarning
+from grace_fast.hook import calls, compile, wrappers
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
 from grace_fast.hook.virtual_tokens import Virtual
@@ -113,7 +113,7 @@ class Attachment:
     def install(self) -> None:
         """Put the hooks in."""
         self._is_installed = True
-        generation.listen(self._site.model, self._adaptor)
+        calls.listen_to_generate(self._site.model, self._adaptor)
         self._hang_on(self._site.layer)
 
     def remove(self) -> None:
@@ -123,7 +123,7 @@ class Attachment:
             self._take_off(module)
         _attached[self._site.layer].discard(self._site.name)
         self._listen_to([])
-        generation.stop_listening(self._site.model, self._adaptor)
+        calls.stop_listening(self._site.model, "generate", self._adaptor)
 
     def look_after_layer(self) -> None:
         """Follow the layer where other libraries moved it or put another module in its place."""
@@ -149,14 +149,14 @@ class Attachment:
         model, adaptor = self._site.model, self._adaptor
         for stack in before:
             if all(stack is not other for other in stacks):
-                calls.stop_listening(stack, adaptor)
+                calls.stop_listening(stack, "forward", adaptor)
                 if stack is not model:
-                    generation.stop_listening(stack, adaptor)
+                    calls.stop_listening(stack, "generate", adaptor)
         for depth, stack in enumerate(stacks):
             if all(stack is not other for other in before):
                 calls.listen(stack, adaptor, depth)
                 if stack is not model:
-                    generation.listen(stack, adaptor)
+                    calls.listen_to_generate(stack, adaptor)
 
     def _settle(self) -> None:
         """Find the layer; where it left the model, go to the module that was put in its place.

@@ -1,4 +1,4 @@
-"""Forward-call tracking: what the calls in progress were given, of modules whose call names tokens.
+"""Method-call tracking: what the calls in progress were given, of modules whose call names tokens.
 
 `forward` is wrapped on the instance, as `generate` is, so that it is seen whoever calls it: the
 module, a library that calls `model.forward(...)` by name, or the model around it. A call is only
@@ -10,10 +10,10 @@ than it was given, or was passed by.
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.hooks import RemovableHandle
 
-from grace_fast.hook import compile, positions
+from grace_fast.hook import compile, generation, positions, wrappers
 from grace_fast.hook.generation import Generation, Source, cache_of
 from grace_fast.hook.positions import CACHES, Call
 
-Forward = Callable[..., Any]
+Method = Callable[..., Any]
 
 
 class Frame:
@@ -85,34 +85,23 @@ def is_recorded() -> bool:
 
 
 class _Listeners:
-    """The adaptors that a module is wrapped for."""
+    """The adaptors that a module's `forward` or `generate` is wrapped for."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: nn.Module, method: str) -> None:
+        self.module = module
         self.adaptors: tuple[tuple[Any, int], ...] = ()  # how deep in each one's model it lies
         self.depths: dict[Any, int] = {}  # the same; neither is changed itself
-        self.had_its_own = "forward" in vars(module)
-        self.names = tuple(inspect.signature(module.forward).parameters)
-        self._hook: RemovableHandle | None = None
+        self.had_its_own = method in vars(module)
+        self.names = wrappers.parameters_of(module)
+        self.hook: RemovableHandle | None = None  # before `forward`
 
-    def add(self, adaptor: Any, depth: int) -> None:
-        """Take one more; look at the module's calls, too, before its `forward` runs."""
-        self._set((*self.adaptors, (adaptor, depth)))
-        if self._hook is None:
-            self._hook = self._module.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def discard(self, adaptor: Any) -> None:
-        """Take one away; without any, look no more."""
-        self._set(tuple(pair for pair in self.adaptors if pair[0] is not adaptor))
-        if not self.adaptors and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _set(self, adaptors: tuple[tuple[Any, int], ...]) -> None:
+    def set(self, adaptors: tuple[tuple[Any, int], ...]) -> None:
+        """Be those of these adaptors."""
         self.adaptors, self.depths = adaptors, dict(adaptors)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module is not self._module:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at a call of the module before its `forward` runs."""
+        if module is not self.module:
             in_progress.copy = module
         elif torch.compiler.is_compiling():
             for one, depth in self.adaptors:
@@ -122,31 +111,70 @@ class _Listeners:
 
 def listen(module: nn.Module, adaptor: Any, depth: int) -> None:
     """Note every call of a module that lies so deep in an adaptor's model, 0 outermost."""
-    forward: Forward = module.forward
-    listeners: _Listeners | None = getattr(forward, "grace_adaptors", None)
+    listeners = _listen(module, "forward", _announcing, adaptor, depth)
+    if listeners.hook is None:
+        listeners.hook = module.register_forward_pre_hook(listeners.before, with_kwargs=True)
+
+
+def listen_to_generate(model: nn.Module, adaptor: Any) -> None:
+    """Tell an adaptor when a model generates, so that it holds what the prompts find."""
+    if getattr(model, "generate", None) is not None:
+        _listen(model, "generate", _announcing_prompts, adaptor, 0)
+
+
+def _listen(
+    module: nn.Module,
+    method: str,
+    announcing: Callable[[Method, _Listeners], Method],
+    adaptor: Any,
+    depth: int,
+) -> _Listeners:
+    original: Method = getattr(module, method)
+    listeners: _Listeners | None = getattr(original, "grace_adaptors", None)
     if listeners is None:
-        listeners = _Listeners(module)
-        module.__dict__["forward"] = _announcing(forward, listeners)
-    listeners.add(adaptor, depth)
+        listeners = _Listeners(module, method)
+        wrapper: Any = functools.wraps(original)(announcing(original, listeners))
+        wrapper.grace_adaptors, wrapper.grace_original = listeners, original
+        wrapper.grace_wrapper = wrapper  # who wraps it takes this along
+        module.__dict__[method] = wrapper
+    listeners.set((*listeners.adaptors, (adaptor, depth)))
+    return listeners
 
 
-def stop_listening(module: nn.Module, adaptor: Any) -> None:
-    """Take an adaptor off; with the last one `forward` is the module's own again."""
-    wrapper = vars(module).get("forward")
+def stop_listening(module: nn.Module, method: str, adaptor: Any) -> None:
+    """Take an adaptor off; with the last one `forward` or `generate` is the module's own again."""
+    wrapper = vars(module).get(method)
     listeners: _Listeners | None = getattr(wrapper, "grace_adaptors", None)
     if wrapper is None or listeners is None:
         return
-    listeners.discard(adaptor)
-    if listeners.adaptors or wrapper.grace_wrapper is not wrapper:
+    listeners.set(tuple(pair for pair in listeners.adaptors if pair[0] is not adaptor))
+    if listeners.adaptors:
+        return
+    if listeners.hook is not None:
+        listeners.hook.remove()
+        listeners.hook = None
+    if wrapper.grace_wrapper is not wrapper:
         return  # another library has wrapped it since: it passes calls on
     if listeners.had_its_own:
-        module.__dict__["forward"] = wrapper.grace_original
+        module.__dict__[method] = wrapper.grace_original
     else:
-        del module.__dict__["forward"]
+        del module.__dict__[method]
 
 
-def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
-    @functools.wraps(forward)
+def _announcing_prompts(generate: Method, listeners: _Listeners) -> Method:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        own = getattr(listeners.module, "generation_config", None)
+        is_draft = bool(getattr(kwargs.get("generation_config") or own, "is_assistant", False))
+        call = generation.prompt_of(args, kwargs)
+        with ExitStack() as holds:
+            for one, _ in listeners.adaptors:
+                holds.enter_context(one.generating(call, is_draft))
+            return generate(*args, **kwargs)
+
+    return wrapper
+
+
+def _announcing(forward: Method, listeners: _Listeners) -> Method:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         # Every call of the model comes through here: what is usual calls no function of ours.
         arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
@@ -162,7 +190,7 @@ def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
             if depth == 0 or not stack or one not in stack[-1].depths:
                 for modules, name, module in one.attachment.seat.steps:
                     if modules.get(name) is not module:
-                        one.look_after_layer()
+                        one.attachment.look_after_layer()
                         break
         at, entered, result = len(stack), Entered(), None
         entered.depths, entered.arguments = listeners.depths, arguments
@@ -180,34 +208,31 @@ def _announcing(forward: Forward, listeners: _Listeners) -> Forward:
                     frame.end(entered, result)
         return result
 
-    wrapper.grace_adaptors = listeners  # type: ignore[attr-defined]
-    wrapper.grace_original = forward  # type: ignore[attr-defined]
-    wrapper.grace_wrapper = wrapper  # type: ignore[attr-defined]  # who wraps it takes this along
     return wrapper
 
 
 def _traced(
-    forward: Forward,
+    forward: Method,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     arguments: Mapping[str, Any],
     listeners: _Listeners,
 ) -> Any:
-    told = [one for one, depth in listeners.adaptors if depth == 0 or not one.graphs.is_traced()]
+    told = [one for one, depth in listeners.adaptors if depth == 0 or one.graphs.order is None]
     for one, depth in listeners.adaptors:
-        if not one.graphs.is_traced():
+        if one.graphs.order is None:
             one.graphs.trace(arguments, depth)
     try:
         return forward(*args, **kwargs)
     finally:
         for one in told:
-            one.graphs.end_trace()
+            one.graphs.order = None  # what is compiled next is another call
 
 
-def _of(module: nn.Module, forward: Forward) -> Forward:
+def _of(module: nn.Module, forward: Method) -> Method:
     """Return a module's own `forward`, where it is a copy of the one that was wrapped."""
     own: Any = getattr(forward, "__func__", None)
     if own is None or own is not type(module).forward:
         return forward
-    bound: Forward = own.__get__(module)
+    bound: Method = own.__get__(module)
     return bound

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from grace_fast.codebook import forks, printable
-from grace_fast.errors import LookupWarning as LookupWarning
+from grace_fast.errors import LookupWarning
 from grace_fast.lookup.backends.cpu import EFFORT
 from grace_fast.lookup.match import Match
 
@@ -83,25 +83,18 @@ class Counters:
         return sum(self.failures.values())
 
 
+@dataclass(slots=True)
 class _Cell:
     """What one thread counted, and those whose cell it took over."""
 
-    __slots__ = (
-        "buckets",
-        "certified_misses",
-        "hits",
-        "queries",
-        "rechecks",
-        "seconds",
-        "without_effort",
-        "without_hits",
-    )
-
-    def __init__(self) -> None:
-        self.buckets = [0] * (len(BOUNDS) + 1)
-        self.queries = self.hits = self.certified_misses = self.rechecks = 0
-        self.seconds = 0.0
-        self.without_effort = self.without_hits = False  # a back end did not tell
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BOUNDS) + 1))
+    queries: int = 0
+    hits: int = 0
+    certified_misses: int = 0
+    rechecks: int = 0
+    seconds: float = 0.0
+    without_effort: bool = False  # a back end did not tell
+    without_hits: bool = False
 
 
 class _Lease:

@@ -12,15 +12,13 @@ whose tokens it begins with. Any other is of sequences of its own, which are hel
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.positions import CACHES, Call, last_unmasked
@@ -173,51 +171,8 @@ def cache_of(result: Any) -> Any:
     return next((cache for cache in found if cache is not None), None)
 
 
-class _Listeners(list[Any]):
-    """The adaptors of a model, which hold what prompts find: `adaptor.generating`."""
-
-
-def listen(model: nn.Module, adaptor: Any) -> None:
-    """Tell an adaptor when a model generates."""
-    generate: Callable[..., Any] | None = getattr(model, "generate", None)
-    if generate is None:
-        return
-    listeners: _Listeners | None = getattr(generate, "grace_listeners", None)
-    if listeners is None:
-        listeners = _Listeners()
-        model.__dict__["generate"] = _announcing(model, generate, listeners)
-    listeners.append(adaptor)
-
-
-def stop_listening(model: nn.Module, adaptor: Any) -> None:
-    """Take an adaptor off; with the last one `generate` is the model's own again."""
-    wrapper = model.__dict__.get("generate")
-    listeners: _Listeners | None = getattr(wrapper, "grace_listeners", None)
-    if listeners is None:
-        return
-    listeners[:] = [other for other in listeners if other is not adaptor]
-    if not listeners:
-        del model.__dict__["generate"]
-
-
-def _announcing(
-    model: nn.Module, generate: Callable[..., Any], listeners: _Listeners
-) -> Callable[..., Any]:
-    @functools.wraps(generate)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-        is_draft = bool(getattr(config, "is_assistant", False))
-        call = _prompt_of(args, kwargs)
-        with ExitStack() as holds:
-            for listener in listeners:
-                holds.enter_context(listener.generating(call, is_draft))
-            return generate(*args, **kwargs)
-
-    wrapper.grace_listeners = listeners  # type: ignore[attr-defined]
-    return wrapper
-
-
-def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+def prompt_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    """Return what the arguments of a `generate` say of its prompts."""
     given = args[0] if args else kwargs.get("inputs")
     tokens = next(
         (
@@ -236,8 +191,7 @@ def prompt_end(call: Call) -> Tensor | None:
     tokens, mask = call.tokens, call.mask
     if tokens is None or not tokens.shape[1]:
         return None
-    length = tokens.shape[1]
-    if mask is None or len(mask) != len(tokens) or mask.shape[1] < length:
-        return torch.full((len(tokens),), length - 1, dtype=torch.int64, device=tokens.device)
+    if mask is None or len(mask) != len(tokens) or mask.shape[1] < tokens.shape[1]:
+        return last_unmasked(None, len(tokens), tokens.shape[1], tokens.device)
     # A mask that is longer than the tokens covers what is in the cache.
     return last_unmasked(mask, len(tokens), mask.shape[1], tokens.device)

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -53,18 +53,9 @@ class Observations(list[Observation]):
     """That the layer is watched, and nothing written; what it saw."""
 
 
-class _On:
-    """A mode that is on; equal to no other."""
-
-    __slots__ = ("mode",)
-
-    def __init__(self, mode: object) -> None:
-        self.mode = mode
-
-
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.stack: list[_On] = []
+        self.stack: list[tuple[object, Any]] = []  # modes, each with what is equal to no other
 
 
 class Modes:
@@ -78,7 +69,7 @@ class Modes:
     @contextmanager
     def on(self, mode: Mode) -> Iterator[Mode]:
         """Put a mode on for this thread's calls, within a `with` block."""
-        stack, entry = self.thread.stack, _On(mode)
+        stack, entry = self.thread.stack, (object(), mode)
         stack.append(entry)
         try:
             yield mode
@@ -88,14 +79,14 @@ class Modes:
     def newest(self, kind: type[Mode], or_kind: type[Other] | None = None) -> Mode | Other | None:
         """Return this thread's newest mode of a kind, or of either of two."""
         kinds = (kind,) if or_kind is None else (kind, or_kind)
-        for entry in reversed(self.thread.stack):
-            if isinstance(entry.mode, kinds):
-                return entry.mode
+        for _, mode in reversed(self.thread.stack):
+            if isinstance(mode, kinds):
+                return mode
         return None
 
     def all(self, kind: type[Mode]) -> list[Mode]:
         """Return this thread's modes of a kind, the newest last."""
-        return [entry.mode for entry in self.thread.stack if isinstance(entry.mode, kind)]
+        return [mode for _, mode in self.thread.stack if isinstance(mode, kind)]
 
     @contextmanager
     def disable(self) -> Iterator[None]:

@@ -49,7 +49,8 @@ class GraphCalls:
 
     def __init__(self, reader: Reader) -> None:
         self.adaptor, self._reader = reader.adaptor, reader
-        self._order: Tensor | None = None  # of the ops in the graph that is being made
+        # Of the ops in the graph that is being made, once the call that is compiled has been told.
+        self.order: Tensor | None = None
         # By depth, as the ops name them. Drawn from the system, so that a graph exported by another
         # process finds no other's.
         self.numbers = [secrets.randbits(62) for _ in range(2)]
@@ -74,7 +75,7 @@ class GraphCalls:
             return
         outer, source = self._reader.frame() if depth else None, generation.UNTOLD
         if outer is None:
-            self.adaptor.look_after_layer()
+            self.adaptor.attachment.look_after_layer()
         else:
             call, source = positions.within(outer.call, call), outer.source
         told = _Told()
@@ -83,10 +84,6 @@ class GraphCalls:
         told.frames[self.adaptor] = Frame(call, source, depth, None)
         stack.append(told)
 
-    def is_traced(self) -> bool:
-        """Tell whether the call that is being compiled has been told already."""
-        return self._order is not None
-
     def trace(self, arguments: Mapping[str, Any], depth: int) -> None:
         """Tell of a call by the op, whose result `adapted` takes for its order."""
         call, number = self._reader.read(arguments), self.numbers[min(depth, 1)]
@@ -94,16 +91,12 @@ class GraphCalls:
         count = 0 if isinstance(call.cached, Tensor) else call.cached
         tokens = None if call.tokens is None else call.tokens.detach()
         tensors = (tokens, call.mask, call.labels, call.position_ids, call.bounds, length)
-        self._order = torch.ops.grace_fast.enter(*tensors, count, call.is_packable, number)
-
-    def end_trace(self) -> None:
-        """Let what is compiled next be another call."""
-        self._order = None
+        self.order = torch.ops.grace_fast.enter(*tensors, count, call.is_packable, number)
 
     def adapted(self, hidden: Tensor, output: Tensor) -> Tensor:
         """Return the layer's output with values, by the op."""
         number = self.numbers[0]
-        written: Tensor = torch.ops.grace_fast.adapt(output, hidden, self._order, number)[0]
+        written: Tensor = torch.ops.grace_fast.adapt(output, hidden, self.order, number)[0]
         return written
 
 

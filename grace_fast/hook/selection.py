@@ -12,7 +12,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from grace_fast.errors import SelectionWarning as SelectionWarning
+from grace_fast.errors import SelectionWarning
 
 Names = str | None | Sequence[str | None]
 
@@ -29,11 +29,7 @@ _in_use: ContextVar[Names | Unchosen] = ContextVar(
 _blocks: dict[object, tuple[int, Names]] = {}  # the `with` blocks in progress: whose, and of what
 
 
-class _Asked(threading.local):
-    without_choice = False  # this thread, as it seems by right
-
-
-_asked = _Asked()
+_asked = threading.local()  # with `without_choice` once this thread has, as it seems by right
 
 
 @contextmanager
@@ -66,7 +62,7 @@ def is_idle(name: str | None) -> bool:
 
 def _warn_of_other_thread(name: str) -> None:
     """Warn where a thread that has chosen nothing first asks while another one uses a codebook."""
-    if _asked.without_choice:
+    if hasattr(_asked, "without_choice"):
         return
     mine = threading.get_ident()
     for whose, names in list(_blocks.values()):

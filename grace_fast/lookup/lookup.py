@@ -14,9 +14,7 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.lookup.backends import cpu, cuda, faiss, triton
 from grace_fast.lookup.backends.faiss_index import FaissIndex
 from grace_fast.lookup.dispatch import chosen
-from grace_fast.lookup.match import Distributed as Distributed
-from grace_fast.lookup.match import Match as Match
-from grace_fast.lookup.match import Nearest as Nearest
+from grace_fast.lookup.match import Distributed, Match, Nearest
 
 
 def nearest(

@@ -24,7 +24,7 @@ from grace_fast.index.maintained import Index
 from grace_fast.index.native_view import NativeView
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends import cpu
-from grace_fast.lookup.match import Match
+from grace_fast.lookup.match import Distributed, Match
 from grace_fast.semantics import Replacement
 
 _books: weakref.WeakValueDictionary[int, Codebook] = weakref.WeakValueDictionary()
@@ -113,7 +113,7 @@ def prepare(
     Raises: TypeError for no codebook; with `cuda_graphs` BackendUnavailable, or MemoryError where
     the GPU cannot keep it so.
     """
-    if isinstance(codebook, lookup.Distributed):
+    if isinstance(codebook, Distributed):
         raise TypeError(
             "row shards cannot be prepared, nor kept for CUDA graphs: a look-up is a call of all "
             "ranks; ask shards.find, or attach them to a model that runs without graphs"

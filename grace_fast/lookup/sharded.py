@@ -20,8 +20,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partialmethod
 from importlib import import_module
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,11 +34,10 @@ from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.pages import PAGE_ROWS
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.errors import RankLost as RankLost
-from grace_fast.errors import ShardsDiffer as ShardsDiffer
+from grace_fast.errors import RankLost, ShardsDiffer
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import graphs
-from grace_fast.lookup.lookup import Distributed, Match, Nearest
+from grace_fast.lookup.match import Distributed, Match, Nearest
 from grace_fast.semantics import Replacement
 
 NOBODY = 2**63 - 1  # what a rank claims that has not the nearest key
@@ -195,7 +195,6 @@ class ShardedSnapshot(_Shards):
     shards: ShardedCodebook
     local: Snapshot  # this rank's rows
     shared: Shared
-    is_draft: bool = False
     _rows: dict[int, ShardRow] = field(default_factory=dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -266,21 +265,18 @@ class ShardedSnapshot(_Shards):
     def _check_header(self, least: list[int]) -> None:
         same = [low == -high for low, high in zip(least[:3], least[3:], strict=True)]
         if not all(same[:2]):
-            self._tell_apart()
+            numbers = [self.shared.version, self.shards.number_of(self.shared)]
+            gathered = self.shards.group.gather(numbers, "comparing versions")
+            told = ", ".join(f"rank {rank} at {seen[0]}" for rank, seen in enumerate(gathered))
+            raise ShardsDiffer(
+                f"ranks are at different versions of the codebook ({told}), or a rank's part was "
+                "edited without the others; split one saved codebook anew"
+            )
         if not same[2]:
             raise ShardsDiffer(
                 "ranks ask with different queries; gather them first, so that every rank asks "
                 "with the layer's whole input"
             )
-
-    def _tell_apart(self) -> NoReturn:
-        numbers = [self.shared.version, self.shards.number_of(self.shared)]
-        gathered = self.shards.group.gather(numbers, "comparing versions")
-        told = ", ".join(f"rank {rank} at {seen[0]}" for rank, seen in enumerate(gathered))
-        raise ShardsDiffer(
-            f"ranks are at different versions of the codebook ({told}), or a rank's part was "
-            "edited without the others; split one saved codebook anew"
-        )
 
     # Rows, by their numbers among all
 
@@ -293,23 +289,21 @@ class ShardedSnapshot(_Shards):
 
         Raises: IndexError where there is no such row, RankLost.
         """
-        if number not in self._rows:
-            self._rows[number] = self._read(number)
-        return self._rows[number]
-
-    def _read(self, number: int) -> ShardRow:
+        if number in self._rows:
+            return self._rows[number]
         group = self.shards.group
         numbers = torch.zeros(6, dtype=torch.int64, device="cpu")
         if (local := group.local(number, self.shared.rows)) is not None:
-            row = self.local.row(local)
-            ball = torch.tensor([row.radius], dtype=torch.float64, device="cpu")
+            mine = self.local.row(local)
+            ball = torch.tensor([mine.radius], dtype=torch.float64, device="cpu")
             numbers[:1] = ball.view(torch.int64)
-            label_ids = -1 if row.label is None else len(row.label)
-            told = (int(row.live), row.key_slot, row.value_slot, row.label_slot, label_ids)
+            label_ids = -1 if mine.label is None else len(mine.label)
+            told = (int(mine.live), mine.key_slot, mine.value_slot, mine.label_slot, label_ids)
             numbers[1:] = torch.tensor(told, dtype=torch.int64, device="cpu")
         numbers = group.brought(numbers.to(self.local.device), "reading a row").cpu()
         radius, (live, *slots) = float(numbers[:1].view(torch.float64)), numbers[1:].tolist()
-        return ShardRow(self, number, radius, bool(live), *slots)
+        row = self._rows[number] = ShardRow(self, number, radius, bool(live), *slots)
+        return row
 
     def fetched(
         self, rows: Tensor, width: int, read: Callable[[Tensor], Tensor], doing: str
@@ -586,7 +580,7 @@ class ShardDraft:
 
     def snapshot(self) -> ShardedSnapshot:
         """Return what has been drafted so far, to look up in before it is published."""
-        return ShardedSnapshot(self._shards, self._local.snapshot(), self.counts, is_draft=True)
+        return ShardedSnapshot(self._shards, self._local.snapshot(), self.counts)
 
     def append(
         self,
@@ -621,32 +615,16 @@ class ShardDraft:
         stored = ctypes.c_float(radius).value  # float32 may be more, of a denormal number much more
         self.counts = self.counts._replace(widest=max(self.counts.widest, stored))
 
-    def set_key(self, row: int, key: Tensor) -> None:
-        """Move the key of one row."""
-        self._change("set_key", row, key)
-
-    def set_value(self, row: int, value: Tensor) -> None:
-        """Give one row another value."""
-        self._change("set_value", row, value)
-
-    def set_label(self, row: int, label: Tensor | None) -> None:
-        """Give one row another label."""
-        self._change("set_label", row, label)
-
-    def point_key(self, row: int, slot: int) -> None:
-        """Let one row's key be that of a slot of the rank that owns it."""
-        self._change("point_key", row, slot)
-
-    def point_value(self, row: int, slot: int) -> None:
-        """Let one row's value be that of a slot of the rank that owns it."""
-        self._change("point_value", row, slot)
-
-    def point_label(self, row: int, slot: int) -> None:
-        """Let one row's label be that of a slot of the rank that owns it."""
-        self._change("point_label", row, slot)
-
     def _change(self, name: str, row: int, *given: Any) -> None:
         """Digest a change of a row, and make it where that is this rank's."""
         self.counts = self.counts.noted(name, row, *given)
         if (local := self._shards.group.local(row, self.counts.rows)) is not None:
             getattr(self._local, name)(local, *given)
+
+    # As of a `Draft`; slots are those of the rank that owns the row.
+    set_key = partialmethod(_change, "set_key")
+    set_value = partialmethod(_change, "set_value")
+    set_label = partialmethod(_change, "set_label")
+    point_key = partialmethod(_change, "point_key")
+    point_value = partialmethod(_change, "point_value")
+    point_label = partialmethod(_change, "point_label")

@@ -178,7 +178,7 @@ class Table:
             widest=torch.tensor([snapshot.widest], device=device, dtype=torch.float32),
             key_slot=snapshot.device_key_slot,
         )
-        self._index = None if snapshot.is_draft else maintained.of(snapshot)
+        self._index = maintained.of(snapshot)
         self._state: IndexState | None = None
         self._codes: Codes | None = other._codes if other is not None else None
         self._parts: tuple[Segment, ...] = other._parts if other is not None else ()
