@@ -9,6 +9,7 @@ marks of direction, zero-width characters, tags, fillers, surrogates. Every othe
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +17,20 @@ from typing import Any
 
 class GraceWarning(UserWarning):
     """An edit was made, but something about the set-up makes it unlikely to serve."""
+
+
+_told: set[str] = set()  # the old names that this process used
+
+
+def warn_of_old_name(old: str, new: str, stacklevel: int = 3) -> None:
+    """Say, once a process, how what had another name is called now.
+
+    stacklevel: of the line that used it, seen from here; 3 is who called the caller.
+    """
+    if old not in _told:
+        _told.add(old)
+        message = f"{old} is {new} now; the old name goes with the next version"
+        warnings.warn(message, DeprecationWarning, stacklevel)
 
 
 class LookupWarning(RuntimeWarning):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import grace_fast as gf
+from grace_fast import errors
 from grace_fast.compat import old_names
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ PAGES = "".join(
 
 @pytest.fixture(autouse=True)
 def unwarned(monkeypatch):
-    monkeypatch.setattr(old_names, "_warned", set())
+    monkeypatch.setattr(errors, "_told", set())
 
 
 def test_star_leaves_the_builtins_alone_and_gives_what_is_documented():

@@ -5,7 +5,6 @@ Nothing imports this; the package asks it for a name or a module that is not the
 
 from __future__ import annotations
 
-import warnings
 from importlib import import_module
 from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
@@ -13,11 +12,7 @@ from importlib.util import find_spec, spec_from_file_location
 from types import ModuleType
 from typing import Any
 
-from torch import Tensor
-
-from grace_fast.edits.apply import apply
-from grace_fast.lookup.sharded import ShardedCodebook
-from grace_fast.semantics import Decision, Rules
+from grace_fast.errors import warn_of_old_name
 
 # By the old public name: where it is now, and how it is written now.
 PUBLIC = {
@@ -86,8 +81,6 @@ MODULES = {
 
 PACKAGES = {"backends", "cli", "demo", "evaluate", "report"}
 
-_warned: set[str] = set()
-
 
 def public(name: str) -> Any:
     """Return what a name of `grace_fast` stands for that it had before.
@@ -96,7 +89,7 @@ def public(name: str) -> Any:
     """
     if name in PUBLIC:
         where, now = PUBLIC[name]
-        _warn(f"grace_fast.{name}", f"grace_fast.{now}", 3)
+        warn_of_old_name(f"grace_fast.{name}", f"grace_fast.{now}", 4)
         module, _, attribute = where.partition(":")
         return getattr(import_module(module), attribute)
     if name in MODULES:
@@ -120,19 +113,6 @@ def spec_of(module: str) -> ModuleSpec | None:
     )
 
 
-def enact(
-    shards: ShardedCodebook, rules: Rules, query: Tensor, label: Tensor, fresh_value: Tensor
-) -> tuple[int, Decision]:
-    """Decide one edit of row shards and do it but for its value; return its row and how."""
-    _warn("ShardedCodebook.enact", "grace_fast.edits.apply.apply within writing()", 3)
-    with shards.writing() as draft:
-        done = apply(draft, rules, query, label, fresh_value)
-    split = next((ball.radius for row, ball in done.after.items() if row != done.row), None)
-    edited = done.before.get(done.row)
-    moves_key = edited is not None and edited.ball.key_slot != done.after[done.row].key_slot
-    return done.row, Decision(done.outcome, done.radius, split, moves_key)
-
-
 class _Alias(Loader):
     """Loads a module by its old name: the module of the new name itself."""
 
@@ -141,7 +121,7 @@ class _Alias(Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         """Return the module; a package as what looks its parts up by their old names, too."""
-        _warn(spec.name, self._new, 2)
+        warn_of_old_name(spec.name, self._new)
         module = import_module(self._new)
         if spec.submodule_search_locations is None:
             self._spec = module.__spec__
@@ -160,13 +140,3 @@ class _Alias(Loader):
         """Return what `python -m` runs."""
         spec = find_spec(self._new)
         return spec.loader.get_code(self._new)  # type: ignore[union-attr]
-
-
-def _warn(old: str, new: str, stacklevel: int) -> None:
-    if old not in _warned:
-        _warned.add(old)
-        warnings.warn(
-            f"{old} is {new} now; the old name goes with the next version",
-            DeprecationWarning,
-            stacklevel=stacklevel + 1,
-        )

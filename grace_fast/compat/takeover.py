@@ -18,7 +18,7 @@ from grace_fast.compat import easyedit, reference
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.compat.live import CODEBOOK, as_epsilons, home
 from grace_fast.compat.reference import put
-from grace_fast.errors import GraceWarning
+from grace_fast.errors import GraceWarning, warn_of_old_name
 
 _NAMES = ("layer", "init_epsilon", "replacement", "key_id", "config")  # of any reference's adaptor
 # `training` is not moved: where the model is in training mode it says nothing of an edit.
@@ -58,7 +58,7 @@ class Accelerated:
 
     def give_back(self) -> nn.Module:
         """Do what `restore` does, under its old name."""
-        warnings.warn("give_back() is restore() now", DeprecationWarning, stacklevel=2)
+        warn_of_old_name("give_back()", "restore()")
         return self.restore()
 
 

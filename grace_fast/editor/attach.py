@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -26,7 +24,7 @@ from grace_fast.editor.grace import Grace
 from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings, ValueInit
-from grace_fast.errors import CodebookMismatch
+from grace_fast.errors import CodebookMismatch, warn_of_old_name
 from grace_fast.hook.attachment import has_adapter
 from grace_fast.hook.positions import Query
 from grace_fast.hook.tensor_parallel import declared_widths
@@ -262,7 +260,7 @@ def from_pretrained(
     """
     for word, means in (("durable", False), ("follow", True)):
         if word in old:
-            _warn_of_old(f"from_pretrained({word}=True)", f"read_only={means}")
+            warn_of_old_name(f"from_pretrained({word}=True)", f"read_only={means}")
             read_only = means if old.pop(word) else read_only
     if old:
         raise TypeError(f"from_pretrained() got an unexpected keyword argument {next(iter(old))!r}")
@@ -298,11 +296,6 @@ def from_pretrained(
             context.directory.begin(book, journal)
         taken.pop_all()
     return Grace(context)
-
-
-@functools.cache  # once in a process
-def _warn_of_old(old: str, new: str) -> None:
-    warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
 
 
 def _refuse_other_widths(

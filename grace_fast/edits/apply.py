@@ -16,9 +16,10 @@ from torch import Tensor
 from grace_fast import semantics
 from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.snapshot import Row, Snapshot
+from grace_fast.errors import warn_of_old_name
 from grace_fast.lookup import lookup
-from grace_fast.lookup.sharded import ShardDraft, ShardedSnapshot, ShardRow
-from grace_fast.semantics import Outcome, Rules
+from grace_fast.lookup.sharded import ShardDraft, ShardedCodebook, ShardedSnapshot, ShardRow
+from grace_fast.semantics import Decision, Outcome, Rules
 
 # A key farther than epsilon and the widest radius has no ball within epsilon of the query. A
 # distance is rounded where it is compared, by less than this of itself.
@@ -134,3 +135,19 @@ def _label_compared(
         live = snapshot.live.nonzero()[:, 0].tolist()
         row = live[semantics.label_row(rules, live.index(row), len(live))]
     return snapshot.row(row).label if labels is None else labels[row]
+
+
+def _enact(
+    shards: ShardedCodebook, rules: Rules, query: Tensor, label: Tensor, fresh_value: Tensor
+) -> tuple[int, Decision]:
+    """Do what `apply` does, in a version of its own: the former way to edit row shards."""
+    warn_of_old_name("ShardedCodebook.enact", "grace_fast.edits.apply.apply within writing()")
+    with shards.writing() as draft:
+        done = apply(draft, rules, query, label, fresh_value)
+    split = next((ball.radius for row, ball in done.after.items() if row != done.row), None)
+    edited = done.before.get(done.row)
+    moves_key = edited is not None and edited.ball.key_slot != done.after[done.row].key_slot
+    return done.row, Decision(done.outcome, done.radius, split, moves_key)
+
+
+ShardedCodebook.enact = _enact

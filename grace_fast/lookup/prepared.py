@@ -9,7 +9,6 @@ change neither the graph nor its guards.
 from __future__ import annotations
 
 import itertools
-import warnings
 import weakref
 from typing import cast
 
@@ -19,6 +18,7 @@ from torch.compiler import is_dynamo_compiling
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
+from grace_fast.errors import warn_of_old_name
 from grace_fast.index import maintained
 from grace_fast.index.maintained import Index
 from grace_fast.index.native_view import NativeView
@@ -133,7 +133,7 @@ def prepare(
 
 
 def _renamed(old: str, new: str, value: bool) -> bool:
-    warnings.warn(f"prepare({old}=) is now prepare({new}=)", DeprecationWarning, stacklevel=3)
+    warn_of_old_name(f"prepare({old}=)", f"prepare({new}=)", stacklevel=4)
     return value
 
 

@@ -21,8 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partialmethod
-from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -371,6 +370,7 @@ class ShardedCodebook(_Shards):
     """
 
     was_forked_in_writing = False  # as of a codebook; processes of a group do not fork
+    enact: ClassVar[Callable[..., Any]]  # a former name, given by `edits.apply`
 
     def __init__(
         self,
@@ -549,11 +549,6 @@ class ShardedCodebook(_Shards):
         """Hold writers of this rank off for a moment."""
         with self.codebook.held():
             yield self._current
-
-    def enact(self, *edit: Any, **named: Any) -> tuple[int, semantics.Decision]:
-        """Do what `edits.apply.apply` does, in a version of its own: its name from before."""
-        old_names = import_module("grace_fast.compat.old_names")
-        return old_names.enact(self, *edit, **named)  # type: ignore[no-any-return]
 
     def append(
         self,

@@ -11,6 +11,7 @@ from models import FAMILIES, build, edit_batch, prompts
 from reference_rules import EasyEditAdaptor, ExactAdaptor, PlainEditor
 
 import grace_fast as gf
+from grace_fast import errors
 from grace_fast.compat import easyedit, reference
 
 KINDS = {"authors": ExactAdaptor, "easyedit": EasyEditAdaptor}
@@ -109,6 +110,7 @@ def test_given_back_the_original_has_the_edits_made_meanwhile(kind):
 def test_the_old_name_of_restore_says_what_it_is_now():
     plain, _ = edited("authors", 1)
     handle = take(plain)
+    errors._told.clear()
     with pytest.warns(DeprecationWarning, match=r"give_back\(\) is restore\(\) now"):
         assert handle.give_back() is handle.original
 

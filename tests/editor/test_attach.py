@@ -10,6 +10,7 @@ import pytest
 from models import FAMILIES
 
 import grace_fast as gf
+from grace_fast import errors
 from grace_fast.editor import attach as front
 from grace_fast.edits.settings import Settings
 
@@ -79,8 +80,8 @@ def test_a_saved_codebook_is_copied_gone_on_with_or_followed(tmp_path):
 def test_old_words_are_understood_for_one_version(word, means, tmp_path):
     grace = gf.attach(models.build("bert"), FAMILY.layer, FAMILY.epsilon, path=tmp_path)
     grace.unload()
-    front._warn_of_old.cache_clear()
-    told = rf"from_pretrained\({word}=True\) is called read_only={means} now"
+    errors._told.clear()
+    told = rf"from_pretrained\({word}=True\) is read_only={means} now"
     with pytest.warns(DeprecationWarning, match=told) as heard:
         again = gf.from_pretrained(grace.model, tmp_path, **{word: True})
     assert heard[0].filename == __file__

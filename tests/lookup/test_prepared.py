@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import grace_fast as gf
+from grace_fast import errors
 
 
 def book_of(rows, width=16):
@@ -118,6 +119,7 @@ def test_an_output_that_autograd_needs_is_not_written():
 @pytest.mark.parametrize(("old", "new"), [("wait", "build_index"), ("graphs", "cuda_graphs")])
 def test_a_former_name_still_works_and_names_the_new_one(old, new):
     book = gf.Codebook(4, 2)
-    with pytest.warns(DeprecationWarning, match=rf"prepare\({old}=\) is now prepare\({new}=\)"):
+    errors._told.clear()
+    with pytest.warns(DeprecationWarning, match=rf"prepare\({old}=\) is prepare\({new}=\) now"):
         find = gf.prepare(book, **{old: False})
     assert not find(torch.zeros(1, 4)).hit.any()
