@@ -111,5 +111,5 @@ def learn(family, layer):
         edit = grace.edit(edit_of(family, model))
     except Exception as error:  # some compute no loss of a text alone
         return torch.empty(0), error
-    value = grace.codebook.snapshot().value_of(edit.row)
+    value = grace.codebook.snapshot().row(edit.row).value
     return value.clone(), edit.loss, edit.steps, edit.radius
