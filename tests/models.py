@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from transformers import (
     BertConfig,
@@ -168,3 +170,15 @@ def with_positions(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return a decoder's batch with the position ids that `generate` gives: padding has none."""
     ids = batch["attention_mask"].cumsum(1) - 1
     return batch | {"position_ids": ids.masked_fill(batch["attention_mask"] == 0, 0)}
+
+
+def with_lora(model: Any) -> Any:
+    """Return a model with LoRA on two of its layers, as peft wraps it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    config = peft.LoraConfig(
+        r=2, target_modules=["down_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():  # it asks transformers by names that are to go
+        warnings.simplefilter("ignore", FutureWarning)
+        return peft.get_peft_model(model, config)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load, save, save_file
+from damages import put_tensors
+from safetensors.torch import load, save
 from torch import Tensor
 
 from fuzz.draw import Draw
 from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES, refuse_special
-from grace_fast.store import files, journal, manifest, tensor_files, versions
+from grace_fast.store import files, journal, manifest, versions
 
 NUMBERS = (0, 1, -1, 2**31, -(2**31), 2**62, -(2**63), math.nan, math.inf, -0.0, 1e-42, 3e38)
 DTYPES = (torch.float32, torch.float64, torch.int64, torch.int32, torch.bool, torch.bfloat16)
@@ -184,17 +185,6 @@ def _change_rows(draw: Draw, folder: Path, config: dict[str, Any], name: str) ->
     checks = torch.tensor([list(hashlib.sha256(block).digest()) for block in blocks])
     tensors = load(_read(folder / config["tensors"]["file"]))
     put_tensors(folder, "tensors", tensors | {f"{name}.blocks": checks.to(torch.uint8)})
-
-
-def put_tensors(folder: Path, which: str, tensors: Mapping[str, Tensor]) -> None:
-    """Let a file of a directory hold some tensors, with the checksums that suit them."""
-    config = files.read_config(folder)
-    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(stored, folder / config[which]["file"])
-    config[which]["sha256"] = {
-        name: tensor_files.checksum(tensor) for name, tensor in stored.items()
-    }
-    (folder / files.CONFIG).write_bytes(manifest.seal(config))
 
 
 def changed_tensors(draw: Draw, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,8 +8,7 @@ import warnings
 import models
 import pytest
 import torch
-from models import FAMILIES
-from test_wrapped_layers import with_lora
+from models import FAMILIES, with_lora
 from torch import nn
 
 import grace_fast as gf

@@ -6,13 +6,12 @@ import os
 import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import models
 import pytest
 import torch
-from models import FAMILIES
+from models import FAMILIES, with_lora
 from safetensors.torch import load_file, save_file
 
 import grace_fast as gf
@@ -25,17 +24,6 @@ SETTINGS = {"epsilon": 0.1, "replacement": "replace_all", "iterations": 0}
 def logits(model, rows=PROMPTS):
     with torch.no_grad():
         return model(input_ids=torch.tensor(rows), use_cache=False).logits
-
-
-def with_lora(model):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    config = peft.LoraConfig(
-        r=2, target_modules=["down_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
-    )
-    with warnings.catch_warnings():  # it asks transformers by names that are to go
-        warnings.simplefilter("ignore", FutureWarning)
-        return peft.get_peft_model(model, config)
 
 
 def attach_then_lora():

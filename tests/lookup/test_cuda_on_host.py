@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from cases import CASES, codebooks
+from certified_cases import KINDS, Data, book_of, law
 from cuda_build import host_module
 from hypothesis import given, settings
-from test_certified import KINDS, Data, book_of, law
 
 import grace_fast as gf
 from grace_fast.index import maintained, segments

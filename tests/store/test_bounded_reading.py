@@ -12,8 +12,8 @@ import zipfile
 import golden_codebooks as golden
 import pytest
 import torch
+from damages import change_config, replace_tensor
 from safetensors.torch import save_file
-from test_changed_files import change_config, replace_tensor
 
 import grace_fast as gf
 from grace_fast.codebook.checks import MAX_COUNTER, MAX_NUMBER

@@ -7,6 +7,7 @@ from hashlib import sha256
 
 import pytest
 import torch
+from damages import change_config, change_mapped, drop_tensor, overwrite, replace_tensor
 from disk import (
     ROWS,
     WIDTH,
@@ -15,42 +16,10 @@ from disk import (
     in_memory,
     some_keys,
 )
-from fuzz.damage import put_tensors
-from safetensors.torch import load_file
 
 import grace_fast as gf
 from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES
-from grace_fast.store import files, manifest
-
-
-def change_config(folder, **changes):
-    """Change the manifest, with the checksum that suits it."""
-    config = files.read_config(folder)
-    (folder / files.CONFIG).write_bytes(manifest.seal(config | changes))
-
-
-def change_mapped(folder, **changes):
-    mapped = files.read_config(folder)["mapped"]
-    change_config(folder, mapped=mapped | {"keys": mapped["keys"] | changes})
-
-
-def overwrite(path, at, content):
-    with path.open("r+b") as file:
-        file.seek(at if at >= 0 else path.stat().st_size + at)
-        file.write(content)
-
-
-def replace_tensor(folder, which, name, change):
-    """Change one tensor, with the checksum that suits it: what checksums do not see."""
-    tensors = load_file(folder / files.read_config(folder)[which]["file"])
-    put_tensors(folder, which, tensors | {name: change(tensors[name])})
-
-
-def drop_tensor(folder, which, name):
-    tensors = load_file(folder / files.read_config(folder)[which]["file"])
-    del tensors[name]
-    put_tensors(folder, which, tensors)
-
+from grace_fast.store import files
 
 OPENING = {
     "a key file that was cut off": (

@@ -12,11 +12,11 @@ import math
 import golden_codebooks as golden
 import pytest
 import torch
+from damages import change_config, put, replace_tensor
 from fuzz.serving import assert_decides_by_the_law, assert_serves
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load, save
-from test_changed_files import change_config, replace_tensor
 
 import grace_fast as gf
 from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES
@@ -265,15 +265,6 @@ def test_a_signature_of_one_purpose_is_none_of_another():
 
 
 # F3: contents
-
-
-def put(row, number):
-    def change(tensor):
-        changed = tensor.clone()
-        changed.view(-1)[row * (tensor.numel() // len(tensor))] = number
-        return changed
-
-    return change
 
 
 CONTENTS = {

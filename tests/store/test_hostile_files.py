@@ -16,9 +16,9 @@ import time
 import golden_codebooks as golden
 import pytest
 import torch
+from damages import change_config
 from disk import file_of, run_python
 from safetensors.torch import load, save
-from test_changed_files import change_config
 
 import grace_fast as gf
 from grace_fast.codebook.mapped import open_regular, refuse_special

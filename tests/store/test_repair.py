@@ -11,10 +11,9 @@ import sqlite3
 import golden_codebooks as golden
 import pytest
 import torch
+from damages import change_config, overwrite, put, replace_tensor
 from disk import file_of
 from safetensors.torch import load_file
-from test_changed_files import change_config, overwrite, replace_tensor
-from test_hostile_contents import put
 from typer.testing import CliRunner
 
 import grace_fast as gf

@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
+from edit_streams import Stream, same, zero
 from safetensors.torch import save_file
-from test_edits import Stream, same, zero
 
 import grace_fast as gf
 from grace_fast.semantics import Rules

@@ -16,7 +16,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from test_report import book_of
+from saved_edits import book_of
 from typer.testing import CliRunner
 
 from grace_fast.edits.settings import Settings

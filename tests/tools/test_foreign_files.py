@@ -9,9 +9,9 @@ import zipfile
 import golden_codebooks as golden
 import pytest
 import torch
+from damages import replace_tensor
 from fuzz import readers
 from safetensors.torch import save_file
-from test_changed_files import replace_tensor
 from torch import nn
 
 import grace_fast as gf
