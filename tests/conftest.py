@@ -1,10 +1,12 @@
 """One thread: tiny models are slower on two, and the machine is shared. CI repeats itself."""
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 import disk
+import golden_codebooks
 import pytest
 import torch
 from faults.server import Server
@@ -44,6 +46,26 @@ def folder(saved, tmp_path):
     for path in saved.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def golden_edited(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("golden") / "edited"
+    golden_codebooks.editor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def edited(golden_edited, tmp_path):
+    """A directory of a model's edits: one file of tensors."""
+    return shutil.copytree(golden_edited, tmp_path / "edited")
+
+
+@pytest.fixture
+def journalled(tmp_path):
+    """A directory whose nine edits and one undo are ten versions after an empty base."""
+    golden_codebooks.editor(path=tmp_path / "journalled").unload()
+    return tmp_path / "journalled"
 
 
 @pytest.fixture(scope="module")

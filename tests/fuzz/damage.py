@@ -6,7 +6,6 @@ tensor or a row of the journal gets the checksums that suit it: anybody can comp
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from damages import put_tensors
+from changes import put_rows, put_tensors
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fuzz.draw import Draw
-from grace_fast.codebook.mapped import BLOCK_BYTES, HEADER_BYTES, refuse_special
+from grace_fast.codebook.mapped import HEADER_BYTES, refuse_special
 from grace_fast.store import files, journal, manifest, versions
 
 NUMBERS = (0, 1, -1, 2**31, -(2**31), 2**62, -(2**63), math.nan, math.inf, -0.0, 1e-42, 3e38)
@@ -174,17 +173,10 @@ def _read(path: Path) -> bytes:
 
 
 def _change_rows(draw: Draw, folder: Path, config: dict[str, Any], name: str) -> None:
-    path = folder / config["mapped"][name]["file"]
-    content = _read(path)
-    rows = content[HEADER_BYTES:]
+    rows = _read(folder / config["mapped"][name]["file"])[HEADER_BYTES:]
     at, number = draw.below(max(1, len(rows) // 4)), draw.pick(NUMBERS)
-    fresh = torch.tensor([float(number)]).numpy().tobytes()
-    rows = rows[: 4 * at] + fresh + rows[4 * at + 4 :]
-    path.write_bytes(content[:HEADER_BYTES] + rows)
-    blocks = [rows[first : first + BLOCK_BYTES] for first in range(0, len(rows), BLOCK_BYTES)]
-    checks = torch.tensor([list(hashlib.sha256(block).digest()) for block in blocks])
-    tensors = load(_read(folder / config["tensors"]["file"]))
-    put_tensors(folder, "tensors", tensors | {f"{name}.blocks": checks.to(torch.uint8)})
+    _read(folder / config["tensors"]["file"])
+    put_rows(folder, name, 4 * at, torch.tensor([float(number)]).numpy().tobytes())
 
 
 def changed_tensors(draw: Draw, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ import zipfile
 import golden_codebooks as golden
 import pytest
 import torch
-from damages import change_config, replace_tensor
+from changes import change_config, leave_state, put, replace_tensor
+from damages import MANY_BYTES, dense, each_damage
 from safetensors.torch import save_file
 
 import grace_fast as gf
@@ -24,19 +25,6 @@ from grace_fast.store.large import resident
 from grace_fast.store.records import redo
 from grace_fast.store.saved import read_saved
 from grace_fast.tools.evaluate import records, stream
-
-DENSE = {
-    "empty lists": b"[[]],",
-    "short texts": b'"ab",',
-    "objects": b'{"a":1},',
-    "numbers": b"1.5,",
-    "names": b'{"abc":"abc"},',
-}
-MANY_BYTES = 12_000_000
-
-
-def dense(unit, size=MANY_BYTES):
-    return b'{"format": 3, "hits": [' + unit * (size // len(unit)) + b"1]}"
 
 
 def peak_of(call, error, match):
@@ -57,11 +45,11 @@ def few_values(monkeypatch):
     monkeypatch.setattr(strict_json, "_MOST_IN_LINE", 1 << 16)
 
 
-@pytest.mark.parametrize("name", DENSE)
-def test_a_manifest_of_many_values_is_refused_before_one_is_made(name, tmp_path, few_values):
-    (tmp_path / files.CONFIG).write_bytes(dense(DENSE[name]))
+@each_damage("many values")
+def test_a_manifest_of_many_values_is_refused_before_one_is_made(damage, tmp_path, few_values):
+    damage.do(tmp_path)
     for ask in (files.read_config, read_saved, gf.Codebook.open):
-        used = peak_of(lambda ask=ask: ask(tmp_path), gf.CodebookCorrupt, "holds more than 65536")
+        used = peak_of(lambda ask=ask: ask(tmp_path), gf.CodebookCorrupt, damage.message)
         assert used < 2.5 * MANY_BYTES
 
 
@@ -111,9 +99,7 @@ def test_a_line_of_many_values_is_refused_before_one_is_made(few_values, tmp_pat
 
 
 def test_the_state_of_a_build_is_no_longer_than_a_manifest(tmp_path, monkeypatch):
-    work = tmp_path / resident.BUILDING
-    work.mkdir()
-    (work / "state.json").write_bytes(b'"' + b"x" * 5000 + b'"')
+    leave_state(tmp_path, b'"' + b"x" * 5000 + b'"')
     monkeypatch.setattr(manifest, "MAX_BYTES", 4000)
     with pytest.raises(gf.CodebookCorrupt, match=r"is not the state of a build; remove"):
         gf.Codebook.build(
@@ -139,26 +125,15 @@ def test_a_packed_codebook_of_very_many_members_is_refused(tmp_path):
 # Checkpoints of evaluations
 
 
-def checkpoint(folder, **changes):
-    folder.mkdir(exist_ok=True)
+def checkpoint(folder):
     stream.Progress("recipe", done=50, codebook="codebook-000050").write(folder)
-    state = json.loads((folder / stream.STATE).read_text())
-    (folder / stream.STATE).write_text(json.dumps(state | changes))
 
 
-@pytest.mark.parametrize(
-    "name", ["../mine", "/", ".", "codebook-000050/..", "codebook-1\n", "mine"]
-)
-def test_a_checkpoint_names_no_folder_but_its_own(name, tmp_path):
-    checkpoint(tmp_path / "run", codebook=name)
-    with pytest.raises(ValueError, match="no codebook beside it is named"):
-        stream.Progress.read(tmp_path / "run", "recipe")
-
-
-@pytest.mark.parametrize("change", [{"points": [{}]}, {"points": 3}, {"more": 1}, {"codebook": 3}])
-def test_a_checkpoint_that_is_none_is_refused_in_words(change, tmp_path):
-    checkpoint(tmp_path, **change)
-    with pytest.raises(ValueError, match="is not the checkpoint of an evaluation"):
+@each_damage("checkpoint")
+def test_a_checkpoint_that_is_none_is_refused_in_words(damage, tmp_path):
+    checkpoint(tmp_path)
+    damage.do(tmp_path)
+    with pytest.raises(ValueError, match=damage.message):
         stream.Progress.read(tmp_path, "recipe")
 
 
@@ -183,21 +158,18 @@ def test_a_checkpoint_is_written_through_no_link(tmp_path):
 # Numbers at their ends
 
 LAST = MAX_COUNTER - 1
-PAST = (MAX_COUNTER, MAX_NUMBER - 1, 2**62, 2**63 - 1, 2**63, 2**64, -1)
 
 
 def attach(folder):
     return gf.attach(golden.Model().eval(), golden.LAYER, path=folder, tokenizer=golden.tokens)
 
 
-@pytest.mark.parametrize("field", ["next_id", "version"])
-@pytest.mark.parametrize("number", PAST)
-def test_a_counter_past_its_end_is_refused_at_opening(field, number, tmp_path):
-    golden.editor(path=tmp_path).unload()
-    change_config(tmp_path, **{field: number})
+@each_damage("counter")
+def test_a_counter_past_its_end_is_refused_at_opening(damage, journalled):
+    damage.do(journalled)
     for ask in (attach, gf.Codebook.open, lambda folder: read_saved(folder).codebook()):
-        with pytest.raises(gf.CodebookCorrupt, match=f"{field} must be a whole number >= 0, below"):
-            ask(tmp_path)
+        with pytest.raises(gf.CodebookCorrupt, match=damage.message):
+            ask(journalled)
 
 
 def with_the_last(field, folder):
@@ -206,16 +178,11 @@ def with_the_last(field, folder):
     grace.compact()
     grace.unload()
     if field == "row":
-        replace_tensor(folder, "tensors", "rows.id", last_of)
+        replace_tensor(folder, "tensors", "rows.id", put(-1, MAX_NUMBER - 1))
     elif field == "version":
         change_journal_base(folder)
     else:
         change_config(folder, next_id=LAST)
-
-
-def last_of(ids):
-    ids[-1] = MAX_NUMBER - 1
-    return ids
 
 
 def change_journal_base(folder):
@@ -249,12 +216,7 @@ def test_ids_whose_differences_wrap_around_do_not_ascend(name, tmp_path):
     grace = golden.editor(path=tmp_path)
     grace.compact()
     grace.unload()
-
-    def with_the_least(ids):
-        ids[-1] = LEAST
-        return ids
-
-    replace_tensor(tmp_path, "tensors", name, with_the_least)
+    replace_tensor(tmp_path, "tensors", name, put(-1, LEAST))
     with pytest.raises(gf.CodebookCorrupt, match=f"{name} must ascend"):
         read_saved(tmp_path).codebook()
 

@@ -12,7 +12,8 @@ import math
 import golden_codebooks as golden
 import pytest
 import torch
-from damages import change_config, put, replace_tensor
+from changes import replace_tensor, write_with_checksum
+from damages import DAMAGES, each_damage
 from fuzz.serving import assert_decides_by_the_law, assert_serves
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,14 +39,6 @@ KEY = bytes(range(32))
 EDITOR = golden.editor()
 
 
-@pytest.fixture
-def edited(tmp_path):
-    """A directory of a model's edits."""
-    folder = tmp_path / "edited"
-    golden.editor().save_pretrained(folder)
-    return folder
-
-
 def load_editor(folder, **options):
     return gf.from_pretrained(golden.Model().eval(), folder, **options)
 
@@ -53,58 +46,12 @@ def load_editor(folder, **options):
 # The manifest
 
 
-def text(**changes):
-    return json.dumps({"format": 1, **changes})
-
-
-MANIFESTS = {
-    "empty": ("", "is not JSON as it should be"),
-    "cut off": ('{"format": 1', "is not JSON as it should be: its brackets do not close"),
-    "a million brackets": ("[" * 10**6, "or more than 8 are open at once"),
-    "nine levels": ('{"a":' * 9 + "1" + "}" * 9, "or more than 8 are open at once"),
-    "a name twice": ('{"format": 1, "format": 2}', "names 'format' more than once"),
-    "a name twice, deep": ('{"format": 1, "hits": {"1": 1, "1": 2}}', "names '1' more than once"),
-    "another name in other letters": (
-        '{"format": 1, "f\\u006frmat": 1}',
-        "'format' more than once",
-    ),
-    "no object": ("3", "it has no format number"),
-    "a truth for a format": (text(format=True), "it has no format number"),
-    "format 0": (text(format=0), "it has no format number"),
-    "a negative format": (text(format=-1), "it has no format number"),
-    "a fraction of a format": (text(format=1.0), "it has no format number"),
-    "a newer format": (text(format=4), "has format 4, this version of grace_fast reads up to 3"),
-    "format 3 without a checksum": (text(format=3), r"is not what was saved \(checksum\)"),
-    "a checksum that is wrong": (text(checksum="0" * 64), r"is not what was saved \(checksum\)"),
-    "a list of settings": (text(settings=[]), "settings must be an object of plain values"),
-    "settings within settings": (text(settings={"a": {}}), "settings must be an object of plain"),
-    "a fingerprint in words": (text(fingerprint="x"), "fingerprint must be an object"),
-    "a negative id": (text(next_id=-1), "next_id must be a whole number >= 0"),
-    "an id past int64": (text(next_id=2**63), "next_id must be a whole number >= 0"),
-    "an id of 5 000 digits": ('{"format": 1, "next_id": %s}' % ("9" * 5000), "Exceeds the limit"),
-    "hits of no row": (text(hits={"-1": 1}), "hits must be an object of counts by row"),
-    "hits by a fraction": (text(hits={"1": 1.5}), "hits must be an object of counts by row"),
-    "a text of one part": (
-        text(texts={"1": ["a"]}),
-        "texts must be an object of prompt and target",
-    ),
-    "a text of numbers": (
-        text(texts={"1": [1, 2]}),
-        "texts must be an object of prompt and target",
-    ),
-    "tensors in words": (text(tensors="x"), "tensors must be an object"),
-    "a journal in words": (text(journal="x"), "journal must be an object, or null"),
-    "a version in words": (text(version="x"), "version must be a whole number >= 0"),
-}
-
-
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_is_read_strictly(name, tmp_path):
-    content, message = MANIFESTS[name]
-    (tmp_path / files.CONFIG).write_text(content)
-    with pytest.raises(gf.CodebookCorrupt, match=message):
+@each_damage("manifest")
+def test_a_manifest_is_read_strictly(damage, tmp_path):
+    damage.do(tmp_path)
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
         gf.Codebook.open(tmp_path)
-    with pytest.raises(gf.CodebookCorrupt, match=message):
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
         load_editor(tmp_path)
 
 
@@ -119,40 +66,14 @@ def test_a_manifest_that_is_too_long_is_neither_read_nor_written(tmp_path, monke
         manifest.seal({"texts": {"1": ["a" * 100, "b"]}})
 
 
-SETTINGS = {
-    "an unknown one": ({"depth": 3}, "unexpected keyword argument 'depth'"),
-    "epsilon in words": ({"epsilon": "1"}, "epsilon must be a number, got '1'"),
-    "no epsilon": ({"epsilon": None}, "epsilon must be a number, got None"),
-    "epsilon below zero": ({"epsilon": -1}, "epsilon must be a positive number"),
-    "infinite epsilon": ({"epsilon": math.inf}, "epsilon must be a positive number"),
-    "a truth for a rate": ({"learning_rate": True}, "learning_rate must be a number"),
-    "a margin in words": ({"expand_margin": "1"}, "expand_margin must be a number"),
-    "a layer that is a number": ({"layer": 3}, "layer must be a str, got 3"),
-    "whether to store text": ({"store_text": "yes"}, "store_text must be a bool, got 'yes'"),
-    "semantics": ({"semantics": "mine"}, "semantics must be one of"),
-    "NaN for a cap": ({"max_radius": math.nan}, "max_radius must be a number > 0"),
-    "a cap below zero": ({"max_radius": -1}, "max_radius must be a number > 0"),
-}
-
-
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_settings_of_a_directory_are_held_against_their_types(name, edited):
-    changes, message = SETTINGS[name]
-    settings = files.read_config(edited)["settings"]
-    change_config(edited, settings=settings | changes)
-    with pytest.raises(gf.CodebookCorrupt, match=message):
+@each_damage("settings")
+def test_the_settings_of_a_directory_are_held_against_their_types(damage, edited):
+    damage.do(edited)
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
         load_editor(edited)
 
 
 # The signature
-
-
-def write_with_checksum(folder, config):
-    """Write a manifest as anybody can: the checksum takes no secret."""
-    rest = {name: value for name, value in config.items() if name != "checksum"}
-    sealed = json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()
-    whole = rest | {"checksum": hashlib.sha256(sealed).hexdigest()}
-    (folder / files.CONFIG).write_text(json.dumps(whole))
 
 
 def test_a_signed_directory_opens_with_its_key_alone(tmp_path):
@@ -182,13 +103,11 @@ def test_an_unsigned_directory_is_refused_where_a_key_is_given(edited, tmp_path)
     assert not model.layer._forward_hooks
 
 
-@pytest.mark.parametrize("signature", [3, "é" * 64, "", None, ["x"]])
-def test_what_is_no_signature_is_refused_in_words(signature, edited):
-    config = files.read_config(edited)
-    config["hmac"] = signature
-    write_with_checksum(edited, config)
+@each_damage("signature")
+def test_what_is_no_signature_is_refused_in_words(damage, edited):
+    damage.do(edited)
     gf.Codebook.open(edited)
-    with pytest.raises(gf.CodebookCorrupt, match=r"(is|was) not signed"):
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
         gf.Codebook.open(edited, hmac_key=KEY)
 
 
@@ -267,40 +186,13 @@ def test_a_signature_of_one_purpose_is_none_of_another():
 # F3: contents
 
 
-CONTENTS = {
-    "NaN in a key": ("keys", put(3, math.nan), 3, "keys must be finite, got NaN or infinity in"),
-    "infinity in a key": ("keys", put(0, -math.inf), 0, "keys must be finite"),
-    "infinity in a value": ("values", put(2, math.inf), 2, "values must be finite"),
-    "NaN for a radius": ("rows.radius", put(1, math.nan), 1, r"rows\.radius must be finite"),
-    "an infinite radius": ("rows.radius", put(4, math.inf), 4, r"rows\.radius must be finite"),
-    "NaN in a query": ("edits.query", put(5, math.nan), 5, r"edits\.query must be finite"),
-    "NaN for the radius of an edit": ("edits.radius", put(1, math.nan), 1, "must be finite"),
-    "NaN for a distance": ("edits.distance", put(1, math.nan), 1, "must be a number >= 0 in row 1"),
-    "a distance below zero": ("edits.distance", put(1, -1.0), 1, "must be a number >= 0 in row 1"),
-    "steps below zero": ("edits.steps", put(2, -1), 2, "must be at least 0 in row 2"),
-    "the radius of an event": ("events.radius", put(2, math.inf), 2, r"events\.radius must be fin"),
-    "the largest id": ("rows.id", put(4, 2**63 - 1), 4, "must be below 4611686018427387904"),
-    "an id twice": ("edits.id", put(4, 3), 4, "must ascend from 0 or more in row 4"),
-    "a first id below zero": ("rows.id", put(0, -1), 0, "must ascend from 0 or more in row 0"),
-    "a slot that is not there": ("rows.key_slot", put(2, 99), 2, "points outside the . slots"),
-    "the row of an edit": ("edits.row", put(6, 99), 6, "edit 7 is on row 99 of 5"),
-    "keys of another width": ("keys", lambda keys: keys[:, 1:], None, "edits.query must be"),
-    "a radius too few": ("rows.radius", lambda radii: radii[1:], None, r"must be .* \[5\], got"),
-    "a value too few": ("values", lambda values: values[:-1], None, "points outside the"),
-    "radii in halves": ("rows.radius", lambda radii: radii.half(), None, r"must be torch\.float32"),
-    "truths of another kind": ("rows.live", lambda live: live.byte() + 1, None, "torch.bool"),
-    "no keys": ("keys", lambda keys: keys[:, :0], None, r"must be numbers \[\*, >= 1\]"),
-}
-
-
-@pytest.mark.parametrize("name", CONTENTS)
-def test_contents_that_cannot_be_are_refused_with_their_field_and_row(name, edited):
-    field, change, row, message = CONTENTS[name]
-    replace_tensor(edited, "tensors", field, change)
-    with pytest.raises(gf.CodebookCorrupt, match=message) as refused:
-        load_editor(edited)
-    if row is not None:
-        assert (refused.value.field, refused.value.row) == (field, row)
+@each_damage("column", lambda damage: damage.message)
+def test_contents_that_cannot_be_are_refused_with_their_field_and_row(damage, edited):
+    damage.do(edited)
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message) as refused:
+        load_editor(edited, max_radius=damage.max_radius)
+    if damage.row is not None:
+        assert (refused.value.field, refused.value.row) == (damage.column, damage.row)
 
 
 def test_a_truth_that_is_neither_0_nor_1_is_refused(edited):
@@ -328,21 +220,9 @@ def test_keys_and_values_of_another_layer_are_refused_by_their_widths(edited):
     assert not model.layer._forward_hooks
 
 
-ACCEPTED = {
-    "a denormal in a key": ("keys", put(0, 1e-42)),
-    "a denormal radius": ("rows.radius", put(0, 1e-42)),
-    "a radius of zero": ("rows.radius", put(0, 0.0)),
-    "a dead key": ("rows.radius", put(0, -1e-5)),
-    "a key as dead as can be": ("rows.radius", put(0, -3e38)),
-    "a large key": ("keys", put(0, 1e38)),
-    "a ball around everything": ("rows.radius", put(0, 3e38)),
-}
-
-
-@pytest.mark.parametrize("name", ACCEPTED)
-def test_odd_numbers_that_may_be_are_decided_by_the_law(name, edited):
-    field, change = ACCEPTED[name]
-    replace_tensor(edited, "tensors", field, change)
+@each_damage("column", lambda damage: damage.message is None)
+def test_odd_numbers_that_may_be_are_decided_by_the_law(damage, edited):
+    damage.do(edited)
     assert_decides_by_the_law(gf.Codebook.open(edited))
 
 
@@ -376,22 +256,22 @@ def test_an_edit_whose_ball_would_be_wider_than_allowed_changes_nothing():
     assert len(grace.codebook) == 2
 
 
-@pytest.mark.parametrize("field", ["rows.radius", "events.radius"])
-def test_a_stored_ball_wider_than_allowed_is_refused(field, edited, tmp_path):
-    replace_tensor(edited, "tensors", field, put(1, 7.0))
+@pytest.mark.parametrize("name", ["a radius that is too wide", "an event that is too wide"])
+def test_a_stored_ball_wider_than_allowed_is_refused(name, edited, tmp_path):
+    damage = DAMAGES[name]
+    damage.do(edited)
     opens = [
         lambda: load_editor(edited, max_radius=5.0),
         lambda: gf.attach(golden.Model(), golden.LAYER, path=edited, max_radius=5.0),
         lambda: gf.Codebook.open(edited, max_radius=5.0),
     ]
     for ask in opens:
-        message = rf"{field} must be at most 5\.0, got 7\.0 in row 1"
-        with pytest.raises(gf.CodebookCorrupt, match=message) as refused:
+        with pytest.raises(gf.CodebookCorrupt, match=damage.message) as refused:
             ask()
-        assert (refused.value.field, refused.value.row) == (field, 1)
+        assert (refused.value.field, refused.value.row) == (damage.column, damage.row)
     assert load_editor(edited, max_radius=7.0).settings.max_radius == 7.0
     gf.Codebook.open(edited, max_radius=7.0).save(tmp_path / "book")
-    if field == "rows.radius":
+    if damage.column == "rows.radius":
         with pytest.raises(gf.CodebookCorrupt, match=r"at most 5\.0, got 7\.0 in row 1"):
             gf.Codebook.open(tmp_path / "book", max_radius=5.0)
 
@@ -572,15 +452,8 @@ def test_a_ball_that_a_journal_makes_wider_than_allowed_is_refused(tmp_path):
             ask()
 
 
-def test_a_manifest_that_does_not_describe_its_journal_is_refused(tmp_path):
-    golden.editor(path=tmp_path).unload()
-    config = files.read_config(tmp_path)
-    journal = config["journal"]
-    for told in ({}, {**journal, "name": 3}, {**journal, "file": "../journal-x.sqlite"}):
-        change_config(tmp_path, journal=told)
-        with pytest.raises(gf.CodebookCorrupt, match="does not describe its journal"):
-            gf.Codebook.open(tmp_path)
-    del config["version"]
-    write_with_checksum(tmp_path, config)
-    with pytest.raises(gf.CodebookCorrupt, match="does not describe its journal"):
-        gf.Codebook.open(tmp_path)
+@each_damage("described journal")
+def test_a_manifest_that_does_not_describe_its_journal_is_refused(damage, journalled):
+    damage.do(journalled)
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
+        gf.Codebook.open(journalled)

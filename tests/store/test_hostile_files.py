@@ -7,16 +7,15 @@ refused is named.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
-import struct
 import time
 
 import golden_codebooks as golden
 import pytest
 import torch
-from damages import change_config
+from changes import change_config, file_with, leave_state
+from damages import DAMAGES, each_damage
 from disk import file_of, run_python
 from safetensors.torch import load, save
 
@@ -25,14 +24,6 @@ from grace_fast.codebook.mapped import open_regular, refuse_special
 from grace_fast.editor.attach import read_saved
 from grace_fast.store import columns, files, headers, tensor_files
 from grace_fast.store.large import resident
-
-
-@pytest.fixture
-def edited(tmp_path):
-    """A directory of a model's edits: one file of tensors."""
-    folder = tmp_path / "edited"
-    golden.editor().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -65,14 +56,6 @@ def content_of(folder):
         for name, tensor in part.items():
             part[name] = (tensor.dtype, tuple(tensor.shape), tensor_files.checksum(tensor))
     return said, tensors
-
-
-@pytest.fixture
-def journalled(tmp_path):
-    """A directory with a journal of further edits."""
-    folder = tmp_path / "journalled"
-    golden.editor(path=folder).unload()
-    return folder
 
 
 # F1: flipped bits
@@ -161,118 +144,23 @@ def test_none_of_all_bits_of_a_journals_header_and_10_000_others_is_silent(journ
 # F2: headers
 
 
-def described(begin, end, shape, dtype="F32"):
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-
-
-def file_with(header, data=b"", length=None):
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-ONE = described(0, 8, [2])
-HEADERS = {
-    "an empty file": (b"", "has 0 bytes, and the length of a header takes 8"),
-    "seven bytes": (b"\x02" + b"\0" * 6, "has 7 bytes, and the length"),
-    "a header of 2^63 bytes": (file_with({}, length=2**63), "header has 9223372036854775808 bytes"),
-    "a header longer than 100 MB": (file_with({}, length=100_000_001), "wanted at most 100000000"),
-    "a header longer than the file": (
-        file_with({}, length=9),
-        "has 9 bytes, and there are 2 after",
-    ),
-    "a header of no bytes": (file_with(b""), "does not begin with {"),
-    "a list": (file_with(b"[]"), "does not begin with {"),
-    "white space first": (file_with(b" {}"), "does not begin with {"),
-    "no JSON": (file_with(b"{]"), "its brackets do not close"),
-    "half a JSON": (file_with(b'{"a":'), "its brackets do not close"),
-    "two of them": (file_with(b"{}{}"), "not JSON as it should be: Extra data"),
-    "no UTF-8": (file_with(b'{"\xff\xfe": 1}'), "'utf-8' codec can't decode"),
-    "a million brackets": (file_with(b'{"a":' + b"[" * 10**6), "more than 3 are open at once"),
-    "brackets that close": (file_with(b'{"a":' + b"[" * 99 + b"]" * 99 + b"}"), "more than 3 are"),
-    "brackets in a string": (file_with({"[[[[{{{{\\": ONE}, b"x" * 8), None),
-    "a string without end": (file_with(b'{"' + b'\\"' * 10**6), "brackets do not close"),
-    "a name twice": (
-        file_with(b'{"a": %b, "a": %b}' % ((json.dumps(ONE).encode(),) * 2), b"x" * 8),
-        "names 'a' more than once",
-    ),
-    "a field twice": (
-        file_with(b'{"a": {"dtype": "F32", "dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'),
-        "names 'dtype' more than once",
-    ),
-    "NaN for a number": (file_with(b'{"a": {"shape": [NaN]}}'), "NaN is not a number"),
-    "a number of 5 000 digits": (
-        file_with(b'{"a": {"shape": [' + b"9" * 5000 + b"]}}"),
-        "Exceeds the limit",
-    ),
-    "a number for a tensor": (file_with({"a": 1}), "must have dtype, shape and data_offsets"),
-    "a field too many": (file_with({"a": {**ONE, "b": 1}}), "and nothing else"),
-    "a field too few": (file_with({"a": {"dtype": "F32", "shape": []}}), "must have dtype, shape"),
-    "an unknown element type": (file_with({"a": described(0, 8, [2], "F31")}), "element types"),
-    "a list for an element type": (file_with({"a": described(0, 8, [2], [])}), "element types"),
-    "a negative length": (file_with({"a": described(0, 8, [-2])}), "at most 8 whole numbers >= 0"),
-    "a fraction of a length": (file_with({"a": described(0, 8, [2.0])}), "whole numbers >= 0"),
-    "a truth for a length": (file_with({"a": described(0, 4, [True])}), "whole numbers >= 0"),
-    "nine dimensions": (file_with({"a": described(0, 4, [1] * 9)}, b"x" * 4), "at most 8"),
-    "an overflowing shape": (file_with({"a": described(0, 0, [2**31, 2**31, 4])}), "overflows"),
-    "2^62 times nothing": (file_with({"a": described(0, 0, [2**62, 0])}), "size overflows"),
-    "a length of 2^64": (file_with({"a": described(0, 0, [2**64])}), "whole numbers >= 0"),
-    "bytes that wrap around": (file_with({"a": described(0, 0, [2**62])}), "size overflows"),
-    "one offset": (file_with({"a": {**ONE, "data_offsets": [0]}}), "must have two data_offsets"),
-    "a negative offset": (file_with({"a": described(-8, 0, [2])}), "must have two data_offsets"),
-    "offsets that cross": (file_with({"a": described(8, 0, [2])}), "has -8 bytes, and its shape"),
-    "fewer bytes than the shape": (file_with({"a": described(0, 4, [2])}), "another number of"),
-    "an overlap": (
-        file_with({"a": described(0, 8, [2]), "b": described(4, 12, [2])}, b"x" * 12),
-        "tensor 'b' overlaps the one before it",
-    ),
-    "the same bytes twice": (
-        file_with({"a": ONE, "b": ONE}, b"x" * 8),
-        "tensor 'b' overlaps the one before it",
-    ),
-    "a hole": (
-        file_with({"a": described(0, 8, [2]), "b": described(12, 20, [2])}, b"x" * 20),
-        "tensor 'b' leaves a hole before it",
-    ),
-    "a hole at the start": (file_with({"a": described(8, 16, [2])}, b"x" * 16), "a hole before it"),
-    "bytes of no tensor": (file_with({"a": ONE}, b"x" * 9), "tensors end at byte .* and it has"),
-    "tensors past the end": (file_with({"a": ONE}, b"x" * 7), "tensors end at byte .* and it has"),
-    "terabytes in a small file": (
-        file_with({"a": described(0, 2**42, [2**40])}, b"x" * 8),
-        "tensors end at byte",
-    ),
-    "metadata that is none": (file_with({"__metadata__": {"a": {}}}), "an object of strings"),
-    "metadata": (file_with({"__metadata__": {"format": "pt"}, "a": ONE}, b"x" * 8), None),
-    "no tensor": (file_with({}), None),
-    "an empty tensor between two": (
-        file_with(
-            {"c": described(8, 16, [2]), "b": described(8, 8, [0, 5]), "a": described(0, 8, [2])},
-            b"x" * 16,
-        ),
-        None,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HEADERS)
-def test_a_header_is_held_against_its_file(name, tmp_path):
-    content, message = HEADERS[name]
-    place = tmp_path / "one.safetensors"
-    place.write_bytes(content)
+@each_damage("header")
+def test_a_header_is_held_against_its_file(damage, tmp_path):
+    place, content = damage.do(tmp_path), damage.content
     for given_as in (content, memoryview(content), place):
-        if message is None:
+        if damage.message is None:
             found = headers.check(given_as)
             assert found.keys() == load(content).keys()
             continue
         began = time.perf_counter()
-        with pytest.raises(gf.CodebookCorrupt, match=message):
+        with pytest.raises(gf.CodebookCorrupt, match=damage.message):
             headers.check(given_as)
         assert time.perf_counter() - began < 1  # whatever it says
 
 
-@pytest.mark.parametrize("name", [name for name, (_, message) in HEADERS.items() if message])
-def test_a_directory_with_such_a_file_is_refused(name, edited):
-    place = file_of(edited, "codebook")
-    place.write_bytes(HEADERS[name][0])
+@each_damage("header", lambda damage: damage.message)
+def test_a_directory_with_such_a_file_is_refused(damage, edited):
+    file_of(edited, "codebook").write_bytes(damage.content)
     with pytest.raises(
         gf.CodebookCorrupt, match=r"codebook-\w+.safetensors is truncated or no safe"
     ):
@@ -287,9 +175,9 @@ def test_a_header_far_longer_than_its_tensors_take_is_not_read(edited):
 
 
 def test_no_header_makes_anyone_allocate(tmp_path):
-    for number, (content, message) in enumerate(HEADERS.values()):
-        if message is not None and len(content) < 10_000:
-            (tmp_path / str(number)).write_bytes(content)
+    for number, damage in enumerate(DAMAGES.values()):
+        if damage.kind == "header" and damage.message and len(damage.content) < 10_000:
+            (tmp_path / str(number)).write_bytes(damage.content)
     script = f"""
         import pathlib, re, resource
         from grace_fast.store import headers
@@ -324,32 +212,11 @@ def test_a_small_header_is_checked_in_microseconds():
 # What has the name of a file and is none
 
 
-def of_another_kind(place, kind):
-    """Put something in the place of a file that has its name, and its content behind a link."""
-    elsewhere = place.with_name("elsewhere")
-    if kind == "link":
-        place.rename(elsewhere)
-        place.symlink_to(elsewhere)
-        return
-    place.unlink()
-    if kind == "dangling link":
-        place.symlink_to(elsewhere)
-    elif kind == "folder":
-        place.mkdir()
-    elif kind == "link to a device":
-        place.symlink_to("/dev/zero")
-    else:
-        os.mkfifo(place)
-
-
-KINDS = ("link", "dangling link", "link to a device", "folder", "pipe")
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@each_damage("special")
 @pytest.mark.parametrize("stem", ["grace_config", "codebook", "keys", "values", "codes"])
-def test_only_regular_files_are_read(kind, stem, bare):
-    of_another_kind(next(bare.glob(f"{stem}*")), kind)
-    message = rf"{stem}.* is (a link|no regular file): a codebook's files are regular files"
+def test_only_regular_files_are_read(damage, stem, bare):
+    damage.do(next(bare.glob(f"{stem}*")))
+    message = rf"{stem}.* {damage.message}: a codebook's files are regular files"
     with pytest.raises(gf.CodebookCorrupt, match=message):
         gf.Codebook.open(bare)
     if stem == "grace_config":  # neither is it taken for an empty directory
@@ -359,16 +226,16 @@ def test_only_regular_files_are_read(kind, stem, bare):
             gf.attach(golden.Model(), golden.LAYER, path=bare)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_damage("special")
 @pytest.mark.parametrize("suffix", ["sqlite", "sqlite-journal", "lock"])
-def test_a_journal_and_a_lock_are_regular_files(kind, suffix, journalled):
+def test_a_journal_and_a_lock_are_regular_files(damage, suffix, journalled):
     pattern = "lock" if suffix == "lock" else f"journal-*.{suffix}"
     place = next(journalled.glob(pattern))
-    of_another_kind(place, kind)
-    with pytest.raises(gf.CodebookCorrupt, match=rf"{place.name} is (a link|no regular file)"):
+    damage.do(place)
+    with pytest.raises(gf.CodebookCorrupt, match=rf"{place.name} {damage.message}"):
         gf.attach(golden.Model(), golden.LAYER, path=journalled)
     if suffix != "lock":
-        with pytest.raises(gf.CodebookCorrupt, match=rf"{place.name} is (a link|no regular file)"):
+        with pytest.raises(gf.CodebookCorrupt, match=rf"{place.name} {damage.message}"):
             gf.Codebook.open(journalled)
 
 
@@ -422,22 +289,16 @@ def test_a_build_does_not_follow_a_link_of_its_folder(name, tmp_path):
 
 
 def test_the_state_of_a_build_names_no_file_elsewhere(tmp_path):
-    work = tmp_path / resident.BUILDING
-    work.mkdir()
-    (work / "state.json").write_text('{"format": 2, "token": "../../elsewhere"}')
+    leave_state(tmp_path, b'{"format": 2, "token": "../../elsewhere"}')
     with pytest.raises(gf.CodebookCorrupt, match="does not name the files of a build; remove"):
         gf.Codebook.build(tmp_path, [], progress=False)
 
 
-NAMES = ["../x", "/etc/passwd", "a/b", "..", ".", "", "a\0b", "\ud800", "x" * 300, 3, None, ["x"]]
-
-
-@pytest.mark.parametrize("name", NAMES, ids=[ascii(name)[:12] for name in NAMES])
+@each_damage("name")
 @pytest.mark.parametrize("which", ["tensors", "codes", "keys"])
-def test_a_name_that_leads_elsewhere_is_no_name(name, which, bare):
+def test_a_name_that_leads_elsewhere_is_no_name(damage, which, bare):
     config = files.read_config(bare)
-    told = config["mapped"]["keys"] if which == "keys" else config[which]
-    told["file"] = name
+    damage.do(config["mapped"]["keys"] if which == "keys" else config[which])
     change_config(bare, **{field: config[field] for field in ("tensors", "codes", "mapped")})
-    with pytest.raises(gf.CodebookCorrupt, match="is not the name of a file in this directory"):
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
         gf.Codebook.open(bare)

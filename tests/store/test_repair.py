@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
 import shutil
 import sqlite3
 
 import golden_codebooks as golden
 import pytest
 import torch
-from damages import change_config, overwrite, put, replace_tensor
+from changes import (
+    change_config,
+    flip_in_column,
+    flip_in_second_block,
+    overwrite,
+    put,
+    put_rows,
+    replace_tensor,
+)
+from damages import DAMAGES, each_damage
 from disk import file_of
-from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import grace_fast as gf
@@ -25,25 +33,6 @@ from grace_fast.store.repair import repair
 from grace_fast.tools.cli import app
 
 KEY = bytes(range(32))
-
-
-@pytest.fixture(scope="module")
-def golden_edited(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("golden") / "edited"
-    golden.editor().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def edited(golden_edited, tmp_path):
-    return shutil.copytree(golden_edited, tmp_path / "edited")
-
-
-@pytest.fixture
-def journalled(tmp_path):
-    """A directory whose nine edits and one undo are ten versions after an empty base."""
-    golden.editor(path=tmp_path / "journalled").unload()
-    return tmp_path / "journalled"
 
 
 def bare_book():
@@ -106,34 +95,18 @@ def test_a_sound_directory_is_left_as_it_is(edited, journalled, bare):
     assert not list(edited.parent.glob("*.damaged-*"))
 
 
-ROWS = {
-    "a key that is NaN": ("keys", put(2, math.nan), None),
-    "a value that is infinite": ("values", put(1, math.inf), None),
-    "a radius that is NaN": ("rows.radius", put(1, math.nan), None),
-    "a radius that is too wide": ("rows.radius", put(1, 7.0), 5.0),
-    "a slot that is not there": ("rows.value_slot", put(1, 99), None),
-    "a query that is NaN": ("edits.query", put(3, math.nan), None),
-    "an edit without a value": ("edits.value_after", put(1, 99), None),
-    "an undo that would be too wide": ("events.radius", put(0, 9.0), 5.0),
-    "an event of another row": ("events.lasts_with", put(0, 1), None),
-    "an edit on no row": ("edits.row", put(6, 99), None),
-    "an id twice": ("edits.id", put(4, 3), None),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows_that_cannot_be_trusted_go_with_their_edits_and_all_are_listed(name, edited):
-    column, change, max_radius = ROWS[name]
+@each_damage("column", lambda damage: damage.repaired)
+def test_rows_that_cannot_be_trusted_go_with_their_edits_and_all_are_listed(damage, edited):
     before = gf.Codebook.open(edited)
     ids = [edit.id for edit in read_saved(edited).codebook()[1].edits.values()]
-    replace_tensor(edited, "tensors", column, change)
+    damage.do(edited)
     damaged = content_of(edited)
-    report = repair(edited, max_radius=max_radius)
+    report = repair(edited, max_radius=damage.max_radius)
     gone = listed(report, "row")
     assert gone
     assert len(gone) < len(before.live)
     assert all(each.why for each in report.dropped)
-    assert_decides_as_before(gf.Codebook.open(edited, max_radius=max_radius), before, gone)
+    assert_decides_as_before(gf.Codebook.open(edited, max_radius=damage.max_radius), before, gone)
     left = read_saved(edited).codebook()[1].edits
     assert not any(edit.row in gone for edit in left.values())
     assert len(left) + len(listed(report, "edit")) == len(ids)
@@ -143,7 +116,7 @@ def test_rows_that_cannot_be_trusted_go_with_their_edits_and_all_are_listed(name
 
 def test_rows_stay_without_their_edits_where_that_is_asked_for(edited):
     before = gf.Codebook.open(edited)
-    replace_tensor(edited, "tensors", "edits.query", put(3, math.nan))
+    DAMAGES["a query that is NaN"].do(edited)
     report = repair(edited, keep_rows=True)
     assert listed(report, "row") == []
     assert listed(report, "edit")
@@ -154,10 +127,7 @@ def test_rows_stay_without_their_edits_where_that_is_asked_for(edited):
 @pytest.mark.parametrize("keep_rows", [False, True])
 def test_a_history_that_is_not_what_was_saved_explains_no_row(keep_rows, edited):
     before = gf.Codebook.open(edited)
-    file = edited / files.read_config(edited)["tensors"]["file"]
-    queries = load_file(file)["edits.query"].numpy().tobytes()
-    at = file.read_bytes().index(queries)
-    overwrite(file, at + 5, b"\x77")
+    flip_in_column(edited, "edits.query")
     report = repair(edited, keep_rows=keep_rows)
     live = before.live.nonzero()[:, 0].tolist()
     assert listed(report, "row") == ([] if keep_rows else live)
@@ -191,25 +161,14 @@ def test_without_a_manifest_or_a_header_there_is_nothing_to_stand_on(edited):
         repair(edited)
 
 
-JOURNALS = {
-    "a row that was changed": ("UPDATE versions SET kind = 'undo' WHERE version = 6", 5),
-    "a row that is lost": ("DELETE FROM versions WHERE version = 6", 5),
-    "the last rows lost": ("DELETE FROM versions WHERE version > 8", 8),
-    "no last version": ("DELETE FROM head", 10),
-    "a foreign table": ("CREATE TABLE other (a)", 0),
-}
-
-
-@pytest.mark.parametrize("name", JOURNALS)
-def test_the_longest_sound_prefix_of_a_journal_is_kept(name, journalled):
-    change, last = JOURNALS[name]
+@each_damage("journal")
+def test_the_longest_sound_prefix_of_a_journal_is_kept(damage, journalled):
+    last = damage.last_version
     before = gf.Codebook.open(journalled).version
     assert before == 10
     wanted = read_saved(journalled).codebook(version=last)
     journal = next(journalled.glob("journal-*.sqlite"))
-    file = sqlite3.connect(journal, isolation_level=None)
-    file.execute(change)
-    file.close()
+    damage.do(journalled)
     report = repair(journalled)
     lost = listed(report, "version")
     assert lost[0] == last + 1
@@ -271,35 +230,22 @@ def test_a_base_that_is_not_sound_goes_on_with_its_journal(journalled):
 
 def test_a_block_that_is_not_what_was_saved_costs_its_rows(bare):
     per_block = BLOCK_BYTES // 4096 // 4
-    overwrite(file_of(bare, "keys"), HEADER_BYTES + BLOCK_BYTES + 99, b"\x01")
+    flip_in_second_block(file_of(bare, "keys"))
     gone = list(range(per_block, 2 * per_block))
     assert listed(repair(bare), "row") == gone
     assert repair(bare).was_sound
     assert_decides_as_before(gf.Codebook.open(bare), bare_book(), gone)
 
 
-def _cut(path, size):
-    with path.open("r+b") as file:
-        file.truncate(HEADER_BYTES + size)
-
-
-def _nan(folder):
-    place = file_of(folder, "values")
-    overwrite(place, HEADER_BYTES + 8 * 5, b"\x00\x00\xc0\x7f")
-    content = place.read_bytes()[HEADER_BYTES:]
-    check = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
-    replace_tensor(folder, "tensors", "values.blocks", lambda checks: check[None])
-
-
 def test_a_file_that_was_cut_off_keeps_its_whole_blocks(bare):
-    _cut(file_of(bare, "keys"), BLOCK_BYTES + 5)
+    os.truncate(file_of(bare, "keys"), HEADER_BYTES + BLOCK_BYTES + 5)
     per_block = BLOCK_BYTES // 4096 // 4
     assert listed(repair(bare), "row") == list(range(per_block, 1024))
     assert repair(bare).was_sound
 
 
 def test_a_value_that_is_not_finite_costs_its_row_alone(bare):
-    _nan(bare)
+    put_rows(bare, "values", 8 * 5, b"\x00\x00\xc0\x7f")
     assert listed(repair(bare), "row") == [5]
     assert repair(bare).was_sound
 
@@ -325,10 +271,7 @@ def test_codes_and_headers_are_made_again_and_nothing_is_lost(tmp_path):
 def test_a_signed_directory_needs_its_key_and_is_signed_anew(tmp_path):
     folder = tmp_path / "signed"
     golden.editor().save_pretrained(folder, hmac_key=KEY)
-    config = files.read_config(folder, KEY)
-    file = folder / config["tensors"]["file"]
-    queries = load_file(file)["edits.query"].numpy().tobytes()
-    overwrite(file, file.read_bytes().index(queries) + 5, b"\x77")
+    flip_in_column(folder, "edits.query", KEY)
     with pytest.raises(ValueError, match="is signed: give its hmac_key"):
         repair(folder)
     with pytest.raises(gf.CodebookCorrupt, match="not signed with this hmac_key"):
@@ -345,7 +288,7 @@ def test_who_edits_a_directory_keeps_it_from_being_repaired(journalled):
 
 
 def test_a_disk_that_fails_leaves_the_directory_as_it_was(edited, monkeypatch):
-    replace_tensor(edited, "tensors", "keys", put(2, math.nan))
+    DAMAGES["a key that is NaN"].do(edited)
     damaged = content_of(edited)
 
     def fail(*_):
@@ -366,7 +309,7 @@ def test_the_command_line_lists_what_was_dropped_and_ends_with_3(edited):
     assert sound.exit_code == 0
     assert json.loads(sound.stdout)["was_sound"] is True
     assert "is sound; nothing was changed" in call("--repair").stdout
-    replace_tensor(edited, "tensors", "keys", put(2, math.nan))
+    DAMAGES["a key that is NaN"].do(edited)
     first = shutil.copytree(edited, edited.parent / "another")
     told = call("--repair")
     assert told.exit_code == 3
@@ -405,7 +348,7 @@ def test_a_row_that_two_blocks_hold_goes_with_either(tmp_path):
     generator = torch.Generator().manual_seed(1)
     book.append(torch.randn(800, 3000, generator=generator), torch.zeros(800, 2), torch.ones(800))
     book.save(tmp_path / "bare")
-    overwrite(file_of(tmp_path / "bare", "keys"), HEADER_BYTES + BLOCK_BYTES + 99, b"\x01")
+    flip_in_second_block(file_of(tmp_path / "bare", "keys"))
     first, last = BLOCK_BYTES // width, 2 * BLOCK_BYTES // width
     assert (first + 1) * width > BLOCK_BYTES > first * width
     assert (last + 1) * width > 2 * BLOCK_BYTES > last * width

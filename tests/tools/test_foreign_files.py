@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import zipfile
 
 import golden_codebooks as golden
 import pytest
 import torch
-from damages import replace_tensor
+from changes import change_state, replace_tensor
+from damages import each_damage
 from fuzz import readers
-from safetensors.torch import save_file
 from torch import nn
 
 import grace_fast as gf
@@ -37,52 +36,16 @@ def resumed(folder):
     return gf.Codebook.build(folder, [readers.ROWS], threads=1, progress=False)
 
 
-def change_state(folder, change):
-    place = folder / resident.BUILDING / "state.json"
-    state = json.loads(place.read_bytes())
-    change(state)
-    place.write_text(json.dumps(state))
-
-
-STATES = {
-    "no element type": lambda s: s.pop("dtype"),
-    "an element type there is not": lambda s: s.update(dtype="torch.int8"),
-    "a list for an element type": lambda s: s.update(dtype=[]),
-    "no widths": lambda s: s.pop("widths"),
-    "the width of one alone": lambda s: s["widths"].pop("keys"),
-    "a width of nothing": lambda s: s["widths"].update(keys=0),
-    "a width in words": lambda s: s["widths"].update(keys="8"),
-    "no keys": lambda s: s.pop("keys"),
-    "a number for what was written": lambda s: s.update(values=3),
-    "rows below none": lambda s: s["keys"].update(rows=-1),
-    "half a row": lambda s: s["keys"].update(rows=1.5),
-    "no checksum": lambda s: s["keys"].update(last_check=None),
-    "a checksum in other letters": lambda s: s["keys"].update(last_check="x" * 64),
-    "a block too many": lambda s: s["keys"].update(checks=["0" * 64]),
-    "more rows than blocks": lambda s: s["keys"].update(rows=2**61),
-    "other rows of keys once all are written": lambda s: (
-        s["keys"].update(rows=1),
-        s.update(written=True),
-    ),
-    "a map in words": lambda s: s.update(map="x"),
-    "codes of more rows": lambda s: s.update(
-        encoded={"rows": 2**40, "near_error": 0.0, "far_error": 0.0}
-    ),
-    "an error in words": lambda s: s.update(
-        encoded={"rows": 0, "near_error": "x", "far_error": 0.0}
-    ),
-}
-
-
-@pytest.mark.parametrize("name", STATES)
-def test_a_state_that_does_not_tell_what_was_written_is_refused(name, unfinished):
-    change_state(unfinished, STATES[name])
-    with pytest.raises(gf.CodebookCorrupt, match=r"does not tell what was written; remove"):
+@each_damage("build")
+def test_a_state_that_does_not_tell_what_was_written_is_refused(damage, unfinished):
+    damage.do(unfinished)
+    with pytest.raises(gf.CodebookCorrupt, match=damage.message):
         resumed(unfinished)
 
 
 def test_rows_that_were_never_written_take_no_room(unfinished):
-    change_state(unfinished, lambda state: state["keys"].update(rows=100_000))
+    place = unfinished / resident.BUILDING / "state.json"
+    change_state(place, lambda state: state["keys"].update(rows=100_000))
     with pytest.raises(gf.CodebookCorrupt, match=r"has fewer rows than were written; remove"):
         resumed(unfinished)
     assert sum(each.stat().st_size for each in unfinished.rglob("*")) < 100_000
@@ -92,20 +55,11 @@ def test_a_build_whose_state_is_whole_goes_on(unfinished):
     assert len(resumed(unfinished)) == len(readers.ROWS[0])
 
 
-@pytest.mark.parametrize(
-    ("name", "tensor", "message"),
-    [
-        ("radii", torch.tensor(1.0), r"radii must be \[M\], got \[\]"),
-        ("radii", torch.ones(4, 1), r"radii must be \[M\], got \[4, 1\]"),
-        ("values", torch.ones(4), r"values must be \[M, V\], got \[4\]"),
-        ("keys", torch.ones(4, 0), r"keys must be \[M, D\], got \[4, 0\]"),
-    ],
-)
-def test_rows_of_another_shape_are_refused_before_they_are_read(name, tensor, message, tmp_path):
-    parts = {"keys": torch.ones(4, 2), "values": torch.ones(4, 2), "radii": torch.ones(4)}
-    save_file(parts | {name: tensor}, tmp_path / "rows.safetensors")
-    with pytest.raises(ValueError, match=message):
-        FilesOfRows([tmp_path / "rows.safetensors"])
+@each_damage("rows")
+def test_rows_of_another_shape_are_refused_before_they_are_read(damage, tmp_path):
+    place = damage.do(tmp_path)
+    with pytest.raises(ValueError, match=damage.message):
+        FilesOfRows([place])
 
 
 # Directories
@@ -217,51 +171,22 @@ def test_keys_without_a_dimension_are_refused_whoever_kept_them():
         gf.accelerate(nn.ModuleDict({"one": foreign}))
 
 
-BOMB = "a: &a [x, x]\n" + "".join(
-    f"{after}: &{after} [*{before}, *{before}]\n"
-    for before, after in zip(
-        "abcdefghijklmnopqrstuvwx", "bcdefghijklmnopqrstuvwxyz"[:24], strict=True
-    )
-)
-HPARAMS = {
-    "no UTF-8": (b"\xff", "is not YAML"),
-    "no YAML": (b"a: ]", "is not YAML"),
-    "a date that is none": (b"a: !!timestamp x", "is not YAML"),
-    "an empty number": (b"a: !!int ''", "is not YAML"),
-    "a thousand brackets": (b"[" * 2000, "is not YAML"),
-    "layers that are a number": (b"alg_name: GRACE\ninner_params: 3", "a list of the layers"),
-    "a list for a rate": (
-        b"alg_name: GRACE\ninner_params: [a]\nedit_lr: []",
-        r"edit_lr must be a number, got \[\]",
-    ),
-    "aliases of aliases": (f"{BOMB}alg_name: *x".encode(), r"must have alg_name: GRACE, got \[\["),
-}
-
-
-@pytest.mark.parametrize("name", HPARAMS)
-def test_yaml_that_holds_no_hparams_is_refused_in_words(name, tmp_path):
-    content, message = HPARAMS[name]
-    (tmp_path / "hparams.yaml").write_bytes(content)
-    with pytest.raises(ValueError, match=message) as refused:
-        easyedit.GraceHyperParams.from_hparams(tmp_path / "hparams.yaml")
+@each_damage("hparams")
+def test_yaml_that_holds_no_hparams_is_refused_in_words(damage, tmp_path):
+    place = damage.do(tmp_path)
+    with pytest.raises(ValueError, match=damage.message) as refused:
+        easyedit.GraceHyperParams.from_hparams(place)
     assert len(str(refused.value)) < 1000
 
 
 # Data files
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", b"\xff", r"a\.jsonl is not \.jsonl in UTF-8"),
-        ("a.csv", b"prompt\n\xff", r"a\.csv is not \.csv in UTF-8"),
-        ("a.jsonl", b"\n" + b"[" * 100_000, r"a\.jsonl, line 2 is not JSON: maximum recursion"),
-    ],
-)
-def test_records_that_cannot_be_read_are_refused_with_their_file(name, content, message, tmp_path):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        records.read(tmp_path / name, {"prompt": records.text})
+@each_damage("records")
+def test_records_that_cannot_be_read_are_refused_with_their_file(damage, tmp_path):
+    place = damage.do(tmp_path)
+    with pytest.raises(ValueError, match=damage.message):
+        records.read(place, {"prompt": records.text})
 
 
 def test_edits_of_a_hundred_thousand_brackets_are_refused_with_their_line(tmp_path):
