@@ -98,7 +98,7 @@ def filled(model: Any, keys: Tensor, known: dict[str, Tensor]) -> gf.Grace:
     own = grace.query_of(known)
     values = torch.randn(KEYS, 384, generator=torch.Generator().manual_seed(1))
     grace.codebook.append(torch.cat([keys, own]), values, torch.full((KEYS,), epsilon))
-    gf.prepare(grace.codebook)  # as after a while of serving: the certificate is made
+    gf.prepare(grace.codebook)  # as after a while of serving: the index is made
     return grace
 
 

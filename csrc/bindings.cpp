@@ -184,7 +184,7 @@ PYBIND11_MODULE(_cpu, module) {
       .def(py::init<int64_t, int64_t, Address, py::function, py::function, int>(), py::kw_only(),
            arg("slots"), arg("block_bytes"), arg("tested"), arg("test"), arg("lose"),
            arg("guarded"));
-  py::class_<Plan>(module, "Plan", "A index as one version sees it.")
+  py::class_<Plan>(module, "Plan", "The index as one version sees it.")
       .def(py::init<py::dict, py::list, int64_t, float, float>(), py::kw_only(), arg("projection"),
            arg("segments"), arg("covered"), arg("min_radius"), arg("widest"));
   py::class_<Version>(module, "Version", "A version, ready to be asked.")

@@ -209,8 +209,12 @@ class EditContext:
         asked = batches.runnable(batch, self.kind, self.host.model)
         if self.kind != "seq2seq":  # no loss is wanted, and labels may be outside the classes
             asked = {name: value for name, value in asked.items() if name not in heads.TARGETS}
-        still = torch.set_grad_enabled(in_training), frozen(self.model)
-        with still[0], still[1], adapter.asking_at(where, length), adapter.observing() as seen:
+        with (
+            torch.set_grad_enabled(in_training),
+            frozen(self.model),
+            adapter.asking_at(where, length),
+            adapter.observing() as seen,
+        ):
             try:
                 self.call(asked)
             except IndexError as error:

@@ -36,7 +36,7 @@ from grace_fast.semantics import Rules
 class History:
     """The edits that remain, in order, and what they did to each row.
 
-    edits, rows, label_slots: what came in columns; `store.past` makes them of a file.
+    edits, rows, label_slots: what came in columns; `store.history_columns` makes them of a file.
     """
 
     def __init__(

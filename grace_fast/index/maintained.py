@@ -367,5 +367,5 @@ def _go_on_in_child(index: Index, whole: bool) -> None:
             view.made_from = _FORKED  # no state is this: the next look-up asks for a new view
 
 
-_indexes: Cache[Index] = Cache("certificate")
+_indexes: Cache[Index] = Cache("index")
 _FORKED: Any = object()
