@@ -46,7 +46,7 @@ def read_method(read: Read, read_idle: Read) -> Method:
 
 def steps_of(n_iter: int, edit_lr: float) -> Schedule:
     """Return how the references train a value: exactly so many steps, the last value kept."""
-    return Schedule(n_iter, edit_lr, stop_loss=None, keep_best=False, judges_last=False)
+    return Schedule(n_iter, edit_lr, stop_loss=None, keep_best=False)
 
 
 def read_steps(read: Read) -> Schedule:

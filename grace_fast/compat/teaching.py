@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grace_fast.compat.adaptor import Adaptor
 from grace_fast.editor.prefix_cache import PrefixCache
-from grace_fast.editor.training import frozen, train
+from grace_fast.editor.training import descend, frozen
 from grace_fast.edits.settings import Schedule
 from grace_fast.hook.wrappers import parameters_of
 from grace_fast.semantics import IGNORED_LABEL
@@ -56,7 +56,7 @@ def _train(
     losses: list[Any] = []
     prefix = PrefixCache(model, adaptor.layer, adaptor, looks=1)
 
-    def attempt(_: Tensor | None = None) -> tuple[Tensor, bool]:
+    def attempt() -> Tensor:
         nonlocal loss
         adaptor.iter = len(losses)
         with prefix.step():
@@ -64,12 +64,12 @@ def _train(
         if not isinstance(loss, Tensor):
             raise TypeError("the model must return an object with .loss when given labels")
         losses.append(loss.detach().float().cpu().numpy()[()])
-        return loss, False
+        return loss
 
     still = frozen(model, with_modes=False)
     with still, torch.enable_grad(), adaptor.editing(labels), prefix:
         first = attempt()
-        train(adaptor.trained, attempt, steps, first)
+        descend(adaptor.trained, attempt, steps, first)
     return losses, loss.detach()
 
 

@@ -55,6 +55,67 @@ def rows(batch: Mapping[str, Any], picked: Sequence[int]) -> Batch:
     }
 
 
+# Fields whose second dimension is that of tokens, and what stands at a token that is padding.
+_PADDED: dict[str, int] = {
+    "input_ids": -1,  # the padding's own token
+    "inputs_embeds": 0,
+    "attention_mask": 0,
+    "labels": IGNORED_LABEL,
+    "token_type_ids": 0,
+    "position_ids": 0,
+    "decoder_input_ids": -1,
+    "decoder_attention_mask": 0,
+}
+
+
+def signature(batch: Batch) -> tuple[Any, ...] | None:
+    """Return what batches of one row have in common that stand in one; None for one that stands
+    alone.
+
+    Prompts without a mask stand beside others of their length only: padding would be text.
+    """
+    told: list[Any] = []
+    has_mask = isinstance(batch.get("attention_mask"), Tensor)
+    for name, value in sorted(batch.items()):
+        if not isinstance(value, Tensor):
+            if not (value is None or isinstance(value, bool | int | float | str)):
+                return None
+            told.append((name, value))
+            continue
+        if not value.ndim or len(value) != 1:
+            return None
+        is_padded = has_mask and name in _PADDED and value.ndim > 1
+        told.append((name, value.dtype, value.device, value.shape[2 if is_padded else 1 :]))
+    return tuple(told)
+
+
+def together(rows: Sequence[Batch], padding: int) -> Batch:
+    """Return batches of one row and one signature as one, padded on the right.
+
+    padding: the token that stands where there is none.
+    """
+    whole: Batch = {}
+    for name, first in rows[0].items():
+        given = [row[name] for row in rows]
+        if not isinstance(first, Tensor):
+            whole[name] = first
+        elif first.ndim > 1 and name in _PADDED:
+            whole[name] = joined(given, padding if _PADDED[name] == -1 else _PADDED[name])
+        else:
+            whole[name] = torch.cat(given)
+    return whole
+
+
+def joined(parts: Sequence[Tensor], filler: int) -> Tensor:
+    """Return tensors [B, T, ...] of several T as one, filled on the right."""
+    length = max(each.shape[1] for each in parts)
+    filled = []
+    for each in parts:
+        more = each.new_full((len(each), length - each.shape[1], *each.shape[2:]), filler)
+        filled.append(torch.cat([each, more], dim=1) if more.numel() else each)
+    return torch.cat(filled)
+
+
 def runnable(batch: Batch, kind: Kind, model: nn.Module) -> Batch:
     """Return a batch that a model runs on: a prompt without a target still starts the decoder."""
     if kind != "seq2seq" or batch.get("labels") is not None or "decoder_input_ids" in batch:

@@ -14,7 +14,7 @@ from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
 from grace_fast.editor.training import Trained
-from grace_fast.edits.plans import Plan
+from grace_fast.edits.plans import Plan, RowsRefused
 from grace_fast.edits.settings import Settings
 from grace_fast.errors import GraceWarning
 from grace_fast.hook.modes import Observation
@@ -123,14 +123,15 @@ def warn_of_shared_queries(context: EditContext, batch: Batch, plan: Plan, rules
 def warn_of_nothing_learnt(settings: Settings, plan: Plan, results: Sequence[Trained]) -> None:
     """Warn of values whose training was given up: say why, and what to do.
 
-    Raises: ValueError for a value that is not finite, which no codebook may hold.
+    Raises: RowsRefused for a value that is not finite, which no codebook may hold.
     """
     for one, result in zip(plan.trainings, results, strict=True):
         at, layer = one.picked[0], settings.layer
         if not result.value.isfinite().all():
-            raise ValueError(
+            raise RowsRefused(
+                one.picked,
                 f"the value of row {at} of the batch must be finite, and its training at "
-                f"{layer} ended in NaN or infinity; attach with a lower learning_rate"
+                f"{layer} ended in NaN or infinity; attach with a lower learning_rate",
             )
         said = f"the edit of row {at} of the batch cannot be learnt at {layer}"
         if result.stuck == "not finite":

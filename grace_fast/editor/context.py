@@ -17,7 +17,7 @@ from grace_fast.codebook import forks
 from grace_fast.codebook.checks import DTYPES
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.draft import Draft
-from grace_fast.editor import batches, heads, unfit
+from grace_fast.editor import batches, heads, memory, unfit
 from grace_fast.editor.batches import Batch
 from grace_fast.editor.directory import Directory
 from grace_fast.editor.fingerprint import fingerprint
@@ -62,6 +62,8 @@ class EditContext:
         self.history = History()
         self._asked_of: Any = None  # whose signature is known
         self.tokens_are_checked = self.scale_is_checked = False
+        self.rows_are_apart = True  # rows of a batch are as they are alone, as far as is known
+        self.at_once = memory.MOST  # edits for which there was memory, as far as is known
         self._making = threading.Lock()
         site = Site(
             model=base,

@@ -1,27 +1,28 @@
 """GRACE on a model: edit mistakes away, explain, undo, verify, save.
 
 One edit = run the model once and take its query, decide against the codebook, train one value,
-decide again and publish. The model's weights never change.
+decide again and publish. A stream of edits does the same with many values at once. The model's
+weights never change.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
-from grace_fast.editor import batches, prompts, session
+from grace_fast.editor import batches, prompts, session, streams
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.prompts import Prompt, Target
-from grace_fast.edits.edit import Edit
+from grace_fast.edits.edit import Edit, Refused
 from grace_fast.edits.settings import Settings
 from grace_fast.edits.verify import Verification, verify
 from grace_fast.hook.counters import Counters
@@ -136,6 +137,31 @@ class Grace:
         Raises: as `edit`.
         """
         return session.edit(self._context, self._context.batch_of(batch))
+
+    def edit_many(
+        self,
+        edits: Iterable[Any],
+        batch_size: int | Literal["auto"] = "auto",
+        progress: bool = True,
+    ) -> Iterator[Edit | Refused]:
+        """Make a stream of edits, many values trained at once; return an iterator of reports.
+
+        Nothing is edited before the iterator is asked. Every edit of the stream gives one report,
+        in order, once it is published (and on the disk, where `attach` was given a path). What is
+        decided is what `edit` would decide, one after the other: outcomes, rows, radii, labels.
+
+        edits: each a (prompt, target), as `edit` takes them; a record with `prompt` (or `messages`)
+            and `target`, and where wanted a `joint` and `paraphrases`, each of which is an edit of
+            its own after the prompt; or a batch of tensors of one row, as `edit` takes it. What
+            cannot be edited gives a `Refused`, which says why, and the others go on.
+        batch_size: how many at most are trained at once; "auto": as many as there is memory for, 64
+            at most. Where memory ends it is halved, and nothing is lost.
+        progress: show a bar on a terminal, where tqdm is installed.
+
+        Raises: TypeError for no iterable, ValueError for a batch size below 1; OSError where a
+        batch cannot be written. What was reported stays then, and stays where you stop.
+        """
+        return streams.edit_many(self._context, edits, batch_size, progress)
 
     def undo(self, edit_id: int) -> Edit:
         """Take one edit back, whatever came after it, and return it.

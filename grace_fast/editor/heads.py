@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from grace_fast.semantics import IGNORED_LABEL, label_ids, score_label
 
@@ -192,26 +193,64 @@ def prediction_of(answer: Any, head: Head) -> Tensor | None:
 
 
 def is_correct(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens") -> bool:
-    """Tell whether the model's own prediction is the target, for every row.
+    """Tell whether the model's own prediction is the target, for every row; see `correct_rows`."""
+    return bool(correct_rows(logits, targets, kind, head).all())
+
+
+def correct_rows(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens") -> Tensor:
+    """Tell of each row whether the model's own prediction is the target, [B] bool.
 
     logits: [B, C] or [B, T, C], virtual tokens before those of the targets included, of a span
     [B, 2, T]; targets: [B, ...], with -100 where nothing is asked of tokens and classes.
     """
     if head in ("scores", "several"):
-        said = logits.float().reshape(len(targets), -1)
-        wanted = targets.to(said.device).reshape(len(targets), -1).float()
+        said, wanted = _numbers(logits, targets)
         if head == "several":
-            return bool(((said > 0) == (wanted > 0.5)).all())
+            return ((said > 0) == (wanted > 0.5)).all(dim=1)
         room = SCORE_TOLERANCE * wanted.abs().clamp(min=1)
-        return bool(((said - wanted).abs() <= room).all())
+        return ((said - wanted).abs() <= room).all(dim=1)
+    logits, targets, asked = _asked(logits, targets, kind)
+    right = torch.ones_like(asked)
+    right[asked] = logits[asked].argmax(dim=-1) == targets[asked]
+    return right.all(dim=1)
+
+
+def losses(
+    logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens"
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of each row's losses and how many there are, both [B].
+
+    The mean of all of them is the loss of transformers' models; arguments as `correct_rows`.
+    """
+    if head in ("scores", "several"):
+        said, wanted = _numbers(logits, targets)
+        each = (
+            (said - wanted).square()
+            if head == "scores"
+            else F.binary_cross_entropy_with_logits(said, wanted, reduction="none")
+        )
+        return each.sum(dim=1), each.new_full((len(each),), each.shape[1])
+    logits, targets, asked = _asked(logits, targets, kind)
+    each = F.cross_entropy(logits[asked].float(), targets[asked], reduction="none")
+    row = asked.nonzero()[:, 0]
+    return each.new_zeros(len(asked)).index_add(0, row, each), asked.sum(dim=1)
+
+
+def _numbers(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what a model says and what is wanted, both [B, C] float32."""
+    count = len(targets)
+    said = logits.float().reshape(count, -1)
+    return said, targets.to(said.device).reshape(count, -1).float()
+
+
+def _asked(logits: Tensor, targets: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits [B, L, C], targets [B, L] and where one is asked for, [B, L] bool."""
     if logits.ndim == 3 and targets.ndim == 2:
         logits = logits[:, -targets.shape[1] :]
     if kind == "decoder" and logits.ndim == 3:
         logits, targets = logits[:, :-1], targets[:, 1:]
-    targets = targets.to(logits.device)
-    asked = targets != IGNORED_LABEL
-    predicted = logits.reshape(*targets.shape, logits.shape[-1])[asked].argmax(dim=-1)
-    return bool((predicted == targets[asked]).all())
+    targets = targets.to(logits.device).reshape(len(targets), -1)
+    return logits.reshape(*targets.shape, logits.shape[-1]), targets, targets != IGNORED_LABEL
 
 
 def label_from_text(target: Any, model: nn.Module) -> Tensor:

@@ -17,18 +17,18 @@ from torch import Tensor
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.modes import lasting
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.editor import batches, checks, heads
+from grace_fast.editor import batches, checks, heads, memory
 from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
 from grace_fast.editor.prefix_cache import PrefixCache
-from grace_fast.editor.training import Trained, frozen, require_differentiable, train
+from grace_fast.editor.training import Trained, frozen, require_differentiable, train_rows
+from grace_fast.editor.training_run import Rows, StandsAlone, TrainingRun
 from grace_fast.edits import plans
 from grace_fast.edits.edit import Edit
-from grace_fast.edits.plans import Plan, Proposal
-from grace_fast.hook.modes import Observation
-from grace_fast.hook.training_override import TrainingOverride
+from grace_fast.edits.plans import Plan, Proposal, Training
 
+Text = tuple[str, str]  # prompt and target
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
 
 
@@ -36,7 +36,7 @@ class _Superseded(Exception):
     """Another edit came between, and changed what this one has to do."""
 
 
-def edit(context: EditContext, batch: Batch, text: tuple[str, str] | None = None) -> list[Edit]:
+def edit(context: EditContext, batch: Batch, text: Text | None = None) -> list[Edit]:
     """Edit every row of a batch, in order; one report a row.
 
     text: prompt and target, where they are to be kept.
@@ -45,10 +45,7 @@ def edit(context: EditContext, batch: Batch, text: tuple[str, str] | None = None
     """
     context.require_attached()
     context.directory.require_writable()
-    host, kind = context.host, context.kind
-    head = heads.head_of(host.called if host.is_wrapper else host.model, kind, batch.get("labels"))
-    batches.check(batch, kind, head, heads.classes_of(host.model, kind))
-    checks.refuse_unknown_labels(host, batch, head)
+    head = check(context, batch)
     require_differentiable(context.model)
     prefix = PrefixCache(context.model, context.adapter.layer)
     with lasting(), frozen(context.model), prefix:
@@ -58,26 +55,57 @@ def edit(context: EditContext, batch: Batch, text: tuple[str, str] | None = None
         queries = seen.queries.to(context.book_for(seen).dtype)
         checks.check_query(context, queries, seen)
         book = context.own_book(seen)
-        proposal = _proposal(context, batch, head, queries, seen)
-        session = _Session(context, batch, head, seen, proposal, prefix, text)
-        for _ in range(TRAININGS):
-            try:
-                return session.train_and_publish(book)
-            except _Superseded:
-                continue
-        with context.noting():  # nobody comes between any more
-            return session.train_and_publish(book)
+        rows = Rows(batch, head, queries, seen.positions, seen.output.dtype)
+        proposal = propose(context, rows, seen.outputs, seen.hidden)
+        return Session(context, rows, proposal, prefix, [text] * len(queries)).publish(book)
+
+
+def check(context: EditContext, batch: Batch) -> Head:
+    """Check that a batch can be edited as far as it shows, and return what its labels are.
+
+    Raises: as `Grace.edit`.
+    """
+    host, kind = context.host, context.kind
+    head = heads.head_of(host.called if host.is_wrapper else host.model, kind, batch.get("labels"))
+    batches.check(batch, kind, head, heads.classes_of(host.model, kind))
+    checks.refuse_unknown_labels(host, batch, head)
+    return head
 
 
 @dataclass(frozen=True, eq=False)
-class _Session:
+class Session:
+    """One batch of edits from what was observed to what is published.
+
+    prefix: of these rows.
+    """
+
     context: EditContext
-    batch: Batch
-    head: Head
-    seen: Observation
+    rows: Rows
     proposal: Proposal
     prefix: PrefixCache
-    text: tuple[str, str] | None
+    texts: Sequence[Text | None]  # by row, where they are to be kept
+
+    def publish(self, book: Codebook) -> list[Edit]:
+        """Decide, train and publish; one report a row.
+
+        Raises: as `Grace.edit`; RowsRefused where the other rows could be edited.
+        """
+        for _ in range(TRAININGS):
+            try:
+                return self.train_and_publish(book)
+            except _Superseded:
+                continue
+        with self.context.noting():  # nobody comes between any more
+            return self.train_and_publish(book)
+
+    def sketch(self, book: Codebook) -> Plan:
+        """Decide without a trace.
+
+        Raises: RowsRefused.
+        """
+        history, rules = self.context.history, self.context.settings.rules(book.dtype)
+        with book.sketching() as draft, history.attempting(keep=False):
+            return plans.make(self.proposal, draft, history, rules, history.next_id)
 
     def train_and_publish(self, book: Codebook) -> list[Edit]:
         """Decide, train while other threads may write, and publish where that changed nothing.
@@ -86,46 +114,43 @@ class _Session:
         """
         context, history = self.context, self.context.history
         rules = context.settings.rules(book.dtype)
-        with book.sketching() as draft, history.attempting(keep=False):
-            plan = plans.make(self.proposal, draft, history, rules, history.next_id)
-        results = [self._train(one) for one in plan.trainings]
+        plan = self.sketch(book)
+        results = self._train(plan.trainings)
         with context.noting() as draft:
             now = plans.make(self.proposal, draft, history, rules, history.next_id)
             if not now.agrees(plan):
                 raise _Superseded
-            checks.warn_of_shared_queries(context, self.batch, now, rules)
+            checks.warn_of_shared_queries(context, self.rows.batch, now, rules)
             checks.warn_of_nothing_learnt(context.settings, now, results)
             for one, result in zip(now.trainings, results, strict=True):
                 if result.steps or context.settings.iterations == 0:
                     draft.set_value(one.row, result.value)
             return self._record(draft.snapshot(), now, results)
 
-    def _train(self, override: TrainingOverride) -> Trained:
-        """Train one value on the rows of the batch that it answers."""
-        context, head, picked = self.context, self.head, list(override.picked)
-        adapter, kind, start = context.adapter, context.kind, override.value
-        index = torch.tensor(picked, dtype=torch.int64, device=self.seen.positions.device)
-        where = self.seen.positions[index]
-        if len(picked) < len(self.proposal.queries):
-            self.prefix.restart()
-        part = batches.rows(self.batch, picked)
-        targets = heads.targets_of(part, head, len(picked))
-        asked = heads.for_loss(part, head, self.seen.output.dtype)
-        wanted = ".start_logits and .end_logits" if head == "span" else ".logits"
+    def _train(self, trainings: Sequence[Training]) -> list[Trained]:
+        """Train values on the rows of the batch that they answer, all at once where that can be.
 
-        def attempt(value: Tensor) -> tuple[Tensor, bool]:
-            override.value = value
-            with adapter.asking_at(where), adapter.trying(override), self.prefix.step():
-                answer = context.call(asked)
-            loss, logits = getattr(answer, "loss", None), heads.prediction_of(answer, head)
-            if loss is None or logits is None:
-                raise TypeError(
-                    f"the model must return an object with .loss and {wanted} when it is given "
-                    f"labels, got {type(answer).__name__}"
-                )
-            return loss, heads.is_correct(logits.detach(), targets, kind, head)
+        Where memory ends it is done with half of them, and then with the others.
+        """
+        if len(trainings) < 2:
+            return [self._together([one])[0] for one in trainings]
+        if self.context.rows_are_apart:
+            try:
+                return self._together(trainings)
+            except StandsAlone:
+                self.context.rows_are_apart = False
+            except (MemoryError, RuntimeError) as error:
+                if not memory.has_ended(error):
+                    raise
+                half = len(trainings) // 2
+                self.context.at_once = min(self.context.at_once, half)
+                return self._train(trainings[:half]) + self._train(trainings[half:])
+        return [self._together([one])[0] for one in trainings]
 
-        return train(start, attempt, context.settings.schedule())
+    def _together(self, trainings: Sequence[Training]) -> list[Trained]:
+        run = TrainingRun(self.context, self.rows, self.prefix, trainings)
+        starts = torch.stack([one.start for one in trainings])
+        return train_rows(starts, run.attempt, self.context.settings.schedule())
 
     def _record(self, after: Snapshot, plan: Plan, results: Sequence[Trained]) -> list[Edit]:
         """Note the edits of a batch in the history, as a draft holds them in the end."""
@@ -151,32 +176,37 @@ class _Session:
                 loss=math.nan if result is None else result.loss,
                 steps=0 if result is None else result.steps,
                 correct=result is not None and result.correct,
-                prompt=batches.prompt_checksum(self.batch, at, self.context.kind),
-                text=self.text,
+                prompt=batches.prompt_checksum(self.rows.batch, at, self.context.kind),
+                text=self.texts[at],
             )
             history.record(edit, after.row(done.row).label_slot)
             edits.append(edit)
         return edits
 
 
-def _proposal(
-    context: EditContext, batch: Batch, head: Head, queries: Tensor, seen: Observation
-) -> Proposal:
-    settings, count = context.settings, len(queries)
+def propose(context: EditContext, rows: Rows, outputs: Tensor, hidden: Tensor) -> Proposal:
+    """Return what is asked for: queries [B, D], labels, and values to start from.
+
+    outputs: [B, V], what the layer gives at the queries; hidden: [B, T, D], what it is given.
+    """
+    settings, queries = context.settings, rows.queries
     padding = getattr(getattr(context.host.model, "config", None), "pad_token_id", None)
     padding = None if context.kind == "classifier" else padding
-    targets = heads.targets_of(batch, head, count)
-    labels = [heads.label_of(row, head, padding, settings.semantics != "paper") for row in targets]
+    targets, is_own = (
+        heads.targets_of(rows.batch, rows.head, len(queries)),
+        settings.semantics == "paper",
+    )
+    labels = [heads.label_of(row, rows.head, padding, not is_own) for row in targets]
     first_id = context.history.next_id
     fresh = [
-        seen.outputs[at].to(queries.dtype)
+        output.to(queries.dtype)
         if settings.value_init == "warm"
-        else _cold_value(settings.semantics == "paper", seen.output, first_id + at, queries.dtype)
-        for at in range(count)
+        else _cold_value(is_own, output, first_id + at, queries.dtype)
+        for at, output in enumerate(outputs)
     ]
     if settings.query != "every_token":
         return Proposal(queries, labels, fresh)
-    return Proposal(queries, labels, fresh, seen.hidden, seen.positions)
+    return Proposal(queries, labels, fresh, hidden, rows.positions)
 
 
 def _cold_value(is_own: bool, output: Tensor, edit_id: int, dtype: torch.dtype) -> Tensor:

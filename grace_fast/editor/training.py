@@ -1,13 +1,13 @@
-"""The training of one value: Adam on a single vector, everything else frozen."""
+"""The training of values: Adam on one vector each, everything else frozen."""
 
 from __future__ import annotations
 
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -22,7 +22,10 @@ Stuck = Literal["no gradient", "not finite"]
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
-# The loss and whether the model's own prediction is right, with this value [V] in place.
+# With values [R, V] in place, of the rows that are named: the loss [R] of each, and whether the
+# model's own prediction is right, [R] bool. Each loss depends on its own value alone.
+Attempts = Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
+# The same of one value [V].
 Attempt = Callable[[Tensor], tuple[Tensor, bool]]
 
 
@@ -54,48 +57,109 @@ class Adam:
         root = (1 - BETAS[1] ** self._steps) ** 0.5
         self._value.addcdiv_(self._mean, (self._square.sqrt() / root).add_(EPSILON), value=-rate)
 
+    def keep(self, rows: Tensor, value: Tensor) -> None:
+        """Go on with these rows alone, whose values are those of another tensor."""
+        self._value, self._mean, self._square = value, self._mean[rows], self._square[rows]
 
-def train(
-    start: Tensor, attempt: Attempt, schedule: Schedule, first: tuple[Tensor, bool] | None = None
-) -> Trained:
-    """Return the best value that Adam finds from a start, [V] or several [R, V].
 
-    start: one that requires a gradient is trained in place; first: what the attempt with the start
-    said, where it was made already.
+class _Kept:
+    """The best value of each row so far, or the last."""
 
-    Every loss is that of the value as it will be stored, in the codebook's element type; a right
+    def __init__(self, starts: Tensor, only_best: bool) -> None:
+        self._values, self._only_best = starts.detach().clone(), only_best
+        self._reached: list[tuple[bool, float] | None] = [None] * len(starts)
+
+    def take(self, at: int, value: Tensor, correct: bool, loss: float) -> None:
+        """Keep a value where it is better: a right prediction beats a low loss."""
+        before = self._reached[at]
+        if (
+            before is None or not self._only_best or (correct, -loss) > before
+        ):  # False for NaN: what breaks the model goes
+            self._reached[at] = (correct, -loss)
+            self._values[at] = value
+
+    def result(self, at: int, steps: int, stuck: Stuck | None) -> Trained:
+        """Return what one row reached."""
+        reached = self._reached[at]
+        assert reached is not None, "its value was tried"
+        return Trained(self._values[at].clone(), -reached[1], steps, reached[0], stuck)
+
+
+def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Trained]:
+    """Return the best value that is found from each start [R, V], each as if it were alone.
+
+    A row leaves once it is learnt: it is not asked about again.
+
+    Every loss is that of the value as it will be stored, in the element type of the starts; a right
     prediction beats a low loss.
 
-    Where the first gradient is zero, so is every later one, because Adam does not move; and where
-    one is no number, nothing is one after it. Either ends the training, unless the last value is
-    to be kept: then all steps are done.
+    Where the first gradient of a row is zero, so is every later one, because Adam does not move;
+    and where one is no number, nothing is one after it. Either ends its training, unless the last
+    value is to be kept: then all steps are done.
 
-    Raises: ValueError where the loss has no gradient at all.
+    Raises: ValueError where the losses have no gradient at all.
     """
-    master = start if start.requires_grad else start.detach().float().clone().requires_grad_()
-    adam = Adam(master.detach(), schedule.learning_rate)
-    kept: Trained | None = None
-    stuck: Stuck | None = None
-    for step in range(schedule.iterations + schedule.judges_last):
-        last = step == schedule.iterations
-        with torch.set_grad_enabled(not last):
-            loss, correct = attempt(master.to(start.dtype)) if step or first is None else first
-        reached = float(loss.detach())
-        done = schedule.stop_loss is not None and correct and reached < schedule.stop_loss
-        if not (last or done):
-            gradient = _gradient(loss, master)
-            stuck = stuck or _stuck(step, correct, reached, gradient)
-        is_over = last or done or bool(stuck and schedule.keep_best)
-        is_best = is_over
-        if schedule.keep_best:  # False for NaN: a value that breaks the model is not kept
-            is_best = kept is None or (correct, -reached) > (kept.correct, -kept.loss)
-        if is_best:
-            kept = Trained(master.detach().to(start.dtype, copy=True), reached, step, correct)
-        if is_over:
-            assert kept is not None
-            return replace(kept, steps=step, stuck=stuck)
-        adam.step(gradient)
-    return Trained(master.detach(), reached, schedule.iterations, correct, stuck)
+    dtype, keeps_best = starts.dtype, schedule.keep_best
+    master = starts.detach().to(torch.float32, copy=True)
+    adam = Adam(master, schedule.learning_rate)
+    kept, results = _Kept(starts, keeps_best), dict[int, Trained]()
+    stuck: dict[int, Stuck | None] = dict.fromkeys(range(len(starts)))
+    rows = list(stuck)
+    for step in range(schedule.iterations + 1):  # after the last it is only judged
+        is_last = step == schedule.iterations
+        leaf = master.detach().requires_grad_()
+        with torch.set_grad_enabled(not is_last):
+            losses, correct = attempt(leaf.to(dtype), rows)
+        reached, right = losses.detach().tolist(), correct.tolist()
+        stop = -math.inf if schedule.stop_loss is None else schedule.stop_loss
+        over = [
+            is_last or (is_right and loss < stop)
+            for is_right, loss in zip(right, reached, strict=True)
+        ]
+        if not all(over):
+            gradients = _gradient(losses.sum(), leaf)
+            for at, row in enumerate(rows):
+                if not over[at]:
+                    stuck[row] = stuck[row] or _stuck(step, right[at], reached[at], gradients[at])
+                    over[at] = bool(stuck[row]) and keeps_best
+        stored = master.to(dtype)
+        for at, row in enumerate(rows):
+            if keeps_best or over[at]:
+                kept.take(row, stored[at], right[at], reached[at])
+            if over[at]:
+                results[row] = kept.result(row, step, stuck[row])
+        if all(over):
+            break
+        if any(over):
+            going = [at for at, is_over in enumerate(over) if not is_over]
+            index = torch.tensor(going, device=master.device)
+            rows = [rows[at] for at in going]
+            master, gradients = master[index], gradients[index]
+            adam.keep(index, master)
+        adam.step(gradients)
+    return [results[row] for row in range(len(starts))]
+
+
+def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
+    """Return the best value that is found from one start [V]; see `train_rows`."""
+
+    def attempts(values: Tensor, _: Sequence[int]) -> tuple[Tensor, Tensor]:
+        loss, correct = attempt(values[0])
+        return loss[None], torch.tensor([correct], device="cpu")
+
+    return train_rows(start[None], attempts, schedule)[0]
+
+
+def descend(value: Tensor, attempt: Callable[[], Tensor], schedule: Schedule, loss: Tensor) -> None:
+    """Do every step of a schedule on a value that requires a gradient, in place; keep the last.
+
+    loss: the one before the first step; `attempt` returns that of the value as it is now.
+
+    Raises: as `train_rows`.
+    """
+    adam = Adam(value.detach(), schedule.learning_rate)
+    for step in range(schedule.iterations):
+        adam.step(_gradient(attempt() if step else loss, value))
 
 
 def _gradient(loss: Tensor, value: Tensor) -> Tensor:

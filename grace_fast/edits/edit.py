@@ -8,6 +8,7 @@ that any edit can be taken back. Every change of a history is a step: a journal 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -35,6 +36,19 @@ class Edit:
     correct: bool = False  # the model's own prediction was the target, with the kept value
     prompt: int = 0  # checksum of the prompt's tokens, to tell a repeat from another prompt
     text: tuple[str, str] | None = None  # prompt and target, where storing text was asked for
+
+
+@dataclass(frozen=True, eq=False)
+class Refused:
+    """What stands for an edit of a stream that could not be made; nothing has changed for it."""
+
+    at: int  # its place in the stream, from 0
+    error: Exception  # why
+    outcome: Literal["refused"] = "refused"
+    correct: bool = False
+
+    def __str__(self) -> str:
+        return f"edit {self.at} of the stream was refused: {self.error}"
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,17 @@ from grace_fast.codebook.draft import Draft
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.edits.apply import Applied
 from grace_fast.edits.history import History
-from grace_fast.hook.training_override import Tokens, TrainingOverride
+from grace_fast.hook.training_override import Tokens
 from grace_fast.lookup import lookup
 from grace_fast.semantics import Rules
+
+
+class RowsRefused(ValueError):
+    """Some edits of a batch cannot be made; the others could without them."""
+
+    def __init__(self, rows: Sequence[int], why: str) -> None:
+        super().__init__(why)
+        self.rows = tuple(rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +42,21 @@ class Proposal:
 
 
 @dataclass(frozen=True, eq=False)
+class Training:
+    """One value to train, on the rows of a batch that it answers."""
+
+    row: int
+    start: Tensor  # [V]
+    picked: tuple[int, ...]  # rows of the batch
+    tokens: Tokens | None  # of these, where each token asks for itself
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What was decided for each row of a batch, and what has to be trained for it."""
 
     applied: list[Applied]
-    trainings: list[TrainingOverride]
+    trainings: list[Training]
     rows: int  # of the codebook before; later ones are this plan's own
     values: int  # likewise, the slots of values
 
@@ -47,6 +65,11 @@ class Plan:
         return self._decisions() == other._decisions() and all(
             map(torch.equal, self._token_bytes(), other._token_bytes())
         )
+
+    @property
+    def superseded(self) -> bool:
+        """Tell whether an edit is answered by a later one of the batch, and not trained."""
+        return sum(len(one.picked) for one in self.trainings) < len(self.applied)
 
     def _decisions(self) -> tuple[list[tuple[object, ...]], list[tuple[object, ...]]]:
         decided: list[tuple[object, ...]] = [
@@ -80,14 +103,16 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     """Decide a batch of edits in order, each seeing the ones before.
 
     Draft and history are changed; the values of rows that are made are the fresh ones.
+
+    Raises: RowsRefused for an edit whose ball would be too wide.
     """
-    before = draft.counts
-    applied = [
-        history.apply(draft, rules, query, label, fresh, first_id + at)
-        for at, (query, label, fresh) in enumerate(
-            zip(proposal.queries, proposal.labels, proposal.fresh, strict=True)
-        )
-    ]
+    before, applied = draft.counts, list[Applied]()
+    proposed = zip(proposal.queries, proposal.labels, proposal.fresh, strict=True)
+    for at, (query, label, fresh) in enumerate(proposed):
+        try:
+            applied.append(history.apply(draft, rules, query, label, fresh, first_id + at))
+        except ValueError as error:
+            raise RowsRefused([at], str(error)) from None
     decided = draft.snapshot()
     answered_by = lookup.nearest(proposal.queries, decided).row.tolist()
     members: dict[int, list[int]] = {}
@@ -98,7 +123,7 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
         if alike and (answered_by[at] == done.row or len(applied) == 1):
             members.setdefault(done.row, []).append(at)
     trainings = [
-        TrainingOverride(
+        Training(
             row,
             decided.row(row).value.clone(),
             tuple(picked),

@@ -25,7 +25,6 @@ class Schedule:
     learning_rate: float = 1.0
     stop_loss: float | None = 0.1  # stop below it once the prediction is right; None: never
     keep_best: bool = True  # else the last, as the reference does
-    judges_last: bool = True  # by a call more; else nobody asks what the last step reached
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.hook import calls, generation, selection, tensor_parallel
+from grace_fast.hook import calls, generation, positions, selection, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.attachment import Attachment, Site
 from grace_fast.hook.counters import Tally
@@ -262,6 +262,7 @@ class Adapter:
             locator.refuse_other_tokens(hidden)
         ends = locator.prompt_ends(hidden)
         if isinstance(watching, TrainingOverride):
+            watching.queries = positions.vectors_at(hidden, ends)
             return locator.unshaped(watching.write(shaped, ends, self.site.replacement), output)
         whole = tensor_parallel.whole(hidden, self.layer)
         watching.append(Observation(whole, shaped.detach(), ends))

@@ -1,4 +1,4 @@
-"""The override of one value while it is trained: written where it will be found once published.
+"""The override of values while they are trained: written where they will be found once published.
 
 Nothing is looked up while it is trained: other threads edit the codebook meanwhile, and the draft
 that the edit was decided on is gone. What its own tokens hit is taken from that draft before.
@@ -6,6 +6,7 @@ that the edit was decided on is gone. What its own tokens hit is taken from that
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,28 +40,44 @@ class Tokens:
         hit[asked], found[asked] = True, row
         return Tokens(hit, found, snapshot.values_of(found).clone())
 
+    @staticmethod
+    def joined(parts: Sequence[Tokens]) -> Tokens:
+        """Return the tokens of several batches, one after the other."""
+        fields = ((one.hit, one.row, one.stored) for one in parts)
+        return Tokens(*map(torch.cat, zip(*fields, strict=True)))
+
 
 @dataclass
 class TrainingOverride:
-    """A value in training, in place of one row's, for those of a batch that it answers."""
+    """Values in training, in place of those of rows, for the rows of a batch that they answer."""
 
-    row: int
-    value: Tensor  # [V], the start until training sets another
-    picked: tuple[int, ...]  # rows of the batch
+    values: Tensor  # [R, V]
+    rows: tuple[int, ...]  # R, of the codebook
+    owner: Tensor  # [B] int64, which of the values each row of the batch gets
     tokens: Tokens | None = None  # where each token asks for itself
+    queries: Tensor | None = None  # [B, D], what the rows asked when it was last written
 
     def write(
         self, output: Tensor, ends: Tensor, replacement: Replacement
     ) -> tuple[Tensor, Tensor]:
-        """Return output [B, T, V] as if every prompt's end [B] hit this value, and what that is."""
+        """Return output [B, T, V] as if every prompt's end [B] hit its value, and what that is."""
+        owner = self.owner.to(self.values.device)
         if self.tokens is not None:
-            return self._write_tokens(output, self.tokens)
+            return self._write_tokens(output, self.tokens, owner)
         hit = torch.ones(len(output), dtype=torch.bool, device=output.device)
-        return write_values(output, hit, self.value.expand(len(output), -1), ends, replacement)
+        return write_values(output, hit, self.values[owner], ends, replacement)
 
-    def _write_tokens(self, output: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Do the same where each token asks for itself: the others hit what they hit otherwise."""
-        stored = tokens.stored.to(self.value.dtype)
-        values = torch.where((tokens.row == self.row)[:, None], self.value, stored)
-        token = torch.arange(len(values), device=values.device)
-        return write_values(output, tokens.hit, values, token, "replace_last", token)
+    def _write_tokens(self, output: Tensor, tokens: Tokens, owner: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same where each token asks for itself: the others hit what they hit otherwise.
+
+        A token that hits the row of another value gets that as it is now, and teaches it nothing.
+        """
+        values, stored = self.values, tokens.stored.to(self.values.dtype)
+        own = owner.repeat_interleave(len(stored) // len(owner))
+        written = stored
+        for at, row in enumerate(self.rows):
+            here = tokens.row == row
+            value = torch.where((own == at)[:, None], values[at], values[at].detach())
+            written = torch.where(here[:, None], value, written)
+        token = torch.arange(len(stored), device=stored.device)
+        return write_values(output, tokens.hit, written, token, "replace_last", token)
