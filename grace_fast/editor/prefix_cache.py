@@ -19,6 +19,7 @@ import functools
 import random
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, Self
@@ -62,6 +63,9 @@ class _Parts(NamedTuple):
         elif isinstance(value, tuple):
             self.rest.append(len(value))
             return all(map(self.take, value))
+        elif _is_named(value):
+            self.rest.append((type(value), *value))
+            return all(map(self.take, value.values()))
         elif not (value is None or isinstance(value, _PLAIN)):
             return False
         self.rest.append(value)
@@ -85,6 +89,10 @@ class _Run(NamedTuple):
     given: _Parts
     output: Any
     made: _Parts
+
+    def again(self) -> Any:
+        """Return the output, as a new object where somebody may write to it."""
+        return type(self.output)(**self.output) if _is_named(self.output) else self.output
 
 
 class _Watched:
@@ -232,7 +240,7 @@ class PrefixCache:
             if not self._is_proved and not _is_given(kept, args, kwargs):
                 self._kept, self._left = None, 0
                 return own(*args, **kwargs)
-            return kept.output
+            return kept.again()
         seen = self._watched
         if seen is None:
             return own(*args, **kwargs)
@@ -271,6 +279,11 @@ class PrefixCache:
     def _held(self) -> list[Any]:
         """Return what the modules of the model hold: a forward call leaves its traces there."""
         return _held(each for each in self._model.modules() if each is not self._adaptor)
+
+
+def _is_named(value: Any) -> bool:
+    """Tell whether it is what models of transformers return: tensors by name."""
+    return isinstance(value, OrderedDict) and type(value).__module__.startswith(_KNOWN[1])
 
 
 def _path(model: nn.Module, layer: nn.Module) -> list[nn.Module]:

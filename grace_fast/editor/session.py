@@ -8,7 +8,7 @@ leaves model and codebook as they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,8 @@ def edit(context: EditContext, batch: Batch, text: Text | None = None) -> list[E
         checks.check_query(context, queries, seen)
         book = context.own_book(seen)
         rows = Rows(batch, head, queries, seen.positions, seen.output.dtype)
-        proposal = propose(context, rows, seen.outputs, seen.hidden)
+        targets = heads.targets_of(batch, head, len(queries))
+        proposal = propose(context, rows, targets, seen.outputs, seen.hidden)
         return Session(context, rows, proposal, prefix, [text] * len(queries)).publish(book)
 
 
@@ -184,18 +185,18 @@ class Session:
         return edits
 
 
-def propose(context: EditContext, rows: Rows, outputs: Tensor, hidden: Tensor) -> Proposal:
+def propose(
+    context: EditContext, rows: Rows, targets: Iterable[Tensor], outputs: Tensor, hidden: Tensor
+) -> Proposal:
     """Return what is asked for: queries [B, D], labels, and values to start from.
 
-    outputs: [B, V], what the layer gives at the queries; hidden: [B, T, D], what it is given.
+    targets: what each row wants; outputs: [B, V], what the layer gives at the queries; hidden:
+    [B, T, D], what it is given.
     """
     settings, queries = context.settings, rows.queries
     padding = getattr(getattr(context.host.model, "config", None), "pad_token_id", None)
     padding = None if context.kind == "classifier" else padding
-    targets, is_own = (
-        heads.targets_of(rows.batch, rows.head, len(queries)),
-        settings.semantics == "paper",
-    )
+    is_own = settings.semantics == "paper"
     labels = [heads.label_of(row, rows.head, padding, not is_own) for row in targets]
     first_id = context.history.next_id
     fresh = [

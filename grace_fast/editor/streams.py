@@ -20,7 +20,7 @@ from torch import Tensor
 from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.modes import lasting
-from grace_fast.editor import batches, checks, memory, prompts, session
+from grace_fast.editor import batches, checks, heads, memory, prompts, session
 from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
@@ -33,7 +33,7 @@ from grace_fast.edits.plans import RowsRefused
 
 Report = Edit | Refused
 # What is wrong with more than the edit in hand.
-_OF_ALL = (ImportError, OSError, MemoryError)
+_OF_ALL = (ImportError, OSError, MemoryError, Warning)
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,7 +226,8 @@ class _Stream:
         )
         hidden = batches.joined([one.hidden for one in taken], 0)
         rows = Rows(batch, taken[0].head, queries, where, outputs.dtype)
-        proposal = session.propose(self._context, rows, outputs, hidden)
+        targets = (heads.targets_of(one.batch, one.head, 1)[0] for one in taken)
+        proposal = session.propose(self._context, rows, targets, outputs, hidden)
         return Session(self._context, rows, proposal, prefix, [one.text for one in taken])
 
     def _raise_if_of_all(self, error: Exception) -> None:

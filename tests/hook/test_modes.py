@@ -62,7 +62,10 @@ def test_the_inner_block_holds_and_then_the_outer_one_again(adapter):
                 assert asked(adapter) == 2
         assert asked(adapter) == 0
     assert asked(adapter) == 2
-    one, other = (TrainingOverride(torch.full((1, WIDTH), value), (0,), torch.zeros(1, dtype=torch.int64)) for value in (1.0, 2.0))
+    one, other = (
+        TrainingOverride(torch.full((1, WIDTH), value), (0,), torch.zeros(1, dtype=torch.int64))
+        for value in (1.0, 2.0)
+    )
     with adapter.trying(one):
         with adapter.trying(other):
             assert (run(adapter)[-1] == 2).all()
@@ -80,7 +83,9 @@ def every_mode(adapter):
     return (
         adapter.asking_at(at(0)),
         adapter.observing(),
-        adapter.trying(TrainingOverride(torch.zeros(1, WIDTH), (0,), torch.zeros(1, dtype=torch.int64))),
+        adapter.trying(
+            TrainingOverride(torch.zeros(1, WIDTH), (0,), torch.zeros(1, dtype=torch.int64))
+        ),
         adapter.holding(Generation()),
         adapter.disabled(),
     )
