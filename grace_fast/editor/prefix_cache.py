@@ -165,8 +165,15 @@ class PrefixCache:
             or (torch.distributed.is_available() and torch.distributed.is_initialized())
         )
 
+    def go_on_with(self, rows: Sequence[int]) -> None:
+        """Forget what was returned where what follows is of other rows of a batch than before."""
+        if self._rows != list(rows):
+            self.restart()
+            self._rows = list(rows)
+
     def restart(self) -> None:
         """Forget what was returned: what follows is given other tokens."""
+        self._rows: list[int] | None = None
         self._kept: dict[nn.Module, _Run] | None = None
         self._is_proved = False  # that the modules are given what they were given
         self._last: dict[nn.Module, _Run] | None = None

@@ -49,6 +49,7 @@ def edit(context: EditContext, batch: Batch, text: Text | None = None) -> list[E
     require_differentiable(context.model)
     prefix = PrefixCache(context.model, context.adapter.layer)
     with lasting(), frozen(context.model), prefix:
+        prefix.go_on_with(range(len(batches.prompts_of(batch))))
         with prefix.step():
             seen = context.observe(batch, in_training=True)
         checks.check_tokens(context, batch, seen)

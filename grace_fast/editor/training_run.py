@@ -64,11 +64,10 @@ class TrainingRun:
 
     def _hold(self, held: Sequence[int]) -> None:
         """Make the batch of the rows of these trainings."""
-        before, self._held, rows = self._held, list(held), self._rows
+        self._held, rows = list(held), self._rows
         running = [self._trainings[at] for at in held]
         self._picked = picked = [at for one in running for at in one.picked]
-        if before or picked != list(range(len(rows.positions))):
-            self._prefix.restart()
+        self._prefix.go_on_with(picked)
         part = batches.rows(rows.batch, picked)
         self._targets = heads.targets_of(part, rows.head, len(picked))
         self._asked = heads.for_loss(part, rows.head, rows.dtype)
