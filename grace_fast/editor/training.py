@@ -110,6 +110,7 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
         leaf = master.detach().requires_grad_()
         with torch.set_grad_enabled(not is_last):
             losses, correct = attempt(leaf.to(dtype), rows)
+            whole = losses.sum()
         reached, right = losses.detach().tolist(), correct.tolist()
         stop = -math.inf if schedule.stop_loss is None else schedule.stop_loss
         over = [
@@ -117,7 +118,7 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
             for is_right, loss in zip(right, reached, strict=True)
         ]
         if not all(over):
-            gradients = _gradient(losses.sum(), leaf)
+            gradients = _gradient(whole, leaf)
             for at, row in enumerate(rows):
                 if not over[at]:
                     stuck[row] = stuck[row] or _stuck(step, right[at], reached[at], gradients[at])
