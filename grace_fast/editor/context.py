@@ -28,7 +28,7 @@ from grace_fast.edits.settings import Settings
 from grace_fast.hook import compile, positions
 from grace_fast.hook.adapter import Adapter
 from grace_fast.hook.attachment import Site
-from grace_fast.hook.modes import Observation
+from grace_fast.hook.modes import LayerSeen, Observation
 from grace_fast.hook.virtual_tokens import Virtual
 from grace_fast.hook.wrappers import declared_codebook, finds_padding, host_of, stack_of, uncompiled
 from grace_fast.store import manifest
@@ -194,10 +194,13 @@ class EditContext:
             return dict(batch)
         return batches.from_text(batch, target, self.tokenizer, self.host.model, self.kind, joint)
 
-    def observe(self, batch: Batch, in_training: bool = False) -> Observation:
+    def observe(
+        self, batch: Batch, in_training: bool = False, to_layer: bool = False
+    ) -> Observation:
         """Run the model once and return what the layer sees; nothing is replaced.
 
-        in_training: in the mode of a training's steps, which go on with what it computes.
+        in_training: in the mode of a training's steps, which go on with what it computes;
+        to_layer: no further than the layer, where nobody minds: that it runs once is known.
 
         Raises: ValueError for a layer that does not run once, or tokens that the model lacks.
         """
@@ -215,10 +218,12 @@ class EditContext:
             torch.set_grad_enabled(in_training),
             frozen(self.model),
             adapter.asking_at(where, length),
-            adapter.observing() as seen,
+            adapter.observing(to_layer and self._may_be_left) as seen,
         ):
             try:
                 self.call(asked)
+            except LayerSeen:
+                pass
             except IndexError as error:
                 raise ValueError(batches.out_of_range(asked, self.host.model, error)) from error
         if len(seen) != 1:
@@ -227,6 +232,13 @@ class EditContext:
                 f"it ran {len(seen)} times"
             )
         return seen[0]
+
+    @property
+    def _may_be_left(self) -> bool:
+        """Tell whether a call of the model may end at the layer: who gathers weights may mind."""
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        offloads = any("_hf_hook" in vars(module) for module in self.model.modules())
+        return not (self.host.is_wrapper or is_shared or offloads)
 
     def call(self, batch: Batch) -> Any:
         """Run the model on a batch, uncompiled, without a cache of keys and values."""

@@ -87,16 +87,18 @@ class Session:
     prefix: PrefixCache
     texts: Sequence[Text | None]  # by row, where they are to be kept
 
-    def publish(self, book: Codebook) -> list[Edit]:
+    def publish(self, book: Codebook, plan: Plan | None = None) -> list[Edit]:
         """Decide, train and publish; one report a row.
+
+        plan: what `sketch` said, where it was asked.
 
         Raises: as `Grace.edit`; RowsRefused where the other rows could be edited.
         """
         for _ in range(TRAININGS):
             try:
-                return self.train_and_publish(book)
+                return self.train_and_publish(book, plan)
             except _Superseded:
-                continue
+                plan = None
         with self.context.noting():  # nobody comes between any more
             return self.train_and_publish(book)
 
@@ -109,14 +111,14 @@ class Session:
         with book.sketching() as draft, history.attempting(keep=False):
             return plans.make(self.proposal, draft, history, rules, history.next_id)
 
-    def train_and_publish(self, book: Codebook) -> list[Edit]:
+    def train_and_publish(self, book: Codebook, plan: Plan | None = None) -> list[Edit]:
         """Decide, train while other threads may write, and publish where that changed nothing.
 
         Raises: _Superseded where it did.
         """
         context, history = self.context, self.context.history
         rules = context.settings.rules(book.dtype)
-        plan = self.sketch(book)
+        plan = self.sketch(book) if plan is None else plan
         results = self._train(plan.trainings)
         with context.noting() as draft:
             now = plans.make(self.proposal, draft, history, rules, history.next_id)

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -78,6 +79,7 @@ class _Stream:
         self._context, self._size = context, batch_size
         self._count = len(edits) if isinstance(edits, Sized) else None
         self._source = enumerate(edits)
+        self._wanted = 1  # edits to take in; more once it is known what one needs
         self._waiting: deque[_Asked | Refused] = deque()
 
     def reports(self, progress: bool) -> Iterator[Report]:
@@ -93,13 +95,14 @@ class _Stream:
 
     def _fill(self) -> bool:
         """Take in edits until a batch is there; tell whether there is any."""
-        wanted = 1
-        while len(self._waiting) < wanted:
-            taken = next(self._source, None)
-            if taken is None:
+        while len(self._waiting) < self._wanted:
+            given = list(islice(self._source, self._wanted - len(self._waiting)))
+            if not given:
                 break
-            self._waiting.extend(self._looked_at(*taken))
-            wanted = self._at_once()
+            with lasting(), frozen(self._context.model):
+                for at, one in given:
+                    self._waiting.extend(self._looked_at(at, one))
+            self._wanted = self._at_once()
         return bool(self._waiting)
 
     def _at_once(self) -> int:
@@ -135,11 +138,11 @@ class _Stream:
         if count != 1:
             raise ValueError(f"an edit of a stream is one prompt, got a batch of {count}")
         head = session.check(context, batch)
-        with lasting(), frozen(context.model):
-            seen = context.observe(batch, in_training=True)
-            checks.check_tokens(context, batch, seen)
-            query = seen.queries.to(context.book_for(seen).dtype)
-            checks.check_query(context, query, seen)
+        is_known = self._context.tokens_are_checked  # and that the layer runs once
+        seen = context.observe(batch, in_training=True, to_layer=is_known)
+        checks.check_tokens(context, batch, seen)
+        query = seen.queries.to(context.book_for(seen).dtype)
+        checks.check_query(context, query, seen)
         context.own_book(seen)
         keeps = context.settings.store_text and not isinstance(given, Mapping)
         text = prompts.as_text(given, target) if keeps else None
@@ -204,16 +207,17 @@ class _Stream:
         prefix = PrefixCache(context.model, context.adapter.layer)
         with lasting(), frozen(context.model), prefix:
             whole = self._session(taken, prefix)
-            if len(taken) > 1 and whole.sketch(book).superseded:
-                least, most = 1, len(taken)  # that many supersede none; so many do
-                while most - least > 1:
-                    middle = (least + most) // 2
-                    if self._session(taken[:middle], prefix).sketch(book).superseded:
-                        most = middle
-                    else:
-                        least = middle
-                whole = self._session(taken[:least], prefix)
-            return whole.publish(book)
+            plan = whole.sketch(book)
+            if not plan.superseded or len(taken) == 1:
+                return whole.publish(book, plan)
+            least, most = 1, len(taken)  # that many supersede none; so many do
+            while most - least > 1:
+                middle = (least + most) // 2
+                if self._session(taken[:middle], prefix).sketch(book).superseded:
+                    most = middle
+                else:
+                    least = middle
+            return self._session(taken[:least], prefix).publish(book)
 
     def _session(self, taken: Sequence[_Asked], prefix: PrefixCache) -> Session:
         config = getattr(self._context.host.model, "config", None)

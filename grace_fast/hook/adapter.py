@@ -30,7 +30,7 @@ from grace_fast.hook.attachment import Attachment, Site
 from grace_fast.hook.counters import Tally
 from grace_fast.hook.generation import Generation
 from grace_fast.hook.locate import Locator, Queries
-from grace_fast.hook.modes import Asked, Modes, Observation, Observations
+from grace_fast.hook.modes import Asked, LayerSeen, Modes, Observation, Observations
 from grace_fast.hook.ops import GraphCalls
 from grace_fast.hook.positions import Call
 from grace_fast.hook.reading import Reader
@@ -266,6 +266,8 @@ class Adapter:
             return locator.unshaped(watching.write(shaped, ends, self.site.replacement), output)
         whole = tensor_parallel.whole(hidden, self.layer)
         watching.append(Observation(whole, shaped.detach(), ends))
+        if watching.ends_call:
+            raise LayerSeen
         return None
 
     # For a while
@@ -283,9 +285,14 @@ class Adapter:
         """
         return self._modes.on(Asked(where, length))
 
-    def observing(self) -> AbstractContextManager[list[Observation]]:
-        """Collect what the layer sees in this thread's calls, and write nothing."""
-        return self._modes.on(Observations())
+    def observing(self, ends_call: bool = False) -> AbstractContextManager[list[Observation]]:
+        """Collect what the layer sees in this thread's calls, and write nothing.
+
+        ends_call: raise LayerSeen as soon as it has run.
+        """
+        mode = Observations()
+        mode.ends_call = ends_call
+        return self._modes.on(mode)
 
     def trying(self, trial: TrainingOverride) -> AbstractContextManager[TrainingOverride]:
         """Let every row of this thread's calls hit a value that is being trained."""

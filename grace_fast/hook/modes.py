@@ -49,8 +49,14 @@ class Observation:
         return vectors_at(self.output, self.positions)
 
 
+class LayerSeen(Exception):
+    """The layer was seen, and nothing else of the call is wanted."""
+
+
 class Observations(list[Observation]):
     """That the layer is watched, and nothing written; what it saw."""
+
+    ends_call = False  # at the layer, by `LayerSeen`
 
 
 class _Thread(threading.local):
