@@ -122,14 +122,19 @@ def _values(editor: GraceEditor) -> dict[str, torch.Tensor]:
     """Return by what is asked about the value [V] that answers its newest edit."""
     task, book = editor.task, editor.grace.codebook.snapshot()
     newest = {case.about: case for case in task.edits}
-    asked = answering.queries_by_layer(task, [task.layer], list(newest.values()))[task.layer]
+    asked = _queries(task, list(newest.values()))
     found = gf.nearest(asked, book).row.tolist()
     return {about: book.row(row).value.clone() for about, row in zip(newest, found, strict=True)}
 
 
+def _queries(task: Task, cases: Sequence[Case]) -> torch.Tensor:
+    """Return what prompts ask, [M, D], each alone: padding moves the positions of a GPT-2."""
+    return answering.queries_by_layer(replace(task, batch=1), [task.layer], cases)[task.layer]
+
+
 def _transfer(task: Task, values: dict[str, torch.Tensor], cases: Sequence[Case]) -> float:
     """Return how well phrasings are answered by the values of what they ask about."""
-    keys = answering.queries_by_layer(task, [task.layer], cases)[task.layer]
+    keys = _queries(task, cases)
     book = gf.Codebook(keys.shape[1], next(iter(values.values())).shape[0])
     book.append(
         keys,
