@@ -88,6 +88,10 @@ bench-full: .venv/.bench  ## the same with N = 1e6 and the slow peers, in an hou
 bench-edits: .venv/.bench  ## edits and edited forwards against the reference's algorithm, in minutes
 	PYTHONPATH=. $(BIN)/python -m benchmarks.edits
 
+COUNTERFACT ?=
+bench-schedules: .venv/.evaluate  ## schedules of training on the offline tasks; COUNTERFACT=DIR adds SmolLM2-135M
+	PYTHONPATH=. $(BIN)/python -m benchmarks.schedules $(if $(COUNTERFACT),--counterfact $(COUNTERFACT))
+
 bench-large: .venv/.bench  ## FAISS's indexes beside ours up to N = 1e5, wrong decisions and memory with them
 	PYTHONPATH=. $(BIN)/python -m benchmarks.large
 
@@ -161,5 +165,5 @@ clean:  ## drop what was built
 
 .PHONY: $(EVALUATIONS)
 .PHONY: help demo evaluate test slow fuzz sanitize tsan bench bench-million bench-ten-million bench-beside-appends \
-	bench-readers bench-durable bench-full bench-edits bench-large bench-large-million bench-micro bench-adaptor gate gate-life \
+	bench-readers bench-durable bench-full bench-edits bench-schedules bench-large bench-large-million bench-micro bench-adaptor gate gate-life \
 	gate-full gpu check fix clean

@@ -23,7 +23,7 @@ from grace_fast.editor.fingerprint import differences, fingerprint, usual_settin
 from grace_fast.editor.grace import Grace
 from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
-from grace_fast.edits.settings import Settings, ValueInit
+from grace_fast.edits.settings import Optimiser, Schedule, Settings, ValueInit
 from grace_fast.errors import CodebookMismatch, warn_of_old_name
 from grace_fast.hook.attachment import has_adapter
 from grace_fast.hook.positions import Query
@@ -53,6 +53,8 @@ class Fields(TypedDict, total=False):
     stop_loss: float | None
     store_text: bool
     max_radius: float | None
+    optimiser: Optimiser
+    margin: float | None
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None
     calibration_edits: Iterable[CalibrationEdit] | None
 
@@ -64,6 +66,7 @@ def attach(
     tokenizer: Any = None,
     *,
     settings: Settings | None = None,
+    schedule: Schedule | Literal["paper", "fast"] | None = None,
     codebook: Codebook | ShardedCodebook | None = None,
     path: str | Path | None = None,
     read_only: bool = False,
@@ -82,6 +85,10 @@ def attach(
         are any on `calibration_edits`, a sample of what will be edited: see `calibrate`.
     tokenizer: for prompts that are given as text.
     settings: all of it at once; what is given beside it counts instead of its fields.
+    schedule: how values are trained: "paper", as by default; "fast", in a few steps of L-BFGS
+        from the layer's own output, until the answer is generated with a margin; or a `Schedule`.
+        It sets the fields below from `iterations` to `margin`; what is given beside it counts
+        instead.
     codebook: the one to put there, by default an empty one; `Codebook.open` gives one that stays on
         the disk, of millions of keys, and a `ShardedCodebook` is spread over processes, which then
         make the same calls of model and editor. Its rows answer at once; they are no edits, and
@@ -102,10 +109,14 @@ def attach(
     replacement="replace_prompt": the tokens that a hit replaces: `replace_prompt` (those before the
         query token), `replace_last` (the query token) or `replace_all`. A decoder beside an encoder
         asks at its start token, which has none before it: there it becomes `replace_last`.
-    iterations=100, learning_rate=1.0: of the training of a value, by Adam.
-    stop_loss: it stops below this loss once the prediction is right; .1 by default, never in
-        `reference` semantics.
+    iterations=100, learning_rate=1.0: of the training of a value; the rate is Adam's, and of L-BFGS
+        how much of the way to its aim the first step goes.
+    stop_loss: it stops below this loss once the prediction is right; .1 by default where there is
+        no margin, never in `reference` semantics.
     value_init="cold": a value starts at random, or "warm" as the layer's own output.
+    optimiser="adam": or "lbfgs".
+    margin: training stops once each token of the target is so many log-odds ahead of the next best;
+        it is halved with every 20 steps, so that what can hardly be learnt comes to an end.
     expand="coverage": how a ball grows, or "moving_average".
     expand_margin: m in radius = distance * (1 + m) of an expanded ball; by default what the element
         type needs for the same prompt in another batch.
@@ -154,7 +165,9 @@ def attach(
         radius = 1.0 if settings is None else settings.epsilon
     else:
         radius = float(scalars.number("epsilon", epsilon))
-    chosen = {} if settings is None else vars(settings)
+    chosen = {} if settings is None else dict(vars(settings))
+    if schedule is not None:
+        chosen |= Schedule.named(schedule).settings()
     settings = Settings(**{**chosen, **fields, "layer": found, "epsilon": radius})
     settings.rules(torch.float32)  # refuses what no codebook could be edited with
     if auto and inputs is None:

@@ -6,7 +6,7 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ class EditContext:
     def _described(self) -> dict[str, Any]:
         """Return what the manifest of a directory says beside its codebook."""
         return {
-            "settings": asdict(self.settings),
+            "settings": self.settings.saved(),
             "fingerprint": fingerprint(uncompiled(self.host.called), self.adapter.layer),
             "hits": manifest.counted(dict(self.adapter.hits)),
         }

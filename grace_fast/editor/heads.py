@@ -215,6 +215,26 @@ def correct_rows(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "toke
     return right.all(dim=1)
 
 
+def margins(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens") -> Tensor:
+    """Return by how much each row's target is ahead, [B] float32: the least of its tokens' margins.
+
+    That of a token or a class is its logit less the highest other one, the log of how many times
+    likelier it is; that of one of several labels its logit, towards the truth. A number has none:
+    it is infinite. Where it is above 0 the prediction is right. Arguments as `correct_rows`.
+    """
+    if head == "scores":
+        return torch.full((len(targets),), torch.inf, device=logits.device)
+    if head == "several":
+        said, wanted = _numbers(logits, targets)
+        return torch.where(wanted > 0.5, said, -said).amin(dim=1)
+    logits, targets, asked = _asked(logits, targets, kind)
+    said, wanted = logits[asked].float(), targets[asked][:, None]
+    others = said.scatter(1, wanted, -torch.inf).amax(dim=1)
+    ahead = said.new_full(asked.shape, torch.inf)
+    ahead[asked] = said.gather(1, wanted)[:, 0] - others
+    return ahead.amin(dim=1)
+
+
 def losses(
     logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens"
 ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The training of values: Adam on one vector each, everything else frozen."""
+"""The training of values: an optimiser on one vector each, everything else frozen."""
 
 from __future__ import annotations
 
@@ -8,23 +8,31 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import forks
+from grace_fast.editor import optimisers
+from grace_fast.editor.optimisers import Adam as Adam
 from grace_fast.edits.settings import Schedule
 
 # Why there is nothing to learn: no change of the value changes the loss, or there is no number.
 Stuck = Literal["no gradient", "not finite"]
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam
 
-# With values [R, V] in place, of the rows that are named: the loss [R] of each, and whether the
-# model's own prediction is right, [R] bool. Each loss depends on its own value alone.
-Attempts = Callable[[Tensor, Sequence[int]], tuple[Tensor, Tensor]]
+class Tried(NamedTuple):
+    """What a model said with values in place; each row depends on its own value alone."""
+
+    losses: Tensor  # [R]
+    correct: Tensor  # [R] bool, whether its own prediction is right
+    margins: Tensor | None = None  # [R], see `heads.margins`; None where nobody asks for them
+
+
+# With values [R, V] in place, of the rows that are named.
+Attempts = Callable[[Tensor, Sequence[int]], Tried]
 # The same of one value [V].
 Attempt = Callable[[Tensor], tuple[Tensor, bool]]
 
@@ -40,28 +48,6 @@ class Trained:
     stuck: Stuck | None = None  # why it was given up
 
 
-class Adam:
-    """Adam on one tensor, with the defaults of torch's and its numbers, without its overhead."""
-
-    def __init__(self, value: Tensor, learning_rate: float) -> None:
-        self._value, self._rate, self._steps = value, learning_rate, 0
-        self._mean, self._square = torch.zeros_like(value), torch.zeros_like(value)
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor) -> None:
-        """Move the value, in place."""
-        self._steps += 1
-        self._mean.lerp_(gradient, 1 - BETAS[0])
-        self._square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        rate = self._rate / (1 - BETAS[0] ** self._steps)
-        root = (1 - BETAS[1] ** self._steps) ** 0.5
-        self._value.addcdiv_(self._mean, (self._square.sqrt() / root).add_(EPSILON), value=-rate)
-
-    def keep(self, rows: Tensor, value: Tensor) -> None:
-        """Go on with these rows alone, whose values are those of another tensor."""
-        self._value, self._mean, self._square = value, self._mean[rows], self._square[rows]
-
-
 class _Kept:
     """The best value of each row so far, or the last."""
 
@@ -69,11 +55,11 @@ class _Kept:
         self._values, self._only_best = starts.detach().clone(), only_best
         self._reached: list[tuple[bool, float] | None] = [None] * len(starts)
 
-    def take(self, at: int, value: Tensor, correct: bool, loss: float) -> None:
-        """Keep a value where it is better: a right prediction beats a low loss."""
+    def take(self, at: int, value: Tensor, correct: bool, loss: float, learnt: bool) -> None:
+        """Keep a value that is learnt, or better: a right prediction beats a low loss."""
         before = self._reached[at]
         if (
-            before is None or not self._only_best or (correct, -loss) > before
+            before is None or learnt or not self._only_best or (correct, -loss) > before
         ):  # False for NaN: what breaks the model goes
             self._reached[at] = (correct, -loss)
             self._values[at] = value
@@ -93,15 +79,15 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
     Every loss is that of the value as it will be stored, in the element type of the starts; a right
     prediction beats a low loss.
 
-    Where the first gradient of a row is zero, so is every later one, because Adam does not move;
-    and where one is no number, nothing is one after it. Either ends its training, unless the last
-    value is to be kept: then all steps are done.
+    Where the first gradient of a row is zero, so is every later one, because the value does not
+    move; and where one is no number, nothing of Adam's is one after it. Either ends its training,
+    unless the last value is to be kept: then all steps are done.
 
     Raises: ValueError where the losses have no gradient at all.
     """
     dtype, keeps_best = starts.dtype, schedule.keep_best
     master = starts.detach().to(torch.float32, copy=True)
-    adam = Adam(master, schedule.learning_rate)
+    optimiser = optimisers.of(schedule, master)
     kept, results = _Kept(starts, keeps_best), dict[int, Trained]()
     stuck: dict[int, Stuck | None] = dict.fromkeys(range(len(starts)))
     rows = list(stuck)
@@ -109,24 +95,22 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
         is_last = step == schedule.iterations
         leaf = master.detach().requires_grad_()
         with torch.set_grad_enabled(not is_last):
-            losses, correct = attempt(leaf.to(dtype), rows)
-            whole = losses.sum()
-        reached, right = losses.detach().tolist(), correct.tolist()
-        stop = -math.inf if schedule.stop_loss is None else schedule.stop_loss
-        over = [
-            is_last or (is_right and loss < stop)
-            for is_right, loss in zip(right, reached, strict=True)
-        ]
+            tried = attempt(leaf.to(dtype), rows)
+            whole = tried.losses.sum()
+        losses = tried.losses.detach().to(master.device)
+        reached, right = losses.tolist(), tried.correct.tolist()
+        learnt = _learnt(tried, reached, schedule, step)
+        over = [is_last or is_learnt for is_learnt in learnt]
         if not all(over):
             gradients = _gradient(whole, leaf)
             for at, row in enumerate(rows):
-                if not over[at]:
+                if not over[at] and not (step and optimiser.recovers):
                     stuck[row] = stuck[row] or _stuck(step, right[at], reached[at], gradients[at])
                     over[at] = bool(stuck[row]) and keeps_best
         stored = master.to(dtype)
         for at, row in enumerate(rows):
             if keeps_best or over[at]:
-                kept.take(row, stored[at], right[at], reached[at])
+                kept.take(row, stored[at], right[at], reached[at], learnt[at])
             if over[at]:
                 results[row] = kept.result(row, step, stuck[row])
         if all(over):
@@ -135,18 +119,32 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
             going = [at for at, is_over in enumerate(over) if not is_over]
             index = torch.tensor(going, device=master.device)
             rows = [rows[at] for at in going]
-            master, gradients = master[index], gradients[index]
-            adam.keep(index, master)
-        adam.step(gradients)
+            master, gradients, losses = master[index], gradients[index], losses[index]
+            optimiser.keep(index, master)
+        optimiser.step(gradients, losses)
     return [results[row] for row in range(len(starts))]
+
+
+def _learnt(tried: Tried, losses: Sequence[float], schedule: Schedule, step: int) -> Sequence[bool]:
+    """Tell of each row whether it is right, and by as much as a schedule asks at this step."""
+    stop, margin = schedule.stop_loss, schedule.margin_at(step)
+    if stop is None and margin is None:
+        return [False] * len(losses)
+    right: list[bool] = tried.correct.tolist()
+    if stop is not None:
+        right = [is_right and loss < stop for is_right, loss in zip(right, losses, strict=True)]
+    if margin is not None and tried.margins is not None:
+        ahead = tried.margins.tolist()
+        right = [is_right and by >= margin for is_right, by in zip(right, ahead, strict=True)]
+    return right
 
 
 def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
     """Return the best value that is found from one start [V]; see `train_rows`."""
 
-    def attempts(values: Tensor, _: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def attempts(values: Tensor, _: Sequence[int]) -> Tried:
         loss, correct = attempt(values[0])
-        return loss[None], torch.tensor([correct], device="cpu")
+        return Tried(loss[None], torch.tensor([correct], device="cpu"))
 
     return train_rows(start[None], attempts, schedule)[0]
 
@@ -158,9 +156,10 @@ def descend(value: Tensor, attempt: Callable[[], Tensor], schedule: Schedule, lo
 
     Raises: as `train_rows`.
     """
-    adam = Adam(value.detach(), schedule.learning_rate)
+    optimiser = optimisers.of(schedule, value.detach())
     for step in range(schedule.iterations):
-        adam.step(_gradient(attempt() if step else loss, value))
+        now = attempt() if step else loss
+        optimiser.step(_gradient(now, value), now.detach())
 
 
 def _gradient(loss: Tensor, value: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
 from grace_fast.editor.prefix_cache import PrefixCache
+from grace_fast.editor.training import Tried
 from grace_fast.edits.plans import Training
 from grace_fast.hook.training_override import Tokens, TrainingOverride
 
@@ -81,8 +82,8 @@ class TrainingRun:
             Tokens.joined(listed) if listed else None,
         )
 
-    def attempt(self, values: Tensor, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return the losses [R] of values [R, V] of these trainings, and which are right, [R] bool.
+    def attempt(self, values: Tensor, rows: Sequence[int]) -> Tried:
+        """Try values [R, V] of these trainings; the margin of one is the least of its rows.
 
         Raises: StandsAlone where the rows' losses are not to be had; TypeError where there is none.
         """
@@ -96,10 +97,19 @@ class TrainingRun:
         kind, owner = self._context.kind, self._override.owner.to(logits.device)
         right = heads.correct_rows(logits.detach(), self._targets, kind, self._rows.head)
         wrong = right.new_zeros(count, dtype=torch.int64).index_add(0, owner, (~right).long())
+        margins = None
+        if self._context.settings.margin is not None:
+            ahead = heads.margins(logits.detach(), self._targets, kind, self._rows.head)
+            margins = ahead.new_full((count,), math.inf).scatter_reduce(0, owner, ahead, "amin")
         if self._is_alone:
-            return loss[None], wrong == 0
+            return Tried(loss[None], wrong == 0, margins)
         losses = self._by_value(loss, logits, owner)
-        return losses[at.to(losses.device)], (wrong == 0)[at.to(wrong.device)]
+        there = at.to(wrong.device)
+        return Tried(
+            losses[at.to(losses.device)],
+            (wrong == 0)[there],
+            None if margins is None else margins[there],
+        )
 
     def _by_value(self, loss: Tensor, logits: Tensor, owner: Tensor) -> Tensor:
         """Return the loss of each value, the mean over what its rows are asked for."""

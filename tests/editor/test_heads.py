@@ -13,6 +13,7 @@ from torch import nn
 
 import grace_fast as gf
 from grace_fast import semantics
+from grace_fast.editor import heads
 from grace_fast.tools.report import reading
 
 ONE, OTHER = [5, 17, 23, 42, 8, 61], [9, 33, 71, 12, 55, 14]
@@ -296,3 +297,30 @@ def test_a_label_of_numbers_is_kept_as_numbers():
     assert torch.equal(label, semantics.score_label(torch.tensor([0.1, 0.0, 1e30, -2.5])))
     for ids in ([], [0], [-100, 3], [2**62]):
         assert semantics.scores_of(torch.tensor(ids, dtype=torch.int64)) is None
+
+
+MARGINS = {
+    "a token beside the next best": (
+        [[[0, 0, 0], [1.0, 4.0, 2.5], [9, 9, 9]]],
+        [[-100, -100, 1]],
+        1.5,
+    ),
+    "the least of two tokens": ([[[1.0, 3.0, 0], [0, 2.5, 3.0], [9, 9, 9]]], [[-100, 1, 2]], 0.5),
+    "behind": ([[[0, 0, 0], [4.0, 1.0, 0], [9, 9, 9]]], [[-100, -100, 1]], -3.0),
+}
+
+
+@pytest.mark.parametrize(("logits", "labels", "wanted"), MARGINS.values(), ids=MARGINS)
+def test_a_margin_is_that_of_the_token_that_is_least_ahead(logits, labels, wanted):
+    logits, labels = torch.tensor(logits).float(), torch.tensor(labels)
+    assert heads.margins(logits, labels, "decoder").tolist() == [wanted]
+
+
+def test_margins_of_classes_labels_and_numbers():
+    logits = torch.tensor([[1.0, 3.0], [2.0, -1.0]])
+    classes = heads.margins(logits, torch.tensor([1, 1]), "classifier", "classes")
+    assert classes.tolist() == [2.0, -3.0]
+    several = heads.margins(logits, torch.tensor([[1.0, 1.0], [1.0, 1.0]]), "classifier", "several")
+    assert several.tolist() == [1.0, -1.0]
+    scores = heads.margins(logits, torch.ones(2, 2), "classifier", "scores")
+    assert scores.tolist() == [torch.inf, torch.inf]
