@@ -67,6 +67,7 @@ def attach(
     codebook: Codebook | ShardedCodebook | None = None,
     path: str | Path | None = None,
     read_only: bool = False,
+    restart: bool = False,
     name: str | None = None,
     hmac_key: bytes | None = None,
     **fields: Unpack[Fields],
@@ -90,6 +91,7 @@ def attach(
         that is there already is opened, with the settings it was made with. One editor at a time
         has it, until it is unloaded.
     read_only: open `path` to be read, beside whoever edits it; see `refresh`.
+    restart: forget the edits that `path` holds, of whichever model, and begin anew, in one step.
     name: several codebooks fit on one layer where their names differ; a named one answers within
         `using(name)` only.
     hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
@@ -134,7 +136,9 @@ def attach(
         _refuse_unfit(codebook, found, module, path)
     if hmac_key is not None:
         manifest.require_key(hmac_key)
-    if read_only or (path is not None and files.holds_codebook(path)):
+    if restart:
+        _refuse_restart(path, read_only, hmac_key)
+    if read_only or (path is not None and files.holds_codebook(path) and not restart):
         if path is None:
             raise ValueError("read_only=True needs the path of a codebook that is read")
         widest = fields.get("max_radius", None if settings is None else settings.max_radius)
@@ -194,6 +198,15 @@ def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
     if has_adapter(module, name):
         named, advice = (" ", ", or give it a name") if name is None else (f" named {name!r} ", "")
         raise ValueError(f"{layer} has an adaptor{named}already; unload() it first{advice}")
+
+
+def _refuse_restart(path: Path | None, read_only: bool, hmac_key: bytes | None) -> None:
+    """Raise where a directory holds something else than edits of ours, which nobody may forget."""
+    if path is None or read_only:
+        raise ValueError("restart=True needs the path of a codebook that is edited")
+    is_signed = files.holds_codebook(path) and "hmac" in read_saved(path, hmac_key).config
+    if is_signed and hmac_key is None:
+        raise ValueError(f"{path} is signed: give its hmac_key to begin it anew")
 
 
 def _calibrate(

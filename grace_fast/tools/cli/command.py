@@ -25,6 +25,7 @@ app = typer.Typer(
 FAILED = 1
 CANNOT_BEGIN = 2
 LOST = 3  # it was repaired, and not all of it is there any more
+INTERRUPTED = 130  # by Control-C, as shells count it
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Strict = Annotated[

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import grace_fast as gf
 from grace_fast import errors
 from grace_fast.codebook.printable import listed
-from grace_fast.editor import prompts
-from grace_fast.edits.edit import Edit
+from grace_fast.editor import calibrate, prompts
+from grace_fast.edits.settings import Settings
+from grace_fast.store import files
+from grace_fast.store.saved import read_saved
 from grace_fast.tools import textfiles
-from grace_fast.tools.cli.command import FAILED, Json, Replacement, Strict, command, fail, typer
-from grace_fast.tools.cli.looking import edit_table
-from grace_fast.tools.terminal import say, say_json, ticking
+from grace_fast.tools.cli.command import CANNOT_BEGIN, Json, command, fail, typer
+from grace_fast.tools.cli.edit_run import BatchSize, Run, items_of
+from grace_fast.tools.terminal import say
 from grace_fast.tools.textfiles import Record
+
+# By the field of the settings that they give.
+OPTIONS = {
+    "layer": "--layer",
+    "epsilon": "--epsilon",
+    "replacement": "--replacement",
+    "iterations": "--iterations",
+    "learning_rate": "--learning-rate",
+    "value_init": "--value-init",
+    "store_text": "--store-text",
+}
+SCHEDULES = ("paper", "fast")
+# What `--schedule` has no say in; every other field of the settings is part of it.
+NOT_OF_A_SCHEDULE = {
+    *("layer", "epsilon", "semantics", "replacement", "expand", "expand_margin", "value_init"),
+    *("query", "store_text", "max_radius"),
+}
 
 
 @command(also=(TypeError,))
@@ -27,71 +48,211 @@ def edit(
         Path,
         typer.Option(
             help='JSON lines {"prompt": ..., "target": ...}, a JSON array, or CSV. Chat has '
-            'messages in place of a prompt; "joint" is what stands between prompt and target.'
+            'messages in place of a prompt; "joint" is what stands between prompt and target; '
+            '"paraphrases" are edited, too.'
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Directory for the codebook.")],
-    epsilon: Annotated[float, typer.Option(help="Radius of a new key.")] = 1.0,
-    replacement: Replacement = "replace_prompt",
-    iterations: Annotated[int, typer.Option(help="Most training steps of one edit.")] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam on the value.")] = 1.0,
-    value_init: Annotated[str, typer.Option(help="cold or warm.")] = "cold",
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Directory of the codebook; what is there already is gone on with. An edit that "
+            "was undone there, or a line that was left out, is tried again."
+        ),
+    ],
+    epsilon: Annotated[
+        str | None,
+        typer.Option(help="Radius of a new key, by default 1; auto: measured on --unrelated."),
+    ] = None,
+    unrelated: Annotated[
+        Path | None,
+        typer.Option(
+            help='With --epsilon auto: at least 8 texts, one a line, or JSON lines {"prompt": ...}.'
+        ),
+    ] = None,
+    replacement: Annotated[
+        str | None,
+        typer.Option(help="replace_prompt (the default), replace_last or replace_all."),
+    ] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(help="Training of a value: paper (the default), or fast, in fewer steps."),
+    ] = None,
+    iterations: Annotated[
+        int | None, typer.Option(help="Most training steps of one edit; 100 in the paper schedule.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of the value; 1 in the paper schedule.")
+    ] = None,
+    value_init: Annotated[str | None, typer.Option(help="cold (the default) or warm.")] = None,
+    batch_size: Annotated[
+        str, typer.Option(help="Edits that are trained at once: a number, or auto.")
+    ] = "auto",
     store_text: Annotated[
-        bool, typer.Option(help="Keep prompts and targets beside the codebook.")
+        bool | None, typer.Option(help="Keep prompts and targets beside the codebook.")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the edits that --out holds, and begin anew.")
     ] = False,
-    strict: Strict = False,
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict",
+            help="Stop at the first line that cannot be edited; before all others where that can "
+            "be told without the model.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Edit a model with every line of a file and save the codebook.
+    """Edit a model with every line of a file; each edit is on the disk once it is made.
 
-    A line that cannot be edited is named and left out, and the command ends with code 1.
+    The same command goes on where it was interrupted: lines whose edits the codebook has are
+    skipped. A line that cannot be edited is named and left out, and the command ends with code 1.
     """
-    refused: list[Record] = []
-    wanted = read_edits(edits, refused, strict)
+    given = {
+        "replacement": replacement,
+        "iterations": iterations,
+        "learning_rate": learning_rate,
+        "value_init": value_init,
+        "store_text": store_text,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    options = Options(layer, _epsilon(epsilon), _schedule(schedule), given, unrelated)
+    at_once = _batch_size(batch_size)
+    if (unrelated is not None) != (options.epsilon == "auto"):
+        _wrong_call(
+            "--epsilon auto needs --unrelated FILE: texts that no edit is about"
+            if unrelated is None
+            else "--unrelated is what --epsilon auto is measured on; give both, or neither"
+        )
+    bad: list[Record] = []
+    wanted = read_edits(edits, bad, strict)
     if any("messages" in record for record in wanted):
         errors.require("a chat template", "jinja2")
     _require_writable(out)
+    places, wrong = [record.place for record in bad], [record.wrong for record in bad]
+    run = Run(edits, out, items_of(wanted), places, wrong, restart)
+    try:
+        _make(run, model, options, at_once, strict)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    run.tell(as_json)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command was given for `attach`.
+
+    epsilon: None where it was left out; given: the fields of `Settings` that were given;
+    unrelated: the file that epsilon is measured on.
+    """
+
+    layer: str
+    epsilon: float | str | None
+    schedule: str | None
+    given: Mapping[str, Any]
+    unrelated: Path | None
+
+    def fields(self) -> dict[str, Any]:
+        """Return what `attach` is given by keyword, but for an epsilon that is to be measured."""
+        fields = dict(self.given)
+        if self.schedule == "fast":
+            fields["schedule"] = self.schedule
+        if isinstance(self.epsilon, float):
+            fields["epsilon"] = self.epsilon
+        return fields
+
+    def refuse_others(self, out: Path, stored: Settings, wanted: Settings) -> None:
+        """Refuse to go on in a directory that was begun with other settings than are given.
+
+        wanted: what a directory would be begun with now.
+
+        Raises: ValueError naming both.
+        """
+        said = {"layer", *self.given, *(["epsilon"] if isinstance(self.epsilon, float) else [])}
+        by_option = {name: OPTIONS[name] for name in OPTIONS if name in said}
+        if self.schedule is not None:
+            every = {field.name for field in fields(Settings)} - NOT_OF_A_SCHEDULE
+            by_option |= dict.fromkeys(sorted(every - said), f"--schedule {self.schedule}")
+        for name, option in by_option.items():
+            old, new = getattr(stored, name), getattr(wanted, name)
+            if old != new:
+                keep = f"--layer {old}" if name == "layer" else f"leave {option} out"
+                raise ValueError(
+                    f"{out} was begun with {name} = {old!r}, and {option} now says {new!r}: "
+                    f"{keep} to go on there, or forget its edits with --restart"
+                )
+
+
+def _make(run: Run, model: str, options: Options, batch_size: BatchSize, strict: bool) -> None:
+    """Load the model and make the edits of a run."""
+    goes_on = files.holds_codebook(run.out) and not run.restarted
+    stored = read_saved(run.out).settings if goes_on else None
+    texts = None
+    if options.epsilon == "auto" and options.unrelated is not None and not goes_on:
+        texts = _texts(options.unrelated)
     loaded, tokenizer = load_model(model)
-    grace = gf.attach(
-        loaded,
-        layer,
-        tokenizer=tokenizer,
-        epsilon=epsilon,
-        replacement=replacement,  # type: ignore[arg-type]  # it is checked there
-        iterations=iterations,
-        learning_rate=learning_rate,
-        value_init=value_init,  # type: ignore[arg-type]
-        store_text=store_text,
-    )
-    made, failed = _make(grace, wanted, edits, strict)
-    _tell(failed)
-    if not made or (failed and strict):
-        fail("no codebook was saved")
-    verification = grace.verify()
-    grace.save_pretrained(out)
-    refused += failed
-    wrong = [report.id for report in made if not report.correct]
-    if as_json:
-        say_json(
-            {
-                "edits": len(made),
-                "keys": len(grace.codebook),
-                "not_learnt": wrong,
-                "refused": [record.wrong for record in refused],
-                "broken": verification.broken,
-                "superseded": len(verification.superseded),
-                "out": out,
-            }
-        )
-    else:
-        edit_table(made, {})
-        say(f"{len(made)} edits on {len(grace.codebook)} keys saved to {out}")
-        if refused:
-            say(f"left out: {listed(record.place for record in refused)} of {edits}", err=True)
-        if wrong:
-            say(f"not learnt: edits {wrong}; try more iterations or another layer", err=True)
-    if wrong or refused or not verification.ok:
-        raise typer.Exit(FAILED)
+    probe = gf.attach(loaded, options.layer, tokenizer=tokenizer, **options.fields())
+    try:
+        if stored is not None:
+            options.refuse_others(run.out, stored, probe.settings)
+        run.sign(probe, "paper" if stored is None else stored.semantics)
+    finally:
+        probe.unload()
+    if strict and any(item.wrong for item in run.items):
+        fail("nothing was edited")
+    how = options.fields()
+    if texts is not None:
+        how |= {"epsilon": "auto", "calibration_inputs": texts}
+    if run.restarted:
+        how["restart"] = True
+    grace = gf.attach(loaded, options.layer, tokenizer=tokenizer, path=run.out, **how)
+    try:
+        run.make(grace, batch_size, strict)
+    finally:
+        grace.unload()
+
+
+def _wrong_call(why: str) -> NoReturn:
+    fail(why, CANNOT_BEGIN)
+
+
+def _epsilon(given: str | None) -> float | str | None:
+    if given is None or given == "auto":
+        return given
+    try:
+        return float(given)
+    except ValueError:
+        _wrong_call(f"--epsilon must be a number or auto, got {given!r}")
+
+
+def _schedule(given: str | None) -> str | None:
+    if given is not None and given not in SCHEDULES:
+        _wrong_call(f"--schedule must be one of {listed(SCHEDULES)}, got {given!r}")
+    return given
+
+
+def _batch_size(given: str) -> BatchSize:
+    if given == "auto":
+        return "auto"
+    if not re.fullmatch("[0-9]{1,9}", given) or int(given) < 1:
+        _wrong_call(f"--batch-size must be a whole number from 1, or auto, got {given!r}")
+    return int(given)
+
+
+def _texts(file: Path) -> list[str]:
+    """Return the texts of a file that epsilon is measured on, as many as that takes."""
+    try:
+        found = textfiles.texts(file)
+    except (OSError, ValueError) as error:
+        fail(f"cannot read the unrelated texts: {error}")
+    odd = [f"{file}, {record.place} {record.wrong}" for record in found if record.wrong]
+    if odd:
+        more = f" (and {len(odd) - 1:,} more lines are wrong)" if len(odd) > 1 else ""
+        fail(f"epsilon cannot be measured: {odd[0]}{more}")
+    least = calibrate.CALIBRATION_INPUTS
+    if len(found) < least:
+        fail(f"--epsilon auto needs at least {least} unrelated texts, {file} holds {len(found)}")
+    return [record["prompt"] for record in found]
 
 
 def load_model(name: str) -> tuple[Any, Any]:
@@ -115,28 +276,6 @@ def load_model(name: str) -> tuple[Any, Any]:
         raise
     except Exception as error:  # readers of its files have errors of their own kinds
         fail(f"cannot load the model {name!r}: {' '.join(str(error).split())}")
-
-
-def _make(
-    grace: gf.Grace, wanted: list[Record], file: Path, strict: bool
-) -> tuple[list[Edit], list[Record]]:
-    """Make the edits of a file; return them, and those that failed: one at most where strict."""
-    made, failed = list[Edit](), list[Record]()
-    for record in ticking(wanted, "edits", "edit"):
-        prompt = record["messages"] if "messages" in record else record["prompt"]
-        try:
-            made.append(grace.edit(prompt, record["target"], joint=record.get("joint")))
-        except ImportError:
-            raise
-        except Exception as error:  # of the model, its tokenizer or the record: the next goes on
-            # By its kind where the words of the error alone say little.
-            is_ours = isinstance(error, ValueError | TypeError)
-            why = str(error) if is_ours else f"{type(error).__name__}: {error}"
-            record.wrong = f"{file}, {record.place}: {why}"
-            failed.append(record)
-            if strict:
-                break
-    return made, failed
 
 
 def _tell(refused: Iterable[Record]) -> None:
@@ -188,6 +327,8 @@ def _odd_edit(record: Record) -> str:
         return f"must have a text as its joint, got {textfiles.brief(record['joint'])}"
     if not isinstance(record.get("messages", []), list):
         return f"must have a list as its messages, got {textfiles.brief(record['messages'])}"
+    if why := _odd_paraphrases(record):
+        return why
     try:
         prompts.one_prompt(record["messages"] if "messages" in record else record["prompt"])
         target = prompts.one_target(record["target"])
@@ -197,6 +338,19 @@ def _odd_edit(record: Record) -> str:
         return f"has no target: it must be a text or a number, got {target!r}"
     prompt = record.get("prompt", "messages")
     return "" if str(prompt).strip() else f"has no prompt: got {prompt!r}"
+
+
+def _odd_paraphrases(record: Record) -> str:
+    """Make the paraphrases of a record a list, where it has any; return what is wrong with them."""
+    found = record.pop("paraphrases", None)
+    if found in (None, "", []):
+        return ""
+    every = [found] if isinstance(found, str) else found  # a cell of CSV
+    is_list = isinstance(every, list)
+    if not is_list or not all(isinstance(one, str) and one.strip() for one in every):
+        return f"must have a list of texts as its paraphrases, got {textfiles.brief(found)}"
+    record["paraphrases"] = every
+    return ""
 
 
 def _require_writable(out: Path) -> None:
