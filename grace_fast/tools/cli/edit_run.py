@@ -7,7 +7,7 @@ there is matched with one of the file by the tokens of its prompt and its answer
 from __future__ import annotations
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from grace_fast.editor import batches, signatures
 from grace_fast.editor.signatures import Signature
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.verify import Verification
+from grace_fast.store.saved import read_newest
 from grace_fast.tools.cli.command import FAILED, INTERRUPTED, typer
 from grace_fast.tools.cli.looking import edit_table
 from grace_fast.tools.terminal import rate_bar, say, say_json
@@ -162,6 +163,17 @@ class Run:
                 item.edit = there[item.signature].popleft()
         self.others = sum(map(len, there.values()))
         self.earlier = len(edits) - self.others
+
+    def recount(self) -> None:
+        """Count what is there by the directory: the last edits may be in it and never reported."""
+        try:
+            _, book, history = read_newest(self.out)
+        except (OSError, ValueError):
+            return  # as far as this run knows
+        there = Counter(map(signatures.of_edit, history.edits.values()))
+        wanted = Counter(item.signature for item in self.items if item.signature is not None)
+        self.made = (there & wanted).total() - (self.earlier or 0)
+        self.keys = len(book)
 
     def _make_rest(self, grace: gf.Grace, batch_size: BatchSize, strict: bool) -> None:
         rest = [item for item in self.items if item.edit is None and not item.wrong]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -135,6 +136,9 @@ def edit(
         _make(run, model, options, at_once, strict)
     except KeyboardInterrupt:
         run.interrupted = True
+    if run.earlier is not None and (run.interrupted or run.stopped):
+        with suppress(KeyboardInterrupt):  # who is in a hurry is told what is known without it
+            run.recount()
     run.tell(as_json)
 
 
