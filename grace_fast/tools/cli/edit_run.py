@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import grace_fast as gf
 from grace_fast.codebook.printable import listed
-from grace_fast.editor import batches, signatures
+from grace_fast.editor import batches, memory, signatures
 from grace_fast.editor.signatures import Signature
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.verify import Verification
@@ -26,32 +26,6 @@ from grace_fast.tools.terminal import rate_bar, say, say_json
 from grace_fast.tools.textfiles import Record
 
 BatchSize = int | Literal["auto"]
-
-
-@dataclass(frozen=True)
-class _Refused:
-    """What came of an edit that cannot be made."""
-
-    at: int  # its place among those that were given
-    error: Exception
-
-
-def _edit_many(
-    grace: gf.Grace, items: Sequence[Mapping[str, Any]], batch_size: BatchSize
-) -> Iterator[Edit | _Refused]:
-    """Make edits in order; yield one report for each.
-
-    Raises: OSError where the directory cannot keep an edit; ImportError for what is not installed.
-    """
-    for at, item in enumerate(items):
-        report: Edit | _Refused
-        try:
-            report = grace.edit(_prompt(item), item["target"], joint=item.get("joint"))
-        except (ImportError, OSError):
-            raise
-        except Exception as error:  # of the model, its tokenizer or the record: the next goes on
-            report = _Refused(at, error)
-        yield report
 
 
 def _prompt(item: Mapping[str, Any]) -> Any:
@@ -146,8 +120,10 @@ class Run:
         try:
             self._make_rest(grace, batch_size, strict)
             self.verification = grace.verify()
-        except OSError as error:  # of the directory: the next edit could not be kept, either
-            self.stopped = str(error)
+        except (OSError, MemoryError, RuntimeError) as error:  # the next edit could not be, either
+            if isinstance(error, RuntimeError) and not memory.has_ended(error):
+                raise
+            self.stopped = str(error) or type(error).__name__
         finally:
             known = {edit.id for edit in before}
             self.made = sum(edit.id not in known for edit in grace.edits())
@@ -177,7 +153,7 @@ class Run:
 
     def _make_rest(self, grace: gf.Grace, batch_size: BatchSize, strict: bool) -> None:
         rest = [item for item in self.items if item.edit is None and not item.wrong]
-        reports = _edit_many(grace, [item.given for item in rest], batch_size)
+        reports = grace.edit_many([item.given for item in rest], batch_size, progress=False)
         done = len(self.items) - len(rest)
         with rate_bar("edits", len(self.items), done, "edits") as ticks:
             for item, report in zip(rest, reports, strict=True):
