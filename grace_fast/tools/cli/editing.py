@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import grace_fast as gf
 from grace_fast import errors
@@ -19,12 +19,12 @@ from grace_fast.store import files
 from grace_fast.store.saved import read_saved
 from grace_fast.tools import textfiles
 from grace_fast.tools.cli.command import CANNOT_BEGIN, Json, command, fail, typer
-from grace_fast.tools.cli.edit_run import BatchSize, Run, items_of
+from grace_fast.tools.cli.edit_run import Run, items_of
 from grace_fast.tools.terminal import say
 from grace_fast.tools.textfiles import Record
 
 # By the field of the settings that they give.
-OPTIONS = {
+FLAGS = {
     "layer": "--layer",
     "epsilon": "--epsilon",
     "replacement": "--replacement",
@@ -41,10 +41,12 @@ NOT_OF_A_SCHEDULE = {
 }
 
 
-@command(also=(TypeError,))
-def edit(
-    model: Annotated[str, typer.Argument(help="A transformers model: a directory or a hub name.")],
-    layer: Annotated[str, typer.Option(help="Dotted name of the layer to edit.")],
+@dataclass(frozen=True)
+class Options:
+    """Options of `grace-fast edit`; None where one was left out that a directory may answer."""
+
+    model: Annotated[str, typer.Argument(help="A transformers model: a directory or a hub name.")]
+    layer: Annotated[str, typer.Option(help="Dotted name of the layer to edit.")]
     edits: Annotated[
         Path,
         typer.Option(
@@ -52,48 +54,48 @@ def edit(
             'messages in place of a prompt; "joint" is what stands between prompt and target; '
             '"paraphrases" are edited, too.'
         ),
-    ],
+    ]
     out: Annotated[
         Path,
         typer.Option(
             help="Directory of the codebook; what is there already is gone on with. An edit that "
             "was undone there, or a line that was left out, is tried again."
         ),
-    ],
+    ]
     epsilon: Annotated[
         str | None,
         typer.Option(help="Radius of a new key, by default 1; auto: measured on --unrelated."),
-    ] = None,
+    ] = None
     unrelated: Annotated[
         Path | None,
         typer.Option(
             help='With --epsilon auto: at least 8 texts, one a line, or JSON lines {"prompt": ...}.'
         ),
-    ] = None,
+    ] = None
     replacement: Annotated[
         str | None,
         typer.Option(help="replace_prompt (the default), replace_last or replace_all."),
-    ] = None,
+    ] = None
     schedule: Annotated[
         str | None,
         typer.Option(help="Training of a value: paper (the default), or fast, in fewer steps."),
-    ] = None,
+    ] = None
     iterations: Annotated[
         int | None, typer.Option(help="Most training steps of one edit; 100 in the paper schedule.")
-    ] = None,
+    ] = None
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the value; 1 in the paper schedule.")
-    ] = None,
-    value_init: Annotated[str | None, typer.Option(help="cold (the default) or warm.")] = None,
+    ] = None
+    value_init: Annotated[str | None, typer.Option(help="cold (the default) or warm.")] = None
     batch_size: Annotated[
         str, typer.Option(help="Edits that are trained at once: a number, or auto.")
-    ] = "auto",
+    ] = "auto"
     store_text: Annotated[
         bool | None, typer.Option(help="Keep prompts and targets beside the codebook.")
-    ] = None,
+    ] = None
     restart: Annotated[
         bool, typer.Option("--restart", help="Forget the edits that --out holds, and begin anew.")
-    ] = False,
+    ] = False
     strict: Annotated[
         bool,
         typer.Option(
@@ -101,117 +103,111 @@ def edit(
             help="Stop at the first line that cannot be edited; before all others where that can "
             "be told without the model.",
         ),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Edit a model with every line of a file; each edit is on the disk once it is made.
+    ] = False
+    as_json: Json = False
 
-    The same command goes on where it was interrupted: lines whose edits the codebook has are
-    skipped. A line that cannot be edited is named and left out, and the command ends with code 1.
-    """
-    given = {
-        "replacement": replacement,
-        "iterations": iterations,
-        "learning_rate": learning_rate,
-        "value_init": value_init,
-        "store_text": store_text,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    options = Options(layer, _epsilon(epsilon), _schedule(schedule), given, unrelated)
-    at_once = _batch_size(batch_size)
-    if (unrelated is not None) != (options.epsilon == "auto"):
-        _wrong_call(
-            "--epsilon auto needs --unrelated FILE: texts that no edit is about"
-            if unrelated is None
-            else "--unrelated is what --epsilon auto is measured on; give both, or neither"
-        )
-    bad: list[Record] = []
-    wanted = read_edits(edits, bad, strict)
-    if any("messages" in record for record in wanted):
-        errors.require("a chat template", "jinja2")
-    _require_writable(out)
-    places, wrong = [record.place for record in bad], [record.wrong for record in bad]
-    run = Run(edits, out, items_of(wanted), places, wrong, restart)
-    try:
-        _make(run, model, options, at_once, strict)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    if run.earlier is not None and (run.interrupted or run.stopped):
-        with suppress(KeyboardInterrupt):  # who is in a hurry is told what is known without it
-            run.recount()
-    run.tell(as_json)
+    @property
+    def is_measured(self) -> bool:
+        """Whether epsilon is to be measured."""
+        return self.epsilon == "auto"
 
+    @property
+    def at_once(self) -> int | Literal["auto"]:
+        """How many edits are trained at once."""
+        return "auto" if self.batch_size == "auto" else int(self.batch_size)
 
-@dataclass(frozen=True)
-class Options:
-    """What the command was given for `attach`.
+    def check(self) -> None:
+        """End the command where its options are wrong by themselves."""
+        if self.epsilon is not None and not self.is_measured and not _is_number(self.epsilon):
+            _wrong_call(f"--epsilon must be a number or auto, got {self.epsilon!r}")
+        if self.schedule not in (None, *SCHEDULES):
+            _wrong_call(f"--schedule must be one of {listed(SCHEDULES)}, got {self.schedule!r}")
+        size = self.batch_size
+        if size != "auto" and not (re.fullmatch("[0-9]{1,9}", size) and int(size)):
+            _wrong_call(f"--batch-size must be a whole number from 1, or auto, got {size!r}")
+        if self.is_measured and self.unrelated is None:
+            _wrong_call("--epsilon auto needs --unrelated FILE: texts that no edit is about")
+        if self.unrelated is not None and not self.is_measured:
+            _wrong_call("--unrelated is what --epsilon auto is measured on; give both, or neither")
 
-    epsilon: None where it was left out; given: the fields of `Settings` that were given;
-    unrelated: the file that epsilon is measured on.
-    """
+    def settings(self) -> dict[str, Any]:
+        """Return the fields of `Settings` that were given; an epsilon that is measured is none."""
+        found: dict[str, Any] = {name: getattr(self, name) for name in FLAGS}
+        found["epsilon"] = None if self.is_measured or not self.epsilon else float(self.epsilon)
+        return {name: value for name, value in found.items() if value is not None}
 
-    layer: str
-    epsilon: float | str | None
-    schedule: str | None
-    given: Mapping[str, Any]
-    unrelated: Path | None
-
-    def fields(self) -> dict[str, Any]:
-        """Return what `attach` is given by keyword, but for an epsilon that is to be measured."""
-        fields = dict(self.given)
-        if self.schedule == "fast":
-            fields["schedule"] = self.schedule
-        if isinstance(self.epsilon, float):
-            fields["epsilon"] = self.epsilon
-        return fields
-
-    def refuse_others(self, out: Path, stored: Settings, wanted: Settings) -> None:
+    def refuse_others(self, stored: Settings, wanted: Settings) -> None:
         """Refuse to go on in a directory that was begun with other settings than are given.
 
         wanted: what a directory would be begun with now.
 
         Raises: ValueError naming both.
         """
-        said = {"layer", *self.given, *(["epsilon"] if isinstance(self.epsilon, float) else [])}
-        by_option = {name: OPTIONS[name] for name in OPTIONS if name in said}
+        given = self.settings()
+        options = {name: flag for name, flag in FLAGS.items() if name in given}
         if self.schedule is not None:
-            every = {field.name for field in fields(Settings)} - NOT_OF_A_SCHEDULE
-            by_option |= dict.fromkeys(sorted(every - said), f"--schedule {self.schedule}")
-        for name, option in by_option.items():
+            every = {field.name for field in fields(Settings)} - NOT_OF_A_SCHEDULE - given.keys()
+            options |= dict.fromkeys(sorted(every), f"--schedule {self.schedule}")
+        for name, flag in options.items():
             old, new = getattr(stored, name), getattr(wanted, name)
             if old != new:
-                keep = f"--layer {old}" if name == "layer" else f"leave {option} out"
+                keep = f"--layer {old}" if name == "layer" else f"leave {flag} out"
                 raise ValueError(
-                    f"{out} was begun with {name} = {old!r}, and {option} now says {new!r}: "
+                    f"{self.out} was begun with {name} = {old!r}, and {flag} now says {new!r}: "
                     f"{keep} to go on there, or forget its edits with --restart"
                 )
 
 
-def _make(run: Run, model: str, options: Options, batch_size: BatchSize, strict: bool) -> None:
+@command(also=(TypeError,))
+def edit(options: Options) -> None:
+    """Edit a model with every line of a file; each edit is on the disk once it is made.
+
+    The same command goes on where it was interrupted: lines whose edits the codebook has are
+    skipped. A line that cannot be edited is named and left out, and the command ends with code 1.
+    """
+    options.check()
+    bad: list[Record] = []
+    wanted = read_edits(options.edits, bad, options.strict)
+    if any("messages" in record for record in wanted):
+        errors.require("a chat template", "jinja2")
+    _require_writable(options.out)
+    places, wrong = [record.place for record in bad], [record.wrong for record in bad]
+    run = Run(options.edits, options.out, items_of(wanted), places, wrong, options.restart)
+    try:
+        _make(run, options)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    if run.earlier is not None and (run.interrupted or run.stopped):
+        with suppress(KeyboardInterrupt):  # who is in a hurry is told what is known without it
+            run.recount()
+    run.tell(options.as_json)
+
+
+def _make(run: Run, options: Options) -> None:
     """Load the model and make the edits of a run."""
-    goes_on = files.holds_codebook(run.out) and not run.restarted
+    goes_on = files.holds_codebook(run.out) and not options.restart
     stored = read_saved(run.out).settings if goes_on else None
-    texts = None
-    if options.epsilon == "auto" and options.unrelated is not None and not goes_on:
-        texts = _texts(options.unrelated)
-    loaded, tokenizer = load_model(model)
-    probe = gf.attach(loaded, options.layer, tokenizer=tokenizer, **options.fields())
+    texts = None if goes_on or options.unrelated is None else _texts(options.unrelated)
+    model, tokenizer = load_model(options.model)
+    how = options.settings()
+    if options.schedule == "fast":
+        how["schedule"] = "fast"
+    probe = gf.attach(model, tokenizer=tokenizer, **how)
     try:
         if stored is not None:
-            options.refuse_others(run.out, stored, probe.settings)
+            options.refuse_others(stored, probe.settings)
         run.sign(probe, "paper" if stored is None else stored.semantics)
     finally:
         probe.unload()
-    if strict and any(item.wrong for item in run.items):
+    if options.strict and any(item.wrong for item in run.items):
         fail("nothing was edited")
-    how = options.fields()
     if texts is not None:
         how |= {"epsilon": "auto", "calibration_inputs": texts}
-    if run.restarted:
+    if options.restart:
         how["restart"] = True
-    grace = gf.attach(loaded, options.layer, tokenizer=tokenizer, path=run.out, **how)
+    grace = gf.attach(model, tokenizer=tokenizer, path=run.out, **how)
     try:
-        run.make(grace, batch_size, strict)
+        run.make(grace, options.at_once, options.strict)
     finally:
         grace.unload()
 
@@ -220,27 +216,12 @@ def _wrong_call(why: str) -> NoReturn:
     fail(why, CANNOT_BEGIN)
 
 
-def _epsilon(given: str | None) -> float | str | None:
-    if given is None or given == "auto":
-        return given
+def _is_number(text: str) -> bool:
     try:
-        return float(given)
+        float(text)
     except ValueError:
-        _wrong_call(f"--epsilon must be a number or auto, got {given!r}")
-
-
-def _schedule(given: str | None) -> str | None:
-    if given is not None and given not in SCHEDULES:
-        _wrong_call(f"--schedule must be one of {listed(SCHEDULES)}, got {given!r}")
-    return given
-
-
-def _batch_size(given: str) -> BatchSize:
-    if given == "auto":
-        return "auto"
-    if not re.fullmatch("[0-9]{1,9}", given) or int(given) < 1:
-        _wrong_call(f"--batch-size must be a whole number from 1, or auto, got {given!r}")
-    return int(given)
+        return False
+    return True
 
 
 def _texts(file: Path) -> list[str]:
