@@ -197,7 +197,7 @@ def test_an_edit_that_fails_late_is_named(tmp_path, strict):
     assert why in result.stderr
     assert "left out: record 2 (line 6) of" in result.stderr
     if strict:  # what was made before it stays
-        assert f"1 of 3 edits are in {out}; the same command goes on" in result.stderr
+        assert f"1 of 3 edits are in {out}; mend it, and the same command" in result.stderr
     else:
         assert "2 edits on 2 keys" in result.stdout
     assert len(json.loads(call("info", out, "--json").stdout)["edits"]) == 2 - strict

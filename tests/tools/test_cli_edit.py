@@ -17,6 +17,7 @@ import models
 import pytest
 import words
 from models import FAMILIES
+from transformers import BertForSequenceClassification
 from typer.testing import CliRunner
 
 import grace_fast as gf
@@ -230,9 +231,9 @@ def test_an_interruption_before_the_first_edit_is_told(model_folder, tmp_path, m
     file, out = write(tmp_path / "edits.jsonl", some_edits(3)), tmp_path / "out"
     ran = edit(model_folder, file, out)
     assert ran.exit_code == 130
-    assert f"interrupted: nothing was edited in {out}" in ran.stderr
+    assert "interrupted: no edit was made" in ran.stderr
     assert not out.exists()
-    assert figures(ran)["edits"] == 0
+    assert figures(ran)["edits"] is None
 
 
 def test_a_full_disk_ends_it_with_what_is_done(model_folder, tmp_path, monkeypatch):
@@ -304,6 +305,58 @@ def test_a_compacted_directory_and_one_that_was_saved_are_gone_on_with(model_fol
     for folder in (out, tmp_path / "saved"):
         again = figures(edit(model_folder, file, folder))
         assert (again["edits"], again["made"]) == (6, 2)
+
+
+def test_what_was_there_before_is_told(model_folder, tmp_path):
+    file, out = write(tmp_path / "edits.jsonl", some_edits(3)), tmp_path / "out"
+    told = ["edit", model_folder, *BEGUN, "--edits", file, "--out", out]
+    assert "3 edits on" in call(*told).stdout
+    again = call(*told).stdout
+    assert again.endswith(f" keys are in {out}, 3 of them from before\n")
+    assert len(again.splitlines()) == 1
+    write(file, some_edits(3)[:2])
+    assert (
+        f"2 of them from before; 1 more edits there are of no line of {file}" in call(*told).stdout
+    )
+
+
+KINDS = {
+    "bert": ("bert.encoder.layer.1.output.dense", {"target": [0, "1", 2.0, "LABEL_3"]}),
+    "score": ("bert.encoder.layer.1.output.dense", {"target": [0.5, -1, "2.25", 0.0]}),
+    "llama": ("model.layers.1.mlp.down_proj", {}),
+    "t5-encoder": ("encoder.block.1.layer.1.DenseReluDense.wo", {}),
+    "t5-decoder": ("decoder.block.1.layer.2.DenseReluDense.wo", {}),
+}
+
+
+def model_of(kind):
+    if kind != "score":
+        return models.build(kind)
+    config = models.build("bert").config
+    config.num_labels, config.problem_type = 1, "regression"
+    return BertForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_edits_of_every_kind_of_model_are_found_again(tmp_path, kind):
+    """Prompts and targets of several lengths stand in one batch, with padding."""
+    layer, given = KINDS[kind]
+    model_of(kind).save_pretrained(tmp_path / "model")
+    words.tokenizer().save_pretrained(tmp_path / "model")
+    lines = [
+        {"prompt": " ".join(words.SENTENCE[: at + 3]), "target": " ".join(words.SENTENCE[at:7])}
+        for at in range(4)
+    ]
+    for line, target in zip(lines, given.get("target", []), strict=False):
+        line["target"] = target
+    # Where a decoder asks there is no token before, and this becomes replace_last.
+    begun = ("--layer", layer, "--epsilon", 0.02, "--replacement", "replace_prompt", *HOW[2:])
+    file, out = write(tmp_path / "edits.jsonl", lines), tmp_path / "out"
+    first = figures(edit(tmp_path / "model", file, out, begun=begun))
+    assert first["refused"] == []
+    assert first["made"] == 4
+    again = figures(edit(tmp_path / "model", file, out, begun=begun))
+    assert (again["made"], again["edits"], again["others"]) == (0, 4, 0)
 
 
 def csv(lines):

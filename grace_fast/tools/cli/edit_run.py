@@ -76,6 +76,7 @@ class Run:
     epsilon: float | None = None
     verification: Verification | None = None
     stopped: str = ""  # why it did not come to the end
+    goes_on: str = "the same command goes on"
     interrupted: bool = False
 
     def refuse(self, item: Item, error: Exception) -> None:
@@ -164,7 +165,8 @@ class Run:
                 ticks.clear()
                 self.refuse(item, report.error)
                 if strict:
-                    self.stopped = "with --strict the first line that cannot be edited ends it"
+                    self.stopped = "stopped at the first line that cannot be edited"
+                    self.goes_on = "mend it, and the same command goes on"
                     return
 
     # The account
@@ -197,9 +199,10 @@ class Run:
         if as_json:
             say_json(self._figures(wrong))
         else:
-            edit_table([item.edit for item in self.items if item.edit and item.is_new], {})
+            if new := [item.edit for item in self.items if item.edit and item.is_new]:
+                edit_table(new, {})
             if not self.interrupted and not self.stopped:
-                say(f"{self.in_out:,} edits on {self.keys:,} keys are in {self.out}")
+                say(self._summary())
         if self.left_out:
             say(f"left out: {listed(self.left_out)} of {self.file}", err=True)
         if wrong:
@@ -212,19 +215,29 @@ class Run:
         if wrong or self.refused or not verified:
             raise typer.Exit(FAILED)
 
+    def _summary(self) -> str:
+        """Say what a run that came to its end left in the directory."""
+        said = f"{self.in_out:,} edits on {self.keys:,} keys are in {self.out}"
+        if self.earlier:
+            said += f", {self.earlier:,} of them from before"
+        if self.others:
+            said += f"; {self.others:,} more edits there are of no line of {self.file}"
+        return said
+
     def _ending(self) -> str:
         """Say how far a run came that did not come to its end, and what goes on from there."""
         why = "interrupted" if self.interrupted else f"error: {self.stopped}"
         if self.earlier is None:
-            return f"{why}: nothing was edited in {self.out}"
-        how = " without --restart" if self.restarted else ""
-        done = f"{self.in_out:,} of {len(self.items):,} edits are in {self.out}"
-        return f"{why}: {done}; the same command{how} goes on"
+            return f"{why}: no edit was made"
+        how = self.goes_on
+        if self.restarted:
+            how = how.replace("the same command", "the same command without --restart")
+        return f"{why}: {self.in_out:,} of {len(self.items):,} edits are in {self.out}; {how}"
 
     def _figures(self, wrong: Sequence[tuple[str, Edit]]) -> dict[str, Any]:
         found = self.verification
         return {
-            "edits": self.in_out,
+            "edits": None if self.earlier is None else self.in_out,
             "made": self.made,
             "wanted": len(self.items),
             "others": self.others,
