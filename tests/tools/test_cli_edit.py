@@ -258,6 +258,21 @@ def test_a_full_disk_ends_it_with_what_is_done(model_folder, tmp_path, monkeypat
     assert figures(edit(model_folder, file, out))["made"] == 60 - there
 
 
+def test_no_memory_ends_it_with_what_is_done(model_folder, tmp_path, monkeypatch):
+    file, out = write(tmp_path / "edits.jsonl", some_edits(6)), tmp_path / "out"
+    edit_many = gf.Grace.edit_many
+
+    def ended(self, edits, *given, **named):
+        yield from edit_many(self, edits[:2], *given, **named)
+        raise MemoryError("no room for one edit")
+
+    monkeypatch.setattr(gf.Grace, "edit_many", ended)
+    ran = edit(model_folder, file, out)
+    assert ran.exit_code == 1
+    assert (figures(ran)["made"], figures(ran)["stopped"]) == (2, "no room for one edit")
+    assert f"2 of 6 edits are in {out}; the same command goes on" in ran.stderr
+
+
 def test_lines_that_changed_between_runs_are_made_and_the_others_stay(model_folder, tmp_path):
     lines = [{"prompt": f"the capital of {name}", "target": name} for name in words.SENTENCE[3:7]]
     file, out = write(tmp_path / "edits.jsonl", lines), tmp_path / "out"
@@ -315,9 +330,8 @@ def test_what_was_there_before_is_told(model_folder, tmp_path):
     assert again.endswith(f" keys are in {out}, 3 of them from before\n")
     assert len(again.splitlines()) == 1
     write(file, some_edits(3)[:2])
-    assert (
-        f"2 of them from before; 1 more edits there are of no line of {file}" in call(*told).stdout
-    )
+    fewer = call(*told).stdout
+    assert f"2 of them from before; edits there that {file} does not ask for: 1" in fewer
 
 
 KINDS = {

@@ -221,7 +221,7 @@ class Run:
         if self.earlier:
             said += f", {self.earlier:,} of them from before"
         if self.others:
-            said += f"; {self.others:,} more edits there are of no line of {self.file}"
+            said += f"; edits there that {self.file} does not ask for: {self.others:,}"
         return said
 
     def _ending(self) -> str:
