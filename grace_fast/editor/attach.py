@@ -40,7 +40,7 @@ USUAL_EPSILON = float("1")  # an object of its own, to tell what is left out fro
 
 
 class Fields(TypedDict, total=False):
-    """What `attach` takes by keyword: the fields of `Settings`, and what epsilon is measured on."""
+    """What `attach` takes by keyword: the fields of `Settings`, and how a codebook is begun."""
 
     semantics: Semantics
     replacement: Replacement
@@ -55,6 +55,7 @@ class Fields(TypedDict, total=False):
     max_radius: float | None
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None
     calibration_edits: Iterable[CalibrationEdit] | None
+    restart: bool
 
 
 def attach(
@@ -67,7 +68,6 @@ def attach(
     codebook: Codebook | ShardedCodebook | None = None,
     path: str | Path | None = None,
     read_only: bool = False,
-    restart: bool = False,
     name: str | None = None,
     hmac_key: bytes | None = None,
     **fields: Unpack[Fields],
@@ -91,7 +91,8 @@ def attach(
         that is there already is opened, with the settings it was made with. One editor at a time
         has it, until it is unloaded.
     read_only: open `path` to be read, beside whoever edits it; see `refresh`.
-    restart: forget the edits that `path` holds, of whichever model, and begin anew, in one step.
+    restart=False: forget the edits that `path` holds, of whichever model, and begin anew, in one
+        step.
     name: several codebooks fit on one layer where their names differ; a named one answers within
         `using(name)` only.
     hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
@@ -126,6 +127,7 @@ def attach(
     _refuse_unknown(fields)
     inputs = fields.pop("calibration_inputs", None)
     sample = fields.pop("calibration_edits", None)
+    restart = fields.pop("restart", False)
     if path is not None:
         path = atomic.absolute(path)
     if layer is None and settings is None:

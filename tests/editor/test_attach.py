@@ -23,7 +23,7 @@ def batch():
 
 def test_every_setting_is_a_keyword_and_is_told_of():
     whole = {each.name for each in fields(Settings)}
-    extra = {"calibration_inputs", "calibration_edits"}
+    extra = {"calibration_inputs", "calibration_edits", "restart"}
     assert front.Fields.__annotations__.keys() | {"layer", "epsilon"} == whole | extra
     assert all(f"{name}" in gf.attach.__doc__ for name in whole | extra)
     assert len(inspect.signature(gf.attach).parameters) <= 12

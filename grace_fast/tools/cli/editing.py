@@ -36,7 +36,7 @@ FLAGS = {
 SCHEDULES = ("paper", "fast")
 # What `--schedule` has no say in; every other field of the settings is part of it.
 NOT_OF_A_SCHEDULE = {
-    *("layer", "epsilon", "semantics", "replacement", "expand", "expand_margin", "value_init"),
+    *("layer", "epsilon", "semantics", "replacement", "expand", "expand_margin"),
     *("query", "store_text", "max_radius"),
 }
 
@@ -86,7 +86,9 @@ class Options:
     learning_rate: Annotated[
         float | None, typer.Option(help="Of the value; 1 in the paper schedule.")
     ] = None
-    value_init: Annotated[str | None, typer.Option(help="cold (the default) or warm.")] = None
+    value_init: Annotated[
+        str | None, typer.Option(help="cold (that of the paper schedule) or warm.")
+    ] = None
     batch_size: Annotated[
         str, typer.Option(help="Edits that are trained at once: a number, or auto.")
     ] = "auto"
