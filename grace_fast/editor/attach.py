@@ -40,7 +40,7 @@ USUAL_EPSILON = float("1")  # an object of its own, to tell what is left out fro
 
 
 class Fields(TypedDict, total=False):
-    """What `attach` takes by keyword: the fields of `Settings`, and what epsilon is measured on."""
+    """What `attach` takes by keyword: the fields of `Settings`, and how a codebook is begun."""
 
     semantics: Semantics
     replacement: Replacement
@@ -57,6 +57,7 @@ class Fields(TypedDict, total=False):
     margin: float | None
     calibration_inputs: Iterable[Mapping[str, Any] | str] | None
     calibration_edits: Iterable[CalibrationEdit] | None
+    restart: bool
 
 
 def attach(
@@ -97,6 +98,8 @@ def attach(
         that is there already is opened, with the settings it was made with. One editor at a time
         has it, until it is unloaded.
     read_only: open `path` to be read, beside whoever edits it; see `refresh`.
+    restart=False: forget the edits that `path` holds, of whichever model, and begin anew, in one
+        step.
     name: several codebooks fit on one layer where their names differ; a named one answers within
         `using(name)` only.
     hmac_key: what the manifest of `path` is signed with: at least 16 random bytes, kept elsewhere.
@@ -135,6 +138,7 @@ def attach(
     _refuse_unknown(fields)
     inputs = fields.pop("calibration_inputs", None)
     sample = fields.pop("calibration_edits", None)
+    restart = fields.pop("restart", False)
     if path is not None:
         path = atomic.absolute(path)
     if layer is None and settings is None:
@@ -145,7 +149,9 @@ def attach(
         _refuse_unfit(codebook, found, module, path)
     if hmac_key is not None:
         manifest.require_key(hmac_key)
-    if read_only or (path is not None and files.holds_codebook(path)):
+    if restart:
+        _refuse_restart(path, read_only, hmac_key)
+    if read_only or (path is not None and files.holds_codebook(path) and not restart):
         if path is None:
             raise ValueError("read_only=True needs the path of a codebook that is read")
         widest = fields.get("max_radius", None if settings is None else settings.max_radius)
@@ -207,6 +213,15 @@ def _refuse_second(layer: str, module: nn.Module, name: str | None) -> None:
     if has_adapter(module, name):
         named, advice = (" ", ", or give it a name") if name is None else (f" named {name!r} ", "")
         raise ValueError(f"{layer} has an adaptor{named}already; unload() it first{advice}")
+
+
+def _refuse_restart(path: Path | None, read_only: bool, hmac_key: bytes | None) -> None:
+    """Raise where a directory holds something else than edits of ours, which nobody may forget."""
+    if path is None or read_only:
+        raise ValueError("restart=True needs the path of a codebook that is edited")
+    is_signed = files.holds_codebook(path) and "hmac" in read_saved(path, hmac_key).config
+    if is_signed and hmac_key is None:
+        raise ValueError(f"{path} is signed: give its hmac_key to begin it anew")
 
 
 def _calibrate(

@@ -48,16 +48,35 @@ def read(path: Path) -> list[Record]:
 
     Raises: OSError where it cannot be read; ValueError where it is no text, or no CSV.
     """
-    content = path.read_bytes()
-    encoding = json.detect_encoding(content[:4])
-    is_utf8 = encoding in ("utf-8", "utf-8-sig")
-    try:
-        text = content.decode(encoding, "surrogateescape" if is_utf8 else "strict")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not {path.suffix} in {encoding.upper()}: {error}") from error
-    found = _records(path, text.removeprefix("\ufeff"))
+    found = _records(path, _decoded(path))
     if found and all(record.wrong == NOT_UTF8 for record in found):  # Latin-1, GBK, no text at all
         raise ValueError(f"{path} is not {path.suffix} in UTF-8: {found[0].place} {NOT_UTF8}")
+    return found
+
+
+def texts(path: Path) -> list[Record]:
+    """Return the texts of a file as the `prompt` of records, those that are wrong among them.
+
+    One a line; or, by the file's name or its first line, records as `read` takes them, each with a
+    `prompt` or a `text`.
+
+    Raises: as `read`.
+    """
+    lines = _decoded(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    is_named = path.suffix.lower() in (".json", ".jsonl", ".csv", ".tsv")
+    if not is_named and not (first.lstrip().startswith("{") and _is_whole(first)):
+        return [
+            Record(f"line {number}", {"prompt": line}, NOT_UTF8 if _NOT_UTF8.search(line) else "")
+            for number, line in enumerate(lines, start=1)
+            if line.strip()
+        ]
+    found = read(path)
+    for record in found:
+        text = record.get("prompt", record.get("text"))
+        if not record.wrong and not (isinstance(text, str) and text.strip() and is_unicode(text)):
+            record.wrong = f"must have a text as its prompt, got {brief(text)}"
+        record["prompt"] = text
     return found
 
 
@@ -65,6 +84,18 @@ def brief(value: Any) -> str:
     """Return a value as Python writes it, cut off where that is long."""
     written = repr(value)
     return written if len(written) <= _SHOWN else written[: _SHOWN - 3] + "..."
+
+
+def _decoded(path: Path) -> str:
+    """Return a file's text; bytes that are no UTF-8 as surrogates."""
+    content = path.read_bytes()
+    encoding = json.detect_encoding(content[:4])
+    is_utf8 = encoding in ("utf-8", "utf-8-sig")
+    try:
+        text = content.decode(encoding, "surrogateescape" if is_utf8 else "strict")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not {path.suffix} in {encoding.upper()}: {error}") from error
+    return text.removeprefix("\ufeff")
 
 
 def _records(path: Path, text: str) -> list[Record]:

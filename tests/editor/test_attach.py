@@ -23,7 +23,7 @@ def batch():
 
 def test_every_setting_is_a_keyword_and_is_told_of():
     whole = {each.name for each in fields(Settings)}
-    extra = {"calibration_inputs", "calibration_edits"}
+    extra = {"calibration_inputs", "calibration_edits", "restart"}
     assert front.Fields.__annotations__.keys() | {"layer", "epsilon"} == whole | extra
     assert all(f"{name}" in gf.attach.__doc__ for name in whole | extra)
     assert len(inspect.signature(gf.attach).parameters) <= 12
@@ -57,6 +57,38 @@ def test_a_layer_is_needed_from_somewhere():
 def test_an_unknown_keyword_is_refused_with_the_nearest(given, near):
     with pytest.raises(TypeError, match=rf"unexpected keyword argument '{given}'.*'{near}'"):
         gf.attach(models.build("bert"), FAMILY.layer, **{given: 1})
+
+
+def test_restart_begins_anew_with_settings_and_a_model_of_its_own(tmp_path):
+    first = gf.attach(models.build("bert"), FAMILY.layer, FAMILY.epsilon, path=tmp_path)
+    first.edit(batch())
+    with pytest.raises(gf.CodebookLocked):
+        gf.attach(models.build("bert"), FAMILY.layer, path=tmp_path, restart=True)
+    first.unload()
+    other = models.build("bert", seed=3)
+    again = gf.attach(other, FAMILY.layer, 0.5, path=tmp_path, restart=True)
+    assert (again.edits(), again.settings.epsilon, len(again.codebook)) == ([], 0.5, 0)
+    again.edit(batch())
+    again.unload()
+    opened = gf.attach(other, FAMILY.layer, path=tmp_path)
+    assert [edit.id for edit in opened.edits()] == [0]
+    opened.unload()
+    absent = gf.attach(other, FAMILY.layer, path=tmp_path / "absent", restart=True)
+    absent.unload()
+
+
+def test_restart_refuses_what_it_may_not_forget(tmp_path):
+    model, key = models.build("bert"), b"0123456789abcdef"
+    with pytest.raises(ValueError, match="restart=True needs the path"):
+        gf.attach(model, FAMILY.layer, restart=True)
+    gf.attach(model, FAMILY.layer, path=tmp_path / "signed", hmac_key=key).unload()
+    for wrong in (None, key[::-1]):
+        with pytest.raises(ValueError, match=r"is signed: give|hmac"):
+            gf.attach(model, FAMILY.layer, path=tmp_path / "signed", restart=True, hmac_key=wrong)
+    gf.attach(model, FAMILY.layer, path=tmp_path / "signed", restart=True, hmac_key=key).unload()
+    gf.Codebook(4, 4).save(tmp_path / "alone")
+    with pytest.raises(gf.CodebookCorrupt, match="holds a codebook alone"):
+        gf.attach(model, FAMILY.layer, path=tmp_path / "alone", restart=True)
 
 
 def test_a_saved_codebook_is_copied_gone_on_with_or_followed(tmp_path):

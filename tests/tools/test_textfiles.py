@@ -125,3 +125,36 @@ def test_every_line_of_a_table_full_of_open_quotes_is_read_a_few_times(
     found = textfiles.read(tmp_path / "x.csv")
     assert [one.place for one in found if one.wrong] == [f"line {at + 2}" for at in range(count)]
     assert len(read) <= 4 * count
+
+
+TEXTS = {
+    "a text a line": ("t.txt", "one\n\n two\r\nthree", ["one", " two", "three"]),
+    "lines that are nearly JSON": ("t.txt", '{"prompt": "a"', ['{"prompt": "a"']),
+    "brackets are text": ("t", "[INST] one\n[1]", ["[INST] one", "[1]"]),
+    "JSON lines by the first of them": ("t", '\n{"prompt": "a"}\n{"text": "b"}', ["a", "b"]),
+    "JSON lines by the name": ("t.jsonl", '{"text": "a"}', ["a"]),
+    "one array": ("t.json", '[{"prompt": "a"},\n{"prompt": "b"}]', ["a", "b"]),
+    "a table": ("t.csv", "prompt,x\na,1\nb,2\n", ["a", "b"]),
+    "a mark at the begin": ("t.txt", "\ufeffone\ntwo", ["one", "two"]),
+    "other line ends are text": ("t.txt", "one\u2028still one", ["one\u2028still one"]),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "wanted"), TEXTS.values(), ids=TEXTS.keys())
+def test_texts_are_read_from_any_file(tmp_path, name, content, wanted):
+    (tmp_path / name).write_text(content, newline="")
+    found = textfiles.texts(tmp_path / name)
+    assert [record["prompt"] for record in found] == wanted
+    assert not any(record.wrong for record in found)
+
+
+def test_a_text_that_is_none_is_told_by_its_line(tmp_path):
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n{"text": " "}\n{"x": 1}\n{')
+    told = [(record.place, record.wrong) for record in textfiles.texts(tmp_path / "t.jsonl")]
+    assert told[0] == ("line 1", "")
+    assert told[1] == ("line 2", "must have a text as its prompt, got 3")
+    assert told[2] == ("line 3", "must have a text as its prompt, got ' '")
+    assert told[3] == ("line 4", "must have a text as its prompt, got None")
+    assert told[4][1].startswith("is not JSON")
+    (tmp_path / "t.txt").write_bytes(b"one\n\xff\n")
+    assert [record.wrong for record in textfiles.texts(tmp_path / "t.txt")] == ["", "is not UTF-8"]

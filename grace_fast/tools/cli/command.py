@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast, get_type_hints
 
 import grace_fast as gf
 from grace_fast import errors
@@ -25,6 +27,7 @@ app = typer.Typer(
 FAILED = 1
 CANNOT_BEGIN = 2
 LOST = 3  # it was repaired, and not all of it is there any more
+INTERRUPTED = 130  # by Control-C, as shells count it
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 Strict = Annotated[
@@ -43,17 +46,18 @@ def command(
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Take a function for a command, whose refusals are told in one line, with their exit code.
 
-    A refusal is an OSError, a ValueError or one of `also`, or a module that is not installed.
+    The command's options are its parameters, or the fields of the one dataclass that it takes. A
+    refusal is an OSError, a ValueError or one of `also`, or a module that is not installed.
     """
     refusals: tuple[type[Exception], ...] = (OSError, ValueError, *also)
 
     def take(function: Callable[..., None]) -> Callable[..., None]:
-        called = name or function.__name__
+        called, call = name or function.__name__, _by_option(function)
 
-        @functools.wraps(function)
+        @functools.wraps(call)
         def guarded(*given: Any, **named: Any) -> None:
             try:
-                function(*given, **named)
+                call(*given, **named)
             except BrokenPipeError:  # who read the output has seen enough
                 raise
             except ImportError as error:
@@ -65,6 +69,32 @@ def command(
         return function
 
     return take
+
+
+def _by_option(function: Callable[..., None]) -> Callable[..., None]:
+    """Return a command as a function of its options, where it takes them in one dataclass."""
+    names = list(signature(function).parameters)
+    kind: Any = get_type_hints(function)[names[0]] if len(names) == 1 else None
+    if not is_dataclass(kind):
+        return function
+    hints, made = get_type_hints(kind, include_extras=True), cast(Callable[..., Any], kind)
+
+    @functools.wraps(function)
+    def call(**options: Any) -> None:
+        function(made(**options))
+
+    parameters = [
+        Parameter(
+            field.name,
+            Parameter.KEYWORD_ONLY,
+            default=Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[field.name],
+        )
+        for field in fields(kind)
+    ]
+    call.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return call
 
 
 @app.callback(invoke_without_command=True)
