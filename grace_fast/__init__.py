@@ -7,8 +7,8 @@ from typing import Any
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.editor.attach import attach, from_pretrained
 from grace_fast.editor.grace import Explanation, Grace
-from grace_fast.edits.edit import Edit
-from grace_fast.edits.settings import Settings
+from grace_fast.edits.edit import Edit, Refused
+from grace_fast.edits.settings import Schedule, Settings
 from grace_fast.edits.verify import Verification
 from grace_fast.errors import (
     BackendUnavailable,
@@ -48,6 +48,8 @@ __all__ = [
     "Match",
     "Nearest",
     "Prepared",
+    "Refused",
+    "Schedule",
     "Settings",
     "Verification",
     "__version__",

@@ -157,6 +157,7 @@ class PrefixCache:
         self._path = _path(model, layer)
         self._beside = _beside(self._path)
         self._stand_ins: list[_StandIn] = []
+        self._rows: list[int] | None = None  # of a batch
         self.restart()
         own = (vars(module).get("forward") for module in (*self._beside, layer))
         self._is_fit = bool(self._path) and not (
@@ -173,7 +174,7 @@ class PrefixCache:
 
     def restart(self) -> None:
         """Forget what was returned: what follows is given other tokens."""
-        self._rows: list[int] | None = None
+        self._rows = None
         self._kept: dict[nn.Module, _Run] | None = None
         self._is_proved = False  # that the modules are given what they were given
         self._last: dict[nn.Module, _Run] | None = None

@@ -27,6 +27,7 @@ from grace_fast.editor.training_run import Rows, StandsAlone, TrainingRun
 from grace_fast.edits import plans
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.plans import Plan, Proposal, Training
+from grace_fast.lookup.sharded import ShardedCodebook
 
 Text = tuple[str, str]  # prompt and target
 TRAININGS = 3  # without the lock; an edit that others come between so often is trained within it
@@ -144,7 +145,8 @@ class Session:
             except StandsAlone:
                 self.context.rows_are_apart = False
             except (MemoryError, RuntimeError) as error:
-                if not memory.has_ended(error):
+                is_shared = isinstance(self.context.adapter.book, ShardedCodebook)
+                if is_shared or not memory.has_ended(error):  # its ranks go on alike, or not at all
                     raise
                 half = len(trainings) // 2
                 self.context.at_once = min(self.context.at_once, half)

@@ -31,8 +31,10 @@ from grace_fast.editor.training import frozen, require_differentiable
 from grace_fast.editor.training_run import Rows
 from grace_fast.edits.edit import Edit, Refused
 from grace_fast.edits.plans import RowsRefused
+from grace_fast.lookup.sharded import ShardedCodebook
 
 Report = Edit | Refused
+SHARDED = 16  # edits at once where a codebook is spread over processes
 # What is wrong with more than the edit in hand.
 _OF_ALL = (ImportError, OSError, MemoryError, Warning)
 
@@ -108,6 +110,8 @@ class _Stream:
     def _at_once(self) -> int:
         """Return how many edits a batch may have, by the longest of those that wait."""
         most = self._context.at_once
+        if self._size == "auto" and isinstance(self._context.adapter.book, ShardedCodebook):
+            return min(most, SHARDED)  # by no measurement: every rank has to make the same batches
         if self._size != "auto":
             return min(most, self._size) if most < memory.MOST else self._size
         waiting = [one.batch for one in self._waiting if isinstance(one, _Asked)]
@@ -153,9 +157,10 @@ class _Stream:
     def _made(self) -> list[tuple[Report, int]]:
         """Make a batch of the edits that wait first; return its reports, with their places."""
         waiting, book = self._waiting, self._context.adapter.book
-        if isinstance(waiting[0], Refused):
-            refused = waiting.popleft()
-            return [(refused, refused.at)]
+        first_of_them = waiting[0]
+        if isinstance(first_of_them, Refused):
+            waiting.popleft()
+            return [(first_of_them, first_of_them.at)]
         taken, size = list[_Asked](), self._at_once()
         for one in waiting:
             if not isinstance(one, _Asked) or len(taken) == size:

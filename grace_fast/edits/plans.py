@@ -108,9 +108,9 @@ def make(proposal: Proposal, draft: Draft, history: History, rules: Rules, first
     """
     before, applied = draft.counts, list[Applied]()
     proposed = zip(proposal.queries, proposal.labels, proposal.fresh, strict=True)
-    for at, (query, label, fresh) in enumerate(proposed):
+    for at, (query, wanted, fresh) in enumerate(proposed):
         try:
-            applied.append(history.apply(draft, rules, query, label, fresh, first_id + at))
+            applied.append(history.apply(draft, rules, query, wanted, fresh, first_id + at))
         except ValueError as error:
             raise RowsRefused([at], str(error)) from None
     decided = draft.snapshot()
