@@ -65,7 +65,7 @@ def edit_many(
         kind = type(edits).__name__
         raise TypeError(f"edit_many takes an iterable of edits, got one {kind}; use edit")
     if batch_size != "auto":
-        scalars.positive("batch_size", batch_size)
+        batch_size = scalars.positive("batch_size", batch_size)
     context.require_attached()
     context.directory.require_writable()
     require_differentiable(context.model)
