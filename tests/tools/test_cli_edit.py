@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import random
@@ -565,9 +564,6 @@ def test_settings_of_the_directory_hold_and_others_are_refused(
     assert (left_out["made"], left_out["epsilon"]) == (1, FAMILY.epsilon)
 
 
-@pytest.mark.skipif(
-    "schedule" not in inspect.signature(gf.attach).parameters, reason="attach takes no schedule yet"
-)
 def test_a_fast_schedule_holds_and_another_is_refused(model_folder, tmp_path):
     file = write(tmp_path / "edits.jsonl", some_edits(6))
     begun = ("--layer", FAMILY.layer, "--epsilon", FAMILY.epsilon, "--replacement", "replace_all")

@@ -191,8 +191,8 @@ def _make(run: Run, options: Options) -> None:
     texts = None if goes_on or options.unrelated is None else _texts(options.unrelated)
     model, tokenizer = load_model(options.model)
     how = options.settings()
-    if options.schedule == "fast":  # the paper's is what `attach` has by itself
-        how["schedule"] = "fast"
+    if options.schedule is not None:
+        how["schedule"] = options.schedule
     probe = gf.attach(model, tokenizer=tokenizer, **how)
     try:
         if stored is not None:
