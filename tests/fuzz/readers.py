@@ -496,7 +496,7 @@ def edits(draw: Draw) -> None:
     place = BESIDE / "edits.jsonl"
     place.write_bytes(draw.rest())
     try:
-        cli.editing.read_edits(place)
+        cli.edit_file.read_edits(place)
     except typer.Exit as error:
         raise Refused from error
     finally:

@@ -564,6 +564,19 @@ def test_settings_of_the_directory_hold_and_others_are_refused(
     assert (left_out["made"], left_out["epsilon"]) == (1, FAMILY.epsilon)
 
 
+def test_a_fast_schedule_holds_and_another_is_refused(model_folder, tmp_path):
+    file = write(tmp_path / "edits.jsonl", some_edits(6))
+    begun = ("--layer", FAMILY.layer, "--epsilon", FAMILY.epsilon, "--replacement", "replace_all")
+    for name, other in (("fast", "paper"), ("paper", "fast")):
+        out = tmp_path / name
+        assert figures(edit(model_folder, file, out, "--schedule", name, begun=begun))["made"] == 6
+        for again in (["--schedule", name], []):
+            assert figures(edit(model_folder, file, out, *again, begun=begun))["made"] == 0
+        refused = edit(model_folder, file, out, "--schedule", other, begun=begun)
+        assert refused.exit_code == 1
+        assert f"and --schedule {other} now says" in refused.stderr
+
+
 def test_another_layer_is_refused_and_the_same_in_other_words_is_not(model_folder, tmp_path):
     file, out = write(tmp_path / "edits.jsonl", some_edits(2)), tmp_path / "out"
     edit(model_folder, file, out)

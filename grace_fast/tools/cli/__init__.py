@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import sys
 
-from grace_fast.tools.cli import benching, editing, evaluating, looking, versions
+from grace_fast.tools.cli import benching, edit_file, editing, evaluating, looking, versions
 from grace_fast.tools.cli.command import CANNOT_BEGIN, FAILED, INTERRUPTED, LOST, app
 from grace_fast.tools.terminal import guard
 
@@ -24,7 +24,7 @@ __all__ = ["CANNOT_BEGIN", "FAILED", "INTERRUPTED", "LOST", "app", "main"]
 
 # What they add to `app` is all that they are imported for.
 COMMANDS = (editing, evaluating, looking, versions, benching)
-_read_edits = editing.read_edits  # its former name, for one version
+_read_edits = edit_file.read_edits  # its former name, for one version
 
 
 def main() -> None:
