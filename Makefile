@@ -39,7 +39,7 @@ LIBRARIES := $$(cc -print-file-name=libasan.so) $$(cc -print-file-name=libubsan.
 UNDER_SANITIZERS := LD_PRELOAD="$(LIBRARIES)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED)
 REACH_NATIVE := lookup certified prepared codebook codes edits golden store out_of_core streams \
-	changed_files concurrency purity odd_queries counters
+	changed_files concurrency purity odd_queries counters plain
 
 sanitize: .venv/.test  ## the tests of the C++ under the address and undefined-behaviour sanitizers
 	$(BIN)/pip install -q -c constraints.txt 'setuptools>=77' 'pybind11>=2.13'

@@ -3,14 +3,10 @@
 // What is described once a version (`Book`, `Plan`) takes names; the calls made for every query
 // take the same few addresses by position, because names cost more than a look-up in a small
 // codebook.
-#include <omp.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cstring>
-
-#include "lookup.h"
-#include "python.h"
-#include "tensors.h"
+#include "hook.h"
+#include "version.h"
 
 namespace py = pybind11;
 using namespace grace_fast;
@@ -18,163 +14,20 @@ using py::arg;
 
 namespace {
 
-// The answers of a batch in one buffer: S [B] float64, row [B] int64, hit [B] bool, and what it
-// took: proved misses and keys read, int64 each. Tensors are made of it when they are read; three
-// of them cost more than the look-up.
-template <typename Find>
-py::tuple answered(int64_t batch, Effort* effort, const Find& find) {
-  const auto buffer = py::reinterpret_steal<py::object>(
-      PyByteArray_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(17 * batch + 16)));
-  if (!buffer) throw py::error_already_set();
-  char* squared = PyByteArray_AS_STRING(buffer.ptr());
-  const Answers answers{reinterpret_cast<int64_t*>(squared + 8 * batch),
-                        reinterpret_cast<double*>(squared),
-                        reinterpret_cast<bool*>(squared + 16 * batch)};
-  int64_t hits;
-  {
-    const py::gil_scoped_release unlocked;
-    hits = find(answers);
-  }
-  const int64_t work[] = {effort->proved, effort->exact_reranks};
-  std::memcpy(squared + 17 * batch, work, sizeof work);
-  return py::make_tuple(hits, buffer);
-}
-
-// Keys in a file: `test(block)` is called in Python, once a block, by whichever thread needs it.
-struct MappedKeys {
-  Mapped mapped;
-  MappedKeys(int64_t slots, int64_t block_bytes, Address tested, py::function test,
-             py::function lose, int guarded)
-      : mapped{slots,
-               block_bytes,
-               pointer<const uint8_t>(tested),
-               [test = std::move(test)](int64_t block) {
-                 const py::gil_scoped_acquire locked;
-                 test(block);
-               },
-               [lose = std::move(lose)] {
-                 const py::gil_scoped_acquire locked;
-                 lose();
-               },
-               guarded} {}
-};
-
-// After keys were read: nothing that a file no longer held may decide.
-void check_not_lost(const Keys& keys) {
-  if (keys.mapped && is_lost(keys.mapped->guarded)) keys.mapped->lose();
-}
-
-Queries queries_at(Address first, int64_t stride, int dtype, int64_t batch) {
-  return {pointer<const void>(first), stride, static_cast<Dtype>(dtype), batch};
-}
-
-struct Plan {
-  Index index;
-
-  Plan(const py::dict& projection, const py::list& segments, int64_t covered, float min_radius,
-       float widest)
-      : index{projection_of<Projection>(Fields(projection)), {}, covered, min_radius, widest} {
-    for (const py::handle segment : segments) index.segments.push_back(segment_of(Fields(segment)));
-  }
-  static Segment segment_of(const Fields& of) {
-    return {of["count"],
-            of["rows"],
-            of["near"],
-            of["far"],
-            of["leaf_max_radius"],
-            of["near_error"],
-            of["far_error"],
-            of["leaf_boxes"],
-            of["node_boxes"],
-            of["node_max_radius"],
-            of["isolated"]};
-  }
-};
-
-// A version of a codebook, ready to be asked: its keys, what its index says of them (or nothing),
-// and up to which batch reading by it is predicted to cost less than reading all keys.
-struct Version {
-  Keys keys;
-  const Plan* plan;
-  float widest;
-  double predicted_bytes;  // of one query, by the index
-  int64_t indexed_up_to;
-
-  // What `find` reads for some queries, by the plan that has to be there.
-  py::tuple effort(Address first, int64_t stride, int dtype, int64_t batch) const {
-    Effort effort{};
-    answered(batch, &effort, [&](const Answers& answers) {
-      return find_indexed(queries_at(first, stride, dtype, batch), keys, plan->index, 1, answers,
-                          &effort);
-    });
-    return py::make_tuple(effort.boxes, effort.codes, effort.candidates, effort.exact_reranks,
-                          effort.exhaustive);
-  }
-  void isolated(int64_t segment, Address positions, int64_t count, Address bits) const {
-    const py::gil_scoped_release unlocked;
-    find_isolated(keys, plan->index, segment, pointer<const int64_t>(positions), count,
-                  pointer<uint8_t>(bits));
-  }
-  // by_index: only keys that are not farther than `within`; there has to be a plan.
-  void nearest(Address first, int64_t stride, int dtype, int64_t batch, int threads, Address row,
-               Address squared, double within, bool by_index) const {
-    const py::gil_scoped_release unlocked;
-    const Queries queries = queries_at(first, stride, dtype, batch);
-    const Answers answers{pointer<int64_t>(row), pointer<double>(squared), nullptr};
-    if (by_index) {
-      nearest_indexed(queries, keys, plan->index, within, threads, answers);
-    } else {
-      nearest_dense(queries, keys, threads, answers);
-    }
-    check_not_lost(keys);
-  }
-  py::tuple find(Address first, int64_t stride, int dtype, int64_t batch, int threads) const {
-    return found(queries_at(first, stride, dtype, batch), threads);
-  }
-  // The same for a tensor [B, D] on the host; None for any that has to be looked at in Python.
-  py::object ask(py::handle queries) const {
-    TensorView view;
-    Dtype dtype;
-    if (!tensors.view(queries.ptr(), &view) || view.device_kind != TensorView::kHost ||
-        view.dimensions != 2 || view.shape[0] < 1 || view.shape[1] != keys.width ||
-        view.strides[1] != 1 || !view.dtype(&dtype)) {
-      return py::none();
-    }
-    const int64_t batch = view.shape[0];
-    const char* first = static_cast<const char*>(view.data) + view.byte_offset;
-    // What torch.get_num_threads() says: it sets this very variable of the libgomp that we share.
-    return found({first, view.strides[0], dtype, batch}, batch == 1 ? 1 : omp_get_max_threads());
-  }
-
-  static TensorReader tensors;
-
- private:
-  py::tuple found(const Queries& queries, int threads) const {
-    Effort effort{};
-    return answered(queries.batch, &effort, [&](const Answers& answers) {
-      const int64_t hits = decided(queries, threads, answers, &effort);
-      check_not_lost(keys);
-      return hits;
-    });
-  }
-  int64_t decided(const Queries& queries, int threads, const Answers& answers,
-                  Effort* effort) const {
-    if (!plan || queries.batch > indexed_up_to) {
-      return find_dense(queries, keys, widest, threads, answers, effort);
-    }
-    // A thread is worth waking for 16 MiB, some 2 ms: it may have to wait for a busy core.
-    const double wanted = 1 + predicted_bytes * static_cast<double>(queries.batch) / (1 << 24);
-    const int worth = static_cast<int>(std::min<double>(threads, wanted));
-    return find_indexed(queries, keys, plan->index, worth, answers, effort);
-  }
-};
-
-TensorReader Version::tensors;
-
 void kd_order_at(Address points, int64_t count, Address order, int threads) {
   const py::gil_scoped_release unlocked;
   kd_order(pointer<const int16_t>(points), count, threads, pointer<int32_t>(order));
 }
+
+// Described once an adaptor, called in every forward call of its model.
+PyMethodDef described(const char* name, _PyCFunctionFast call, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
+          doc};
+}
+PyMethodDef layer_hook = described("layer_hook", call_layer_hook,
+                                   "adaptor, args, rest; the output, None or NotImplemented");
+PyMethodDef call_noted =
+    described("run", call_noter, "forward, args, kwargs, otherwise; what forward returns");
 
 }  // namespace
 
@@ -211,6 +64,29 @@ PYBIND11_MODULE(_cpu, module) {
   module.def(
       "use_tensors", [](py::handle type) { return Version::tensors.use(type.ptr()); },
       "Let `Version.ask` read tensors of this type; tell whether it can.");
+  py::class_<Counts>(module, "Counts", "What plain calls of one adaptor counted.")
+      .def(py::init<std::vector<double>>(), arg("bounds"))
+      .def_readonly("buckets", &Counts::buckets)
+      .def_readonly("queries", &Counts::queries)
+      .def_readonly("hits", &Counts::hits)
+      .def_readonly("certified_misses", &Counts::proved)
+      .def_readonly("rechecks", &Counts::read)
+      .def_readonly("seconds", &Counts::seconds);
+  py::class_<LayerHook>(module, "LayerHook", "The hook of one adaptor for plain calls: see hook.h.")
+      .def(py::init<py::dict, py::object>(), arg("of"), arg("counts"))
+      .def_readwrite("is_off", &LayerHook::is_off, "whether no call is plain")
+      .def("sit_on", &LayerHook::sit_on, arg("layer"), "Answer at this layer only.")
+      .def("count_modes", &LayerHook::count_modes, arg("more"), "Know of modes that go on or off.")
+      .def("forget", &LayerHook::forget, "Know of no codebook.")
+      .def_property_readonly(
+          "respond", [](const py::object& self) { return bound<LayerHook>(&layer_hook, self); });
+  py::class_<CallNoter>(module, "CallNoter", "What notes the plain calls of a module: see hook.h.")
+      .def(py::init<py::dict>(), arg("of"))
+      .def_readwrite("is_off", &CallNoter::is_off, "whether no call is plain")
+      .def("use", &CallNoter::use, arg("adaptors"), arg("depths"),
+           "Be of these adaptors, each with its depth and its seat's steps.")
+      .def_property_readonly(
+          "run", [](const py::object& self) { return bound<CallNoter>(&call_noted, self); });
   module.def("guard", &guard, py::kw_only(), arg("first"), arg("bytes"),
              "Let a mapped file that shrinks be seen by `is_lost`, not end the process.");
   module.def("unguard", &unguard, arg("number"), "Forget memory that is no longer mapped.");

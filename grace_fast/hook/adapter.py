@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.hook import calls, generation, positions, selection, tensor_parallel
+from grace_fast.hook import calls, generation, plain, positions, selection, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.attachment import Attachment, Site
 from grace_fast.hook.counters import Tally
@@ -56,6 +57,8 @@ class Adapter:
     book: None until the layer's widths are known.
     """
 
+    plain: Any = None  # the hook for plain calls, where there is one
+
     def __init__(self, site: Site, book: Codebook | None = None) -> None:
         self.book = book  # first: who copies a module with our hooks is told that this cannot be
         self._with_keys: Any = None  # a version that was seen to have some
@@ -67,6 +70,8 @@ class Adapter:
         self.attachment = Attachment(site, self, self._at_layer)
         self._reader = Reader(self, site, self._modes)
         self._locator = Locator(self._reader, self._recomputed)
+        self.plain = plain.layer_hook(site, self._modes, self._reader.padding, self.tally.plain)
+        self._respond_plainly = None if self.plain is None else self.plain.respond
         self.graphs = GraphCalls(self._reader)
         self.read = self._reader.read
         self.refuse_hidden_padding = self._reader.refuse_hidden_padding
@@ -84,11 +89,20 @@ class Adapter:
 
     @book.setter
     def book(self, book: Any) -> None:
+        if self.plain is not None:
+            self.plain.forget()
         if book is None:
             self._answers = _Answers(None, None, lambda: None)
         else:
             find = Prepared(book) if isinstance(book, Codebook) else book.find
             self._answers = _Answers(book, find, book.snapshot)
+        if self.plain is not None:
+            self.plain.forget()  # again: a call may have come between
+
+    def sit_on(self, layer: nn.Module) -> None:
+        """Answer the plain calls of this layer."""
+        if self.plain is not None:
+            self.plain.sit_on(layer)
 
     def install(self) -> None:
         """Put the hooks in."""
@@ -101,7 +115,11 @@ class Adapter:
 
     # In the forward call
 
-    def _at_layer(self, _: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+    def _at_layer(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Tensor | None:
+        if not is_dynamo_compiling() and self._respond_plainly is not None:
+            plainly: Tensor | None = self._respond_plainly(self, module, args, rest)
+            if plainly is not NotImplemented:
+                return plainly
         # Who copies hooks to another module may forget that this one takes keyword arguments.
         kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not isinstance(output, Tensor):

@@ -60,6 +60,9 @@ class Seat:
 
     def __init__(self, model: nn.Module, name: str) -> None:
         self._model, self._first = model, name
+        # From the model to the layer: the modules within each, a name, and what was there. It is
+        # one list for good: who notes calls has it (csrc/hook.h).
+        self.steps: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
         layer = self._sit(name)
         within = set() if layer is None else set(layer.modules())
         self._others = WeakSet(set(model.modules()) - within)
@@ -67,8 +70,7 @@ class Seat:
     def _sit(self, name: str) -> nn.Module | None:
         """Take the place of this name, and return what is there; None where there is no such."""
         self._name = name
-        # From the model to the layer: the modules within each, a name, and what was there.
-        self.steps: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
+        self.steps.clear()
         module: nn.Module | None = self._model
         for part in name.split("."):
             if module is None:
@@ -132,6 +134,7 @@ class Attachment:
 
     def _hang_on(self, layer: nn.Module) -> None:
         self._site.layer = layer
+        self._adaptor.sit_on(layer)
         layer.register_forward_hook(self._hook, with_kwargs=True)
         _attached.setdefault(layer, set()).add(self._site.name)
         self._listen_to(wrappers.stacks_of(self._site.stack, layer))

@@ -12,19 +12,21 @@ from __future__ import annotations
 import functools
 import sys
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
     is_in_torch_dispatch_mode,
 )
 from torch.utils.hooks import RemovableHandle
 
-from grace_fast.hook import compile, generation, positions, wrappers
+from grace_fast.hook import compile, generation, plain, positions, wrappers
 from grace_fast.hook.generation import Generation, Source, cache_of
 from grace_fast.hook.positions import CACHES, Call
 
@@ -63,7 +65,7 @@ class Entered:
 class _InProgress(threading.local):
     """The calls of this thread."""
 
-    copy: nn.Module | None = None  # whose hooks before the call have run, its `forward` not yet
+    copy: nn.Module | None = None  # of a module that is noted: called, its `forward` not yet
 
     def __init__(self) -> None:
         self.stack: list[Entered] = []  # outermost first
@@ -84,6 +86,9 @@ def is_recorded() -> bool:
     return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
 
+_MAKES_COPIES = "_replicate_for_data_parallel", "__getstate__"  # methods of a module
+
+
 class _Listeners:
     """The adaptors that a module's `forward` or `generate` is wrapped for."""
 
@@ -93,27 +98,69 @@ class _Listeners:
         self.depths: dict[Any, int] = {}  # the same; neither is changed itself
         self.had_its_own = method in vars(module)
         self.names = wrappers.parameters_of(module)
-        self.hook: RemovableHandle | None = None  # before `forward`
+        self.plain: Any = None  # notes calls of `forward` that are plain
+        if method == "forward":
+            self.plain = plain.call_noter(
+                self.names,
+                in_progress=in_progress,
+                entered=Entered,
+                caches=CACHES,
+                cached=positions.cached,
+                end=_end_frames,
+            )
 
     def set(self, adaptors: tuple[tuple[Any, int], ...]) -> None:
         """Be those of these adaptors."""
+        before = self.adaptors, self.depths  # which `plain` has, without keeping them
         self.adaptors, self.depths = adaptors, dict(adaptors)
+        if self.plain is not None:
+            seated = ((one, depth, one.attachment.seat.steps) for one, depth in adaptors)
+            self.plain.use(tuple(seated), self.depths)
+        del before
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at a call of the module before its `forward` runs."""
-        if module is not self.module:
-            in_progress.copy = module
-        elif torch.compiler.is_compiling():
-            for one, depth in self.adaptors:
-                if depth == 0:
-                    one.graphs.trace({**dict(zip(self.names, args, strict=False)), **kwargs}, depth)
+    # A copy of the module has its attributes, and with them a `forward` that runs the original. Its
+    # calls are told apart by a hook, which the module itself does without: it costs more than all
+    # else that is done in a plain call.
+
+    def look_for_copies(self) -> None:
+        """Let a replica of DataParallel's, or a shallow copy of the module, be known by a hook."""
+        for name, make in zip(_MAKES_COPIES, (self._replicated, self._state), strict=True):
+            if hasattr(self.module, name):
+                self.module.__dict__[name] = make
+
+    def end(self) -> None:
+        """Let copies be made as the module's class makes them."""
+        for name in _MAKES_COPIES:
+            self.module.__dict__.pop(name, None)
+
+    def _replicated(self) -> nn.Module:
+        kind: Any = type(self.module)
+        replica: Any = kind._replicate_for_data_parallel(self.module)
+        replica.__dict__ = self._with_hook(replica.__dict__)
+        return replica  # type: ignore[no-any-return]
+
+    def _state(self) -> Any:
+        kind: Any = type(self.module)
+        state = kind.__getstate__(self.module)
+        return self._with_hook(state) if isinstance(state, dict) else state
+
+    def _with_hook(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        mine = {name: each for name, each in attributes.items() if name not in _MAKES_COPIES}
+        hooks = "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"
+        mine.update((name, OrderedDict(mine[name])) for name in hooks)
+        handle = RemovableHandle(mine[hooks[0]], extra_dict=mine[hooks[1]])
+        mine[hooks[0]][handle.id], mine[hooks[1]][handle.id] = self._before_copy, True
+        return mine
+
+    def _before_copy(self, module: nn.Module, *_: Any) -> None:
+        in_progress.copy = module
+        if self.plain is not None:
+            self.plain.is_off = True
 
 
 def listen(module: nn.Module, adaptor: Any, depth: int) -> None:
     """Note every call of a module that lies so deep in an adaptor's model, 0 outermost."""
-    listeners = _listen(module, "forward", _announcing, adaptor, depth)
-    if listeners.hook is None:
-        listeners.hook = module.register_forward_pre_hook(listeners.before, with_kwargs=True)
+    _listen(module, "forward", _announcing, adaptor, depth).look_for_copies()
 
 
 def listen_to_generate(model: nn.Module, adaptor: Any) -> None:
@@ -150,9 +197,8 @@ def stop_listening(module: nn.Module, method: str, adaptor: Any) -> None:
     listeners.set(tuple(pair for pair in listeners.adaptors if pair[0] is not adaptor))
     if listeners.adaptors:
         return
-    if listeners.hook is not None:
-        listeners.hook.remove()
-        listeners.hook = None
+    if method == "forward":
+        listeners.end()
     if wrapper.grace_wrapper is not wrapper:
         return  # another library has wrapped it since: it passes calls on
     if listeners.had_its_own:
@@ -175,8 +221,7 @@ def _announcing_prompts(generate: Method, listeners: _Listeners) -> Method:
 
 
 def _announcing(forward: Method, listeners: _Listeners) -> Method:
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        # Every call of the model comes through here: what is usual calls no function of ours.
+    def otherwise(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
         if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and is_recorded()):
             return _traced(forward, args, kwargs, arguments, listeners)
@@ -204,11 +249,27 @@ def _announcing(forward: Method, listeners: _Listeners) -> Method:
         finally:
             del stack[at:]
             if entered.frames is not None:
-                for frame in entered.frames.values():
-                    frame.end(entered, result)
+                _end_frames(entered, result)
         return result
 
+    run = None if listeners.plain is None else listeners.plain.run
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        # Every call of the model comes through here.
+        if is_dynamo_compiling() or not notes_plainly or run is None:
+            return otherwise(*args, **kwargs)
+        return run(forward, args, kwargs, otherwise)
+
     return wrapper
+
+
+def _end_frames(entered: Entered, result: Any) -> None:
+    assert entered.frames is not None
+    for frame in entered.frames.values():
+        frame.end(entered, result)
+
+
+notes_plainly = True  # for tests: else Python notes every call
 
 
 def _traced(

@@ -12,7 +12,9 @@ import warnings
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
+from grace_fast import _native
 from grace_fast.codebook import forks, printable
 from grace_fast.errors import LookupWarning
 from grace_fast.lookup.backends.cpu import EFFORT
@@ -114,6 +116,8 @@ class Tally:
         self._local = threading.local()
         self._cells: list[_Cell] = []
         self._free: list[_Cell] = []  # appends and pops are atomic: no lock, nothing to fork with
+        # Where the extension counts what it answers alone; None without it.
+        self.plain: Any = None if _native.cpu is None else _native.cpu.Counts(list(BOUNDS))
         self._failing = threading.Lock()
         self._failures: Counter[str] = Counter()
         forks.guard(self, "_failing")
@@ -169,6 +173,18 @@ class Tally:
     def read(self, versions: int, keys: int) -> Counters:
         """Return the sums; versions, keys: the codebook's version number and size."""
         cells = list(self._cells)
+        if self.plain is not None:
+            counted = self.plain
+            cells.append(
+                _Cell(
+                    counted.buckets,
+                    counted.queries,
+                    counted.hits,
+                    counted.certified_misses,
+                    counted.rechecks,
+                    counted.seconds,
+                )
+            )
         none = [0] * (len(BOUNDS) + 1)
         buckets = tuple(map(sum, zip(none, *(cell.buckets for cell in cells), strict=True)))
         tells = not any(cell.without_effort for cell in cells)

@@ -16,12 +16,11 @@ from grace_fast.hook import calls, positions, recompute, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.generation import Generation
 from grace_fast.hook.modes import Asked
-from grace_fast.hook.positions import CACHES, Call
+from grace_fast.hook.positions import TELLING, Call
 from grace_fast.hook.reading import Reader
 from grace_fast.hook.recompute import RecomputeCache
 
-# What else than ids and a mask says where a prompt ends.
-_TELLING = frozenset((*CACHES, "inputs_embeds", "labels", "position_ids", "cu_seq_lens_q"))
+_TELLING = frozenset(TELLING)
 
 
 class Queries(NamedTuple):
@@ -202,6 +201,8 @@ class Locator:
                 rows, (first, second) = len(tokens), tensor.shape[:2]
                 if first != second and rows in (first, second):
                     self._rows_second = rows == second
+                    if self._adaptor.plain is not None:
+                        self._adaptor.plain.is_off = self._rows_second
             return tensor.transpose(0, 1) if self._rows_second else tensor
         known = self._given() if tokens is None else tokens
         batch = len(tensor) if known is None or len(tensor) % len(known) else len(known)

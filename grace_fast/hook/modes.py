@@ -8,7 +8,7 @@ others have begun, in another thread even, so that a mode takes itself off and n
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -69,6 +69,7 @@ class Modes:
 
     def __init__(self) -> None:
         self.thread = _Thread()  # its `stack` is empty where this thread has none on
+        self.count_plain: Callable[[int], None] = lambda _: None  # told how many more are on
         self.disabled: set[tuple[int, object]] = set()  # who want no answer, each with its thread
         forks.guard(self, None, mend=Modes._enable_in_child)
 
@@ -76,11 +77,13 @@ class Modes:
     def on(self, mode: Mode) -> Iterator[Mode]:
         """Put a mode on for this thread's calls, within a `with` block."""
         stack, entry = self.thread.stack, (object(), mode)
+        self.count_plain(1)
         stack.append(entry)
         try:
             yield mode
         finally:
             stack.remove(entry)  # at once: another thread may collect the generator that holds it
+            self.count_plain(-1)
 
     def newest(self, kind: type[Mode], or_kind: type[Other] | None = None) -> Mode | Other | None:
         """Return this thread's newest mode of a kind, or of either of two."""
@@ -98,11 +101,13 @@ class Modes:
     def disable(self) -> Iterator[None]:
         """Answer nothing, in any thread's calls; those who want it so may come and go at will."""
         mine = (threading.get_ident(), object())
+        self.count_plain(1)
         self.disabled.add(mine)
         try:
             yield
         finally:
             self.disabled.discard(mine)
+            self.count_plain(-1)
 
     def _enable_in_child(self, _: bool) -> None:
         """Answer in a forked child where only threads that it has not want no answer."""

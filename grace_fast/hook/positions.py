@@ -30,6 +30,8 @@ Query = Literal["prompt_end", "every_step", "every_token"]
 # The arguments that a cache is given by. Models without attention have a state, without a count.
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 UNCOUNTED = -1
+# What else than ids and a mask says where a prompt ends.
+TELLING = (*CACHES, "inputs_embeds", "labels", "position_ids", "cu_seq_lens_q")
 
 
 class Call(NamedTuple):

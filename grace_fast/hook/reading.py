@@ -21,7 +21,7 @@ class Reader:
     def __init__(self, adaptor: Any, site: Site, modes: Modes) -> None:
         self.adaptor, self.site, self.modes = adaptor, site, modes
         self._continues = site.decoder_only or site.first_token or site.finds_padding
-        self._padding = positions.Padding.of(getattr(site.model, "config", None))
+        self.padding = positions.Padding.of(getattr(site.model, "config", None))
 
     def read(self, arguments: Mapping[str, Any], in_cache: int | Tensor | None = None) -> Call:
         """Return what the arguments of a forward call say of its tokens."""
@@ -29,7 +29,7 @@ class Reader:
         call = positions.read(arguments, site.decoder_only, in_cache)
         if site.virtual is not None:
             call = site.virtual.without(call, self.modes.newest(Generation) is not None)
-        return self._padding.shown(call) if site.finds_padding else call
+        return self.padding.shown(call) if site.finds_padding else call
 
     def frame(self) -> Frame | None:
         """Return what the call in progress says, with those around it; None outside of any."""
@@ -90,4 +90,4 @@ class Reader:
         Raises: ValueError.
         """
         if self.site.decoder_only:
-            positions.refuse_hidden_padding(call, self._padding)
+            positions.refuse_hidden_padding(call, self.padding)

@@ -23,8 +23,8 @@ class Unchosen(Enum):
     HERE = "here"
 
 
-_in_use: ContextVar[Names | Unchosen] = ContextVar(
-    "grace_fast_codebooks_in_use", default=Unchosen.HERE
+in_use: ContextVar[Names | Unchosen] = ContextVar(
+    "grace_fast_codebooksin_use", default=Unchosen.HERE
 )
 _blocks: dict[object, tuple[int, Names]] = {}  # the `with` blocks in progress: whose, and of what
 
@@ -40,18 +40,18 @@ def using(names: Names) -> Iterator[None]:
     Other threads and tasks are not concerned: a thread that streams what `generate` says is started
     with `Thread(target=contextvars.copy_context().run, args=(model.generate,), kwargs=...)`.
     """
-    token, block = _in_use.set(names), object()
+    token, block = in_use.set(names), object()
     _blocks[block] = threading.get_ident(), names
     try:
         yield
     finally:
         _blocks.pop(block, None)
-        _in_use.reset(token)
+        in_use.reset(token)
 
 
 def is_idle(name: str | None) -> bool:
     """Tell whether a codebook answers no row at all."""
-    names = _in_use.get()
+    names = in_use.get()
     if name is None or names == name:
         return False
     if names is Unchosen.HERE:
@@ -84,7 +84,7 @@ def chosen_rows(name: str | None, batch: int) -> Tensor | None:
 
     Raises: ValueError where the names given row by row are not those of this batch.
     """
-    names = _in_use.get()
+    names = in_use.get()
     if name is None or names is None or isinstance(names, str | Unchosen):
         return None
     if not names or batch % len(names):
