@@ -73,7 +73,7 @@ def measure(
     those of all edits by what they took one by one.
     """
     items, epsilon = studied.items, _apart(studied)
-    alone = _best(lambda: _ours(studied, epsilon, items, 1, clock), rounds)
+    alone = _median(lambda: _ours(studied, epsilon, items, 1, clock), rounds)
     over: dict[str, float] = {}
     threads = torch.get_num_threads()
     if others:
@@ -82,7 +82,7 @@ def measure(
             ("EasyEdit", contestants.EasyEdit, True),
             (NO_STOP, contestants.Authors, False),
         ):
-            count = compared if stops else min(compared, 2)
+            count = compared if stops else max(1, compared // 8)
             run = _theirs(kind(studied, epsilon), items[:count], stops, clock)
             # All their edits take the same steps where nobody stops.
             mine = alone.first(count if stops else len(items))
@@ -92,7 +92,7 @@ def measure(
     for size in sizes:
         run = alone
         if size > 1:
-            run = _best(lambda size=size: _ours(studied, epsilon, items, size, clock), rounds)
+            run = _median(lambda size=size: _ours(studied, epsilon, items, size, clock), rounds)
         way = ONE_BY_ONE if size == 1 else f"grace.edit_many, {size} at once"
         wrong = _wrong(run, alone)
         share = (studied.name, way, threads, len(items), sum(run.answered), wrong)
@@ -118,7 +118,7 @@ def _apart(studied: Studied) -> float:
     return edit_asking.spacing(asked, 0.0) / 4
 
 
-def _best(make: Callable[[], _Run], rounds: int) -> _Run:
+def _median(make: Callable[[], _Run], rounds: int) -> _Run:
     """Return the run with the median time of some."""
     runs = sorted((make() for _ in range(rounds)), key=lambda run: sum(run.seconds))
     return runs[len(runs) // 2]

@@ -135,7 +135,7 @@ def test_a_floor_counts_those_edits_that_are_still_in_their_batch():
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(edit_models.MODELS, "gpt2", gpt2)
-    monkeypatch.setitem(edits.PLANS, "gpt2", edits.Plan(9, 9, checked=12))
+    monkeypatch.setitem(edits.PLANS, "gpt2", edits.Plan(9, 3, checked=12))
 
 
 def figures(folder):
@@ -144,7 +144,7 @@ def figures(folder):
 
 
 def test_the_benchmark_of_edits_says_what_it_compared_and_how_long_it_took(tiny, tmp_path, capsys):
-    assert edits.main([*TINY, "--keys", "3", "150", "--out", str(tmp_path)]) == 0
+    assert edits.main([*TINY, "--keys", "3", "40", "--out", str(tmp_path)]) == 0
     found, page = figures(tmp_path)
     ways = ["one by one", "8 at once", "9 at once"]
     assert [row["way"] for row in found["gate"]] == ways
@@ -156,7 +156,7 @@ def test_the_benchmark_of_edits_says_what_it_compared_and_how_long_it_took(tiny,
         assert row["ms_a_step"] > 0
         assert row["over_authors"] > 0
         assert 0 < row["floor_products_ms"] < row["floor_suffix_ms"]
-    assert steps["grace.edit", 150]["wrong"] == steps["drop-in", 150]["wrong"] == 0
+    assert steps["grace.edit", 40]["wrong"] == steps["drop-in", 40]["wrong"] == 0
     assert steps["EasyEdit", 3]["wrong"] > 0  # it compares with another row's label
     learnt = {row["way"]: row for row in found["learnt"]}
     assert len(learnt) == 6
