@@ -171,6 +171,18 @@ def test_the_benchmark_of_edits_says_what_it_compared_and_how_long_it_took(tiny,
     assert "Row(" in capsys.readouterr().out  # as it goes on
 
 
+def test_edits_one_by_one_and_at_once_are_compared_on_two_threads_too(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(edits, "ON_TWO_THREADS", "gpt2")
+    monkeypatch.setattr(edits.os, "cpu_count", lambda: 2)
+    monkeypatch.setitem(edits.PLANS, "gpt2", edits.Plan(9, 1, checked=4))
+    assert edits.main([*TINY, "--parts", "learnt", "--out", str(tmp_path)]) == 0
+    rows = [row for row in figures(tmp_path)[0]["learnt"] if row["threads"] == 2]
+    assert [row["way"] for row in rows] == [edit_learnt.ONE_BY_ONE, "grace.edit_many, 9 at once"]
+    assert rows[0]["over_authors"] is None
+    assert rows[1]["over_one_by_one"] > 0
+    assert torch.get_num_threads() == 1
+
+
 def test_no_speed_of_steps_is_reported_where_a_decision_is_wrong(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(edit_steps, "alike", lambda one, other: False)
     few = [*TINY, "--keys", "3", "--parts", "steps"]
