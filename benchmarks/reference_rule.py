@@ -38,15 +38,16 @@ class PlainAdaptor(nn.Module):
         replacement: str,
         distances: Distances = cdist,
         expand: str = "coverage",
+        warm: bool = False,
     ) -> None:
         super().__init__()
         self.layer = layer
         self.weight = layer.weight
-        self.distances, self.expand = distances, expand
+        self.distances, self.expand, self.warm = distances, expand, warm
         self.init_epsilon, self.replacement = epsilon, replacement
         self.training, self.iter, self.key_id = False, 0, -1
         self.edit_label: Tensor | None = None
-        modes = {"eps": epsilon, "replacement": replacement, "val_init": "cold"}
+        modes = {"eps": epsilon, "replacement": replacement, "val_init": "warm" if warm else "cold"}
         self.config: Any = {"editor": modes | {"eps_expand": expand}}
 
     def train(self, mode: bool = True) -> PlainAdaptor:
@@ -61,7 +62,8 @@ class PlainAdaptor(nn.Module):
         last = hidden.shape[1] - 1
         token = last if self.key_id == -1 else min(int(self.key_id), last)
         query = hidden[:, token].detach()
-        fresh = torch.rand(1, output.shape[-1])
+        drawn = torch.rand(1, output.shape[-1])
+        fresh = output[:, token].detach().clone() if self.warm else drawn
         if self.training and self.iter == 0:
             self.decide(query, fresh)
         distance = self.distances(self.keys, query)
@@ -119,6 +121,27 @@ class PlainAdaptor(nn.Module):
         return [*labels, self.edit_label]
 
 
+class EasyEditAdaptor(PlainAdaptor):
+    """The same with EasyEdit's lists: new labels in front, so that others are compared; ids nested.
+
+    Its other differences cost nothing where keys are float32: it makes them so at each look-up.
+    """
+
+    edit_id: Any = None
+
+    def decide(self, query: Tensor, fresh: Tensor) -> None:
+        """Change the codebook for one edit, and its ids."""
+        super().decide(query, fresh)
+        if not hasattr(self, "edit_ids"):
+            self.edit_ids: list[Any] = [self.edit_id]
+        elif self.outcome in ("added", "split"):
+            self.edit_ids = [self.edit_ids, self.edit_id]
+
+    def keep_label(self, labels: list[Any]) -> list[Any]:
+        """Return the labels with that of the edit before them."""
+        return [self.edit_label, *labels]
+
+
 def covering(distance: float) -> float:
     """Return a float32 radius with the distance in it: the float32 next to it may be below."""
     radius = torch.tensor(distance, dtype=torch.float32)
@@ -144,8 +167,19 @@ class PlainEditor:
         """The module in the place of the layer."""
         return self.model.get_submodule(self.layer)
 
-    def edit(self, tokens: dict[str, Tensor], steps: int, rate: float, edit_id: Any = None) -> None:
-        """Make one edit."""
+    def edit(
+        self,
+        tokens: dict[str, Tensor],
+        steps: int,
+        rate: float,
+        edit_id: Any = None,
+        until: Callable[[Any], bool] | None = None,
+    ) -> int:
+        """Make one edit; return the steps taken.
+
+        until: tells of the model's answer that it is learnt, which ends it; the reference itself
+            makes all steps.
+        """
         adaptor = self.adaptor
         if self.at_labels:
             adaptor.key_id = int((tokens["labels"] == -100).sum()) - 1
@@ -153,7 +187,10 @@ class PlainEditor:
         self.losses = []
         for step in range(steps):
             adaptor.iter = step
-            loss = self.model(**tokens).loss
+            answer = self.model(**tokens)
+            loss = answer.loss
+            if until is not None and until(answer):
+                break
             if step == 0:
                 adam = torch.optim.Adam([adaptor.values], rate)
             adam.zero_grad()
@@ -162,3 +199,4 @@ class PlainEditor:
                 adam.step()
             self.losses.append(loss.detach().numpy())
         adaptor.training = False
+        return len(self.losses)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import grace_fast as gf
-from benchmarks import edits, gate, large, machine, measure, oracle, peers, report, timing
+from benchmarks import gate, large, machine, measure, oracle, peers, report, timing
 from benchmarks.workloads import Spec, make, median_spacing
 from grace_fast import semantics
 from grace_fast.lookup.backends.faiss_index import FaissIndex
@@ -314,29 +314,6 @@ def test_the_command_prints_one_json_object(monkeypatch):
     answer = CliRunner().invoke(app, ["bench", "--quick", "--json"])
     assert answer.exit_code == 0
     assert json.loads(answer.output)["passed"] is True
-
-
-EDITS = ["--quick", "--keys", "150", "--steps", "2", "--rounds", "2", "--budget", "0.05"]
-
-
-def test_the_benchmark_of_edits_says_what_it_compared_and_how_long_it_took(tmp_path):
-    assert edits.main([*EDITS, "--out", str(tmp_path)]) == 0
-    (path,) = tmp_path.glob("edits-*.json")
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["wrong"] for row in rows] == [0, 0, 0, 0]
-    assert all(row["checked"] > 20 and row["us"] > 0 and row["ratio"] > 0 for row in rows)
-    assert rows[0]["cdist_differs"] > 0  # keys from the 26th on are measured by a product
-    assert "| 150 | 0 / 24 |" in path.with_suffix(".md").read_text()
-
-
-def test_no_speed_of_edits_is_reported_where_a_decision_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(edits, "_alike", lambda one, other: False)
-    monkeypatch.setattr(edits, "forward_rows", lambda *_: [])
-    assert edits.main([*EDITS, "--out", str(tmp_path)]) == 1
-    (path,) = tmp_path.glob("edits-*.json")
-    rows = json.loads(path.read_text())["rows"]
-    assert len(rows) == 2  # by both surfaces
-    assert all(row["wrong"] == row["checked"] and row["us"] is None for row in rows)
 
 
 def test_faiss_indexes_are_measured_beside_ours(monkeypatch, tmp_path):
