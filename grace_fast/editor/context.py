@@ -22,6 +22,7 @@ from grace_fast.editor.batches import Batch
 from grace_fast.editor.directory import Directory
 from grace_fast.editor.fingerprint import fingerprint
 from grace_fast.editor.prompts import Prompt, Target
+from grace_fast.editor.shortcuts import Shortcuts
 from grace_fast.editor.training import frozen
 from grace_fast.edits.history import History
 from grace_fast.edits.settings import Settings
@@ -63,6 +64,7 @@ class EditContext:
         self._asked_of: Any = None  # whose signature is known
         self.tokens_are_checked = self.scale_is_checked = False
         self.rows_are_apart = True  # rows of a batch are as they are alone, as far as is known
+        self.shortcuts = Shortcuts()
         self.at_once = memory.MOST  # edits for which there was memory, as far as is known
         self._making = threading.Lock()
         site = Site(

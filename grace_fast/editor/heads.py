@@ -228,11 +228,15 @@ def margins(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens") 
         said, wanted = _numbers(logits, targets)
         return torch.where(wanted > 0.5, said, -said).amin(dim=1)
     logits, targets, asked = _asked(logits, targets, kind)
-    said, wanted = logits[asked].float(), targets[asked][:, None]
-    others = said.scatter(1, wanted, -torch.inf).amax(dim=1)
-    ahead = said.new_full(asked.shape, torch.inf)
-    ahead[asked] = said.gather(1, wanted)[:, 0] - others
-    return ahead.amin(dim=1)
+    margin = logits.new_full(asked.shape, torch.inf, dtype=torch.float32)
+    margin[asked] = ahead(logits[asked].float(), targets[asked])
+    return margin.amin(dim=1)
+
+
+def ahead(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Return by how much wanted tokens [N] are ahead of the next ones, [N]; logits: [N, C]."""
+    others = logits.scatter(1, wanted[:, None], -torch.inf).amax(dim=1)
+    return logits.gather(1, wanted[:, None])[:, 0] - others
 
 
 def losses(

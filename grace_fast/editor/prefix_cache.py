@@ -34,6 +34,7 @@ from grace_fast.hook import calls
 
 WATCHED = 3  # calls at most, until two in a row agree
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
+_ATOMS = frozenset((*_PLAIN, type(None)))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _KNOWN = ("torch.nn.", "transformers.")
@@ -180,6 +181,35 @@ class PrefixCache:
         self._last: dict[nn.Module, _Run] | None = None
         self._watched: _Watched | None = None
         self._left = WATCHED
+
+    @property
+    def is_kept(self) -> bool:
+        """Tell whether what runs before the layer returns what it returned before."""
+        return self._kept is not None
+
+    def trace(self) -> list[Any]:
+        """Return what a step may change beside what it returns; see `is_traceless`."""
+        return [_drawn(), self._held()]
+
+    def is_traceless(self, before: list[Any]) -> bool:
+        """Tell whether nothing was drawn and nothing in the model changed since a `trace`."""
+        drawn, held = self.trace()
+        return drawn == before[0] and _is_as_before(before[1], held)
+
+    @property
+    def is_alone(self) -> bool:
+        """Tell whether nobody else takes part in any module of the model but the layer's hook."""
+        return (
+            self._is_fit
+            and not (
+                _is_in_mode()
+                or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+                or _is_used_by_others(self._layer, _HOOKS[1:])
+                or len(self._layer._forward_hooks) > 1
+                or any(each.training for each in self._model.modules())
+                or any(map(_is_used_by_others, set(self._model.modules()) - {self._layer}))
+            )
+        )
 
     def __enter__(self) -> Self:
         if self._is_fit:
@@ -379,6 +409,8 @@ def _held(modules: Iterable[nn.Module]) -> list[Any]:
     for module in modules:
         for value in vars(module).values():
             held.append(value)
+            if type(value) in _ATOMS:
+                continue
             inner: Any = None
             if isinstance(value, dict | list | set):
                 inner = value
@@ -388,7 +420,9 @@ def _held(modules: Iterable[nn.Module]) -> list[Any]:
                 seen.add(id(inner))
                 held += inner.values() if isinstance(inner, dict) else inner
     versions = [
-        each._version for each in held if isinstance(each, Tensor) and not each.is_inference()
+        each._version
+        for each in held
+        if type(each) not in _ATOMS and isinstance(each, Tensor) and not each.is_inference()
     ]
     return held + versions
 

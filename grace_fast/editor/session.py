@@ -22,8 +22,9 @@ from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
 from grace_fast.editor.prefix_cache import PrefixCache
-from grace_fast.editor.training import Trained, frozen, require_differentiable, train_rows
-from grace_fast.editor.training_run import Rows, StandsAlone, TrainingRun
+from grace_fast.editor.training import Trained, frozen, require_differentiable
+from grace_fast.editor.training_run import TrainingRun
+from grace_fast.editor.trial import Rows, StandsAlone
 from grace_fast.edits import plans
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.plans import Plan, Proposal, Training
@@ -155,8 +156,7 @@ class Session:
 
     def _together(self, trainings: Sequence[Training]) -> list[Trained]:
         run = TrainingRun(self.context, self.rows, self.prefix, trainings)
-        starts = torch.stack([one.start for one in trainings])
-        return train_rows(starts, run.attempt, self.context.settings.schedule())
+        return run.train(self.context.settings.schedule())
 
     def _record(self, after: Snapshot, plan: Plan, results: Sequence[Trained]) -> list[Edit]:
         """Note the edits of a batch in the history, as a draft holds them in the end."""

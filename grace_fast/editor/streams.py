@@ -28,7 +28,7 @@ from grace_fast.editor.heads import Head
 from grace_fast.editor.prefix_cache import PrefixCache
 from grace_fast.editor.session import Session, Text
 from grace_fast.editor.training import frozen, require_differentiable
-from grace_fast.editor.training_run import Rows
+from grace_fast.editor.trial import Rows
 from grace_fast.edits.edit import Edit, Refused
 from grace_fast.edits.plans import RowsRefused
 from grace_fast.lookup.sharded import ShardedCodebook

@@ -29,6 +29,15 @@ class Tried(NamedTuple):
     losses: Tensor  # [R]
     correct: Tensor  # [R] bool, whether its own prediction is right
     margins: Tensor | None = None  # [R], see `heads.margins`; None where nobody asks for them
+    gradients: Tensor | None = None  # [R, V] of the losses, where autograd is not to be asked
+
+    def detached(self) -> Tried:
+        """Return the same without a graph."""
+        return Tried(*(None if each is None else each.detach() for each in self))
+
+    def at(self, rows: Tensor) -> Tried:
+        """Return the same of some rows."""
+        return Tried(*(None if each is None else each[rows.to(each.device)] for each in self))
 
 
 # With values [R, V] in place, of the rows that are named.
@@ -102,7 +111,8 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
         learnt = _learnt(tried, reached, schedule, step)
         over = [is_last or is_learnt for is_learnt in learnt]
         if not all(over):
-            gradients = _gradient(whole, leaf)
+            known = tried.gradients
+            gradients = _gradient(whole, leaf) if known is None else known.to(master)
             for at, row in enumerate(rows):
                 if not over[at] and not (step and optimiser.recovers):
                     stuck[row] = stuck[row] or _stuck(step, right[at], reached[at], gradients[at])

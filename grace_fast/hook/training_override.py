@@ -6,7 +6,7 @@ that the edit was decided on is gone. What its own tokens hit is taken from that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,11 +56,14 @@ class TrainingOverride:
     owner: Tensor  # [B] int64, which of the values each row of the batch gets
     tokens: Tokens | None = None  # where each token asks for itself
     queries: Tensor | None = None  # [B, D], what the rows asked when it was last written
+    on_write: Callable[[], None] | None = None  # told before the values are written
 
     def write(
         self, output: Tensor, ends: Tensor, replacement: Replacement
     ) -> tuple[Tensor, Tensor]:
         """Return output [B, T, V] as if every prompt's end [B] hit its value, and what that is."""
+        if self.on_write is not None:
+            self.on_write()
         owner = self.owner.to(self.values.device)
         if self.tokens is not None:
             return self._write_tokens(output, self.tokens, owner)

@@ -479,7 +479,7 @@ def test_an_edit_that_breaks_half_way_leaves_no_trace(monkeypatch):
     grace.edit(batch_of(family, 1))
     rows, edits = live_rows(grace.codebook), [edit.id for edit in grace.edits()]
     monkeypatch.setattr(
-        "grace_fast.editor.session.train_rows",
+        "grace_fast.editor.training_run.train_rows",
         lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")),
     )
     with pytest.raises(RuntimeError, match="out of memory"):

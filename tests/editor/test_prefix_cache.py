@@ -342,6 +342,7 @@ def calls_of(module):
 def test_what_lies_below_runs_for_the_look_and_the_first_step_alone():
     toy = Toy().eval()
     grace = gf.attach(toy, "edited", 1.0, replacement="replace_all", **QUICK)
+    grace._context.shortcuts.give_up()  # of which no step calls what lies above
     below, layer, above = calls_of(toy.one), calls_of(toy.edited), calls_of(toy.head)
     edit_of(grace)
     assert (len(below), len(layer), len(above)) == (2, 2, 2 + QUICK["iterations"])
@@ -355,6 +356,7 @@ def test_what_lies_below_in_a_model_of_transformers_runs_for_the_look_alone(monk
         block, "forward", lambda self, *a, **k: (calls.append(self), forward(self, *a, **k))[1]
     )
     grace = gf.attach(model, family.layer, family.epsilon, replacement="replace_all", **QUICK)
+    grace._context.shortcuts.give_up()
     grace.edit(models.edit_batch(family, models.prompts(1), [[10, 20]]))
     below, _, above = [calls.count(one) for one in model.transformer.h]
     assert (below, above) == (1, 2 + QUICK["iterations"])
