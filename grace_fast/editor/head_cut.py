@@ -39,7 +39,8 @@ def asked_of(targets: Tensor, kind: Kind, head: Head) -> Asked | None:
     row, token = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
     if kind == "decoder":  # predicted one token ahead; nothing predicts the first
         row, token = row[token > 0], token[token > 0]
-    return Asked(row, token - int(kind == "decoder"), targets[row, token], targets.shape[1])
+    wanted = targets[row, token].to(torch.int64)
+    return Asked(row, token - int(kind == "decoder"), wanted, targets.shape[1])
 
 
 def bare(asked: Batch, model: nn.Module, kind: Kind) -> Batch | None:

@@ -21,6 +21,7 @@ not told of, a number that leaves in C++) is found by who compares a program wit
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -100,10 +101,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         if self._refused is None:
-            if isinstance(func, torch._ops.OpOverload):
-                self._note(func, args, kwargs, output)
-            else:
+            if not isinstance(func, torch._ops.OpOverload):
                 self._refuse(f"{func} is of a higher order")
+            elif _draws(func):
+                self._refuse(f"{func} draws numbers")
+            else:
+                self._note(func, args, kwargs, output)
         return output
 
     def program(self, outputs: Sequence[Tensor]) -> Program:
@@ -229,12 +232,10 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return chosen, dynamic
 
     def _check(self, operation: Operation, dynamic: set[int]) -> None:
-        """Refuse what leads out of tensors, draws numbers, or makes as many as numbers say."""
+        """Refuse what leads out of tensors, or makes as many as their numbers say."""
         call, tags = operation.call, operation.call.tags
         if not operation.is_plain:
             raise Unrecordable(f"{call} is given a tensor of another kind")
-        if any(argument.name == "generator" for argument in call._schema.arguments):
-            raise Unrecordable(f"{call} draws numbers")
         by_numbers = torch.Tag.dynamic_output_shape in tags and not (
             call is _ATEN.index.Tensor
             and all(
@@ -246,6 +247,12 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise Unrecordable(f"{call} goes by what is in a tensor")
         if any(at in dynamic for each in operation.kwargs.values() for at in references(each)):
             raise Unrecordable(f"{call} is given what changes by name")
+
+
+@functools.cache
+def _draws(call: Any) -> bool:
+    """Tell whether an operation draws from a generator that it is given, or the global one."""
+    return any(argument.name == "generator" for argument in call._schema.arguments)
 
 
 def _needed(chosen: list[Operation], outputs: Sequence[int | None]) -> list[Operation]:

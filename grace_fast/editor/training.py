@@ -33,11 +33,11 @@ class Tried(NamedTuple):
 
     def detached(self) -> Tried:
         """Return the same without a graph."""
-        return Tried(*(None if each is None else each.detach() for each in self))
+        return Tried._make(None if each is None else each.detach() for each in self)
 
     def at(self, rows: Tensor) -> Tried:
         """Return the same of some rows."""
-        return Tried(*(None if each is None else each[rows.to(each.device)] for each in self))
+        return Tried._make(None if each is None else each[rows.to(each.device)] for each in self)
 
 
 # With values [R, V] in place, of the rows that are named.

@@ -21,7 +21,7 @@ from grace_fast.edits.plans import Training
 from grace_fast.edits.settings import Schedule
 
 ANEW = 3.0  # steps' time that goes to what is learnt, before the batch is made anew without it
-NEAR = 10_000  # times rounding: the loss of a batch of other rows
+NEAR = 10_000  # times the rounding of a layer's output: the losses of a batch of other rows
 
 
 class TrainingRun:
@@ -70,7 +70,7 @@ class TrainingRun:
         losses, right, *_ = self._steps.judged(torch.stack([one.value for one in trained]))
         reached = losses.new_tensor([one.loss for one in trained])
         doubted = [at for at in everyone if trained[at].correct and not right[at]]
-        if not is_near(reached, losses, NEAR):
+        if not is_near(reached, losses, NEAR * torch.finfo(self._rows.dtype).eps):
             self._context.shortcuts.give_up()
             doubted = everyone
         judged = zip(trained, losses.tolist(), right.tolist(), strict=True)

@@ -83,6 +83,21 @@ def test_every_token_s_query_is_replayed():
     assert torch.equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_schedule_that_asks_for_margins_is_replayed(name):
+    found = []
+    for is_recorded, cuts in ((False, False), (True, False), (True, True)):
+        family = FAMILIES[name]
+        grace = gf.attach(models.build(name), family.layer, family.epsilon, schedule="fast")
+        grace._context.shortcuts.records, grace._context.shortcuts.cuts = is_recorded, cuts
+        assert grace.settings.margin is not None
+        found.append(outcome_of(grace, [batch_of(name, 1), batch_of(name)]))
+        assert grace._context.shortcuts.taken["cut"] == 0 or cuts
+    assert torch.equal(found[0][1], found[1][1])
+    told = [[(one[0], one[1], one[3]) for one in said] for said, _ in found]
+    assert told[0] == told[1] == told[2]
+
+
 class Toy(nn.Module):
     """An embedding, the edited layer, and what a test makes of its output."""
 
@@ -402,6 +417,35 @@ def test_what_is_not_made_of_the_values_is_refused():
     recording.stop()
     with pytest.raises(Unrecordable, match="not made of the values"):
         recording.program([losses, torch.ones(3)])
+
+
+WRITTEN = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("compute", "reason"),
+    [
+        (lambda x: WRITTEN.add_(x.detach()) + x, "did not make is written to"),
+        (lambda x: WRITTEN[:2].mul_(2).sum() + x, "did not make is written to"),
+        (lambda x: x * float(x.detach().sum()), "goes by what is in a tensor"),
+        (lambda x: x + x[x > 0].sum(), "goes by what is in a tensor"),
+        (lambda x: x + x.detach().tolist()[0], "numbers of a tensor are read"),
+        (lambda x: x + torch.from_numpy(x.detach().numpy()), "numbers of a tensor are read"),
+        (lambda x: x + torch.rand(3, generator=GENERATOR), "draws numbers"),
+        (lambda x: x + nn.Parameter(torch.ones(3)).normal_().detach(), "draws numbers"),
+    ],
+)
+def test_what_cannot_be_recorded_says_why(compute, reason):
+    leaf = torch.ones(3, requires_grad=True)
+    recording = Recording(leaf)
+    with torch.no_grad():
+        recording.start()
+        try:
+            made = compute(leaf)
+        finally:
+            recording.stop()
+    with pytest.raises(Unrecordable, match=reason):
+        recording.program([made])
 
 
 def test_other_threads_use_the_model_meanwhile():
