@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
@@ -10,8 +11,14 @@ from typing import ClassVar
 
 import pytest
 import torch
-from models import DECODERS, FAMILIES, PADDING, VOCABULARY, build, edit_batch, prompts
-from transformers import BertForSequenceClassification
+from models import DECODERS, FAMILIES, PADDING, VOCABULARY, build, edit_batch, prompt_batch, prompts
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
 
 import grace_fast as gf
 from grace_fast.editor import memory, training_run
@@ -353,6 +360,65 @@ def test_an_interruption_goes_through_and_leaves_whole_batches():
         list(grace.edit_many(interrupted(), batch_size=4, progress=False))
     assert len(grace.edits()) == 4
     assert grace.verify().ok
+
+
+SPANS = BertConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=64,
+    initializer_range=0.3,
+    pad_token_id=PADDING,
+)
+LAST_TOKEN = GPT2Config(
+    vocab_size=VOCABULARY,
+    n_embd=32,
+    n_layer=3,
+    n_head=2,
+    num_labels=4,
+    initializer_range=0.3,
+    pad_token_id=PADDING,
+)
+
+
+def spans(model):
+    for at, text in enumerate(prompts(12)):
+        prompt, last = prompt_batch([text]), len(text) - 1
+        where = {"start_positions": at % 2, "end_positions": last}
+        yield prompt | {name: torch.tensor([each]) for name, each in where.items()}
+
+
+def embedded(model):
+    embed = model.get_input_embeddings()
+    for at, text in enumerate(prompts(12)):
+        prompt = prompt_batch([text])
+        vectors = embed(prompt.pop("input_ids")).detach()
+        yield prompt | {"inputs_embeds": vectors, "labels": torch.tensor([at % 4])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "layer", "edits_of"),
+    [
+        (BertForQuestionAnswering, SPANS, "bert.encoder.layer.1.output.dense", spans),
+        (GPT2ForSequenceClassification, LAST_TOKEN, "transformer.h.1.mlp.c_proj", embedded),
+    ],
+    ids=["spans", "embeddings"],
+)
+def test_where_padding_is_read_prompts_stand_beside_those_of_their_length(
+    kind, config, layer, edits_of
+):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    edits = list(edits_of(model))
+    settings = {"epsilon": 0.05, "replacement": "replace_last", "iterations": 40}
+    single, many = (gf.attach(copy.deepcopy(model), layer, **settings) for _ in range(2))
+    one = [single.edit(batch) for batch in edits]
+    reports = list(many.edit_many(edits, progress=False))
+    assert any(report.correct for report in reports)
+    assert [report.correct for report in reports] == [report.correct for report in one]
+    for alone, report in zip(one, reports, strict=True):
+        assert report.loss == pytest.approx(alone.loss, rel=0.02)
 
 
 def test_edits_by_other_threads_between_two_batches_are_seen():
