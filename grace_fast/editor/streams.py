@@ -262,7 +262,7 @@ def _edits_of(given: Any) -> Iterator[tuple[Any, Any, str | None]]:
             )
         target, joint = given["target"], given.get("joint")
         yield given[named[0]], target, joint
-        for paraphrase in given.get("paraphrases") or ():
+        for paraphrase in _paraphrases_of(given.get("paraphrases")):
             yield paraphrase, target, joint
         return
     if isinstance(given, str | bytes) or not isinstance(given, Sequence) or len(given) != 2:
@@ -271,6 +271,22 @@ def _edits_of(given: Any) -> Iterator[tuple[Any, Any, str | None]]:
             f"batch of tensors of one row, got {type(given).__name__}"
         )
     yield given[0], given[1], None
+
+
+def _paraphrases_of(given: Any) -> list[Any]:
+    """Return the other prompts of a record: one text is one of them, and no list of letters.
+
+    Raises: TypeError for anything else.
+    """
+    if isinstance(given, str):
+        return [given]
+    if hasattr(given, "tolist"):  # an array, as tables hold lists
+        given = given.tolist()
+    if given is None:
+        return []
+    if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"paraphrases must be a list of prompts, got {type(given).__name__}")
+    return list(given)
 
 
 def _bar(total: int | None, progress: bool) -> Any:

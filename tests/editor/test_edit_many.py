@@ -9,6 +9,7 @@ import random
 import warnings
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from models import DECODERS, FAMILIES, PADDING, VOCABULARY, build, edit_batch, prompt_batch, prompts
@@ -19,6 +20,7 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
 )
+from words import tokenizer
 
 import grace_fast as gf
 from grace_fast.editor import memory, training_run
@@ -419,6 +421,29 @@ def test_where_padding_is_read_prompts_stand_beside_those_of_their_length(
     assert [report.correct for report in reports] == [report.correct for report in one]
     for alone, report in zip(one, reports, strict=True):
         assert report.loss == pytest.approx(alone.loss, rel=0.02)
+
+
+@pytest.mark.parametrize("given", ["paris rome", ["paris rome"], np.array(["paris rome"])], ids=str)
+def test_paraphrases_are_prompts_however_a_table_holds_them(given):
+    record = {"prompt": "capital of france", "target": "paris", "paraphrases": given}
+    grace = attached("llama", tokenizer=tokenizer(), iterations=1)
+    reports = list(grace.edit_many([record], progress=False))
+    assert [report.outcome for report in reports] == ["added", "added"]
+
+
+@pytest.mark.parametrize("given", [None, [], np.array([])], ids=str)
+def test_a_record_may_be_without_paraphrases(given):
+    record = {"prompt": "capital of france", "target": "paris", "paraphrases": given}
+    grace = attached("llama", tokenizer=tokenizer(), iterations=1)
+    assert len(list(grace.edit_many([record], progress=False))) == 1
+
+
+@pytest.mark.parametrize("given", [3, math.nan, b"paris", {"paris": "rome"}], ids=str)
+def test_what_is_no_list_of_paraphrases_is_refused(given):
+    record = {"prompt": "capital of france", "target": "paris", "paraphrases": given}
+    grace = attached("llama", tokenizer=tokenizer(), iterations=1)
+    (report,) = grace.edit_many([record], progress=False)
+    assert "paraphrases must be a list of prompts, got " in str(report.error)
 
 
 def test_edits_by_other_threads_between_two_batches_are_seen():
