@@ -81,6 +81,7 @@ class _Stream:
         self._context, self._size = context, batch_size
         self._count = len(edits) if isinstance(edits, Sized) else None
         self._source = enumerate(edits)
+        self._failed: Exception | None = None  # the source: raised after what it gave is made
         self._wanted = 1  # edits to take in; more once it is known what one needs
         self._waiting: deque[_Asked | Refused] = deque()
 
@@ -98,14 +99,26 @@ class _Stream:
     def _fill(self) -> bool:
         """Take in edits until a batch is there; tell whether there is any."""
         while len(self._waiting) < self._wanted:
-            given = list(islice(self._source, self._wanted - len(self._waiting)))
+            given = self._taken(self._wanted - len(self._waiting))
             if not given:
                 break
             with lasting(), frozen(self._context.model):
                 for at, one in given:
                     self._waiting.extend(self._looked_at(at, one))
             self._wanted = self._at_once()
+        if not self._waiting and self._failed is not None:
+            raise self._failed
         return bool(self._waiting)
+
+    def _taken(self, most: int) -> list[tuple[int, Any]]:
+        """Take edits from their source, with their places; fewer where it ends."""
+        given = list[tuple[int, Any]]()
+        if self._failed is None:
+            try:
+                given.extend(islice(self._source, most))
+            except Exception as error:
+                self._failed = error
+        return given
 
     def _at_once(self) -> int:
         """Return how many edits a batch may have, by the longest of those that wait."""

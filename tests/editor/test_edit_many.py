@@ -446,6 +446,20 @@ def test_what_is_no_list_of_paraphrases_is_refused(given):
     assert "paraphrases must be a list of prompts, got " in str(report.error)
 
 
+def test_an_error_of_the_iterator_comes_after_the_edits_that_it_gave():
+    edits = [one_edit("gpt2", text, at) for at, text in enumerate(prompts(6))]
+
+    def failing():
+        yield from edits
+        raise KeyError("the next page")
+
+    grace, made = attached("gpt2"), []
+    with pytest.raises(KeyError, match="the next page"):
+        for report in grace.edit_many(failing(), batch_size=4, progress=False):
+            made.append(report)
+    assert len(made) == len(grace.edits()) == 6
+
+
 def test_edits_by_other_threads_between_two_batches_are_seen():
     edits = [one_edit("gpt2", text, 1) for text in prompts(8)]
     grace, single = attached("gpt2"), attached("gpt2")
