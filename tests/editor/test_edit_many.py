@@ -291,7 +291,8 @@ def test_where_there_is_no_memory_for_one_it_is_said(monkeypatch):
     assert len(grace.edits()) == 1
 
 
-def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other(dtype):
     class Weighed(BertForSequenceClassification):
         """Adds to the loss what depends on the whole batch."""
 
@@ -305,8 +306,9 @@ def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other():
             return answer
 
     edits = [one_edit("bert", text, at) for at, text in enumerate(prompts(6))]
-    model = build("bert")
+    model = build("bert", dtype)
     model.__class__ = Weighed
+    Weighed.sizes.clear()
     grace = attached("bert", model)
     reports = list(grace.edit_many(edits, progress=False))
     assert all(report.correct for report in reports)
@@ -315,7 +317,8 @@ def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other():
     assert set(sizes) == {1, 6}
 
 
-def test_a_model_whose_rows_are_not_apart_trains_its_values_one_after_the_other():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_whose_rows_are_not_apart_trains_its_values_one_after_the_other(dtype):
     class Mixed(torch.nn.Module):
         """Centres what it is given over the batch, as no model in eval mode should."""
 
@@ -327,7 +330,7 @@ def test_a_model_whose_rows_are_not_apart_trains_its_values_one_after_the_other(
             found = self.embedding(*given, **named)
             return found - found.mean(dim=0, keepdim=True) * (len(found) > 1)
 
-    model = build("bert")
+    model = build("bert", dtype)
     model.bert.embeddings = Mixed(model.bert.embeddings)
     edits = [one_edit("bert", text, at) for at, text in enumerate(prompts(5))]
     grace = attached("bert", model)
@@ -453,11 +456,13 @@ def test_an_error_of_the_iterator_comes_after_the_edits_that_it_gave():
         yield from edits
         raise KeyError("the next page")
 
-    grace, made = attached("gpt2"), 0
+    grace = attached("gpt2")
+    reports = grace.edit_many(failing(), batch_size=4, progress=False)
+    made = list(itertools.islice(reports, 6))
+    assert [report.id for report in made] == list(range(6))
     with pytest.raises(KeyError, match="the next page"):
-        for _ in grace.edit_many(failing(), batch_size=4, progress=False):
-            made += 1
-    assert made == len(grace.edits()) == 6
+        next(reports)
+    assert len(grace.edits()) == 6
 
 
 def test_edits_by_other_threads_between_two_batches_are_seen():
