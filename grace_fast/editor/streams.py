@@ -115,7 +115,7 @@ class _Stream:
         given = list[tuple[int, Any]]()
         if self._failed is None:
             try:
-                given.extend(islice(self._source, most))
+                given.extend((at, _own(one)) for at, one in islice(self._source, most))
             except Exception as error:
                 self._failed = error
         return given
@@ -257,6 +257,15 @@ class _Stream:
         if isinstance(error, _OF_ALL) or memory.has_ended(error):
             raise error
         self._context.require_attached()
+
+
+def _own(given: Any) -> Any:
+    """Return an edit that stays as it is, whatever its iterator writes into what it gave."""
+    if not isinstance(given, Mapping):
+        return given
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()
+    }
 
 
 def _edits_of(given: Any) -> Iterator[tuple[Any, Any, str | None]]:

@@ -449,6 +449,21 @@ def test_what_is_no_list_of_paraphrases_is_refused(given):
     assert "paraphrases must be a list of prompts, got " in str(report.error)
 
 
+def test_an_iterator_may_write_into_what_it_gave():
+    edits = [one_edit("gpt2", text, at) for at, text in enumerate(prompts(8, longest=4))]
+
+    def rewritten():
+        given = {name: tensor.clone() for name, tensor in edits[0].items()}
+        for batch in edits:
+            for name, tensor in batch.items():
+                given[name].copy_(tensor)
+            yield given
+
+    single, many = attached("gpt2", iterations=5), attached("gpt2", iterations=5)
+    one = [single.edit(batch) for batch in rewritten()]
+    assert decided(many.edit_many(rewritten(), progress=False)) == decided(one)
+
+
 def test_an_error_of_the_iterator_comes_after_the_edits_that_it_gave():
     edits = [one_edit("gpt2", text, at) for at, text in enumerate(prompts(6))]
 
