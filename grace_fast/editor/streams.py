@@ -203,7 +203,11 @@ class _Stream:
                 self._raise_if_of_all(error)
                 if len(rest) > 1:  # whose it is shows where each is alone
                     return self._published(book, taken[: max(1, len(taken) // 2)])
-                refused[rest[0]] = Refused(taken[rest[0]].at, error)
+                one = taken[rest[0]]
+                if isinstance(error, IndexError):  # from beyond the layer, which was not asked yet
+                    why = batches.out_of_range(one.batch, self._context.host.model, error)
+                    error = ValueError(why)
+                refused[rest[0]] = Refused(one.at, error)
                 continue
             reports = list[Report]()
             for at in range(len(taken)):

@@ -14,6 +14,8 @@ import pytest
 import torch
 from models import DECODERS, FAMILIES, PADDING, VOCABULARY, build, edit_batch, prompt_batch, prompts
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForQuestionAnswering,
     BertForSequenceClassification,
@@ -447,6 +449,29 @@ def test_what_is_no_list_of_paraphrases_is_refused(given):
     grace = attached("llama", tokenizer=tokenizer(), iterations=1)
     (report,) = grace.edit_many([record], progress=False)
     assert "paraphrases must be a list of prompts, got " in str(report.error)
+
+
+def test_a_target_that_is_too_long_for_the_decoder_is_refused_in_the_words_of_edit():
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=16, max_position_embeddings=12, init_std=0.3, **sizes
+    )
+    model = BartForConditionalGeneration(config).eval()
+    edits = [prompt_batch([text]) for text in prompts(3)]
+    for batch, length in zip(edits, (2, 20, 2), strict=True):
+        batch["labels"] = torch.full((1, length), 7)
+    settings = {"epsilon": 0.01, "replacement": "replace_all", "iterations": 1}
+    single, many = (
+        gf.attach(copy.deepcopy(model), "model.encoder.layers.0.fc2", **settings) for _ in range(2)
+    )
+    with pytest.raises(ValueError, match="no embedding for part of the batch") as wanted:
+        single.edit(edits[1])
+    first, refused, last = many.edit_many(edits, progress=False)
+    assert [first.outcome, refused.outcome, last.outcome] == ["added", "refused", "added"]
+    assert (type(refused.error), str(refused.error)) == (ValueError, str(wanted.value))
 
 
 def test_an_iterator_may_write_into_what_it_gave():
