@@ -72,10 +72,13 @@ def signature(batch: Batch) -> tuple[Any, ...] | None:
     """Return what batches of one row have in common that stand in one; None for one that stands
     alone.
 
-    Prompts without a mask stand beside others of their length only: padding would be text.
+    Prompts without a mask stand beside others of their length only: padding would be text. So do
+    spans, for every token may be the end of one; and embeddings, whose padding is not found where a
+    model looks for its token to know which of a prompt is the last.
     """
     told: list[Any] = []
     has_mask = isinstance(batch.get("attention_mask"), Tensor)
+    may_pad = has_mask and batch.get("inputs_embeds") is None and heads.SPAN[0] not in batch
     for name, value in sorted(batch.items()):
         if not isinstance(value, Tensor):
             if not (value is None or isinstance(value, bool | int | float | str)):
@@ -84,7 +87,7 @@ def signature(batch: Batch) -> tuple[Any, ...] | None:
             continue
         if not value.ndim or len(value) != 1:
             return None
-        is_padded = has_mask and name in _PADDED and value.ndim > 1
+        is_padded = may_pad and name in _PADDED and value.ndim > 1
         told.append((name, value.dtype, value.device, value.shape[2 if is_padded else 1 :]))
     return tuple(told)
 

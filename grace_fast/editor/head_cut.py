@@ -73,7 +73,13 @@ class HeadCut:
         assert self._head is not None, "a cut is possible"
 
         def cut(_: nn.Module, args: tuple[Any, ...]) -> Any:
-            if threading.get_ident() != me or not args or not isinstance(args[0], Tensor):
+            # Another thread that compiles the model now has a graph made without the cut.
+            if (
+                torch.compiler.is_dynamo_compiling()
+                or threading.get_ident() != me
+                or not args
+                or not isinstance(args[0], Tensor)
+            ):
                 return None
             self.taken += 1
             return (self._rows(args[0]), *args[1:])

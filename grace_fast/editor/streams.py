@@ -81,6 +81,7 @@ class _Stream:
         self._context, self._size = context, batch_size
         self._count = len(edits) if isinstance(edits, Sized) else None
         self._source = enumerate(edits)
+        self._failed: Exception | None = None  # the source: raised after what it gave is made
         self._wanted = 1  # edits to take in; more once it is known what one needs
         self._waiting: deque[_Asked | Refused] = deque()
 
@@ -98,14 +99,26 @@ class _Stream:
     def _fill(self) -> bool:
         """Take in edits until a batch is there; tell whether there is any."""
         while len(self._waiting) < self._wanted:
-            given = list(islice(self._source, self._wanted - len(self._waiting)))
+            given = self._taken(self._wanted - len(self._waiting))
             if not given:
                 break
             with lasting(), frozen(self._context.model):
                 for at, one in given:
                     self._waiting.extend(self._looked_at(at, one))
             self._wanted = self._at_once()
+        if not self._waiting and self._failed is not None:
+            raise self._failed
         return bool(self._waiting)
+
+    def _taken(self, most: int) -> list[tuple[int, Any]]:
+        """Take edits from their source, with their places; fewer where it ends."""
+        given = list[tuple[int, Any]]()
+        if self._failed is None:
+            try:
+                given.extend((at, _own(one)) for at, one in islice(self._source, most))
+            except Exception as error:
+                self._failed = error
+        return given
 
     def _at_once(self) -> int:
         """Return how many edits a batch may have, by the longest of those that wait."""
@@ -190,7 +203,11 @@ class _Stream:
                 self._raise_if_of_all(error)
                 if len(rest) > 1:  # whose it is shows where each is alone
                     return self._published(book, taken[: max(1, len(taken) // 2)])
-                refused[rest[0]] = Refused(taken[rest[0]].at, error)
+                one = taken[rest[0]]
+                if isinstance(error, IndexError):  # from beyond the layer, which was not asked yet
+                    why = batches.out_of_range(one.batch, self._context.host.model, error)
+                    error = ValueError(why)
+                refused[rest[0]] = Refused(one.at, error)
                 continue
             reports = list[Report]()
             for at in range(len(taken)):
@@ -246,6 +263,15 @@ class _Stream:
         self._context.require_attached()
 
 
+def _own(given: Any) -> Any:
+    """Return an edit that stays as it is, whatever its iterator writes into what it gave."""
+    if not isinstance(given, Mapping):
+        return given
+    return {
+        name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()
+    }
+
+
 def _edits_of(given: Any) -> Iterator[tuple[Any, Any, str | None]]:
     """Yield the prompt, target and joint of one thing of a stream, and of its paraphrases.
 
@@ -262,7 +288,7 @@ def _edits_of(given: Any) -> Iterator[tuple[Any, Any, str | None]]:
             )
         target, joint = given["target"], given.get("joint")
         yield given[named[0]], target, joint
-        for paraphrase in given.get("paraphrases") or ():
+        for paraphrase in _paraphrases_of(given.get("paraphrases")):
             yield paraphrase, target, joint
         return
     if isinstance(given, str | bytes) or not isinstance(given, Sequence) or len(given) != 2:
@@ -271,6 +297,22 @@ def _edits_of(given: Any) -> Iterator[tuple[Any, Any, str | None]]:
             f"batch of tensors of one row, got {type(given).__name__}"
         )
     yield given[0], given[1], None
+
+
+def _paraphrases_of(given: Any) -> list[Any]:
+    """Return the other prompts of a record: one text is one of them, and no list of letters.
+
+    Raises: TypeError for anything else.
+    """
+    if isinstance(given, str):
+        return [given]
+    if hasattr(given, "tolist"):  # an array, as tables hold lists
+        given = given.tolist()
+    if given is None:
+        return []
+    if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"paraphrases must be a list of prompts, got {type(given).__name__}")
+    return list(given)
 
 
 def _bar(total: int | None, progress: bool) -> Any:

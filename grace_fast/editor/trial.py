@@ -22,6 +22,9 @@ from grace_fast.edits.plans import Training
 from grace_fast.hook.training_override import Tokens, TrainingOverride
 
 NEAR = 1000  # times the rounding of their element type: what is the same but for the order of sums
+# The most that may be, as shares: so many times the rounding of half precision is anything. Queries
+# at the end of 24 layers in bfloat16 were .1 apart, of a model that convolves over padding .6.
+MOST_OF_QUERY, MOST_OF_LOSS = 0.25, 0.05
 
 
 class StandsAlone(Exception):
@@ -164,8 +167,8 @@ class Trial:
         assert seen is not None, "the layer ran"
         rounding = max(torch.finfo(each.dtype).eps for each in (seen, known))
         known = known.to(seen.device, torch.float32)
-        apart = (seen.float() - known).norm(dim=1)
-        if not bool((apart <= NEAR * rounding * known.norm(dim=1) + 1e-30).all()):
+        apart, share = (seen.float() - known).norm(dim=1), min(NEAR * rounding, MOST_OF_QUERY)
+        if not bool((apart <= share * known.norm(dim=1) + 1e-30).all()):
             raise StandsAlone("the model computes otherwise in a batch")
 
 
@@ -174,6 +177,6 @@ def _check_losses(loss: Tensor, mean: float, rounding: float) -> None:
 
     Raises: StandsAlone.
     """
-    own = float(loss.detach())
-    if math.isfinite(own) and not abs(own - mean) <= NEAR * rounding * (1 + abs(own)):
+    own, share = float(loss.detach()), min(NEAR * rounding, MOST_OF_LOSS)
+    if math.isfinite(own) and not abs(own - mean) <= share * (1 + abs(own)):
         raise StandsAlone("the model's loss is no mean over its rows")

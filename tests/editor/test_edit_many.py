@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import random
 import warnings
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
-from models import DECODERS, FAMILIES, PADDING, VOCABULARY, build, edit_batch, prompts
-from transformers import BertForSequenceClassification
+from models import DECODERS, FAMILIES, PADDING, VOCABULARY, build, edit_batch, prompt_batch, prompts
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+from words import tokenizer
 
 import grace_fast as gf
 from grace_fast.editor import memory, training_run
@@ -282,7 +293,8 @@ def test_where_there_is_no_memory_for_one_it_is_said(monkeypatch):
     assert len(grace.edits()) == 1
 
 
-def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other(dtype):
     class Weighed(BertForSequenceClassification):
         """Adds to the loss what depends on the whole batch."""
 
@@ -296,8 +308,9 @@ def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other():
             return answer
 
     edits = [one_edit("bert", text, at) for at, text in enumerate(prompts(6))]
-    model = build("bert")
+    model = build("bert", dtype)
     model.__class__ = Weighed
+    Weighed.sizes.clear()
     grace = attached("bert", model)
     reports = list(grace.edit_many(edits, progress=False))
     assert all(report.correct for report in reports)
@@ -306,7 +319,8 @@ def test_a_model_with_a_loss_of_its_own_trains_its_values_one_after_the_other():
     assert set(sizes) == {1, 6}
 
 
-def test_a_model_whose_rows_are_not_apart_trains_its_values_one_after_the_other():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_whose_rows_are_not_apart_trains_its_values_one_after_the_other(dtype):
     class Mixed(torch.nn.Module):
         """Centres what it is given over the batch, as no model in eval mode should."""
 
@@ -318,7 +332,7 @@ def test_a_model_whose_rows_are_not_apart_trains_its_values_one_after_the_other(
             found = self.embedding(*given, **named)
             return found - found.mean(dim=0, keepdim=True) * (len(found) > 1)
 
-    model = build("bert")
+    model = build("bert", dtype)
     model.bert.embeddings = Mixed(model.bert.embeddings)
     edits = [one_edit("bert", text, at) for at, text in enumerate(prompts(5))]
     grace = attached("bert", model)
@@ -353,6 +367,142 @@ def test_an_interruption_goes_through_and_leaves_whole_batches():
         list(grace.edit_many(interrupted(), batch_size=4, progress=False))
     assert len(grace.edits()) == 4
     assert grace.verify().ok
+
+
+SPANS = BertConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    intermediate_size=64,
+    initializer_range=0.3,
+    pad_token_id=PADDING,
+)
+LAST_TOKEN = GPT2Config(
+    vocab_size=VOCABULARY,
+    n_embd=32,
+    n_layer=3,
+    n_head=2,
+    num_labels=4,
+    initializer_range=0.3,
+    pad_token_id=PADDING,
+)
+
+
+def spans(model):
+    for at, text in enumerate(prompts(12)):
+        prompt, last = prompt_batch([text]), len(text) - 1
+        where = {"start_positions": at % 2, "end_positions": last}
+        yield prompt | {name: torch.tensor([each]) for name, each in where.items()}
+
+
+def embedded(model):
+    embed = model.get_input_embeddings()
+    for at, text in enumerate(prompts(12)):
+        prompt = prompt_batch([text])
+        vectors = embed(prompt.pop("input_ids")).detach()
+        yield prompt | {"inputs_embeds": vectors, "labels": torch.tensor([at % 4])}
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "layer", "edits_of"),
+    [
+        (BertForQuestionAnswering, SPANS, "bert.encoder.layer.1.output.dense", spans),
+        (GPT2ForSequenceClassification, LAST_TOKEN, "transformer.h.1.mlp.c_proj", embedded),
+    ],
+    ids=["spans", "embeddings"],
+)
+def test_where_padding_is_read_prompts_stand_beside_those_of_their_length(
+    kind, config, layer, edits_of
+):
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    edits = list(edits_of(model))
+    settings = {"epsilon": 0.05, "replacement": "replace_last", "iterations": 40}
+    single, many = (gf.attach(copy.deepcopy(model), layer, **settings) for _ in range(2))
+    one = [single.edit(batch) for batch in edits]
+    reports = list(many.edit_many(edits, progress=False))
+    assert any(report.correct for report in reports)
+    assert [report.correct for report in reports] == [report.correct for report in one]
+    for alone, report in zip(one, reports, strict=True):
+        assert report.loss == pytest.approx(alone.loss, rel=0.02)
+
+
+@pytest.mark.parametrize("given", ["paris rome", ["paris rome"], np.array(["paris rome"])], ids=str)
+def test_paraphrases_are_prompts_however_a_table_holds_them(given):
+    record = {"prompt": "capital of france", "target": "paris", "paraphrases": given}
+    grace = attached("llama", tokenizer=tokenizer(), iterations=1)
+    reports = list(grace.edit_many([record], progress=False))
+    assert [report.outcome for report in reports] == ["added", "added"]
+
+
+@pytest.mark.parametrize("given", [None, [], np.array([])], ids=str)
+def test_a_record_may_be_without_paraphrases(given):
+    record = {"prompt": "capital of france", "target": "paris", "paraphrases": given}
+    grace = attached("llama", tokenizer=tokenizer(), iterations=1)
+    assert len(list(grace.edit_many([record], progress=False))) == 1
+
+
+@pytest.mark.parametrize("given", [3, math.nan, b"paris", {"paris": "rome"}], ids=str)
+def test_what_is_no_list_of_paraphrases_is_refused(given):
+    record = {"prompt": "capital of france", "target": "paris", "paraphrases": given}
+    grace = attached("llama", tokenizer=tokenizer(), iterations=1)
+    (report,) = grace.edit_many([record], progress=False)
+    assert "paraphrases must be a list of prompts, got " in str(report.error)
+
+
+def test_a_target_that_is_too_long_for_the_decoder_is_refused_in_the_words_of_edit():
+    torch.manual_seed(0)
+    sizes = dict.fromkeys(("encoder_layers", "decoder_layers"), 1)
+    sizes |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 2)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 32)
+    config = BartConfig(
+        vocab_size=VOCABULARY, d_model=16, max_position_embeddings=12, init_std=0.3, **sizes
+    )
+    model = BartForConditionalGeneration(config).eval()
+    edits = [prompt_batch([text]) for text in prompts(3)]
+    for batch, length in zip(edits, (2, 20, 2), strict=True):
+        batch["labels"] = torch.full((1, length), 7)
+    settings = {"epsilon": 0.01, "replacement": "replace_all", "iterations": 1}
+    single, many = (
+        gf.attach(copy.deepcopy(model), "model.encoder.layers.0.fc2", **settings) for _ in range(2)
+    )
+    with pytest.raises(ValueError, match="no embedding for part of the batch") as wanted:
+        single.edit(edits[1])
+    first, refused, last = many.edit_many(edits, progress=False)
+    assert [first.outcome, refused.outcome, last.outcome] == ["added", "refused", "added"]
+    assert (type(refused.error), str(refused.error)) == (ValueError, str(wanted.value))
+
+
+def test_an_iterator_may_write_into_what_it_gave():
+    edits = [one_edit("gpt2", text, at) for at, text in enumerate(prompts(8, longest=4))]
+
+    def rewritten():
+        given = {name: tensor.clone() for name, tensor in edits[0].items()}
+        for batch in edits:
+            for name, tensor in batch.items():
+                given[name].copy_(tensor)
+            yield given
+
+    single, many = attached("gpt2", iterations=5), attached("gpt2", iterations=5)
+    one = [single.edit(batch) for batch in rewritten()]
+    assert decided(many.edit_many(rewritten(), progress=False)) == decided(one)
+
+
+def test_an_error_of_the_iterator_comes_after_the_edits_that_it_gave():
+    edits = [one_edit("gpt2", text, at) for at, text in enumerate(prompts(6))]
+
+    def failing():
+        yield from edits
+        raise KeyError("the next page")
+
+    grace = attached("gpt2")
+    reports = grace.edit_many(failing(), batch_size=4, progress=False)
+    made = list(itertools.islice(reports, 6))
+    assert [report.id for report in made] == list(range(6))
+    with pytest.raises(KeyError, match="the next page"):
+        next(reports)
+    assert len(grace.edits()) == 6
 
 
 def test_edits_by_other_threads_between_two_batches_are_seen():

@@ -219,3 +219,24 @@ def test_other_threads_get_all_logits():
 def test_what_is_not_asked_a_token_is_not_cut():
     assert asked_of(torch.tensor([1, 2]), "classifier", "classes") is None
     assert asked_of(torch.tensor([[0.5]]), "classifier", "scores") is None
+
+
+def test_a_model_may_be_compiled_in_another_thread_while_its_head_is_cut():
+    model, said = models.build("llama"), []
+    ids = torch.tensor([[5, 6, 7, 8]])
+    targets = torch.tensor([[-100, -100, -100, 9]])
+    cut = head_cut.HeadCut(model, head_cut.asked_of(targets, "decoder", "tokens"))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def serve():
+        with torch.no_grad():
+            said.append(compiled(input_ids=ids).logits)
+
+    with torch.no_grad():
+        wanted = model(input_ids=ids).logits
+    with cut.on():
+        other = threading.Thread(target=serve)
+        other.start()
+        other.join()
+    assert len(said) == 1
+    assert torch.equal(said[0], wanted)
