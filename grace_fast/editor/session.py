@@ -76,11 +76,15 @@ def check(context: EditContext, batch: Batch) -> Head:
     return head
 
 
+class Contradicted(Exception):
+    """An edit of a batch supersedes another one of it, which is to be trained before."""
+
+
 @dataclass(frozen=True, eq=False)
 class Session:
     """One batch of edits from what was observed to what is published.
 
-    prefix: of these rows.
+    prefix: of these rows; trains_all: publish none that is superseded within the batch, untrained.
     """
 
     context: EditContext
@@ -88,19 +92,18 @@ class Session:
     proposal: Proposal
     prefix: PrefixCache
     texts: Sequence[Text | None]  # by row, where they are to be kept
+    trains_all: bool = False
 
-    def publish(self, book: Codebook, plan: Plan | None = None) -> list[Edit]:
+    def publish(self, book: Codebook) -> list[Edit]:
         """Decide, train and publish; one report a row.
 
-        plan: what `sketch` said, where it was asked.
-
-        Raises: as `Grace.edit`; RowsRefused where the other rows could be edited.
+        Raises: as `Grace.edit`; RowsRefused where the other rows could be edited; Contradicted.
         """
         for _ in range(TRAININGS):
             try:
-                return self.train_and_publish(book, plan)
+                return self.train_and_publish(book)
             except _Superseded:
-                plan = None
+                continue
         with self.context.noting():  # nobody comes between any more
             return self.train_and_publish(book)
 
@@ -113,14 +116,16 @@ class Session:
         with book.sketching() as draft, history.attempting(keep=False):
             return plans.make(self.proposal, draft, history, rules, history.next_id)
 
-    def train_and_publish(self, book: Codebook, plan: Plan | None = None) -> list[Edit]:
+    def train_and_publish(self, book: Codebook) -> list[Edit]:
         """Decide, train while other threads may write, and publish where that changed nothing.
 
-        Raises: _Superseded where it did.
+        Raises: _Superseded where it did; as `publish`.
         """
         context, history = self.context, self.context.history
         rules = context.settings.rules(book.dtype)
-        plan = self.sketch(book) if plan is None else plan
+        plan = self.sketch(book)
+        if self.trains_all and plan.superseded and len(plan.applied) > 1:
+            raise Contradicted
         results = self._train(plan.trainings)
         with context.noting() as draft:
             now = plans.make(self.proposal, draft, history, rules, history.next_id)

@@ -26,7 +26,7 @@ from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
 from grace_fast.editor.prefix_cache import PrefixCache
-from grace_fast.editor.session import Session, Text
+from grace_fast.editor.session import Contradicted, Session, Text
 from grace_fast.editor.training import frozen, require_differentiable
 from grace_fast.editor.trial import Rows
 from grace_fast.edits.edit import Edit, Refused
@@ -228,18 +228,17 @@ class _Stream:
         context.directory.require_writable()
         prefix = PrefixCache(context.model, context.adapter.layer)
         with lasting(), frozen(context.model), prefix:
-            whole = self._session(taken, prefix)
-            plan = whole.sketch(book)
-            if not plan.superseded or len(taken) == 1:
-                return whole.publish(book, plan)
-            least, most = 1, len(taken)  # that many supersede none; so many do
-            while most - least > 1:
-                middle = (least + most) // 2
-                if self._session(taken[:middle], prefix).sketch(book).superseded:
-                    most = middle
-                else:
-                    least = middle
-            return self._session(taken[:least], prefix).publish(book)
+            try:
+                return self._session(taken, prefix).publish(book)
+            except Contradicted:  # by now, where others edit meanwhile
+                least, most = 1, len(taken)  # that many supersede none; so many do
+                while most - least > 1:
+                    middle = (least + most) // 2
+                    if self._session(taken[:middle], prefix).sketch(book).superseded:
+                        most = middle
+                    else:
+                        least = middle
+        return self._batch(taken[:least], book)
 
     def _session(self, taken: Sequence[_Asked], prefix: PrefixCache) -> Session:
         config = getattr(self._context.host.model, "config", None)
@@ -254,7 +253,8 @@ class _Stream:
         rows = Rows(batch, taken[0].head, queries, where, outputs.dtype)
         targets = (heads.targets_of(one.batch, one.head, 1)[0] for one in taken)
         proposal = session.propose(self._context, rows, targets, outputs, hidden)
-        return Session(self._context, rows, proposal, prefix, [one.text for one in taken])
+        texts = [one.text for one in taken]
+        return Session(self._context, rows, proposal, prefix, texts, trains_all=True)
 
     def _raise_if_of_all(self, error: Exception) -> None:
         """Raise what is wrong with more than one edit: no memory, no disk, no layer any more."""
