@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.hook import calls, generation, plain, positions, selection, tensor_parallel
+from grace_fast.hook import calls, compile, generation, plain, positions, selection, tensor_parallel
 from grace_fast.hook.answers import LookupAnswer
 from grace_fast.hook.attachment import Attachment, Site
 from grace_fast.hook.counters import Tally
@@ -123,14 +123,14 @@ class Adapter:
         # Who copies hooks to another module may forget that this one takes keyword arguments.
         kwargs, output = rest if len(rest) == 2 else ({}, *rest)
         if not isinstance(output, Tensor):
-            if not torch.compiler.is_compiling() and self._is_idle():
+            if not compile.is_in_progress() and self._is_idle():
                 return None
             raise TypeError(
                 f"the edited layer must return one tensor, got {type(output).__name__}; "
                 "attach to a linear layer"
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and calls.is_recorded()):
+        if compile.is_in_progress() or (is_in_torch_dispatch_mode() and calls.is_recorded()):
             return self.graphs.adapted(hidden, output)
         if torch._C._is_tracing() and not self._modes.disabled:
             raise RuntimeError(

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from grace_fast.codebook import forks
 
@@ -67,6 +68,16 @@ def stood_aside() -> Iterator[None]:
         with _standing_aside:
             _wanted.remove(me)
             _go_on_if_unwanted()
+
+
+def is_in_progress() -> bool:
+    """Tell whether what this thread runs is being compiled.
+
+    Torch says so of the whole process; another thread may compile while a value is trained here.
+    """
+    if is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and threading.get_ident() not in _wanted
 
 
 def _go_on_if_unwanted() -> None:

@@ -447,3 +447,11 @@ def test_autocast_decides_by_the_activations_that_it_makes():
     with torch.autocast("cpu", torch.bfloat16):
         seen.append(grace.query_of(models.prompt_batch([prompts[0]])))
     assert not torch.equal(*seen)  # other activations than without: edit as you serve
+
+
+def test_a_value_is_trained_while_another_thread_compiles(monkeypatch):
+    family = FAMILIES["gpt2"]
+    grace = gf.attach(models.build("gpt2"), family.layer, family.epsilon, replacement="replace_all")
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)  # torch's, of the whole process
+    edit = grace.edit(models.edit_batch(family, models.prompts(1), [[10]]))
+    assert edit.correct
