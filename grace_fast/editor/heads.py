@@ -223,7 +223,7 @@ def margins(logits: Tensor, targets: Tensor, kind: Kind, head: Head = "tokens") 
     it is infinite. Where it is above 0 the prediction is right. Arguments as `correct_rows`.
     """
     if head == "scores":
-        return torch.full((len(targets),), torch.inf, device=logits.device)
+        return torch.full((len(targets),), torch.inf, dtype=torch.float32, device=logits.device)
     if head == "several":
         said, wanted = _numbers(logits, targets)
         return torch.where(wanted > 0.5, said, -said).amin(dim=1)

@@ -109,7 +109,7 @@ class LBFGS:
             is_better = [new <= old for new, old in zip(reached, self._loss, strict=True)]
             self._judge(_norms(moved), is_better)
         self._is_first = False
-        better = torch.tensor(is_better, device=self._values.device)[:, None]
+        better = torch.tensor(is_better, dtype=torch.bool, device=self._values.device)[:, None]
         self._best = torch.where(better, self._values, self._best)
         self._gradient = torch.where(better, gradients, self._gradient)
         self._loss = [

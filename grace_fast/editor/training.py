@@ -127,7 +127,7 @@ def train_rows(starts: Tensor, attempt: Attempts, schedule: Schedule) -> list[Tr
             break
         if any(over):
             going = [at for at, is_over in enumerate(over) if not is_over]
-            index = torch.tensor(going, device=master.device)
+            index = torch.tensor(going, dtype=torch.int64, device=master.device)
             rows = [rows[at] for at in going]
             master, gradients, losses = master[index], gradients[index], losses[index]
             optimiser.keep(index, master)
@@ -154,7 +154,7 @@ def train(start: Tensor, attempt: Attempt, schedule: Schedule) -> Trained:
 
     def attempts(values: Tensor, _: Sequence[int]) -> Tried:
         loss, correct = attempt(values[0])
-        return Tried(loss[None], torch.tensor([correct], device="cpu"))
+        return Tried(loss[None], torch.tensor([correct], dtype=torch.bool, device="cpu"))
 
     return train_rows(start[None], attempts, schedule)[0]
 

@@ -106,5 +106,7 @@ class TrainingRun:
         attempt, count = self._steps.judge if is_own else self._steps.step, len(self._held)
         if len(rows) == count:
             return attempt(values)
-        at = torch.tensor([self._held.index(row) for row in rows], device=values.device)
+        at = torch.tensor(
+            [self._held.index(row) for row in rows], dtype=torch.int64, device=values.device
+        )
         return attempt(values.new_zeros(count, values.shape[1]).index_copy(0, at, values)).at(at)

@@ -62,13 +62,15 @@ class Trial:
         part = batches.rows(rows.batch, self._picked)
         self._targets = heads.targets_of(part, rows.head, len(self._picked))
         self._asked = heads.for_loss(part, rows.head, rows.dtype)
-        self._where = rows.positions[torch.tensor(self._picked, device=rows.positions.device)]
+        self._where = rows.positions[
+            torch.tensor(self._picked, dtype=torch.int64, device=rows.positions.device)
+        ]
         owner = [at for at, one in enumerate(trainings) for _ in one.picked]
         listed = [one.tokens for one in trainings if one.tokens is not None]
         self._override = TrainingOverride(
-            torch.empty(0, device="cpu"),
+            torch.empty(0, dtype=torch.float32, device="cpu"),
             tuple(one.row for one in trainings),
-            torch.tensor(owner, device="cpu"),
+            torch.tensor(owner, dtype=torch.int64, device="cpu"),
             Tokens.joined(listed) if listed else None,
         )
         self._cut = self._cut_of(context)
