@@ -1,8 +1,9 @@
 """Edits to the learnt answer: greedily right, with the loss below the stop; one by one and at once.
 
 Everybody starts with the same value, learns at the same rate and stops by the same rule. The
-authors' algorithm, which never stops, is timed as it is, too. Every edit of ours has to be answered
-in the end, and to be where it is after one by one; else no speed is told.
+authors' algorithm, which never stops, is timed as it is, too; and so is `Schedule.fast()`, which
+has a start, a rate and a rule of its own. Every edit of ours has to be answered in the end, and to
+be where it is after one by one; else no speed is told.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,11 @@ def measure(
     those of all edits by what they took one by one. rounds: of edits at once; the median counts.
     """
     items, epsilon, threads = studied.items, _apart(studied), torch.get_num_threads()
+    own = [(size, False) for size in sizes] + [(max(sizes), True)] * others
     ways = [
-        _ours(studied, epsilon, size) for size in sizes for _ in range(rounds if size > 1 else 1)
+        _ours(studied, epsilon, size, is_fast)
+        for size, is_fast in own
+        for _ in range(rounds if size > 1 else 1)
     ]
     if others:
         ways += [
@@ -113,8 +117,8 @@ def measure(
         over[name] = run.first(count) / mine
         share = (studied.name, name, threads, count, sum(run.answered), 0)
         yield Row(*share, float(np.mean(run.steps)), run.first(count))
-    for size in sizes:
-        run = runs[_name(size)]
+    for size, is_fast in own:
+        run = runs[_name(size, is_fast)]
         wrong, steps = _wrong(run, alone), float(np.mean(run.steps))
         share = (studied.name, run.name, threads, len(items), sum(run.answered), wrong)
         if wrong:
@@ -139,11 +143,17 @@ def _apart(studied: Studied) -> float:
     return edit_asking.spacing(asked, 0.0) / 4
 
 
-def _name(size: int) -> str:
+def _name(size: int, is_fast: bool = False) -> str:
+    if is_fast:
+        return f"Schedule.fast(), {size} at once"
     return ONE_BY_ONE if size == 1 else f"grace.edit_many, {size} at once"
 
 
-def _ours(studied: Studied, epsilon: float, size: int) -> _Way:
+def _ours(studied: Studied, epsilon: float, size: int, is_fast: bool) -> _Way:
+    if is_fast:  # a start, a rate and an end of its own
+        studied = replace(
+            studied, settings={"replacement": studied.settings["replacement"], "schedule": "fast"}
+        )
     grace = contestants.attached(studied, epsilon)
 
     def make(part: Sequence[Item]) -> list[Any]:
@@ -154,7 +164,7 @@ def _ours(studied: Studied, epsilon: float, size: int) -> _Way:
     def answered() -> list[bool]:
         return edit_asking.answered(studied, grace.model, studied.items)
 
-    return _Way(_name(size), size, len(studied.items), make, answered)
+    return _Way(_name(size, is_fast), size, len(studied.items), make, answered)
 
 
 def _theirs(studied: Studied, epsilon: float, name: str, count: int) -> _Way:

@@ -130,7 +130,7 @@ def random_gpt2(
     steps: int,
     count: int,
     spread: float = 0.1,
-    wanted: int = 2,
+    wanted: int = 1,
 ) -> Studied:
     """Return a GPT-2 with weights at random, and made-up prompts of 9 tokens.
 

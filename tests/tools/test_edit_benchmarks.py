@@ -159,7 +159,8 @@ def test_the_benchmark_of_edits_says_what_it_compared_and_how_long_it_took(tiny,
     assert steps["grace.edit", 40]["wrong"] == steps["drop-in", 40]["wrong"] == 0
     assert steps["EasyEdit", 3]["wrong"] > 0  # it compares with another row's label
     learnt = {row["way"]: row for row in found["learnt"]}
-    assert len(learnt) == 6
+    assert len(learnt) == 7
+    assert learnt["Schedule.fast(), 9 at once"]["answered"] == 9
     alone, at_once = learnt[edit_learnt.ONE_BY_ONE], learnt["grace.edit_many, 9 at once"]
     assert alone["answered"] == at_once["answered"] == 9
     assert alone["over_one_by_one"] == 1
