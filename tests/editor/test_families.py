@@ -101,7 +101,11 @@ def test_a_family_learns_the_same_value_where_what_lies_below_runs_once(name, mo
         assert torch.equal(value, other)
         assert str(said) == str(other_said)
         # A call that is recorded is judged in the end without gradients, by other kernels perhaps.
-        assert loss == pytest.approx(other_loss, rel=1e-6, nan_ok=True)
+        if isinstance(loss, float):
+            other_loss = pytest.approx(other_loss, rel=1e-6, nan_ok=True)
+            assert loss == other_loss
+        else:
+            assert str(loss) == str(other_loss)
 
 
 def learn(family, layer):
