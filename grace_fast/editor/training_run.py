@@ -21,6 +21,7 @@ from grace_fast.edits.plans import Training
 from grace_fast.edits.settings import Schedule
 
 ANEW = 3.0  # steps' time that goes to what is learnt, before the batch is made anew without it
+OWN = 3  # steps of one value before shortcuts: many edits are learnt by then
 NEAR = 10_000  # times the rounding of a layer's output: the losses of a batch of other rows
 
 
@@ -41,16 +42,19 @@ class TrainingRun:
         self._context, self._rows, self._prefix = context, rows, prefix
         self._trainings = trainings
         self._is_own = True  # every step was the model's own call
+        self._held: list[int] = []
         self._hold(range(len(trainings)), len(trainings) == 1)
 
     def _hold(self, held: Sequence[int], is_checked: bool) -> None:
         """Make the batch of the rows of these trainings."""
+        is_first = not self._held
         self._held, self._idle = list(held), 0.0
         running = [self._trainings[at] for at in held]
         self._prefix.go_on_with([at for one in running for at in one.picked])
         is_alone = len(self._trainings) == 1
         trial = Trial(self._context, self._rows, self._prefix, running, is_alone)
-        self._steps = Steps(self._context, trial, is_checked)
+        own = OWN if is_alone and is_first else 0
+        self._steps = Steps(self._context, trial, is_checked, own)
 
     def train(self, schedule: Schedule) -> list[Trained]:
         """Return the best value of each training, as the model itself judges it.
