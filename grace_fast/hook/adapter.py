@@ -130,7 +130,9 @@ class Adapter:
                 "attach to a linear layer"
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
-        if compile.is_in_progress() or (is_in_torch_dispatch_mode() and calls.is_recorded()):
+        if (torch.compiler.is_compiling() and compile.is_in_progress()) or (
+            is_in_torch_dispatch_mode() and calls.is_recorded()
+        ):
             return self.graphs.adapted(hidden, output)
         if torch._C._is_tracing() and not self._modes.disabled:
             raise RuntimeError(

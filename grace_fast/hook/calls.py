@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.utils._python_dispatch import (
@@ -222,7 +223,9 @@ def _announcing_prompts(generate: Method, listeners: _Listeners) -> Method:
 def _announcing(forward: Method, listeners: _Listeners) -> Method:
     def otherwise(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
-        if compile.is_in_progress() or (is_in_torch_dispatch_mode() and is_recorded()):
+        if (torch.compiler.is_compiling() and compile.is_in_progress()) or (
+            is_in_torch_dispatch_mode() and is_recorded()
+        ):
             return _traced(forward, args, kwargs, arguments, listeners)
         if not compile.sees_hooks and "torch._dynamo" in sys.modules:
             compile.see_hooks()
