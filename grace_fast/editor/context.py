@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -221,13 +221,9 @@ class EditContext:
             frozen(self.model),
             adapter.asking_at(where, length),
             adapter.observing(to_layer and self._may_be_left) as seen,
+            suppress(LayerSeen),
         ):
-            try:
-                self.call(asked)
-            except LayerSeen:
-                pass
-            except IndexError as error:
-                raise ValueError(batches.out_of_range(asked, self.host.model, error)) from error
+            self.call(asked)
         if len(seen) != 1:
             raise ValueError(
                 f"{self.settings.layer} must run once in a forward call to be edited, "
@@ -243,12 +239,18 @@ class EditContext:
         return not (self.host.is_wrapper or is_shared or offloads)
 
     def call(self, batch: Batch) -> Any:
-        """Run the model on a batch, uncompiled, without a cache of keys and values."""
+        """Run the model on a batch, uncompiled, without a cache of keys and values.
+
+        Raises: ValueError for tokens that the model lacks.
+        """
         reads = self.host.called if self.host.is_wrapper else self.host.model
         forward = getattr(reads.forward, "__func__", reads.forward)
         if forward is not self._asked_of:
             self._takes_cache = "use_cache" in inspect.signature(reads.forward).parameters
             self._asked_of = forward
         cacheless = {"use_cache": False} if self._takes_cache else {}
-        with compile.stood_aside():
-            return self.host.called(**{**cacheless, **batch})
+        try:
+            with compile.stood_aside():
+                return self.host.called(**{**cacheless, **batch})
+        except IndexError as error:
+            raise ValueError(batches.out_of_range(batch, self.host.model, error)) from error
