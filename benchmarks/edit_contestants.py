@@ -165,8 +165,6 @@ def one_by_one(grace: gf.Grace, items: Sequence[Item]) -> list[Any]:
 
 def many(grace: gf.Grace, items: Sequence[Item], size: int) -> list[Any]:
     """Edit items so many at once; return the reports."""
-    if not hasattr(grace, "edit_many"):
-        return one_by_one(grace, items)
     return list(grace.edit_many(items, batch_size=size, progress=False))
 
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.edit_models import Item, Studied, together
+from benchmarks.edit_models import Item, Studied
 from benchmarks.edit_suffix import Suffix
+from grace_fast.editor import batches
 from grace_fast.editor.training import frozen
 
 Clock = Callable[[], float]  # in seconds
@@ -58,7 +59,7 @@ class Floor:
         self._sizes, self._products, self._suffix = [0], [(0.0, 0.0)], [(0.0, 0.0)]
         with frozen(studied.model):
             for size in sizes:
-                suffix = Suffix(studied, together(items[:size], studied.pad_token))
+                suffix = Suffix(studied, batches.together(items[:size], studied.pad_token))
                 bare, start = products(suffix, calls, clock), suffix.start()
                 forward = median_us(lambda suffix=suffix, v=start: suffix.forward(v), calls, clock)
                 step = median_us(lambda suffix=suffix, v=start: suffix.step(v), calls, clock)

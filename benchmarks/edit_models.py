@@ -222,16 +222,3 @@ def _continued(prompt: list[int], target: list[int]) -> Item:
 def _item(ids: list[int], labels: Tensor) -> Item:
     tokens = torch.tensor([ids])
     return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": labels}
-
-
-def together(items: Sequence[Item], pad_token: int) -> Item:
-    """Return items of one row each as one batch, padded on the right; a class stays as it is."""
-    filler = {"input_ids": pad_token, "attention_mask": 0, "labels": -100}
-    return {
-        name: torch.cat([item[name] for item in items])
-        if items[0][name].ndim == 1
-        else torch.nn.utils.rnn.pad_sequence(
-            [item[name][0] for item in items], batch_first=True, padding_value=filler[name]
-        )
-        for name in items[0]
-    }

@@ -7,14 +7,14 @@ labels at once are compared as numbers: .1 and .9 are different answers. A span 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grace_fast.semantics import IGNORED_LABEL, label_ids, score_label
+from grace_fast.semantics import IGNORED_LABEL, Semantics, label_ids, score_label
 
 # `decoder`: labels beside the prompt's own tokens, predicted one token ahead; `seq2seq`: labels of
 # a second sequence; `classifier`: predicted in place.
@@ -180,6 +180,16 @@ def label_of(targets: Tensor, head: Head, padding: int | None, whole: bool) -> T
     if whole or head == "span":
         return targets.detach().reshape(-1).to("cpu", torch.int64)
     return label_ids(targets, padding)
+
+
+def labels_of(
+    targets: Iterable[Tensor], head: Head, kind: Kind, model: nn.Module, semantics: Semantics
+) -> list[Tensor]:
+    """Return the labels of rows as they are stored, each [L] int64; targets: what each wants."""
+    padding = None
+    if kind != "classifier":
+        padding = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return [label_of(row, head, padding, semantics != "paper") for row in targets]
 
 
 def prediction_of(answer: Any, head: Head) -> Tensor | None:

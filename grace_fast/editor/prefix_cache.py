@@ -159,7 +159,7 @@ class PrefixCache:
         self._beside = _beside(self._path)
         self._stand_ins: list[_StandIn] = []
         self._rows: list[int] | None = None  # of a batch
-        self.restart()
+        self._restart()
         own = (vars(module).get("forward") for module in (*self._beside, layer))
         self._is_fit = bool(self._path) and not (
             any(each is not None and not isinstance(each, _StandIn) for each in own)
@@ -170,10 +170,10 @@ class PrefixCache:
     def go_on_with(self, rows: Sequence[int]) -> None:
         """Forget what was returned where what follows is of other rows of a batch than before."""
         if self._rows != list(rows):
-            self.restart()
+            self._restart()
             self._rows = list(rows)
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         """Forget what was returned: what follows is given other tokens."""
         self._rows = None
         self._kept: dict[nn.Module, _Run] | None = None
@@ -225,7 +225,7 @@ class PrefixCache:
                 if not stand_in.wanted and own.get("forward") is stand_in:
                     del own["forward"]
         self._stand_ins = []
-        self.restart()
+        self._restart()
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -28,6 +28,7 @@ from grace_fast.editor.trial import Rows, StandsAlone
 from grace_fast.edits import plans
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.plans import Plan, Proposal, Training
+from grace_fast.hook.modes import Observation
 from grace_fast.lookup.sharded import ShardedCodebook
 
 Text = tuple[str, str]  # prompt and target
@@ -54,10 +55,7 @@ def edit(context: EditContext, batch: Batch, text: Text | None = None) -> list[E
         prefix.go_on_with(range(len(batches.prompts_of(batch))))
         with prefix.step():
             seen = context.observe(batch, in_training=True)
-        checks.check_tokens(context, batch, seen)
-        queries = seen.queries.to(context.book_for(seen).dtype)
-        checks.check_query(context, queries, seen)
-        book = context.own_book(seen)
+        queries, book = asked(context, batch, seen)
         rows = Rows(batch, head, queries, seen.positions, seen.output.dtype)
         targets = heads.targets_of(batch, head, len(queries))
         proposal = propose(context, rows, targets, seen.outputs, seen.hidden)
@@ -74,6 +72,17 @@ def check(context: EditContext, batch: Batch) -> Head:
     batches.check(batch, kind, head, heads.classes_of(host.model, kind))
     checks.refuse_unknown_labels(host, batch, head)
     return head
+
+
+def asked(context: EditContext, batch: Batch, seen: Observation) -> tuple[Tensor, Codebook]:
+    """Return what a batch asks, [B, D] as it is kept, and the codebook that is asked.
+
+    Raises: ValueError for what no codebook may hold, or a layer that does not see the tokens.
+    """
+    checks.check_tokens(context, batch, seen)
+    queries = seen.queries.to(context.book_for(seen).dtype)
+    checks.check_query(context, queries, seen)
+    return queries, context.own_book(seen)
 
 
 class Contradicted(Exception):
@@ -143,9 +152,7 @@ class Session:
 
         Where memory ends it is done with half of them, and then with the others.
         """
-        if len(trainings) < 2:
-            return [self._together([one])[0] for one in trainings]
-        if self.context.rows_are_apart:
+        if len(trainings) > 1 and self.context.rows_are_apart:
             try:
                 return self._together(trainings)
             except StandsAlone:
@@ -204,15 +211,13 @@ def propose(
     [B, T, D], what it is given.
     """
     settings, queries = context.settings, rows.queries
-    padding = getattr(getattr(context.host.model, "config", None), "pad_token_id", None)
-    padding = None if context.kind == "classifier" else padding
-    is_own = settings.semantics == "paper"
-    labels = [heads.label_of(row, rows.head, padding, not is_own) for row in targets]
+    model, semantics = context.host.model, settings.semantics
+    labels = heads.labels_of(targets, rows.head, context.kind, model, semantics)
     first_id = context.history.next_id
     fresh = [
         output.to(queries.dtype)
         if settings.value_init == "warm"
-        else _cold_value(is_own, output, first_id + at, queries.dtype)
+        else _cold_value(semantics == "paper", output, first_id + at, queries.dtype)
         for at, output in enumerate(outputs)
     ]
     if settings.query != "every_token":

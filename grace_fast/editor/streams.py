@@ -21,7 +21,7 @@ from torch import Tensor
 from grace_fast.codebook import scalars
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.modes import lasting
-from grace_fast.editor import batches, checks, heads, memory, prompts, session
+from grace_fast.editor import batches, heads, memory, prompts, session
 from grace_fast.editor.batches import Batch
 from grace_fast.editor.context import EditContext
 from grace_fast.editor.heads import Head
@@ -155,12 +155,9 @@ class _Stream:
         if count != 1:
             raise ValueError(f"an edit of a stream is one prompt, got a batch of {count}")
         head = session.check(context, batch)
-        is_known = self._context.tokens_are_checked  # and that the layer runs once
+        is_known = context.tokens_are_checked  # and that the layer runs once
         seen = context.observe(batch, in_training=True, to_layer=is_known)
-        checks.check_tokens(context, batch, seen)
-        query = seen.queries.to(context.book_for(seen).dtype)
-        checks.check_query(context, query, seen)
-        context.own_book(seen)
+        query, _ = session.asked(context, batch, seen)
         keeps = context.settings.store_text and not isinstance(given, Mapping)
         text = prompts.as_text(given, target) if keeps else None
         kept = slice(None) if context.settings.query == "every_token" else slice(0)
@@ -203,11 +200,7 @@ class _Stream:
                 self._raise_if_of_all(error)
                 if len(rest) > 1:  # whose it is shows where each is alone
                     return self._published(book, taken[: max(1, len(taken) // 2)])
-                one = taken[rest[0]]
-                if isinstance(error, IndexError):  # from beyond the layer, which was not asked yet
-                    why = batches.out_of_range(one.batch, self._context.host.model, error)
-                    error = ValueError(why)
-                refused[rest[0]] = Refused(one.at, error)
+                refused[rest[0]] = Refused(taken[rest[0]].at, error)
                 continue
             reports = list[Report]()
             for at in range(len(taken)):

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from grace_fast.codebook import forks
 from grace_fast.editor import optimisers
-from grace_fast.editor.optimisers import Adam as Adam
 from grace_fast.edits.settings import Schedule
 
 # Why there is nothing to learn: no change of the value changes the loss, or there is no number.

@@ -115,8 +115,12 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):  # numbers of numpy and torch could not be saved
             object.__setattr__(self, field.name, scalars.plain(getattr(self, field.name)))
-        choices = {"replacement": Replacement, "value_init": ValueInit, "query": Query}
-        choices["optimiser"] = Optimiser
+        choices = {
+            "replacement": Replacement,
+            "value_init": ValueInit,
+            "query": Query,
+            "optimiser": Optimiser,
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in get_args(allowed):
                 given = getattr(self, name)
@@ -143,7 +147,6 @@ class Settings:
             raise ValueError(f"learning_rate must be a number > 0, got {self.learning_rate!r}")
         if self.stop_loss is not None and math.isnan(self.stop_loss):
             raise ValueError(f"stop_loss must be a number, got {self.stop_loss!r}")
-
         if self.margin is not None and not (math.isfinite(self.margin) and self.margin >= 0):
             raise ValueError(f"margin must be a number >= 0, or None, got {self.margin!r}")
         if self.semantics != "paper" and (self.optimiser != "adam" or self.margin is not None):

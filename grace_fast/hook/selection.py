@@ -24,7 +24,7 @@ class Unchosen(Enum):
 
 
 in_use: ContextVar[Names | Unchosen] = ContextVar(
-    "grace_fast_codebooksin_use", default=Unchosen.HERE
+    "grace_fast_codebooks_in_use", default=Unchosen.HERE
 )
 _blocks: dict[object, tuple[int, Names]] = {}  # the `with` blocks in progress: whose, and of what
 

@@ -13,7 +13,8 @@ from models import FAMILIES
 from torch import nn
 
 import grace_fast as gf
-from grace_fast.editor.training import Adam, Schedule, train
+from grace_fast.editor.optimisers import Adam
+from grace_fast.editor.training import Schedule, train
 
 BOTH = {"kept best": True, "kept last": False}
 

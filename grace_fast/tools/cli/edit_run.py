@@ -19,6 +19,7 @@ from grace_fast.editor import batches, memory, signatures
 from grace_fast.editor.signatures import Signature
 from grace_fast.edits.edit import Edit
 from grace_fast.edits.verify import Verification
+from grace_fast.semantics import Semantics
 from grace_fast.store.saved import read_newest
 from grace_fast.tools.cli.command import FAILED, INTERRUPTED, typer
 from grace_fast.tools.cli.looking import edit_table
@@ -89,7 +90,7 @@ class Run:
         self.refused.append(item.wrong)
         say(f"error: {item.wrong}", err=True)
 
-    def sign(self, grace: gf.Grace, semantics: str) -> None:
+    def sign(self, grace: gf.Grace, semantics: Semantics) -> None:
         """Find out what each edit will be known by; refuse those that have no tokens or no target.
 
         grace: on the model, for its tokenizer; semantics: by which edits are decided.
