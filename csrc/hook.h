@@ -50,7 +50,6 @@ struct Names {
   GRACE_FAST_NAME(_book);
   GRACE_FAST_NAME(_current_level);
   GRACE_FAST_NAME(_is_compiling_flag);
-  GRACE_FAST_NAME(_is_in_torch_dispatch_mode);
   GRACE_FAST_NAME(_made);
   GRACE_FAST_NAME(_modes);
   GRACE_FAST_NAME(_with_keys);
@@ -116,19 +115,20 @@ struct Counts {
 // Whether torch makes a graph of what runs, or hands it to a mode first. A call of torch's that was
 // made just before, by a module's own call, costs a tenth of one whose code is in no cache.
 struct Torch {
-  py::dict compiler, dispatch;  // the attributes of torch.compiler, and of what keeps the modes
-  py::object tracing;           // () to the state of a trace, or None
-  py::object transform;         // () to functorch's interpreter, or None
-  py::object forward_ad;        // the module
+  py::dict compiler;      // the attributes of torch.compiler
+  py::object modes;       // () to how many dispatch modes this thread is in
+  py::object tracing;     // () to the state of a trace, or None
+  py::object transform;   // () to functorch's interpreter, or None
+  py::object forward_ad;  // the module
 
   explicit Torch(const py::dict& of)
       : compiler(of["compiler"]),
-        dispatch(of["dispatch"]),
+        modes(of["modes"]),
         tracing(of["tracing"]),
         transform(of["transform"]),
         forward_ad(of["forward_ad"]) {}
   bool is_recorded() const {
-    return item(dispatch.ptr(), names()._is_in_torch_dispatch_mode) != Py_False ||
+    return PyLong_AsLong(called(modes).ptr()) != 0 ||
            item(compiler.ptr(), names()._is_compiling_flag) != Py_False;
   }
   bool runs_plainly() const {

@@ -27,7 +27,6 @@ from typing import Any, Literal, NamedTuple, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grace_fast.codebook import forks
 from grace_fast.hook import calls
@@ -367,7 +366,7 @@ def _is_used_by_others(module: nn.Module, hooks_at: Sequence[str] = _HOOKS) -> b
 def _is_in_mode() -> bool:
     """Tell whether operations are looked on, changed or recorded by a mode of torch."""
     return (
-        is_in_torch_dispatch_mode()
+        calls.modes_here() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode, _push_mode
 
 from grace_fast.editor.program import Made, Operation, Program, Ref, references
 
@@ -63,7 +63,11 @@ class _Leaving(TorchFunctionMode):
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What this thread computes of an input from `start` to `stop`."""
+    """What this thread computes of an input from `start` to `stop`.
+
+    It is put on torch's stack without `__enter__`, which notes in a flag of the process what was
+    set before: where two threads record at once, that flag would stay set.
+    """
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,13 +85,13 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not self._is_on:
             self._is_on = True
             self._leaving.__enter__()  # type: ignore[no-untyped-call]
-            self.__enter__()  # type: ignore[no-untyped-call]
+            _push_mode(self)
 
     def stop(self) -> None:
         """Record no more."""
         if self._is_on:
             self._is_on = False
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            _pop_mode()  # type: ignore[no-untyped-call]
             self._leaving.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def read(self, value: Any) -> None:

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
@@ -131,7 +130,7 @@ class Adapter:
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
         if (torch.compiler.is_compiling() and compile.is_in_progress()) or (
-            is_in_torch_dispatch_mode() and calls.is_recorded()
+            calls.modes_here() > 0 and calls.is_recorded()
         ):
             return self.graphs.adapted(hidden, output)
         if torch._C._is_tracing() and not self._modes.disabled:

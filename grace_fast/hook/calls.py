@@ -20,10 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode_stack,
-    is_in_torch_dispatch_mode,
-)
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.hooks import RemovableHandle
 
 from grace_fast.hook import compile, generation, plain, positions, wrappers
@@ -74,6 +71,11 @@ class _InProgress(threading.local):
 in_progress = _InProgress()
 
 
+# In how many dispatch modes of torch's this thread is. `is_in_torch_dispatch_mode` goes by a flag
+# of the process, which two threads whose modes overlap leave set for good.
+modes_here = torch._C._len_torch_dispatch_stack
+
+
 def is_recorded() -> bool:
     """Tell whether what runs is being made into a graph, by a compiler or op by op.
 
@@ -81,7 +83,7 @@ def is_recorded() -> bool:
     """
     if compile.is_in_progress():
         return True
-    if not is_in_torch_dispatch_mode():
+    if not modes_here():
         return False
     return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
@@ -224,7 +226,7 @@ def _announcing(forward: Method, listeners: _Listeners) -> Method:
     def otherwise(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
         if (torch.compiler.is_compiling() and compile.is_in_progress()) or (
-            is_in_torch_dispatch_mode() and is_recorded()
+            modes_here() > 0 and is_recorded()
         ):
             return _traced(forward, args, kwargs, arguments, listeners)
         if not compile.sees_hooks and "torch._dynamo" in sys.modules:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.utils import _python_dispatch
 
 from grace_fast import _native
 from grace_fast.hook import compile, selection
@@ -26,7 +25,7 @@ from grace_fast.lookup.prepared import Prepared
 
 _C: Any = torch._C
 _TORCH = {
-    "dispatch": vars(_python_dispatch),
+    "modes": _C._len_torch_dispatch_stack,  # of this thread; torch's own flag is of the process
     "compiler": vars(torch.compiler),
     "tracing": _C._get_tracing_state,
     "transform": _C._functorch.peek_interpreter_stack,

@@ -273,6 +273,21 @@ def test_where_others_take_part_the_model_is_called(spoil):
     assert torch.equal(values, other)
 
 
+def test_recordings_that_overlap_in_two_threads_leave_torch_in_no_mode():
+    first, second = (Recording(torch.ones(1)) for _ in range(2))
+    first.start()
+    thread = threading.Thread(target=lambda: (second.start(), ended.wait(), second.stop()))
+    ended = threading.Event()
+    thread.start()
+    try:
+        first.stop()
+    finally:
+        ended.set()
+        thread.join()
+    assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode()
+    assert torch._C._len_torch_dispatch_stack() == 0
+
+
 def test_what_no_operation_shows_is_found_by_comparing():
     class Hidden(torch.autograd.Function):
         @staticmethod

@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 
 import grace_fast as gf
 from grace_fast import _native
@@ -466,9 +467,35 @@ def test_a_mode_of_another_thread_leaves_this_ones_calls_alone():
         thread = threading.Thread(target=watch)
         thread.start()
         inside.wait()
-        assert both(model, adaptor, ids)[1] == 1
-        done.set()
-        thread.join()
+        try:
+            assert both(model, adaptor, ids)[1] == 1
+        finally:
+            done.set()
+            thread.join()
+
+
+def test_a_mode_of_torchs_in_another_thread_leaves_this_ones_calls_alone():
+    """Torch's own flag is of the process; it may stay set where two threads were in modes."""
+    model, adaptor = made()
+    ids = torch.tensor([[12, 1]])
+    inside, done = threading.Event(), threading.Event()
+
+    def watch():
+        with TorchDispatchMode():
+            inside.set()
+            done.wait()
+
+    with torch.no_grad():
+        both(model, adaptor, ids)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        inside.wait()
+        try:
+            assert is_in_torch_dispatch_mode()
+            assert both(model, adaptor, ids)[1] == 1
+        finally:
+            done.set()
+            thread.join()
 
 
 @pytest.mark.parametrize("name", list(models.FAMILIES))
