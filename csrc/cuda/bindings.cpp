@@ -207,5 +207,10 @@ PYBIND11_MODULE(GRACE_FAST_MODULE, module) {
     on_host::announced().push_back({pointer<const char>(at), pointer<const char>(at) + bytes});
   });
   module.def("forget", [] { on_host::announced().clear(); });
+  module.def("loads", [] {
+    py::list of_block;
+    for (const long loads : on_host::loads()) of_block.append(loads);
+    return of_block;
+  });
 #endif
 }

@@ -84,9 +84,10 @@ struct BestTwo {
   uint64_t first, second;
 };
 
-// Memory of one stream's look-ups, zero before the first; every launch leaves the tickets at zero.
+// Memory of one stream's look-ups. Every launch leaves the tickets at zero; whatever else it reads
+// it has written before.
 struct Workspace {
-  uint32_t* tickets;  // [2 * kMostQueries]
+  uint32_t* tickets;  // [2 * kMostQueries], zero before the first launch
   float* sums;        // [kMostQueries, 64]
   float* squares;     // [kMostQueries, 2]: |x|^2, and 0 or what is not finite
   Encoded* encoded;   // [kMostQueries]

@@ -107,6 +107,11 @@ class Announced {  // as long as this lives, where anything is
  private:
   const bool is_first_;
 };
+// Loads of 16 bytes by each block of the last launch.
+inline std::vector<long>& loads() {
+  static std::vector<long> of_block;
+  return of_block;
+}
 inline void check(const void* from, size_t bytes) {
   const char* at = static_cast<const char*>(from);
   if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a load that is not aligned");
@@ -190,6 +195,7 @@ inline void launch(int blocks, int groups, int threads, size_t shared, uint64_t 
   machine() = &local;
   std::mt19937_64 random(seed);
   std::vector<Block> all(static_cast<size_t>(blocks * groups));
+  loads().assign(all.size(), 0);
   for (int i = 0; i < blocks * groups; ++i) {
     all[i].index = i % blocks;
     all[i].group = i / blocks;
@@ -295,9 +301,13 @@ inline void wait_for_the_kernel_before() {}
 
 inline uint4 load16(const void* from) {
   on_host::check(from, 16);
+  ++on_host::loads()[group_index() * block_count() + block_index()];
   return *static_cast<const uint4*>(from);
 }
 inline uint4 stream16(const void* from) { return load16(from); }
+inline void prefetch(const void* from, int bytes) {
+  for (int at = 0; at < bytes; at += 16) on_host::check(static_cast<const char*>(from) + at, 16);
+}
 inline uint64_t load_fresh(const uint64_t* from) { return *from; }
 inline uint32_t load_fresh(const uint32_t* from) { return *from; }
 

@@ -232,6 +232,78 @@ def test_a_certified_miss_reads_no_key(module, monkeypatch):
     assert not table.find(queries)[0].any()
 
 
+def assert_shared(module, blocks):
+    """Every block has loaded about as much as the others."""
+    loads = module.loads()
+    assert len(loads) == blocks
+    assert max(loads) < 1.5 * sum(loads) / blocks, loads
+
+
+def test_a_query_too_large_to_project_is_read_by_all_blocks(module):
+    data = Data(11)
+    table = table_of(
+        module, book_of(data.normal(400, 64), torch.full((400,), 0.2)), Shape(4, 64), certified=True
+    )
+    queries = data.normal(32, 64)
+    table.find(queries)
+    codes = sum(module.loads())
+    queries[9] = 1e30
+    assert_decides_as_the_law(table, queries)
+    assert sum(module.loads()) >= codes + 400 * 64 * 4 / 16 * 0.9
+    assert_shared(module, 4)
+
+
+def test_a_query_too_large_to_project_hits_where_a_ball_holds_it(module):
+    keys = Data(12).normal(300, 20)
+    book = book_of(keys, torch.full((300,), 0.2))
+    settled_view(book)
+    with book.writing() as draft:
+        for row in range(300):
+            draft.set_radius(row, 1e17)
+    queries = torch.full((3, 20), 3e15)  # in float32 as far from one key as from another
+    queries[1] *= -1
+    queries[2] = 1e17
+    table = table_of(module, book, Shape(4, 64), certified=True)
+    assert table.find(queries)[0].tolist() == [True, True, False]
+    assert_decides_as_the_law(table, queries)
+
+
+def test_a_query_that_is_not_finite_reads_nothing(module):
+    data = Data(13)
+    keys, radii = data.clusters(400, 64)
+    table = table_of(module, book_of(keys, radii), Shape(4, 64), certified=True)
+    queries = keys[:32].clone()
+    queries[:, 5] = torch.nan
+    queries[16:, 5] = torch.inf
+    assert not table.find(queries)[0].any()
+    assert module.loads() == [0, 0, 0, 0]
+
+
+def test_near_ties_are_looked_at_again_by_the_blocks_that_have_them(module):
+    """Equal keys fill every block's share; the lowest row decides."""
+    data = Data(14)
+    keys = data.normal(1, 64).repeat(800, 1)
+    keys[:80] += 3
+    table = table_of(module, book_of(keys, torch.full((800,), 0.5)), Shape(4, 64), certified=True)
+    queries = keys[[700, 3]] + 1e-3
+    assert table.find(queries[:1])[1].tolist() == [80]
+    assert_shared(module, 4)
+    assert_decides_as_the_law(table, queries)
+
+
+def test_nothing_of_a_workspace_but_its_tickets_has_to_be_zero(module):
+    data = Data(15)
+    keys, radii = data.clusters(300, 48)
+    for certified in (False, True):
+        table = table_of(module, book_of(keys, radii), Shape(4, 64), certified)
+        workspace = cuda._workspace(module, table.device, 0, 48, 4)
+        for batch in (1, 5, 32):
+            workspace[256:] = 255  # NaNs, and states that there are not
+            queries = data.queries(keys, radii, batch)
+            queries[0, 0] = torch.nan
+            assert_decides_as_the_law(table, queries)
+
+
 def test_the_number_of_rows_is_read_on_the_device(module):
     data = Data(8)
     keys, radii = data.clusters(100, 24)
