@@ -86,17 +86,49 @@ class Dense : Place {
   GRACE_FAST_DEVICE void stage_queries() {
     if (thread_index() < kQueries) shared()->not_finite[thread_index()] = 0;
     sync_block();
-    for (int b = 0; b < kQueries; ++b) {
-      const int64_t start = (first() + b) * call_.query_stride;
-      for (int j = thread_index(); j < stride_; j += thread_count()) {
-        float x = 0;
-        if (b < batch() && j < call_.width)
-          x = element(call_.queries, call_.query_dtype, start + j);
-        if (!(x * 0.0f == 0.0f)) shared()->not_finite[b] = 1;
-        staged()[b * stride_ + j] = x;
+    with_element(call_.query_dtype,
+                 [this](auto element) { stage(QueryRows<decltype(element)>(call_)); });
+    sync_block();
+  }
+
+  // Four loads at least are in flight before the first is used. Beyond the batch stands its first
+  // query again.
+  template <typename Query>
+  GRACE_FAST_DEVICE void stage(const QueryRows<Query>& rows) {
+    constexpr int kSteps = kQueries < 4 ? 4 / kQueries : 1;
+    const int step = thread_count() * 8, queries = batch();
+    float odd[kQueries] = {};  // NaN once an element is not finite
+#pragma unroll 1
+    for (int start = thread_index() * 8; start < stride_; start += kSteps * step) {
+      typename QueryRows<Query>::Eight eight[kSteps][kQueries];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+        for (int b = 0; b < kQueries; ++b) {
+          eight[i][b] = rows.at(first() + (b < queries ? b : 0), start + i * step);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (start + i * step >= stride_) break;
+#pragma unroll
+        for (int b = 0; b < kQueries; ++b) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float x[4];
+            rows.widened(eight[i][b], half, x);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) odd[b] = multiply_add(x[e], 0.0f, odd[b]);
+            float* to = staged() + b * stride_ + start + i * step + 4 * half;
+            *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
+          }
+        }
       }
     }
-    sync_block();
+#pragma unroll
+    for (int b = 0; b < kQueries; ++b) {
+      if (!(odd[b] == 0)) shared()->not_finite[b] = 1;
+    }
   }
 
   // Tile i goes to block i modulo the blocks; in a block, to one warp after the other.

@@ -42,12 +42,18 @@ GRACE_FAST_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
-// Blocks: what one wrote before a barrier, its thread that then fences and takes a ticket
-// publishes; the block that takes the last ticket fences, and may read it.
-GRACE_FAST_DEVICE void fence() { __threadfence(); }
-// Count up to `last`, then start again at zero; returns the count before.
+// Count up to `last`, then start again at zero; returns the count before. One thread of a block,
+// after a barrier, publishes all that the block has written: a release covers what was made visible
+// to the thread that releases (it is cumulative), and a barrier has made the block's writes so. The
+// block that takes the last ticket has acquired what all others released, and a barrier hands that
+// on to its threads.
 GRACE_FAST_DEVICE unsigned take_ticket(unsigned* ticket, unsigned last) {
-  return atomicInc(ticket, last);
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(ticket), "r"(last)
+               : "memory");
+  return before;
 }
 GRACE_FAST_DEVICE int add_to(int* shared_count, int more) { return atomicAdd(shared_count, more); }
 

@@ -112,9 +112,7 @@ class Encode {
     sync_block();
     if (thread_index() == 0) {
       uint32_t* ticket = call_.workspace.tickets + kMostQueries + query_;
-      fence();
       shared()->last = take_ticket(ticket, kEncodeBlocks - 1) == kEncodeBlocks - 1;
-      fence();
     }
     sync_block();
     return shared()->last != 0;

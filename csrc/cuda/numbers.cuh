@@ -50,6 +50,77 @@ GRACE_FAST_DEVICE float element(const void* from, Dtype dtype, int64_t index) {
   return dtype == Dtype::bfloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
 }
 
+// Do work(element) with an element of a dtype's C++ type: one branch, before all loops.
+template <typename Work>
+GRACE_FAST_DEVICE void with_element(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::bfloat16) {
+    work(BFloat16{});
+  } else if (dtype == Dtype::float16) {
+    work(Float16{});
+  } else {
+    work(0.0f);
+  }
+}
+
+// Rows of queries of one C++ type, read eight elements at a time: `at` only loads, so that several
+// loads can be in flight; `widened` waits for one.
+template <typename Query>
+class QueryRows {
+ public:
+  struct Eight {
+    uint4 raw[8 / kOf16Bytes<Query>];
+  };
+
+  GRACE_FAST_DEVICE explicit QueryRows(const Call& call)
+      : rows_(static_cast<const Query*>(call.queries)),
+        stride_(call.query_stride),
+        width_(call.width),
+        in_16_bytes_((reinterpret_cast<uintptr_t>(call.queries) | stride_ * sizeof(Query) |
+                      width_ * sizeof(Query)) %
+                         16 ==
+                     0) {}
+
+  // Elements j .. j + 7 of a query, j a multiple of 8; zeros beyond the width.
+  GRACE_FAST_DEVICE Eight at(int query, int j) const {
+    constexpr int kElements = kOf16Bytes<Query>;
+    const Query* row = rows_ + query * stride_;
+    Eight eight = {};
+#pragma unroll
+    for (int i = 0; i < 8; i += kElements) {
+      if (in_16_bytes_) {
+        if (j + i < width_) eight.raw[i / kElements] = load16(row + j + i);
+      } else {
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          if (j + i + e < width_) words[e * 4 / kElements] |= bits_at(row + j + i + e, e);
+        }
+        eight.raw[i / kElements] = {words[0], words[1], words[2], words[3]};
+      }
+    }
+    return eight;
+  }
+
+  // Half 0 or 1 of eight elements in float32.
+  GRACE_FAST_DEVICE static void widened(const Eight& eight, int half, float (&wide)[4]) {
+    constexpr bool kTwo = sizeof(Query) == 4;
+    widen_four(eight.raw[kTwo ? half : 0], kTwo ? 0 : half, static_cast<Query*>(nullptr), wide);
+  }
+
+ private:
+  // An element's bits, where they lie in a word of 32.
+  GRACE_FAST_DEVICE static uint32_t bits_at(const float* from, int) { return bits_of(*from); }
+  template <typename Half>
+  GRACE_FAST_DEVICE static uint32_t bits_at(const Half* from, int element) {
+    return static_cast<uint32_t>(from->bits) << 16 * (element % 2);
+  }
+
+  const Query* rows_;
+  const int64_t stride_;
+  const int width_;
+  const bool in_16_bytes_;
+};
+
 template <typename T>
 GRACE_FAST_DEVICE T sum_of_warp(T value) {
 #pragma unroll

@@ -39,9 +39,7 @@ GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
   sync_block();
   if (thread_index() == 0) {
     const auto last = static_cast<uint32_t>(block_count() - 1);
-    fence();
     shared->last = take_ticket(ticket, last) == last;
-    fence();
   }
   sync_block();
   return shared->last != 0;

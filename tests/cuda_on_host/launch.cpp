@@ -67,6 +67,10 @@ int describe_device(int, Device* device) {
 const char* error_text(int) { return "none"; }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, void*) {
+  const int size = call.query_dtype == Dtype::float32 ? 4 : 2;
+  const auto* queries = static_cast<const char*>(call.queries);
+  const int64_t elements = (call.batch - 1) * call.query_stride + call.width;
+  const on_host::Announced for_this_launch({queries, queries + elements * size});
   return with_writing(call, [&](const Call& each) {
     return with_key(each.key_dtype, [&](auto key) {
       return indexed ? launch_indexed_of<decltype(key)>(each, blocks)

@@ -94,6 +94,19 @@ inline std::vector<Range>& announced() {
   static std::vector<Range> ranges;
   return ranges;
 }
+class Announced {  // as long as this lives, where anything is
+ public:
+  explicit Announced(const Range& range) : is_first_(announced().empty()) {
+    if (!is_first_) announced().push_back(range);
+  }
+  ~Announced() {
+    if (!is_first_) announced().pop_back();
+  }
+  Announced(const Announced&) = delete;
+
+ private:
+  const bool is_first_;
+};
 inline void check(const void* from, size_t bytes) {
   const char* at = static_cast<const char*>(from);
   if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a load that is not aligned");
@@ -267,7 +280,6 @@ T shuffle_xor(T value, int mask) {
   return taken<T>(on_host::exchange(on_host::kShuffleXor, given(value)), lane ^ mask);
 }
 
-inline void fence() {}
 inline unsigned take_ticket(unsigned* ticket, unsigned last) {
   const unsigned before = *ticket;
   *ticket = before >= last ? 0 : before + 1;

@@ -70,6 +70,16 @@ def test_what_is_counted_in_shared_memory_is_known_to_be_there(built):
         assert not any(op.startswith("ATOM.E.ADD") for op in count), name
 
 
+def test_a_ticket_is_one_atomic_with_one_fence(built):
+    """A release before it, an acquire after it; none waits for all of the device's order."""
+    for kind in ("dense_kernel", "indexed_kernel", "encode_kernel"):
+        for name, count in of_kind(built("90a")[1], kind):
+            fences = {op: n for op, n in count.items() if op.startswith("MEMBAR")}
+            assert fences == {"MEMBAR.ALL.GPU": 1}, name
+            assert count["ATOMG.E.INC.STRONG.GPU"] == 1, name
+            assert count["CCTL.IVALL"] == 1, name
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_canonical_sum_is_not_contracted(built, architecture):
     """Sums by DADD, products by DMUL: 8 of the one stand unrolled beside the other."""
