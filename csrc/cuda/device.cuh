@@ -74,6 +74,20 @@ GRACE_FAST_DEVICE uint4 load16(const void* from) { return __ldg(static_cast<cons
 GRACE_FAST_DEVICE uint4 stream16(const void* from) {
   return __ldcs(static_cast<const uint4*>(from));
 }
+// Copies of 16 bytes to shared memory, or zeros where nothing is there, that go on while the thread
+// does something else. They are ended in groups; the thread that made them reads what they brought
+// after it has waited until at most `left` of its groups are under way.
+GRACE_FAST_DEVICE void copy16_ahead(void* shared, const void* from, bool there) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+GRACE_FAST_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left>
+GRACE_FAST_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
 // What another block, or the kernel before, has written.
 GRACE_FAST_DEVICE uint64_t load_fresh(const uint64_t* from) {
   unsigned long long value;

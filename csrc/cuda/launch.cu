@@ -2,6 +2,8 @@
 //
 // A look-up by the index is two nodes, `encode` and `indexed`; from sm_90 on the second is
 // started while the first still runs, and waits where it first needs it.
+#include <algorithm>
+
 #include "dense.cuh"
 #include "indexed.cuh"
 #include "launch.h"
@@ -39,32 +41,41 @@ int launch(Kernel kernel, const Call& call, dim3 blocks, int threads, int64_t sh
   return cudaLaunchKernelEx(&config, kernel, call);
 }
 
+// Fewer blocks than multiprocessors are asked for where there are few rows. Blocks are small then:
+// they find a place beside another kernel's.
+constexpr int kFewWarps = 4;
+constexpr int kManyWarps = kThreads / kWarp;
+constexpr int kEnoughWarps = kManyWarps / 2;  // else fewer queries at a time are faster
+constexpr int kLeastWarps = 2;
+
+// How many warps of a block have room for their rings.
 template <typename Key, int kQueries>
-int64_t dense_memory(const Call& call) {
-  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
-  return Dense<Key, kQueries>::kQueriesAt + staged;
+int64_t dense_warps(const Call& call, int blocks, const Device& device) {
+  const int64_t most = blocks < device.multiprocessors ? kFewWarps : kManyWarps;
+  const int64_t left = device.shared_memory - Dense<Key, kQueries>::ring_at(call.width);
+  return std::min(most, left / kRingBytes);
 }
 
 template <typename Key, int kQueries>
-int launch_dense_of(const Call& call, int blocks, void* stream) {
+int launch_dense_of(const Call& call, int blocks, const Device& device, void* stream) {
+  const int64_t warps = dense_warps<Key, kQueries>(call, blocks, device);
+  if (warps < kLeastWarps) return kTooWide;
   const dim3 grid(blocks, (call.batch + kQueries - 1) / kQueries);
-  return launch(dense_kernel<Key, kQueries>, call, grid, kThreads,
-                dense_memory<Key, kQueries>(call), stream);
+  return launch(dense_kernel<Key, kQueries>, call, grid, static_cast<int>(warps) * kWarp,
+                Dense<Key, kQueries>::ring_at(call.width) + warps * kRingBytes, stream);
 }
 
-// As many queries at a time as there are and as fit.
+// As many queries at a time as there are and as leave room for the warps.
 template <typename Key>
 int launch_dense_of(const Call& call, int blocks, const Device& device, void* stream) {
-  if (call.batch > 4 && dense_memory<Key, 8>(call) <= device.shared_memory) {
-    return launch_dense_of<Key, 8>(call, blocks, stream);
+  const int64_t enough = blocks < device.multiprocessors ? kFewWarps : kEnoughWarps;
+  if (call.batch > 4 && dense_warps<Key, 8>(call, blocks, device) >= enough) {
+    return launch_dense_of<Key, 8>(call, blocks, device, stream);
   }
-  if (call.batch > 1 && dense_memory<Key, 4>(call) <= device.shared_memory) {
-    return launch_dense_of<Key, 4>(call, blocks, stream);
+  if (call.batch > 1 && dense_warps<Key, 4>(call, blocks, device) >= enough) {
+    return launch_dense_of<Key, 4>(call, blocks, device, stream);
   }
-  if (dense_memory<Key, 1>(call) <= device.shared_memory) {
-    return launch_dense_of<Key, 1>(call, blocks, stream);
-  }
-  return kTooWide;
+  return launch_dense_of<Key, 1>(call, blocks, device, stream);
 }
 
 template <typename Key>

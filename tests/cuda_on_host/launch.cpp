@@ -27,9 +27,9 @@ int launch(void (*kernel)(Call), const Call& call, int blocks, int groups, int t
 
 template <typename Key, int kQueries>
 int launch_dense_of(const Call& call, int blocks) {
-  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
+  const int64_t rings = static_cast<int64_t>(order().threads / kWarp) * kRingBytes;
   return launch(dense_kernel<Key, kQueries>, call, blocks, (call.batch + kQueries - 1) / kQueries,
-                order().threads, Dense<Key, kQueries>::kQueriesAt + staged);
+                order().threads, Dense<Key, kQueries>::ring_at(call.width) + rings);
 }
 
 template <typename Key>

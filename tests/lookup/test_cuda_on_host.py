@@ -232,6 +232,24 @@ def test_a_certified_miss_reads_no_key(module, monkeypatch):
     assert not table.find(queries)[0].any()
 
 
+@pytest.mark.parametrize("rows", [9, 200])
+@pytest.mark.parametrize("width", [264, 1032, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_wider_than_what_a_warp_reads_at_a_time(module, dtype, width, rows):
+    """They go through the ring in several stages; few rows take fewer keys a stage than many."""
+    data = Data(width + rows)
+    keys, radii = data.clusters(rows, width)
+    book = book_of(keys, radii.abs(), dtype)
+    book.remove(int(book.ids[rows // 2]))
+    with book.writing() as draft:
+        draft.set_key(1, keys[0].to(dtype))  # a tie
+    for batch, threads in ((1, 64), (3, 32), (11, 64)):
+        queries = data.queries(keys, radii, batch).to(dtype)
+        queries[0] = keys[0]
+        table = table_of(module, book, Shape(2, threads, batch))
+        assert_decides_as_the_law(table, queries)
+
+
 def test_the_number_of_rows_is_read_on_the_device(module):
     data = Data(8)
     keys, radii = data.clusters(100, 24)
