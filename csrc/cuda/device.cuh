@@ -79,6 +79,11 @@ GRACE_FAST_DEVICE uint32_t load_fresh(const uint32_t* from) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
+// What another block is waiting for.
+GRACE_FAST_DEVICE void store_fresh(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+GRACE_FAST_DEVICE void wait_a_moment() { __nanosleep(100); }
 
 // Four bytes, or two int16, at a time.
 GRACE_FAST_DEVICE uint32_t abs_difference4(uint32_t a, uint32_t b) { return __vabsdiffu4(a, b); }

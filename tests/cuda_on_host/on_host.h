@@ -288,6 +288,11 @@ inline uint4 load16(const void* from) {
 inline uint4 stream16(const void* from) { return load16(from); }
 inline uint64_t load_fresh(const uint64_t* from) { return *from; }
 inline uint32_t load_fresh(const uint32_t* from) { return *from; }
+inline void store_fresh(uint32_t* to, uint32_t value) { *to = value; }
+inline void wait_a_moment() {
+  ++on_host::machine()->progress;  // who asks a number of times does not wait for ever
+  on_host::wait_a_turn();
+}
 
 template <typename Work>
 uint32_t each_byte(uint32_t a, uint32_t b, const Work& work) {
