@@ -42,6 +42,9 @@ GRACE_FAST_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
+// Publish what the block has written before it, with the next store or ticket of this thread; or
+// what was published before the last load or ticket of this thread may be read after it.
+GRACE_FAST_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 // Count up to `last`, then start again at zero; returns the count before. One thread of a block,
 // after a barrier, publishes all that the block has written: a release covers what was made visible
 // to the thread that releases (it is cumulative), and a barrier has made the block's writes so. The
@@ -99,6 +102,11 @@ GRACE_FAST_DEVICE uint32_t load_fresh(const uint32_t* from) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
+// What another block is waiting for.
+GRACE_FAST_DEVICE void store_fresh(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+GRACE_FAST_DEVICE void wait_a_moment() { __nanosleep(100); }
 
 // Four bytes, or two int16, at a time.
 GRACE_FAST_DEVICE uint32_t abs_difference4(uint32_t a, uint32_t b) { return __vabsdiffu4(a, b); }

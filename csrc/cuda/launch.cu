@@ -1,7 +1,8 @@
 // The kernels' instances and their launches.
 //
-// A look-up by the index is two nodes, `encode` and `indexed`; from sm_90 on the second is
-// started while the first still runs, and waits where it first needs it.
+// A look-up that reads every key is one node of a graph, whatever it writes. One by the index is
+// two nodes, `encode` and `indexed`; from sm_90 on the second is started while the first still
+// runs, and waits where it first needs it.
 #include <algorithm>
 
 #include "dense.cuh"
@@ -12,7 +13,6 @@ namespace grace_fast::device {
 namespace {
 
 constexpr int kThreads = kMostThreads;
-constexpr int kFewTokens = 8;  // which the deciding block writes itself
 constexpr int kUsualSharedMemory = 48 << 10;
 
 using Kernel = void (*)(Call);
@@ -87,18 +87,6 @@ int launch_indexed_of(const Call& call, int blocks, const Device& device, void* 
                 device.major >= 9);
 }
 
-// Launch a look-up, with the writing of values as a further node where there is much to write.
-template <typename Launch>
-int with_writing(const Call& call, void* stream, const Launch& look_up) {
-  if (!call.output || call.tokens <= kFewTokens) return look_up(call);
-  Call decision = call;
-  decision.output = nullptr;
-  if (const int error = look_up(decision)) return error;
-  const int warps = kThreads / kWarp;
-  const dim3 grid((call.tokens + warps - 1) / warps, call.batch);
-  return launch(write_kernel, call, grid, kThreads, 0, stream);
-}
-
 }  // namespace
 
 int device_count(int* count) {
@@ -133,12 +121,20 @@ const char* error_text(int error) {
 }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream) {
-  return with_writing(call, stream, [&](const Call& decision) {
-    return with_key(call.key_dtype, [&](auto key) {
-      return indexed ? launch_indexed_of<decltype(key)>(decision, blocks, device, stream)
-                     : launch_dense_of<decltype(key)>(decision, blocks, device, stream);
-    });
+  return with_key(call.key_dtype, [&](auto key) {
+    return indexed ? launch_indexed_of<decltype(key)>(call, blocks, device, stream)
+                   : launch_dense_of<decltype(key)>(call, blocks, device, stream);
   });
+}
+
+int capture_of(void* stream, uint64_t* capture) {
+  cudaStreamCaptureStatus status{};
+  unsigned long long number = 0;
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &number);
+  if (error != cudaSuccess) cudaGetLastError();
+  *capture = status == cudaStreamCaptureStatusActive ? number : 0;
+  return error;
 }
 
 }  // namespace grace_fast::device

@@ -292,6 +292,7 @@ T shuffle_xor(T value, int mask) {
   return taken<T>(on_host::exchange(on_host::kShuffleXor, given(value)), lane ^ mask);
 }
 
+inline void fence() {}
 inline unsigned take_ticket(unsigned* ticket, unsigned last) {
   const unsigned before = *ticket;
   *ticket = before >= last ? 0 : before + 1;
@@ -346,6 +347,11 @@ void wait_for_copies() {
 }
 inline uint64_t load_fresh(const uint64_t* from) { return *from; }
 inline uint32_t load_fresh(const uint32_t* from) { return *from; }
+inline void store_fresh(uint32_t* to, uint32_t value) { *to = value; }
+inline void wait_a_moment() {
+  ++on_host::machine()->progress;  // who asks a number of times does not wait for ever
+  on_host::wait_a_turn();
+}
 
 template <typename Work>
 uint32_t each_byte(uint32_t a, uint32_t b, const Work& work) {
