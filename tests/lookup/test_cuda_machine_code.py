@@ -36,7 +36,7 @@ def of_kind(counted, kind):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_fits_its_registers(built, architecture):
     used, _, _ = built(architecture)
-    assert len(used) == 3 * 3 + 3 + 2  # dense by dtype and queries, certified by dtype, two more
+    assert len(used) == 3 * 3 + 3 + 1  # dense by dtype and queries, by codes by dtype, and encode
     for name, use in used.items():
         assert use["registers"] <= REGISTERS, name
         if architecture == "90a":
