@@ -11,6 +11,7 @@ import sysconfig
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 
@@ -94,13 +95,41 @@ def compiled(architecture: str, folder: Path) -> tuple[dict[str, dict[str, int]]
     return used, cubin
 
 
-def instructions(cubin: Path) -> dict[str, Counter[str]]:
-    """Return how often each instruction occurs in each kernel."""
-    counted: dict[str, Counter[str]] = defaultdict(Counter)
-    name = ""
+class Instruction(NamedTuple):
+    """One of machine code."""
+
+    address: int
+    name: str
+    to: int | None  # the address that a branch goes to
+
+
+def listing(cubin: Path) -> dict[str, list[Instruction]]:
+    """Return the instructions of each kernel, and of what it calls, in their order."""
+    listed: dict[str, list[Instruction]] = defaultdict(list)
+    kernel = ""
+    pattern = r"\s*/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);"
     for line in run(cuobjdump(), "-sass", str(cubin)).splitlines():
         if found := re.search(r"Function : (\w+)", line):
-            name = found[1]
-        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
-            counted[name][found[1]] += 1
-    return counted
+            kernel = found[1]
+        elif found := re.match(pattern, line):
+            target = re.search(r"0x([0-9a-f]+)\s*$", found[3]) if found[2] == "BRA" else None
+            to = int(target[1], 16) if target else None
+            listed[kernel].append(Instruction(int(found[1], 16), found[2], to))
+    return listed
+
+
+def instructions(listed: dict[str, list[Instruction]]) -> dict[str, Counter[str]]:
+    """Return how often each instruction occurs in each kernel."""
+    return {kernel: Counter(each.name for each in code) for kernel, code in listed.items()}
+
+
+def innermost_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """Return the loops that have no other loop inside."""
+    at = {each.address: i for i, each in enumerate(code)}
+    ends = {i: at[each.to] for i, each in enumerate(code) if each.to in at and at[each.to] <= i}
+    inner = [
+        (first, last)
+        for last, first in ends.items()
+        if not any(first <= ends[other] and other < last for other in ends)
+    ]
+    return [code[first : last + 1] for first, last in inner]

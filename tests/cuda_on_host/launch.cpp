@@ -16,9 +16,10 @@ OnHostOrder& order() {
 
 namespace {
 
-int launch(void (*kernel)(Call), const Call& call, int blocks, int groups, int threads,
-           int64_t shared) {
+int launch(const char* name, void (*kernel)(Call), const Call& call, int blocks, int groups,
+           int threads, int64_t shared) {
   OnHostOrder& how = order();
+  how.launched.emplace_back(name);
   const int resident = 1 + static_cast<int>(how.seed++ % static_cast<uint64_t>(blocks * groups));
   on_host::launch(blocks, groups, threads, static_cast<size_t>(shared), how.seed, resident,
                   [&] { kernel(call); });
@@ -27,9 +28,10 @@ int launch(void (*kernel)(Call), const Call& call, int blocks, int groups, int t
 
 template <typename Key, int kQueries>
 int launch_dense_of(const Call& call, int blocks) {
-  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
-  return launch(dense_kernel<Key, kQueries>, call, blocks, (call.batch + kQueries - 1) / kQueries,
-                order().threads, Dense<Key, kQueries>::kQueriesAt + staged);
+  const int64_t rings = static_cast<int64_t>(order().threads / kWarp) * kRingBytes;
+  return launch("dense_kernel", dense_kernel<Key, kQueries>, call, blocks,
+                (call.batch + kQueries - 1) / kQueries, order().threads,
+                Dense<Key, kQueries>::ring_at(call.width) + rings);
 }
 
 template <typename Key>
@@ -41,17 +43,8 @@ int launch_dense_of(const Call& call, int blocks) {
 
 template <typename Key>
 int launch_indexed_of(const Call& call, int blocks) {
-  launch(encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
-  return launch(indexed_kernel<Key>, call, blocks, 1, order().threads, sizeof(IndexedShared));
-}
-
-template <typename Launch>
-int with_writing(const Call& call, const Launch& look_up) {
-  if (!call.output || call.tokens <= 8) return look_up(call);
-  Call decision = call;
-  decision.output = nullptr;
-  look_up(decision);
-  return launch(write_kernel, call, 2, call.batch, order().threads, 0);
+  launch("encode_kernel", encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
+  return launch("indexed_kernel", indexed_kernel<Key>, call, blocks, 1, order().threads, sizeof(IndexedShared));
 }
 
 }  // namespace
@@ -67,12 +60,19 @@ int describe_device(int, Device* device) {
 const char* error_text(int) { return "none"; }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, void*) {
-  return with_writing(call, [&](const Call& each) {
-    return with_key(each.key_dtype, [&](auto key) {
-      return indexed ? launch_indexed_of<decltype(key)>(each, blocks)
-                     : launch_dense_of<decltype(key)>(each, blocks);
-    });
+  const int size = call.query_dtype == Dtype::float32 ? 4 : 2;
+  const auto* queries = static_cast<const char*>(call.queries);
+  const int64_t elements = (call.batch - 1) * call.query_stride + call.width;
+  const on_host::Announced for_this_launch({queries, queries + elements * size});
+  return with_key(call.key_dtype, [&](auto key) {
+    return indexed ? launch_indexed_of<decltype(key)>(call, blocks)
+                   : launch_dense_of<decltype(key)>(call, blocks);
   });
+}
+
+int capture_of(void*, uint64_t* capture) {
+  *capture = order().capture;
+  return 0;
 }
 
 }  // namespace grace_fast::device

@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -62,6 +63,11 @@ struct Block {
   int running = 0;
 };
 
+struct Copy {  // of 16 bytes; from nowhere: zeros
+  unsigned char* to;
+  const unsigned char* from;
+};
+
 struct Fiber {
   Block* block = nullptr;
   int thread = 0;
@@ -70,6 +76,8 @@ struct Fiber {
   ucontext_t context;
   jmp_buf state;
   std::unique_ptr<char[]> stack;
+  std::vector<Copy> copies;              // of the group that has not ended
+  std::deque<std::vector<Copy>> groups;  // under way
 };
 
 struct Machine {
@@ -94,6 +102,24 @@ inline std::vector<Range>& announced() {
   static std::vector<Range> ranges;
   return ranges;
 }
+class Announced {  // as long as this lives, where anything is
+ public:
+  explicit Announced(const Range& range) : is_first_(announced().empty()) {
+    if (!is_first_) announced().push_back(range);
+  }
+  ~Announced() {
+    if (!is_first_) announced().pop_back();
+  }
+  Announced(const Announced&) = delete;
+
+ private:
+  const bool is_first_;
+};
+// Loads of 16 bytes by each block of the last launch.
+inline std::vector<long>& loads() {
+  static std::vector<long> of_block;
+  return of_block;
+}
 inline void check(const void* from, size_t bytes) {
   const char* at = static_cast<const char*>(from);
   if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a load that is not aligned");
@@ -110,6 +136,10 @@ inline void wait_a_turn() {
 
 inline void run_fiber() {
   (*machine()->kernel)();
+  for (const auto& group : now().groups) {
+    if (!group.empty()) fail("a thread ends while copies are under way");
+  }
+  now().groups.clear();
   now().done = true;
   ++machine()->progress;
   _longjmp(machine()->scheduler, 1);
@@ -177,6 +207,7 @@ inline void launch(int blocks, int groups, int threads, size_t shared, uint64_t 
   machine() = &local;
   std::mt19937_64 random(seed);
   std::vector<Block> all(static_cast<size_t>(blocks * groups));
+  loads().assign(all.size(), 0);
   for (int i = 0; i < blocks * groups; ++i) {
     all[i].index = i % blocks;
     all[i].group = i / blocks;
@@ -283,11 +314,54 @@ inline void wait_for_the_kernel_before() {}
 
 inline uint4 load16(const void* from) {
   on_host::check(from, 16);
+  ++on_host::loads()[group_index() * block_count() + block_index()];
   return *static_cast<const uint4*>(from);
 }
 inline uint4 stream16(const void* from) { return load16(from); }
+inline void prefetch(const void* from, int bytes) {
+  for (int at = 0; at < bytes; at += 16) on_host::check(static_cast<const char*>(from) + at, 16);
+}
+// A copy is made at once or when it is waited for, by turns: what reads too early or lets a copy
+// overwrite what is still needed is seen as a wrong answer.
+inline void make(const on_host::Copy& copy) {
+  if (copy.from) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+inline void copy16_ahead(void* shared, const void* from, bool there) {
+  static unsigned long turn = 0;
+  if (there) on_host::check(from, 16);
+  if (reinterpret_cast<uintptr_t>(shared) % 16) on_host::fail("a copy that is not aligned");
+  const on_host::Copy copy{static_cast<unsigned char*>(shared),
+                           there ? static_cast<const unsigned char*>(from) : nullptr};
+  turn = turn * 6364136223846793005u + 1442695040888963407u;
+  if (turn >> 63) {
+    make(copy);
+  } else {
+    on_host::now().copies.push_back(copy);
+  }
+}
+inline void end_copies() {
+  on_host::Fiber& fiber = on_host::now();
+  fiber.groups.push_back(std::move(fiber.copies));
+  fiber.copies.clear();
+}
+template <int left>
+void wait_for_copies() {
+  auto& groups = on_host::now().groups;
+  for (; groups.size() > left; groups.pop_front()) {
+    for (const on_host::Copy& copy : groups.front()) make(copy);
+  }
+}
 inline uint64_t load_fresh(const uint64_t* from) { return *from; }
 inline uint32_t load_fresh(const uint32_t* from) { return *from; }
+inline void store_fresh(uint32_t* to, uint32_t value) { *to = value; }
+inline void wait_a_moment() {
+  ++on_host::machine()->progress;  // who asks a number of times does not wait for ever
+  on_host::wait_a_turn();
+}
 
 template <typename Work>
 uint32_t each_byte(uint32_t a, uint32_t b, const Work& work) {
