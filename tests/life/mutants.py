@@ -391,7 +391,7 @@ MUTANTS = (
         cuda.Listener,
         "hold",
         "self._book.copy_(table.book)",
-        "self._book.copy_(table.book) if not hasattr(self, "table") else None",
+        "hasattr(self, 'table') or self._book.copy_(table.book)",
         "cuda",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -116,6 +117,17 @@ def test_an_engine_that_cannot_says_why_and_another_one_answers(machine, extensi
         dispatch.choose(workload(**asked), "cuda")
     assert reason in str(refusal.value)
     assert dispatch.choose(workload(**asked)) is triton
+
+
+def test_each_device_is_asked_what_it_can(machine, monkeypatch):
+    extension = Extension(2)
+    capabilities = [(9, 0), (7, 5)]
+    monkeypatch.setattr(
+        extension, "device", lambda index: extension.told | {"capability": capabilities[index]}
+    )
+    machine(extension)
+    engines = [dispatch.choose(replace(workload(), index=index)) for index in (0, 1)]
+    assert engines == [cuda, triton]
 
 
 def test_an_old_gpu_is_answered_by_the_law_and_keeps_no_graphs(machine, monkeypatch):
