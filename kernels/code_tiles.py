@@ -37,7 +37,6 @@ from grace_fast.kernels.code_thresholds import (
 from grace_fast.kernels.exact import Keys, any_of
 from grace_fast.kernels.nearest import OPTIONS
 from grace_fast.kernels.ring import Ring, append, of_query
-from grace_fast.kernels.tiles import first_candidate
 
 POSITION_BYTES = FOLDED + 4  # read for a position
 TILED = 32  # queries from which on the codes are multiplied. Not measured.
@@ -88,6 +87,18 @@ def bounded_tile(
     limit = largest_sum(tl.max(radius, axis=0).to(tl.float64), threshold.slope, offset)
     bound = tl.where(asks, (limit - squares) >> 1, -2147483648)
     return tl.dot(negated, tl.trans(k), out_dtype=tl.int32) + half[None, :], bound
+
+
+@triton.jit
+def first_candidate(lower, bound, may, here, after) -> tl.tensor:
+    """Return the first column after `after` [m] that is not farther than bound [m]; n for none.
+
+    lower: [m, n], may: [m], here: [n]. What is not a number is not farther.
+    """
+    column = tl.arange(0, here.shape[0])[None, :]
+    candidate = ((lower > bound[:, None]) == 0) & (here[None, :] & may[:, None])
+    candidate = candidate & (column > after[:, None])
+    return tl.min(tl.where(candidate, column, here.shape[0]), axis=1)
 
 
 @triton.jit

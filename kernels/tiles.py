@@ -1,22 +1,15 @@
 """Every key read, for many queries: tensor cores find candidates, the law decides.
 
-    |q - k|^2 = |q|^2 + |k|^2 - 2 q k
+`round_queries`: one program takes one query and makes what is multiplied for it. `filter_tiles`
+(`tile_filter` has its bounds): programs share the tiles and append candidates to the ring of each
+query. `decide`: one program settles one ring, ties and all. A query whose ring was too small is
+looked up by `dense.find`.
 
-in float32 loses what cancels, so it is only a filter, with a bound on its error:
-
-    q', k'      what is multiplied: 16-bit, q and k moved by no more than e_q and e_k
-    s           |q'|^2 + |k'|^2 - 2 q'k' as the tensor cores say it, within E of the truth,
-                E = gap * (|q'|^2 + |k'|^2)
-    upper       sqrt(s + E) + e_q + e_k: some key is this near or nearer
-    candidate   unless s - E > (limit + e_q + e_k)^2, where `limit` is the least `upper` so far, and
-                the widest radius to begin with; e_k is the largest of a tile
-
-`gap` takes every one of D products and sums to lose 2^-23 of the largest term it is aligned to.
-
-`round_queries`: one program takes one query and makes its q'. `filter_tiles`: programs share the
-tiles of BLOCK_B queries and BLOCK_N rows and append candidates to the ring of each query. `decide`:
-one program settles one ring, ties and all. A query whose ring was too small is looked up by
-`dense.find`. Masks: queries past B, rows past N and removed rows are no candidates.
+A tile reads BLOCK_B + BLOCK_N rows from L2 for BLOCK_B * BLOCK_N products. Of B = 4 096 queries
+and N = 1e5 keys of D = 4 096 in 16 bits, tiles of 64 x 128 read 79 GB and those of 128 x 256 39 GB,
+for 3.4e12 operations. The larger ones fill a multiprocessor of sm_90, one program to each: 128 of a
+thread's 255 registers hold sums, 192 KiB the chunks in flight, which the copy engine brings where
+rows are slots and begin at multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -27,26 +20,24 @@ import torch
 import triton
 import triton.language as tl
 from grace_fast.kernels import dense
-from grace_fast.kernels.exact import (
-    Found,
-    Keys,
-    any_of,
-    is_finite,
-    is_live,
-    slots_of,
-    write_verdict,
-)
+from grace_fast.kernels.exact import Found, Keys, is_finite, write_verdict
 from grace_fast.kernels.nearest import OPTIONS
-from grace_fast.kernels.ring import WARPS, Ring, append, of_query, settle
+from grace_fast.kernels.ring import WARPS, Ring, settle
+from grace_fast.kernels.tile_filter import filter_tiles
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 RING = 256  # candidates of a query; more and it is looked up densely
 # Queries, rows and columns of a tile, its warps and the chunks in flight. Not measured.
 TILE = {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 64, "STAGES": 3}
 TILE_WARPS = 4
 PROGRAMS_PER_PROCESSOR = 2  # not measured
-_UNIT = tl.constexpr(2.0**-24)
-_LARGE = tl.constexpr(1e37)
+# The same of the larger tile, one program to a multiprocessor.
+LARGE_TILE = {"BLOCK_B": 128, "BLOCK_N": 256, "BLOCK_D": 64, "STAGES": 4}
+LARGE_WARPS = 8
+LARGE = 128  # queries from which on it pays; not measured
+# Queries that go along all keys together: 17 MB of D = 4 096 that stay in L2. Not measured.
+TOGETHER = 2048
 
 
 class FilterKeys(NamedTuple):
@@ -150,82 +141,6 @@ def round_queries(
 
 
 @triton.jit
-def first_candidate(lower, bound, may, here, after) -> tl.tensor:
-    """Return the first column after `after` [m] that is not farther than bound [m]; n for none.
-
-    lower: [m, n], may: [m], here: [n]. What is not a number is not farther.
-    """
-    column = tl.arange(0, here.shape[0])[None, :]
-    candidate = ((lower > bound[:, None]) == 0) & (here[None, :] & may[:, None])
-    candidate = candidate & (column > after[:, None])
-    return tl.min(tl.where(candidate, column, here.shape[0]), axis=1)
-
-
-@triton.jit(do_not_specialize=["batch", "programs"])
-def filter_tiles(
-    rounded,  # FilterQueries; `limit` is lowered
-    multiplied,  # FilterKeys
-    keys,
-    ring,  # appended to
-    batch,  # B
-    programs,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    STAGES: tl.constexpr,
-    UPCAST: tl.constexpr,  # the interpreter has no dot of bf16
-) -> None:
-    """Append the candidates among every programs-th tile of BLOCK_B queries and BLOCK_N rows."""
-    rows, width = tl.load(keys.rows), keys.width
-    beside = tl.cdiv(batch, BLOCK_B)
-    tiles = tl.cdiv(rows, BLOCK_N) * beside
-    gap = (2.5 * width + 128.0) * _UNIT
-    tiny = width * (2.0**-118)
-    for tile in range(tl.program_id(0).to(tl.int64), tiles, programs):
-        # Queries run fastest: tiles that read the same keys are close in time.
-        query = (tile % beside) * BLOCK_B + tl.arange(0, BLOCK_B)
-        row = (tile // beside) * BLOCK_N + tl.arange(0, BLOCK_N)
-        asks = query < batch
-        here = is_live(keys, row, row < rows)
-        slot = slots_of(keys, row, here)
-        product = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
-        for first in tl.range(0, width, BLOCK_D, num_stages=STAGES):
-            j = (first + tl.arange(0, BLOCK_D))[None, :]
-            q_mask, k_mask = asks[:, None] & (j < width), here[:, None] & (j < width)
-            q = tl.load(rounded.vectors + query[:, None] * width + j, mask=q_mask, other=0)
-            k = tl.load(multiplied.slots + slot[:, None] * width + j, mask=k_mask, other=0)
-            if UPCAST:
-                q, k = q.to(tl.float32), k.to(tl.float32)
-            product = tl.dot(q, tl.trans(k), product)
-        # Norms so large that a product may overflow bound nothing: such a key is a candidate.
-        key_squares = tl.load(multiplied.norm + slot, mask=here, other=0)
-        tame_key = key_squares < _LARGE
-        high = tl.where(here & tame_key, key_squares * (1.0 + gap), float("inf"))
-        low = tl.where(tame_key, key_squares * (1.0 - gap), -float("inf"))
-        squares = tl.load(rounded.norm + query, mask=asks, other=0)
-        tame = squares < _LARGE
-        apart = tl.max(tl.load(multiplied.error + slot, mask=here, other=0), axis=0)
-        apart = apart + tl.load(rounded.error + query, mask=asks, other=0)
-        least = tl.min(high[None, :] - 2.0 * product, axis=1) + (squares * (1.0 + gap) + tiny)
-        upper = tl.sqrt(tl.maximum(least, 1e-30)) * (1.0 + 1e-5) + apart
-        upper = tl.where(tame & (upper < float("inf")), upper, float("inf"))
-        # Numbers >= 0 are in the order of their bits, and -1 is below all of them.
-        bits = upper.to(tl.int32, bitcast=True)
-        known = tl.atomic_min(rounded.limit + query, bits, mask=asks, sem="relaxed")
-        allowed = tl.minimum(known, bits).to(tl.float32, bitcast=True)
-        bound = (allowed + apart) * (allowed + apart) * (1.0 + 1e-5) + 1e-30
-        bound = tl.where(tame, bound - squares * (1.0 - gap) + tiny, float("inf"))
-        may = asks & (allowed >= 0)
-        # Candidates of each query from left to right, one a query at a time: they are few.
-        lower = low[None, :] - 2.0 * product
-        column = first_candidate(lower, bound, may, here, query.to(tl.int32) * 0 - 1)
-        while any_of(column < BLOCK_N):
-            candidate = ((tile // beside) * BLOCK_N + column).to(tl.int32)
-            append(of_query(ring, query), candidate, column < BLOCK_N)
-            column = first_candidate(lower, bound, may, here, column)
-
-
-@triton.jit
 def decide(
     queries,  # [B, D] fp32, bf16 or fp16
     keys,
@@ -244,11 +159,38 @@ def decide(
     write_verdict(found, query, is_hit, row, squared)
 
 
-def programs_of(keys: Keys, batch: int) -> int:
-    """Return how many programs share the tiles."""
-    rows = triton.cdiv(max(1, keys.capacity), TILE["BLOCK_N"])
-    tiles = rows * triton.cdiv(batch, TILE["BLOCK_B"])
-    return int(min(tiles, PROGRAMS_PER_PROCESSOR * dense.processors(keys)))
+def is_hopper(device: torch.device) -> bool:
+    """Tell whether a device has what the large tile takes; the interpreter has everything."""
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def tiles_of(tile: dict[str, int], keys: Keys, batch: int) -> int:
+    """Return how many tiles there are, for all rows that there is room for."""
+    rows = triton.cdiv(max(1, keys.capacity), tile["BLOCK_N"])
+    return int(rows * triton.cdiv(batch, tile["BLOCK_B"]))
+
+
+def tile_of(keys: Keys, batch: int) -> dict[str, int]:
+    """Return the larger tile where the device can take it and there are enough to fill it."""
+    fills = tiles_of(LARGE_TILE, keys, batch) >= dense.processors(keys)
+    return LARGE_TILE if batch >= LARGE and fills and is_hopper(keys.slots.device) else TILE
+
+
+def descriptors_of(
+    tile: dict[str, int], rounded: FilterQueries, multiplied: FilterKeys, keys: Keys
+) -> tuple[TensorDescriptor | None, TensorDescriptor | None]:
+    """Return queries and keys for the copy engine; None where it cannot read them."""
+    told = []
+    pairs = ((rounded.vectors, "BLOCK_B"), (multiplied.slots, "BLOCK_N"))
+    for vectors, rows in pairs:
+        aligned = vectors.data_ptr() % 16 == 0 and keys.width * vectors.itemsize % 16 == 0
+        if keys.key_slot is not None or not (aligned and is_hopper(vectors.device)):
+            return None, None
+        block = [tile[rows], tile["BLOCK_D"]]
+        told.append(TensorDescriptor(vectors, list(vectors.shape), [keys.width, 1], block))
+    return told[0], told[1]
 
 
 def find(
@@ -263,7 +205,10 @@ def find(
     found = Found.room(queries)
     ring = Ring.room(batch, ring_size, device)
     rounded = FilterQueries.room(queries, multiplied.slots.dtype)
-    programs = programs_of(keys, batch)
+    tile = tile_of(keys, batch)
+    query_tiles, key_tiles = descriptors_of(tile, rounded, multiplied, keys)
+    room = (1 if tile is LARGE_TILE else PROGRAMS_PER_PROCESSOR) * dense.processors(keys)
+    programs = min(tiles_of(tile, keys, batch), room)
     with torch.cuda.device_of(queries):
         round_queries[(batch,)](
             queries,
@@ -278,13 +223,16 @@ def find(
         filter_tiles[(programs,)](
             rounded,
             multiplied,
+            query_tiles,
+            key_tiles,
             keys,
             ring,
             batch,
             programs,
-            **TILE,
+            **tile,
+            GROUP=max(1, TOGETHER // tile["BLOCK_B"]),
             UPCAST=device.type != "cuda",
-            num_warps=TILE_WARPS,
+            num_warps=LARGE_WARPS if tile is LARGE_TILE else TILE_WARPS,
             enable_fp_fusion=True,
         )
         decide[(batch,)](queries, keys, ring, found, SUMS=sums, num_warps=WARPS, **OPTIONS)

@@ -105,15 +105,18 @@ def kernels(native: bool = True) -> dict[str, Kernel]:
             holds=(wide,),
         ),
         "filter_tiles": Kernel(
-            "tiles",
+            "tile_filter",
             "filter_tiles",
             {
                 "rounded": rounded,
                 "multiplied": filtered,
+                "query_tiles": None,
+                "key_tiles": None,
                 "keys": keys,
                 "ring": small,
                 "batch": "i32",
                 "programs": "i32",
+                "GROUP": 32,
                 "UPCAST": False,
                 **tiles.TILE,
             },
@@ -296,7 +299,7 @@ def test_look_ups_launch_what_compiles(monkeypatch):
         codes.find(queries, keys, made, tiled=tiled)
     assert set(launched) == {
         *("dense.scan_keys", "dense.decide"),
-        *("tiles.round_queries", "tiles.filter_tiles", "tiles.decide"),
+        *("tiles.round_queries", "tile_filter.filter_tiles", "tiles.decide"),
         *("encode.encode", "codes.collect", "code_tiles.filter_codes", "codes.decide"),
     }
     for built in launched.values():
