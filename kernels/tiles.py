@@ -16,7 +16,7 @@ in float32 loses what cancels, so it is only a filter, with a bound on its error
 `round_queries`: one program takes one query and makes its q'. `filter_tiles`: programs share the
 tiles of BLOCK_B queries and BLOCK_N rows and append candidates to the ring of each query. `decide`:
 one program settles one ring, ties and all. A query whose ring was too small is looked up by
-`dense.find`. Masks: queries past B, rows past N and removed rows are no candidates.
+`doubtful.find`. Masks: queries past B, rows past N and removed rows are no candidates.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from grace_fast.kernels import dense
+from grace_fast.kernels import dense, doubtful, launch
 from grace_fast.kernels.exact import (
     Found,
     Keys,
@@ -40,7 +40,7 @@ from grace_fast.kernels.nearest import OPTIONS
 from grace_fast.kernels.ring import WARPS, Ring, append, of_query, settle
 from torch import Tensor
 
-RING = 256  # candidates of a query; more and it is looked up densely
+RING = 256  # candidates of a query; more and it is doubtful
 # Queries, rows and columns of a tile, its warps and the chunks in flight. Not measured.
 TILE = {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 64, "STAGES": 3}
 TILE_WARPS = 4
@@ -259,6 +259,7 @@ def find(
     queries: contiguous, on the keys' device, B at least 1. ring_size: room for candidates, a power
     of two. Without `sums` the S of a hit is the law's only to within float32.
     """
+    queries = launch.aligned(queries)
     batch, device = len(queries), queries.device
     found = Found.room(queries)
     ring = Ring.room(batch, ring_size, device)
@@ -288,4 +289,4 @@ def find(
             enable_fp_fusion=True,
         )
         decide[(batch,)](queries, keys, ring, found, SUMS=sums, num_warps=WARPS, **OPTIONS)
-    return dense.find(queries, keys, ring.doubtful, found, sums)
+    return doubtful.find(queries, keys, ring.doubtful, found, sums)
