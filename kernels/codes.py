@@ -4,6 +4,7 @@
     collect  one program a query and a share: level-2 nodes -> leaves -> near codes -> far codes ->
              the query's ring; for many queries tensor cores read all positions (`code_tiles`)
     decide   one program a query: float32 sums, canonical sums within their bound, the verdict
+    doubtful the device's programs: what was given up, among all keys; they end where nothing was
 
 Each step drops only keys that are farther than the `leaf_max_radius` of their leaf, so the nearest
 key of those left is the nearest of all if it is in its ball within `min_radius`, which every
@@ -11,10 +12,12 @@ leaf_max_radius is at least. A hit farther than that is looked up once more, eve
 distance, unless it is isolated. `grace_fast/index/quantizer.py` has the proof and `csrc/lookup.h`
 the contract; both are kept to the letter.
 
-Ties: the lowest row (`ring.settle`). Masks: positions without a row count for nothing. A query too
-large for float32, not finite, or with more candidates than its ring holds is doubtful: `dense.find`
-looks it up among all keys. Nothing waits for the host, and nothing is specialised on how many keys
-there are.
+Ties: the lowest row (`ring.settle`). Masks: positions without a row count for nothing. A query that
+is not finite is a miss, as `encode` writes. One too large for float32, or with more candidates than
+its ring holds, is doubtful: `doubtful.find` looks it up among all keys.
+
+Four launches. They are specialised on types, the width, the kind of codes and the size of a ring;
+never on B or N. Nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from grace_fast.kernels import code_tiles, dense
+from grace_fast.kernels import code_tiles, dense, doubtful, launch
 from grace_fast.kernels.code_layout import NODE, Codes
 from grace_fast.kernels.code_thresholds import (
     MIN_RADIUS,
@@ -39,7 +42,7 @@ from grace_fast.kernels.nearest import OPTIONS
 from grace_fast.kernels.ring import WARPS, Ring, append, of_query, settle
 from torch import Tensor
 
-RING = 1024  # candidates of a query; more and it is looked up densely
+RING = 1024  # candidates of a query; more and it is doubtful
 NODES = tl.constexpr(8)  # level-2 nodes tested together; neighbours go to different programs
 LINEAR = tl.constexpr(256)  # positions without boxes that a program reads together
 PROGRAMS_PER_PROCESSOR = 16  # of one warp; not measured
@@ -206,13 +209,14 @@ def find(
     of two. Without `sums` the S of a hit is the law's only to within float32. `tiled` says whether
     tensor cores read the codes; None leaves it to how many queries there are.
     """
+    queries = launch.aligned(queries)
     batch = len(queries)
     found = Found.room(queries)
     ring = Ring.room(batch, ring_size, queries.device)
     # Left alone, ptxas takes 128 registers for `decide` and spills.
     options = {"num_warps": WARPS, **OPTIONS} | ({"maxnreg": REGISTERS} if codes.native else {})
     with torch.cuda.device_of(queries):
-        asked = encoded(queries, codes, ring)
+        asked = encoded(queries, codes, ring, found)
         if batch >= code_tiles.TILED if tiled is None else tiled:
             code_tiles.collect(asked, codes, keys, ring, dense.processors(keys))
         else:
@@ -221,4 +225,4 @@ def find(
                 asked, codes, keys, ring, batch, programs, num_warps=1, **OPTIONS
             )
         decide[(batch,)](queries, keys, asked, codes, ring, found, SUMS=sums, **options)
-    return dense.find(queries, keys, ring.doubtful, found, sums)
+    return doubtful.find(queries, keys, ring.doubtful, found, sums)

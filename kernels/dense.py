@@ -8,15 +8,23 @@ within `limit` are summed again in the canonical order; where a program's second
 too, all of its rows are looked through again.
 
 A packed minimum alone would lose what the bound needs: row 5 at 1 + 1e-9 beats row 1000 at 1. Ties:
-the lowest row. Masks: rows past N, removed rows and queries past B are NONE. N is read from the
-device, nothing is specialised on it, and nothing waits for the host.
+the lowest row. Masks: rows past N, removed rows and queries past B are NONE.
+
+Two launches. They are specialised on the width and the types, and on whether there is one query or
+more; never on N, which is read from the device, nor on how many programs share the keys. Nothing
+waits for the host.
 """
 
 # A tuple of tensors grows in a loop that is unrolled.
 # mypy: disable-error-code="assignment"
+from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
+from grace_fast.kernels import launch
 from grace_fast.kernels.exact import (
     NONE,
     Found,
@@ -41,44 +49,57 @@ from grace_fast.kernels.exact import (
 from grace_fast.kernels.nearest import OPTIONS
 from torch import Tensor
 
-# By room for rows: up to so many rows, rows of a block and columns read at a time. Not measured.
-TILES = ((4096, 8, 256), (1 << 62, 32, 64))
-WARPS = 4  # with these tiles a lane adds 16 numbers of a row at most before lanes are added
-STAGES = tl.constexpr(4)  # chunks in flight; not measured
-PROGRAMS_PER_PROCESSOR = 4  # not measured
+# Elements read at a time, for one query and for several that share a read: a lane of 128 has 16 or
+# 8 of them, so that it holds as many sums as 128 registers leave room for. Not measured.
+TILE, TILE_TOGETHER = 2048, 1024
+WIDEST, NARROWEST = 256, 64  # columns of it
+# Rows and columns that `decide` reads together: so many of a row that they are read 8 bytes a lane.
+_LANES, _CHUNK = tl.constexpr(16), tl.constexpr(128)
+WARPS = 4
+STAGES = tl.constexpr(6)  # chunks in flight; not measured
+PROGRAMS_PER_PROCESSOR = 4  # what 128 registers a lane leave room for
+PROGRAMS = 1024  # that share the keys of a query at most
 MOST_TOGETHER = 4  # queries that share a read of the keys; arithmetic outweighs memory beyond
 
 
+class Pairs(NamedTuple):
+    """The best two keys of queries, by each program that looks: an argument of the kernels."""
+
+    best: Tensor  # [programs of all groups of queries, TOGETHER] int64, packed
+    second: Tensor  # the same
+
+    @staticmethod
+    def room(programs: int, together: int, device: torch.device) -> Pairs:
+        """Return room for what so many programs find."""
+        both = torch.empty(2, programs, together, dtype=torch.int64, device=device)
+        return Pairs(both[0], both[1])
+
+
 @triton.jit
-def asked_for(doubtful, query, here) -> tl.tensor:
-    """Tell which queries are to be looked up: all, or those that another look-up gave up."""
-    return here if doubtful is None else tl.load(doubtful + query, mask=here, other=0) != 0
+def one_of(numbers, at) -> tl.tensor:
+    """Return one of a few numbers [n]."""
+    lane = tl.arange(0, numbers.shape[0])
+    return tl.sum(tl.where(lane == at, numbers, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["batch", "programs"])
-def scan_keys(
-    queries,  # [B, D] fp32, bf16 or fp16
+@triton.jit
+def write_best_two(
+    queries,
     keys,
-    doubtful,  # [B] int32, not 0 for the queries to look up; None for all
-    best,  # [B, programs] int64 packed, written
-    second,  # [B, programs] int64 packed, written
-    batch,  # B
+    query,  # [TOGETHER] int64, their numbers
+    pairs,  # written
+    to,  # the number of this program among those of all groups
+    program,
     programs,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     TOGETHER: tl.constexpr,
 ) -> None:
     """Write the best two of TOGETHER queries among every programs-th block of ROWS rows."""
-    # Queries run fastest: the programs that read the same keys are close in time.
-    groups = tl.cdiv(batch, TOGETHER)
-    program = tl.program_id(0) // groups
-    first_query = (tl.program_id(0) % groups).to(tl.int64) * TOGETHER
-    query = first_query + tl.arange(0, TOGETHER)
-    if not any_of(asked_for(doubtful, query, query < batch)):
-        return
     width, rows = keys.width, tl.load(keys.rows)
-    firsts, seconds = (), ()
-    for _ in tl.static_range(TOGETHER):
+    vectors, firsts, seconds = (), (), ()
+    for i in tl.static_range(TOGETHER):
+        vectors += (queries + one_of(query, i) * width,)
         firsts += (tl.full((ROWS,), NONE, dtype=tl.int64),)
         seconds += (tl.full((ROWS,), NONE, dtype=tl.int64),)
     for at in range(program.to(tl.int64) * ROWS, rows, programs.to(tl.int64) * ROWS):
@@ -97,8 +118,7 @@ def scan_keys(
             ).to(tl.float32)
             sums = ()
             for i in tl.static_range(TOGETHER):
-                one = tl.minimum(first_query + i, batch - 1)
-                q = tl.load(queries + one * width + j, mask=j < width, other=0)
+                q = tl.load(vectors[i] + j, mask=j < width, other=0)
                 difference = q.to(tl.float32)[None, :] - k
                 sums += (totals[i] + difference * difference,)
             totals = sums
@@ -111,32 +131,29 @@ def scan_keys(
     for i in tl.static_range(TOGETHER):
         least = tl.min(firsts[i], axis=0)
         others = tl.where(firsts[i] == least, seconds[i], firsts[i])
-        to = (first_query + i) * programs + program
-        tl.store(best + to, least, mask=first_query + i < batch)
-        tl.store(second + to, tl.min(others, axis=0), mask=first_query + i < batch)
+        tl.store(pairs.best + to.to(tl.int64) * TOGETHER + i, least)
+        tl.store(pairs.second + to.to(tl.int64) * TOGETHER + i, tl.min(others, axis=0))
 
 
-@triton.jit(do_not_specialize=["programs"])
-def decide(
-    queries,  # [B, D] fp32, bf16 or fp16
+@triton.jit
+def decide_by_pairs(
+    queries,
     keys,
-    doubtful,  # [B] int32, not 0 for the queries to decide; None for all
-    best,  # [B, programs] int64 packed
-    second,  # [B, programs] int64 packed
+    query,
+    pairs,
+    first_pair,  # of the query; that of the next program is TOGETHER behind
+    programs,  # that looked for it
     found,  # written
-    programs,
     ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    PROGRAMS: tl.constexpr,  # a power of two, >= programs
-    SUMS: tl.constexpr,  # whether the canonical S of a hit is wanted
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SUMS: tl.constexpr,
 ) -> None:
     """Write the verdict on one query, given the best two rows of each program."""
-    query = tl.program_id(0).to(tl.int64)
-    if not asked_for(doubtful, query, query >= 0):
-        return
     lane, width = tl.arange(0, PROGRAMS), keys.width
-    firsts = tl.load(best + query * programs + lane, mask=lane < programs, other=NONE)
-    seconds = tl.load(second + query * programs + lane, mask=lane < programs, other=NONE)
+    at = first_pair.to(tl.int64) + lane * TOGETHER
+    firsts = tl.load(pairs.best + at, mask=lane < programs, other=NONE)
+    seconds = tl.load(pairs.second + at, mask=lane < programs, other=NONE)
     least = tl.min(firsts, axis=0)
     limit = tl.minimum(above_every_ball(keys), above(distance_of(least), width))
     within = (bits_of(tl.maximum(limit, 0.0)) << 32) | 0xFFFFFFFF  # at most `limit`
@@ -145,7 +162,7 @@ def decide(
     nearest_squared = nearest.to(tl.float64)
     vector = queries + query * width
     # False for NONE, which is a NaN.
-    if distance_of(least) <= limit and is_finite(vector, width, CHUNK):
+    if distance_of(least) <= limit and is_finite(vector, width, _CHUNK):
         nearest = least & 0xFFFFFFFF
         nearest_squared = distance_of(least).to(tl.float64)
         sure, is_hit = sure_of(distance_of(least), radius_of(keys, nearest), width, SUMS)
@@ -154,6 +171,7 @@ def decide(
         alone = alone & (not any_of(seconds <= within))
         if not (alone & sure):
             rows = tl.load(keys.rows)
+            blocks, offset = tl.arange(0, _LANES) // ROWS, tl.arange(0, _LANES) % ROWS
             nearest = query - query - 1
             nearest_squared = float("inf") - nearest.to(tl.float64)
             while any_of(open_):
@@ -165,13 +183,14 @@ def decide(
                 whole = any_of(mine & (seconds <= within))
                 first = tl.where(whole, program * ROWS, taken & 0xFFFFFFFF)
                 last = tl.where(whole, rows, first + 1)
-                for at in range(first, last, programs.to(tl.int64) * ROWS):
-                    row = at + tl.arange(0, ROWS)
+                step = programs.to(tl.int64) * ROWS  # from one block of a program to its next
+                for start in range(first, last, step * (_LANES // ROWS)):
+                    row = start + blocks * step + offset
                     here = is_live(keys, row, row < last)
                     slot = slots_of(keys, row, here)
-                    here = here & (float_sums(vector, keys, slot, here, ROWS, CHUNK) <= limit)
+                    here = here & (float_sums(vector, keys, slot, here, _LANES, _CHUNK) <= limit)
                     if any_of(here):
-                        exact, exact_row = nearest_of_rows(vector, keys, row, slot, here, ROWS)
+                        exact, exact_row = nearest_of_rows(vector, keys, row, slot, here, _LANES)
                         nearest_squared, nearest = nearer_of(
                             nearest_squared, nearest, exact, exact_row
                         )
@@ -179,72 +198,109 @@ def decide(
     write_verdict(found, query, is_hit, nearest, nearest_squared)
 
 
-def tile_of(keys: Keys) -> tuple[int, int]:
-    """Return the rows of a block and the columns read at a time."""
-    return next((rows, chunk) for most, rows, chunk in TILES if keys.capacity <= most)
+@triton.jit(do_not_specialize=["batch", "programs"])
+def scan_keys(
+    queries,  # [B, D] fp32, bf16 or fp16
+    keys,
+    pairs,  # written
+    batch,  # B
+    programs,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TOGETHER: tl.constexpr,
+) -> None:
+    """Write the best two of TOGETHER queries among a program's share of the keys."""
+    # Queries run fastest: the programs that read the same keys are close in time.
+    groups = tl.cdiv(batch, TOGETHER)
+    program, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    query = tl.minimum(group * TOGETHER + tl.arange(0, TOGETHER), batch - 1).to(tl.int64)
+    to = group * programs + program
+    write_best_two(queries, keys, query, pairs, to, program, programs, ROWS, CHUNK, TOGETHER)
 
 
-def programs_of(keys: Keys, groups: int) -> int:
+@triton.jit(do_not_specialize=["programs"])
+def decide(
+    queries,  # [B, D] fp32, bf16 or fp16
+    keys,
+    pairs,
+    found,  # written
+    programs,
+    ROWS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PROGRAMS: tl.constexpr,  # a power of two, >= programs
+    SUMS: tl.constexpr,  # whether the canonical S of a hit is wanted
+) -> None:
+    """Write the verdict on one query, given the best two rows of each program."""
+    query = tl.program_id(0).to(tl.int64)
+    first_pair = query // TOGETHER * programs * TOGETHER + query % TOGETHER
+    decide_by_pairs(
+        queries,
+        keys,
+        query,
+        pairs,
+        first_pair,
+        programs,
+        found,
+        ROWS,
+        TOGETHER,
+        PROGRAMS,
+        SUMS,
+    )
+
+
+def tile_of(width: int, together: int) -> dict[str, int]:
+    """Return the rows of a block, the columns read at a time and the queries that share them."""
+    columns = min(WIDEST, max(NARROWEST, triton.next_power_of_2(width)))
+    elements = TILE if together == 1 else TILE_TOGETHER
+    return {"ROWS": elements // columns, "CHUNK": columns, "TOGETHER": together}
+
+
+def programs_of(keys: Keys, groups: int, rows: int) -> int:
     """Return among how many programs the keys are shared, for so many groups of queries."""
-    blocks = triton.cdiv(max(1, keys.capacity), tile_of(keys)[0])
+    blocks = triton.cdiv(max(1, keys.capacity), rows)
     room = triton.cdiv(PROGRAMS_PER_PROCESSOR * processors(keys), groups)
-    return int(max(1, min(blocks, room)))
+    return int(max(1, min(blocks, room, PROGRAMS)))
 
 
 def processors(keys: Keys) -> int:
-    """Return how many multiprocessors the device has; 1 for the interpreter."""
-    device = keys.slots.device
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    """Return how many multiprocessors the keys' device has; 1 for the interpreter."""
+    return launch.processors(keys.slots.device)
 
 
-def find(
-    queries: Tensor,
-    keys: Keys,
-    doubtful: Tensor | None = None,
-    into: Found | None = None,
-    sums: bool = True,
-) -> Found:
+def find(queries: Tensor, keys: Keys, sums: bool = True) -> Found:
     """Return whether each query [B, D] is in the ball of its nearest key, by the law (R64).
 
-    queries: contiguous, on the keys' device, B at least 1. doubtful: [B] int32; queries where it is
-    0 are left alone, so that `into` keeps what it says of them. Without `sums` the S of a hit is
-    the law's only to within float32.
+    queries: contiguous, on the keys' device, B at least 1. Without `sums` the S of a hit is the
+    law's only to within float32.
     """
-    found = Found.room(queries) if into is None else into
+    queries = launch.aligned(queries)
+    found = Found.room(queries)
     batch = len(queries)
-    rows, chunk = tile_of(keys)
-    together = min(MOST_TOGETHER, triton.next_power_of_2(batch))
+    together = 1 if batch == 1 else MOST_TOGETHER
+    tile = tile_of(keys.width, together)
     groups = triton.cdiv(batch, together)
-    programs = programs_of(keys, groups)
-    best, second = (queries.new_empty(batch, programs, dtype=torch.int64) for _ in range(2))
+    programs = programs_of(keys, groups, tile["ROWS"])
+    pairs = Pairs.room(programs * groups, together, queries.device)
     with torch.cuda.device_of(queries):
         scan_keys[(programs * groups,)](
             queries,
             keys,
-            doubtful,
-            best,
-            second,
+            pairs,
             batch,
             programs,
-            ROWS=rows,
-            CHUNK=chunk,
-            TOGETHER=together,
+            **tile,
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
         decide[(batch,)](
             queries,
             keys,
-            doubtful,
-            best,
-            second,
+            pairs,
             found,
             programs,
-            ROWS=rows,
-            CHUNK=chunk,
-            PROGRAMS=triton.next_power_of_2(programs),
+            ROWS=tile["ROWS"],
+            TOGETHER=together,
+            PROGRAMS=PROGRAMS,
             SUMS=sums,
             num_warps=WARPS,
             **OPTIONS,

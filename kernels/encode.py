@@ -4,8 +4,11 @@
 
 One program takes one query and 16 slots. The program of the first 16 turns them, as the host does
 with those of keys, and writes how far its own point may be off: `csrc/lookup.h` has the contract.
-A query too large for float32 or not finite is doubtful and has no codes. Ties: halves go to the
-even step. Masks: past D a query is 0, past the padding so are centre and rows.
+A query that is not finite is a miss, which is written here, and one too large for float32 is
+doubtful; neither has codes. Ties: halves go to the even step. Masks: past D a query is 0, past the
+padding so are centre and rows.
+
+One launch, specialised on types, the padded width and what kind of codes there are.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import triton
 import triton.language as tl
 from grace_fast.kernels.code_layout import NEAR, SLOTS, Codes
 from grace_fast.kernels.code_thresholds import ETA, LIPSCHITZ, NOTES, PER_STEP, ROW_NORM, Query
+from grace_fast.kernels.exact import Found, is_finite, write_verdict
 from grace_fast.kernels.nearest import OPTIONS
 from grace_fast.kernels.ring import Ring
 from torch import Tensor
@@ -43,6 +47,7 @@ def encode(
     padded,  # Dp
     asked,  # Query, written
     ring,  # `doubtful` is written, `entries` set to 0
+    found,  # written where the query is not finite
     CHUNK: tl.constexpr,
 ) -> None:
     """Write the codes of 16 slots of one query, and what may be wrong with them."""
@@ -62,8 +67,14 @@ def encode(
     square = tl.sum(squares, axis=0).to(tl.float64)
     known = square < 1e30  # false for NaN
     if group == 0:
-        tl.store(ring.doubtful + query, tl.where(known, 0, 1))
         tl.store(ring.entries + query, 0)
+        if known:
+            tl.store(ring.doubtful + query, 0)
+        elif is_finite(queries + query * width, width, CHUNK):
+            tl.store(ring.doubtful + query, 1)
+        else:
+            tl.store(ring.doubtful + query, -1)
+            write_verdict(found, query, query < 0, query, square)
     if not known:
         return
     per_step = tl.load(codes.numbers + PER_STEP)
@@ -101,8 +112,11 @@ def encode(
     tl.store(residual_note, tl.sum(tl.where(of_rows, residual, 0.0), axis=0))
 
 
-def encoded(queries: Tensor, codes: Codes, ring: Ring) -> Query:
-    """Return queries [B, D] as codes; say in `ring` which are doubtful, and empty it."""
+def encoded(queries: Tensor, codes: Codes, ring: Ring, found: Found) -> Query:
+    """Return queries [B, D] as codes; say in `ring` which are doubtful, and empty it.
+
+    The verdict on those that are not finite is in `found`.
+    """
     batch, width = queries.shape
     code = queries.new_empty(batch, SLOTS, dtype=torch.uint8)
     point = queries.new_empty(batch, NEAR, dtype=torch.int16)
@@ -115,6 +129,7 @@ def encoded(queries: Tensor, codes: Codes, ring: Ring) -> Query:
         codes.rows.shape[1],
         asked,
         ring,
+        found,
         CHUNK=CHUNK,
         num_warps=WARPS,
         **OPTIONS,

@@ -3,27 +3,32 @@
     S_i = sum over j of (q_j - k_ij)^2      in float64, j ascending, products rounded before added
     row = argmin S_i                        the lowest row among equal S
 
-`nearest_in_block`: one program takes one query and BLOCK_N rows, one row to a lane. It reads CHUNK
-columns at a time, three chunks in flight, and halves a chunk until single columns are left, so that
-they are added in ascending order whatever the layout. `nearest_of_blocks`: one program takes one
-query and the winners of all its blocks.
+`nearest_in_share`: one program takes one query and a share of the rows, BLOCK_N together, one row
+to a lane. It reads CHUNK columns at a time, three chunks in flight, and halves a chunk until single
+columns are left, so that they are added in ascending order whatever the layout.
+`nearest_of_shares`: one program takes one query and the winners of all its shares.
 
 The order is the law, so a product and a sum may not be contracted: every launch passes `OPTIONS`.
-Ties: the lowest row of a block, then the lowest block. Masks: past D both sides are 0 and add +0
+Ties: the lowest row of a share, then the lowest share. Masks: past D both sides are 0 and add +0
 exactly; rows past N, removed rows and sums that are not finite count as infinity, and infinity
-never wins. B and N differ from call to call and are never specialised.
+never wins.
+
+Two launches, of as many programs as the device runs at once or one a query, whatever N is. They are
+specialised on the type of the keys, the width and whether rows point to slots; never on B or N.
 """
 
 import torch
 import triton
 import triton.language as tl
+from grace_fast.kernels import launch
 from torch import Tensor
 
 OPTIONS = {"enable_fp_fusion": False}
 
 BLOCK_N = 64
 CHUNK_BYTES = 64  # of one row: whole 32-byte sectors; 48 registers a lane on sm_90 (triton 3.9)
-BLOCKS = 256  # winners read together
+PROGRAMS_PER_PROCESSOR = 64  # four times what its registers hold, so that none is the last long
+SHARES = 256  # winners read together
 
 
 @triton.jit
@@ -67,64 +72,77 @@ def lowest(squared, row) -> tuple[tl.tensor, tl.tensor]:
     return best, best_row
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "blocks"])
-def nearest_in_block(
+@triton.jit(do_not_specialize=["batch", "rows", "shares", "share_rows"])
+def nearest_in_share(
     queries,  # [B, D] fp32
     keys,  # [slots, D] fp32, bf16 or fp16
     key_slot,  # [N] int64, the slot of each row; None where row i is slot i
     live,  # [N] bool, False for a removed row
-    block_squared,  # [B, blocks] float64, written
-    block_row,  # [B, blocks] int64, written
+    share_squared,  # [B, shares] float64, written
+    share_row,  # [B, shares] int64, written
     batch,  # B
     rows,  # N
     width,  # D
-    blocks,  # cdiv(N, BLOCK_N)
+    shares,
+    share_rows,  # rows of a share, a multiple of BLOCK_N
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
-    """Write the nearest live row of one query among BLOCK_N rows, and its S."""
+    """Write the nearest live row of one query among a share of the rows, and its S."""
     # Queries run fastest: the programs that read the same keys are close in time.
-    block = tl.program_id(0) // batch
+    share = tl.program_id(0) // batch
     query = (tl.program_id(0) % batch).to(tl.int64)
-    row = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    slot = row
-    if key_slot is not None:
-        slot = tl.load(key_slot + row, mask=row < rows, other=0)
-    is_live = tl.load(live + row, mask=row < rows, other=0) != 0
-    squared = canonical_sums(
-        queries + query * width, keys, slot, is_live, width, BLOCK_N=BLOCK_N, CHUNK=CHUNK
-    )
-    # NaN < inf is false, so this takes NaN out too.
-    may_win = is_live & (squared < float("inf"))
-    best, best_row = lowest(tl.where(may_win, squared, float("inf")), row)
-    tl.store(block_squared + query * blocks + block, best)
-    tl.store(block_row + query * blocks + block, best_row)
+    best = tl.full((BLOCK_N,), float("inf"), dtype=tl.float64)
+    best_row = tl.full((BLOCK_N,), -1, dtype=tl.int64)
+    start = share.to(tl.int64) * share_rows
+    for first in range(start, tl.minimum(start + share_rows, rows), BLOCK_N):
+        row = first + tl.arange(0, BLOCK_N)
+        slot = row
+        if key_slot is not None:
+            slot = tl.load(key_slot + row, mask=row < rows, other=0)
+        is_live = tl.load(live + row, mask=row < rows, other=0) != 0
+        squared = canonical_sums(
+            queries + query * width, keys, slot, is_live, width, BLOCK_N=BLOCK_N, CHUNK=CHUNK
+        )
+        # Later rows do not take over at an equal S. NaN < S is false, so this takes NaN out too.
+        nearer = is_live & (squared < best)
+        best, best_row = tl.where(nearer, squared, best), tl.where(nearer, row, best_row)
+    least, least_row = lowest(best, best_row)
+    tl.store(share_squared + query * shares + share, least)
+    tl.store(share_row + query * shares + share, least_row)
 
 
-@triton.jit(do_not_specialize=["blocks"])
-def nearest_of_blocks(
-    block_squared,  # [B, blocks] float64
-    block_row,  # [B, blocks] int64, ascending along the blocks; not read where S is infinite
+@triton.jit(do_not_specialize=["shares"])
+def nearest_of_shares(
+    share_squared,  # [B, shares] float64
+    share_row,  # [B, shares] int64, ascending along the shares; not read where S is infinite
     squared,  # [B] float64, written
     row,  # [B] int64, written
-    blocks,
-    BLOCKS: tl.constexpr,
+    shares,
+    SHARES: tl.constexpr,
 ) -> None:
-    """Write the nearest row of one query and its S, given the winners of its blocks."""
+    """Write the nearest row of one query and its S, given the winners of its shares."""
     query = tl.program_id(0).to(tl.int64)
-    best = tl.full((BLOCKS,), float("inf"), dtype=tl.float64)
-    best_row = tl.full((BLOCKS,), -1, dtype=tl.int64)
-    for first in range(0, blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        here = query * blocks + block
-        found = tl.load(block_squared + here, mask=block < blocks, other=float("inf"))
-        found_row = tl.load(block_row + here, mask=block < blocks, other=0)
-        # Later blocks hold later rows, so an equal S does not take over; infinity leaves -1.
+    best = tl.full((SHARES,), float("inf"), dtype=tl.float64)
+    best_row = tl.full((SHARES,), -1, dtype=tl.int64)
+    for first in range(0, shares, SHARES):
+        share = first + tl.arange(0, SHARES)
+        here = query * shares + share
+        found = tl.load(share_squared + here, mask=share < shares, other=float("inf"))
+        found_row = tl.load(share_row + here, mask=share < shares, other=0)
+        # Later shares hold later rows, so an equal S does not take over; infinity leaves -1.
         nearer = found < best
         best, best_row = tl.where(nearer, found, best), tl.where(nearer, found_row, best_row)
     least, least_row = lowest(best, best_row)
     tl.store(squared + query, least)
     tl.store(row + query, least_row)
+
+
+def shares_of(rows: int, batch: int, processors: int) -> tuple[int, int]:
+    """Return in how many shares the rows of a query are read, and how many rows each has."""
+    blocks = triton.cdiv(rows, BLOCK_N)
+    share_blocks = triton.cdiv(blocks, triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, batch))
+    return int(triton.cdiv(blocks, share_blocks)), int(share_blocks * BLOCK_N)
 
 
 def nearest(
@@ -135,30 +153,32 @@ def nearest(
     queries: [B, D] fp32, keys: [slots, D], key_slot: [N] int64 or None, live: [N] bool; all
     contiguous and on one device, B and N at least 1.
     """
+    queries = launch.aligned(queries)
     batch, width = queries.shape
-    blocks = triton.cdiv(len(live), BLOCK_N)
-    block_squared = queries.new_empty(batch, blocks, dtype=torch.float64)
-    block_row = queries.new_empty(batch, blocks, dtype=torch.int64)
+    shares, share_rows = shares_of(len(live), batch, launch.processors(queries.device))
+    share_squared = queries.new_empty(batch, shares, dtype=torch.float64)
+    share_row = queries.new_empty(batch, shares, dtype=torch.int64)
     squared = queries.new_empty(batch, dtype=torch.float64)
     row = queries.new_empty(batch, dtype=torch.int64)
     with torch.cuda.device_of(queries):
-        nearest_in_block[(batch * blocks,)](
+        nearest_in_share[(batch * shares,)](
             queries,
             keys,
             key_slot,
             live,
-            block_squared,
-            block_row,
+            share_squared,
+            share_row,
             batch,
             len(live),
             width,
-            blocks,
+            shares,
+            share_rows,
             BLOCK_N=BLOCK_N,
             CHUNK=CHUNK_BYTES // keys.element_size(),
             num_warps=BLOCK_N // (64 if torch.version.hip else 32),
             **OPTIONS,
         )
-        nearest_of_blocks[(batch,)](
-            block_squared, block_row, squared, row, blocks, BLOCKS=BLOCKS, num_warps=4, **OPTIONS
+        nearest_of_shares[(batch,)](
+            share_squared, share_row, squared, row, shares, SHARES=SHARES, num_warps=4, **OPTIONS
         )
     return row, squared

@@ -7,7 +7,6 @@ read at all, and of one that hit only the masked elements are written: nothing i
 import torch
 import triton
 import triton.language as tl
-from grace_fast.kernels.dense import asked_for
 from torch import Tensor
 
 MODES = {"replace_all": 0, "replace_last": 1, "replace_prompt": 2}
@@ -44,7 +43,7 @@ def write_values(
 ) -> None:
     """Write one row's value over the masked tokens of one sequence."""
     query = tl.program_id(0).to(tl.int64)
-    if not asked_for(hit, query, query >= 0):
+    if tl.load(hit + query) == 0:
         return
     token = tl.program_id(1).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(2) * COLUMNS + tl.arange(0, COLUMNS)

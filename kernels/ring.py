@@ -8,7 +8,7 @@ row that has no position. `settle` reads the keys of all candidates in float32 a
 
 Ties: the lowest row. Masks: candidates past the last one and rows that are removed or past N count
 for nothing. A ring that was asked for more than it holds says nothing: whoever reads its `entries`
-looks the query up densely then, so that no answer depends on a capacity.
+gives the query up to `doubtful.find` then, so that no answer depends on a capacity.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Ring(NamedTuple):
 
     candidates: Tensor  # [B, size] int32
     entries: Tensor  # [B] int32, the candidates that were appended, or did not fit
-    doubtful: Tensor  # [B] int32, not 0 where the query has to be looked up densely
+    doubtful: Tensor  # [B] int32, 1 where all keys have to be read, -1 where it is a miss already
     sums: Tensor  # [B, size] float32, scratch of `settle`
     size: tl.constexpr  # a power of two
 

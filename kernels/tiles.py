@@ -3,7 +3,7 @@
 `round_queries`: one program takes one query and makes what is multiplied for it. `filter_tiles`
 (`tile_filter` has its bounds): programs share the tiles and append candidates to the ring of each
 query. `decide`: one program settles one ring, ties and all. A query whose ring was too small is
-looked up by `dense.find`.
+looked up by `doubtful.find`.
 
 A tile reads BLOCK_B + BLOCK_N rows from L2 for BLOCK_B * BLOCK_N products. Of B = 4 096 queries
 and N = 1e5 keys of D = 4 096 in 16 bits, tiles of 64 x 128 read 79 GB and those of 128 x 256 39 GB,
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from grace_fast.kernels import dense
+from grace_fast.kernels import dense, doubtful, launch
 from grace_fast.kernels.exact import Found, Keys, is_finite, write_verdict
 from grace_fast.kernels.nearest import OPTIONS
 from grace_fast.kernels.ring import WARPS, Ring, settle
@@ -27,7 +27,7 @@ from grace_fast.kernels.tile_filter import filter_tiles
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-RING = 256  # candidates of a query; more and it is looked up densely
+RING = 256  # candidates of a query; more and it is doubtful
 # Queries, rows and columns of a tile, its warps and the chunks in flight. Not measured.
 TILE = {"BLOCK_B": 64, "BLOCK_N": 128, "BLOCK_D": 64, "STAGES": 3}
 TILE_WARPS = 4
@@ -201,6 +201,7 @@ def find(
     queries: contiguous, on the keys' device, B at least 1. ring_size: room for candidates, a power
     of two. Without `sums` the S of a hit is the law's only to within float32.
     """
+    queries = launch.aligned(queries)
     batch, device = len(queries), queries.device
     found = Found.room(queries)
     ring = Ring.room(batch, ring_size, device)
@@ -236,4 +237,4 @@ def find(
             enable_fp_fusion=True,
         )
         decide[(batch,)](queries, keys, ring, found, SUMS=sums, num_warps=WARPS, **OPTIONS)
-    return dense.find(queries, keys, ring.doubtful, found, sums)
+    return doubtful.find(queries, keys, ring.doubtful, found, sums)

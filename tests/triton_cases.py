@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -276,30 +277,41 @@ def found_by(path: str, name: str, device: str, sums: bool = True, floor: float 
     return codes.find(queries, keys, made, sums, ring, tiled=path == "code tiles")
 
 
+@contextmanager
+def counted():
+    """Collect how many queries each look-up gave up, so that all keys were read for them."""
+    from grace_fast.kernels import doubtful
+
+    counts: list[int] = []
+    usual = doubtful.find
+
+    def counting(queries, keys, doubtful, found, sums=True):
+        counts.append(int((doubtful > 0).sum()))
+        return usual(queries, keys, doubtful, found, sums)
+
+    doubtful.find = counting
+    try:
+        yield counts
+    finally:
+        doubtful.find = usual
+
+
 def answers(device: str) -> dict[str, object]:
     """Return what every look-up says of every case, and how often it had to read all keys."""
-    from grace_fast.kernels import code_tiles, codes, dense, tiles
+    from grace_fast.kernels import code_tiles, codes, dense, doubtful, tiles
 
     # Programs that take several blocks each, as on a full device.
     dense.PROGRAMS_PER_PROCESSOR, codes.PROGRAMS_PER_PROCESSOR = 3, 4
+    doubtful.PROGRAMS_PER_PROCESSOR = 7
     if device == "cpu":
         code_tiles.TILE.update(BLOCK_B=16)
         tiles.TILE.update(BLOCK_B=16, BLOCK_N=32, BLOCK_D=32)
-    doubts: list[int] = []
-    usual = dense.find
-
-    def counting(queries, keys, doubtful=None, into=None, sums=True):
-        if doubtful is not None:
-            doubts.append(int(doubtful.sum()))
-        return usual(queries, keys, doubtful, into, sums)
-
-    dense.find = counting
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN and the largest integer
     found: dict[str, object] = {}
     for name in NAMES:
         for path in PATHS:
-            doubts.clear()
-            told = found_by(path, name, device)
+            with counted() as doubts:
+                told = found_by(path, name, device)
             if told is not None:
                 found[f"{path}: {name}"] = (*(field.tolist() for field in told), sum(doubts))
     for name in WITHOUT_SUMS:
@@ -308,11 +320,63 @@ def answers(device: str) -> dict[str, object]:
             found[f"{path}, no sums: {name}"] = tuple(field.tolist() for field in told)
     hasty = found_by("codes", "a wide ball hides a nearer key", device, floor=math.inf)
     found["without a second look"] = hasty.hit.tolist()
-    dense.find = usual
+    found["given up"] = given_up(device)
     found["encoded"] = encoded(device)
     found["collected"] = collected(device)
     found["replaced"] = replaced(device)
     return found
+
+
+GIVEN_UP = ("a row that is not finite", "a row too large for float32", "rings that overflow")
+
+
+def with_odd_rows(what: str) -> tuple[Drawn, tuple[int, ...]]:
+    """Return a case of eight queries, and which of them codes cannot decide."""
+    drawn = clusters(120, 16, ring=32)
+    drawn.queries = torch.cat([drawn.queries, drawn.keys[::35] + 0.01])
+    odd: tuple[int, ...] = ()
+    if what == "a row that is not finite":
+        drawn.queries[3, 7], drawn.queries[6, 0] = torch.nan, torch.inf
+    elif what == "a row too large for float32":
+        drawn.queries[5] = 2e15 * unit(1, 16, seed=16)[0]
+        live = torch.ones(len(drawn.keys), dtype=torch.bool)
+        row, _ = semantics.nearest(drawn.queries[5:6], drawn.keys, live)
+        drawn.radii[row], drawn.ring = 1e17, 256  # all that share a leaf with it are candidates
+        odd = (5,)
+    else:  # many keys within a radius of one place: all of them are candidates
+        drawn.keys[40:90] = drawn.keys[40] + 1e-3 * normal(50, 16, seed=17)
+        odd = (0, 2, 4, 6, 7)
+        drawn.queries[list(odd)] = drawn.keys[41:46] + 0.004
+    return drawn, odd
+
+
+def given_up(device: str) -> dict[str, tuple[list[int], object]]:
+    """Return which queries of a batch were looked up among all keys, and what was found."""
+    from grace_fast.kernels import codes, doubtful, tiles
+
+    told: dict[str, tuple[list[int], object]] = {}
+    usual = doubtful.find
+    for what in GIVEN_UP:
+        DRAWN[what], _ = with_odd_rows(what)
+        case, keys = DRAWN[what], on_device(what, device)[0]
+        queries, ring = case.queries.to(device), case.ring
+        for path in ("tiles", "codes", "code tiles"):
+            asked: list[int] = []
+
+            def noting(queries, keys, doubtful, found, sums=True, asked=asked):
+                asked += (doubtful > 0).nonzero()[:, 0].tolist()
+                return usual(queries, keys, doubtful, found, sums)
+
+            doubtful.find = noting
+            if path == "tiles":
+                found = tiles.find(queries, keys, tiles.filter_keys(keys.slots), ring_size=ring)
+            else:
+                made = certificate(what, device)
+                found = codes.find(queries, keys, made, ring_size=ring, tiled=path == "code tiles")
+            told[f"{path}: {what}"] = asked, tuple(field.tolist() for field in found)
+        del DRAWN[what]
+    doubtful.find = usual
+    return told
 
 
 def encoded(device: str) -> list[tuple[int, float, float]]:
@@ -338,10 +402,11 @@ def encoded(device: str) -> list[tuple[int, float, float]]:
 def encoded_by(made, queries: Tensor):
     """Return queries as codes, and their empty rings."""
     from grace_fast.kernels.encode import encoded
+    from grace_fast.kernels.exact import Found
     from grace_fast.kernels.ring import Ring
 
     ring = Ring.room(len(queries), 1024, queries.device)
-    return encoded(queries, made, ring), ring
+    return encoded(queries, made, ring, Found.room(queries)), ring
 
 
 def collected(device: str) -> list[tuple[list[set[int]], list[set[int]]]]:

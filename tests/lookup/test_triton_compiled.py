@@ -38,12 +38,12 @@ def kernels(native: bool = True) -> dict[str, Kernel]:
     from grace_fast.kernels.exact import Found, Keys
     from grace_fast.kernels.ring import Ring
 
-    rows, chunk = dense.TILES[-1][1:]
     keys = Keys("*bf16", "i32 aligned", "*i1", "*fp32", "*i64", "*fp32", key_slot=None)
     found = Found(hit="*i1", row="*i64", squared="*fp64")
     book = {"queries": "*fp32", "keys": keys, "found": found, "SUMS": True}
-    pairs = {"best": "*i64", "second": "*i64", "programs": "i32"}
-    pairs |= {"keys": keys, "queries": "*fp32", "doubtful": None, "ROWS": rows, "CHUNK": chunk}
+    pairs = {"pairs": dense.Pairs("*i64", "*i64"), "programs": "i32", "batch": "i32"}
+    pairs |= {"keys": keys, "queries": "*fp32", "PROGRAMS": dense.PROGRAMS}
+    alone, together = dense.tile_of(4096, 1), dense.tile_of(4096, dense.MOST_TOGETHER)
     filtered = tiles.FilterKeys("*bf16", "*fp32", "*fp32", centre=None)
     rounded = tiles.FilterQueries("*bf16", "*i16", "*fp32", "*fp32", limit="*i32")
     ring = Ring("*i32", "*i32", "*i32", "*fp32", size=codes.RING)
@@ -69,7 +69,7 @@ def kernels(native: bool = True) -> dict[str, Kernel]:
         "scan_keys, 1 query": Kernel(
             "dense",
             "scan_keys",
-            {**pairs, "batch": "i32", "TOGETHER": 1},
+            {**pairs, **alone},
             registers=80,
             fuses=True,
             holds=(wide, "FFMA"),
@@ -77,16 +77,23 @@ def kernels(native: bool = True) -> dict[str, Kernel]:
         "scan_keys, 4 queries": Kernel(
             "dense",
             "scan_keys",
-            {**pairs, "batch": "i32", "TOGETHER": 4},
-            registers=224,
+            {**pairs, **together},
+            registers=128,
             fuses=True,
             holds=(wide, "FFMA"),
         ),
         "decide among all keys": Kernel(
             "dense",
             "decide",
-            {**book, **pairs, "PROGRAMS": 1024},
-            registers=176,
+            {**book, **pairs, **together},
+            registers=168,
+            holds=("DADD", "DMUL", wide),
+        ),
+        "look_up_doubtful": Kernel(
+            "doubtful",
+            "look_up_doubtful",
+            {**book, **pairs, **together, "doubtful": "*i32"},
+            registers=168,
             holds=("DADD", "DMUL", wide),
         ),
         "round_queries": Kernel(
@@ -142,6 +149,7 @@ def kernels(native: bool = True) -> dict[str, Kernel]:
                 "padded": "i32 aligned",
                 "asked": asked,
                 "ring": ring,
+                "found": found,
                 "CHUNK": encode.CHUNK,
             },
             registers=64,
@@ -197,6 +205,7 @@ NAMES = (
     "scan_keys, 1 query",
     "scan_keys, 4 queries",
     "decide among all keys",
+    "look_up_doubtful",
     "round_queries",
     "filter_tiles",
     "decide among candidates",
@@ -274,6 +283,103 @@ class NoDevice:
     launcher_cls = staticmethod(lambda source, metadata: lambda *arguments: None)
 
 
+@pytest.fixture
+def launches(monkeypatch):
+    """Collect (kernel, what run is given) of launches, without a device."""
+    import triton
+
+    if torch.cuda.is_available():
+        pytest.skip("look-ups run on the GPU")
+    made = []
+
+    def record(kernel, *arguments, grid, warmup, **options):
+        made.append((kernel, arguments, grid, options))
+
+    monkeypatch.setattr(triton.JITFunction, "run", record)
+    monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
+    return made
+
+
+def name_of(kernel) -> str:
+    return f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"
+
+
+def specialised(kernel, arguments, options) -> str:
+    """Return what Triton takes for constant of a launch: another is another compilation."""
+    *_, binder = kernel.device_caches[0]
+    _, specialization, options = binder(*arguments, **options)
+    return f"{specialization} {options}"
+
+
+def look_ups():
+    """Return every look-up of queries, by name, and what each launches."""
+    from grace_fast.kernels import codes, dense, nearest, tiles
+
+    keys, _, _, _ = triton_cases.on_device("clusters in fp16", "cpu")
+    made = triton_cases.certificate("clusters in fp16", "cpu")
+    multiplied = tiles.filter_keys(keys.slots)
+    given_up = "doubtful.look_up_doubtful"
+    return {
+        "dense": (
+            lambda queries, keys=keys: dense.find(queries, keys),
+            ["dense.scan_keys", "dense.decide"],
+        ),
+        "tiles": (
+            lambda queries, keys=keys: tiles.find(queries, keys, multiplied),
+            ["tiles.round_queries", "tiles.filter_tiles", "tiles.decide", given_up],
+        ),
+        "codes": (
+            lambda queries, keys=keys: codes.find(queries, keys, made, tiled=False),
+            ["encode.encode", "codes.collect", "codes.decide", given_up],
+        ),
+        "code tiles": (
+            lambda queries, keys=keys: codes.find(queries, keys, made, tiled=True),
+            ["encode.encode", "code_tiles.filter_codes", "codes.decide", given_up],
+        ),
+        "nearest": (
+            lambda queries, keys=keys: nearest.nearest(
+                queries.float(), keys.slots, keys.key_slot, keys.live
+            ),
+            ["nearest.nearest_in_share", "nearest.nearest_of_shares"],
+        ),
+    }
+
+
+@pytest.mark.parametrize("path", ["dense", "tiles", "codes", "code tiles", "nearest"])
+def test_batches_and_codebooks_of_any_size_are_compiled_once(launches, path):
+    """Neither B, nor N, nor where a slice begins is a constant: serving waits for no compiler."""
+    keys, _, _, _ = triton_cases.on_device("clusters in fp16", "cpu")
+    look_up, kernels = look_ups()[path]
+    rows, many = keys.width, torch.zeros(80, keys.width, dtype=torch.float16)
+    assert rows % 8, "a slice begins at any even address"
+    for batch in range(1, 41):
+        look_up(many[batch % 9 :][:batch])
+    for count in (1, 16, 33, 5000):
+        live = torch.ones(count, dtype=torch.bool)
+        look_up(many[1:9], keys._replace(live=live, radius=torch.ones(count)))
+    assert [name_of(kernel) for kernel, *_ in launches] == 44 * kernels
+    variants: dict[str, set[str]] = {}
+    for kernel, arguments, _, options in launches:
+        told = variants.setdefault(name_of(kernel), set())
+        told.add(specialised(kernel, arguments, options))
+    # One query reads the keys for itself, several share what is read.
+    assert {name: len(told) for name, told in variants.items()} == dict.fromkeys(
+        kernels, 2 if path == "dense" else 1
+    )
+
+
+def test_all_programs_of_a_device_share_what_was_given_up(launches, monkeypatch):
+    from grace_fast.kernels import launch
+
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    for path in ("tiles", "codes", "code tiles"):
+        for batch in (1, 40):
+            look_ups()[path][0](torch.zeros(batch, 33, dtype=torch.float16))
+            kernel, _, grid, _ = launches[-1]
+            assert kernel.__name__ == "look_up_doubtful"
+            assert grid == (4 * 132,)
+
+
 def test_look_ups_launch_what_compiles(monkeypatch):
     """What a look-up passes is compiled for sm_90; numbers that grow are not constants of it."""
     import triton
@@ -286,7 +392,7 @@ def test_look_ups_launch_what_compiles(monkeypatch):
 
     def compile_only(kernel, *arguments, grid, warmup, **options):
         built = run(kernel, *arguments, grid=grid, warmup=True, **options)
-        launched[f"{kernel.__module__.rpartition('.')[2]}.{kernel.__name__}"] = built
+        launched[name_of(kernel)] = built
 
     monkeypatch.setattr(triton.JITFunction, "run", compile_only)
     monkeypatch.setattr(triton.runtime.driver, "_active", NoDevice())
@@ -298,7 +404,7 @@ def test_look_ups_launch_what_compiles(monkeypatch):
     for tiled in (False, True):
         codes.find(queries, keys, made, tiled=tiled)
     assert set(launched) == {
-        *("dense.scan_keys", "dense.decide"),
+        *("dense.scan_keys", "dense.decide", "doubtful.look_up_doubtful"),
         *("tiles.round_queries", "tile_filter.filter_tiles", "tiles.decide"),
         *("encode.encode", "codes.collect", "code_tiles.filter_codes", "codes.decide"),
     }

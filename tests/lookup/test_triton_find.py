@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import triton_cases
-from cases import INF
+from cases import INF, oracle
 
 from grace_fast import semantics
 from grace_fast.lookup.backends import triton as backend
@@ -89,13 +89,23 @@ def test_codes_decide_by_themselves(found, path):
         for name in triton_cases.NAMES
         if (told := found.get(f"{path}: {name}")) and told[3]
     }
-    not_finite = {
-        "NaN and infinity are misses and leave the others alone": 3,
-        "one NaN among finite coordinates": 2,
-    }
     assert given_up.pop("a ring too small") > 0
     assert given_up.pop("more rows without codes than a ring holds") == triton_cases.MOST_QUERIES
-    assert given_up == not_finite
+    assert not given_up
+
+
+@pytest.mark.parametrize("path", ["tiles", "codes", "code tiles"])
+@pytest.mark.parametrize("what", triton_cases.GIVEN_UP)
+def test_of_many_queries_only_the_odd_ones_are_looked_up_among_all_keys(found, what, path):
+    given_up, (hit, row, squared) = found["given up"][f"{path}: {what}"]
+    case, odd = triton_cases.with_odd_rows(what)
+    told = oracle(case.queries, case.keys, case.radii, [True] * len(case.keys))
+    assert hit == told.hit
+    assert row == [row if hit else -1 for hit, row in zip(told.hit, told.row, strict=True)]
+    assert squared == [s if hit else INF for hit, s in zip(told.hit, told.squared, strict=True)]
+    # Products of numbers so large bound nothing, so that tiles make every key a candidate.
+    assert given_up == list(odd) or (path == "tiles" and "float32" in what)
+    assert any(hit)
 
 
 def test_tiles_give_up_only_where_a_ring_is_too_small_or_float32_ends(found):

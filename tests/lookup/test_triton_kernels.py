@@ -168,8 +168,8 @@ def codebook(device: str) -> gf.Codebook:
     return book
 
 
-def blocks_won(rows: int) -> tuple[Tensor, Tensor]:
-    """Return the winners of many blocks, [2, rows]: few distinct S, and blocks without a winner."""
+def shares_won(rows: int) -> tuple[Tensor, Tensor]:
+    """Return the winners of many shares, [2, rows]: few distinct S, and shares without a winner."""
     generator = torch.Generator().manual_seed(rows)
     squared = torch.randint(0, 5, (2, rows), generator=generator).double()
     squared[1] += 3
@@ -183,6 +183,8 @@ def answers(device: str) -> dict[str, tuple[Tensor, Tensor]]:
     from grace_fast.kernels import nearest as kernel
 
     assert kernel.BLOCK_N == BLOCK_N
+    if device == "cpu":
+        kernel.PROGRAMS_PER_PROCESSOR = 4  # programs that take several blocks each, as of 1e8 rows
     torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN and the largest integer
     found = {}
     try:
@@ -191,12 +193,12 @@ def answers(device: str) -> dict[str, tuple[Tensor, Tensor]]:
             live = case.live if device == "cpu" else case.live.to(device)
             queries = case.queries.to(device, torch.float32)
             found[name] = kernel.nearest(queries, case.keys.to(device), slot, live)
-        squared, row = (part.to(device) for part in blocks_won(2500))
+        squared, row = (part.to(device) for part in shares_won(2500))
         least, least_row = squared.new_empty(2), row.new_empty(2)
-        kernel.nearest_of_blocks[(2,)](
-            squared, row, least, least_row, 2500, BLOCKS=kernel.BLOCKS, **kernel.OPTIONS
+        kernel.nearest_of_shares[(2,)](
+            squared, row, least, least_row, 2500, SHARES=kernel.SHARES, **kernel.OPTIONS
         )
-        found["winners of 2 500 blocks"] = least_row, least
+        found["winners of 2 500 shares"] = least_row, least
         near = gf.nearest(drawn(90, 20).queries.to(device), codebook(device), backend="triton")
         found["a codebook"] = near.row, near.squared_distance
     finally:
@@ -208,8 +210,8 @@ def expected(name: str) -> tuple[Tensor, Tensor]:
     if name == "a codebook":
         book = codebook("cpu")
         return semantics.nearest(drawn(90, 20).queries, book.keys, book.live)
-    if name == "winners of 2 500 blocks":
-        squared, row = blocks_won(2500)
+    if name == "winners of 2 500 shares":
+        squared, row = shares_won(2500)
         block, best = semantics.lowest(squared, torch.ones(2500, dtype=torch.bool))
         return row.gather(1, block[:, None])[:, 0], best
     return CASES[name].expected()
@@ -250,7 +252,7 @@ def found(request, tmp_path_factory):
     return answers("cuda")
 
 
-@pytest.mark.parametrize("name", [*CASES, "winners of 2 500 blocks", "a codebook"])
+@pytest.mark.parametrize("name", [*CASES, "winners of 2 500 shares", "a codebook"])
 def test_the_kernel_equals_the_law_bit_for_bit(found, name):
     row, squared = found[name]
     expected_row, expected_squared = expected(name)
@@ -258,6 +260,19 @@ def test_the_kernel_equals_the_law_bit_for_bit(found, name):
     assert row.dtype == torch.int64
     # As bits: neither a tolerance nor -0.0 == 0.0.
     assert torch.equal(squared.view(torch.int64), expected_squared.view(torch.int64))
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 100_000, 10**8, 3 * 10**9])
+def test_shares_cover_the_rows_by_no_more_programs_than_can_be_launched(rows):
+    skip_unless_importable()
+    from grace_fast.kernels import nearest as kernel
+
+    for batch in (1, 2, 31, 4096, 100_000):
+        shares, share_rows = kernel.shares_of(rows, batch, processors=132)
+        assert share_rows % BLOCK_N == 0
+        assert (shares - 1) * share_rows < rows <= shares * share_rows
+        assert batch * shares <= kernel.PROGRAMS_PER_PROCESSOR * 132 + batch
+        assert batch * shares < 1 << 31
 
 
 def test_keys_on_the_host_are_never_given_to_triton_unasked():
@@ -314,7 +329,7 @@ SUMS_ON_NVIDIA = [
 ]
 
 
-def compiled_in_block(target, variant: str, **options):
+def compiled_in_share(target, variant: str, **options):
     from grace_fast.kernels import nearest as kernel
 
     key, moved, aligned = VARIANTS[variant]
@@ -323,29 +338,29 @@ def compiled_in_block(target, variant: str, **options):
         "keys": "*" + key,
         "key_slot": "*i64" if moved else None,
         "live": "*i1",
-        "block_squared": "*fp64",
-        "block_row": "*i64",
-        **dict.fromkeys(("batch", "rows", "blocks"), "i32"),
+        "share_squared": "*fp64",
+        "share_row": "*i64",
+        **dict.fromkeys(("batch", "rows", "shares", "share_rows"), "i32"),
         "width": "i32 aligned" if aligned else "i32",
         "BLOCK_N": kernel.BLOCK_N,
         "CHUNK": kernel.CHUNK_BYTES // (4 if key == "fp32" else 2),
     }
     warps = kernel.BLOCK_N // target.warp_size
-    return compiled(kernel.nearest_in_block, target, arguments, num_warps=warps, **options)
+    return compiled(kernel.nearest_in_share, target, arguments, num_warps=warps, **options)
 
 
-def compiled_of_blocks(target):
+def compiled_of_shares(target):
     from grace_fast.kernels import nearest as kernel
 
     arguments = {
-        "block_squared": "*fp64",
-        "block_row": "*i64",
+        "share_squared": "*fp64",
+        "share_row": "*i64",
         "squared": "*fp64",
         "row": "*i64",
-        "blocks": "i32",
-        "BLOCKS": kernel.BLOCKS,
+        "shares": "i32",
+        "SHARES": kernel.SHARES,
     }
-    return compiled(kernel.nearest_of_blocks, target, arguments, **kernel.OPTIONS)
+    return compiled(kernel.nearest_of_shares, target, arguments, **kernel.OPTIONS)
 
 
 @pytest.fixture
@@ -358,7 +373,7 @@ def target(request):
 def test_the_sum_is_compiled_for_nvidia_without_contraction_or_spills(target, variant, tmp_path):
     from grace_fast.kernels import nearest as kernel
 
-    built = compiled_in_block(target, variant, **kernel.OPTIONS)
+    built = compiled_in_share(target, variant, **kernel.OPTIONS)
     found = instructions(built.asm["ptx"], r"\b(?:add|sub|mul|fma|mad)\.\w*\.?f64")
     assert found == {"add.rn.f64", "sub.rn.f64", "mul.rn.f64"}
     # The machine code too: the assembler may contract what PTX does not.
@@ -374,7 +389,7 @@ def test_the_sum_is_compiled_for_nvidia_without_contraction_or_spills(target, va
 def test_the_sum_is_compiled_for_amd_without_contraction_or_spills(target, variant):
     from grace_fast.kernels import nearest as kernel
 
-    code = compiled_in_block(target, variant, **kernel.OPTIONS).asm["amdgcn"]
+    code = compiled_in_share(target, variant, **kernel.OPTIONS).asm["amdgcn"]
     arithmetic = instructions(code, r"\bv_(?:pk_)?(?:add|mul|fma|fmac|mad|mac)_f64")
     assert arithmetic == {"v_add_f64", "v_mul_f64"}
     assert instructions(code, r"\.[sv]gpr_spill_count:\s+(\d+)") == {"0"}
@@ -382,7 +397,7 @@ def test_the_sum_is_compiled_for_amd_without_contraction_or_spills(target, varia
 
 @pytest.mark.parametrize("target", [*NVIDIA, "gfx942"], indirect=True)
 def test_the_winners_are_compiled(target, tmp_path):
-    built = compiled_of_blocks(target)
+    built = compiled_of_shares(target)
     if target.backend == "hip":
         assert instructions(built.asm["amdgcn"], r"\.[sv]gpr_spill_count:\s+(\d+)") == {"0"}
         return
@@ -394,7 +409,7 @@ def test_the_winners_are_compiled(target, tmp_path):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"], indirect=True)
 def test_a_contraction_would_be_seen(target):
     """The option that forbids it is what keeps the order, and the patterns above would find it."""
-    built = compiled_in_block(target, "fp32", enable_fp_fusion=True)
+    built = compiled_in_share(target, "fp32", enable_fp_fusion=True)
     if target.backend == "hip":
         assert instructions(built.asm["amdgcn"], r"\bv_fmac?_f64")
     else:

@@ -437,4 +437,4 @@ def _interpreted() -> bool:
 
     from grace_fast.kernels import nearest as kernel
 
-    return not isinstance(kernel.nearest_in_block, triton.JITFunction)
+    return not isinstance(kernel.nearest_in_share, triton.JITFunction)
