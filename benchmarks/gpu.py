@@ -25,7 +25,15 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_calls, gpu_cells, gpu_machine, gpu_page, gpu_peers, machine
+from benchmarks import (
+    gpu_calls,
+    gpu_cells,
+    gpu_machine,
+    gpu_page,
+    gpu_peers,
+    gpu_prediction,
+    machine,
+)
 from benchmarks.gpu_cells import Cell
 from benchmarks.gpu_clock import Clock, Timing
 from benchmarks.gpu_problems import Books
@@ -35,6 +43,7 @@ AGAIN = 75  # exit code: the same command goes on
 LAST_S = 6.0  # kept for the page
 # Seconds of a cell, of making its codebook and its codes: estimates, for what still fits.
 CELL_S, COMPILING_S = 2.0, 15.0
+CALLS = 20 * 7 + 10  # of a long one: five replays of twenty, and what comes before
 BOOK_S = {100_000: 6.0, gpu_cells.MILLION: 25.0, 10 * gpu_cells.MILLION: 45.0}
 LARGEST_S = 150.0
 
@@ -95,6 +104,7 @@ class Run:
         """Return about how long a cell takes, its codebook with it where that is not there."""
         known = (cell.path, cell.dtype) in self._compiled or cell.path in gpu_cells.MACHINE
         needed = CELL_S if known else CELL_S + COMPILING_S
+        needed += CALLS * gpu_prediction.predicted(cell).us / 1e6
         if cell.N and not self._books.has(cell):
             needed += next((s for rows, s in BOOK_S.items() if rows >= cell.N), LARGEST_S)
         return needed

@@ -15,6 +15,7 @@ from torch import Tensor
 
 WORDS = 8192  # of a program's step: eight 16-byte loads in flight for each of 256 threads
 PROGRAMS = 132 * 8  # all that an H200 holds at once
+OPTIONS = {"enable_fp_fusion": True}  # no canonical sum is in here
 NOTHING = 0x7FFFFFFFFFFFFFFF  # packed: no key yet
 
 
@@ -37,7 +38,7 @@ def read_all(words: Tensor, sink: Tensor) -> None:
     """Read all of words [n] int32, a multiple of WORDS; sink: [programs] int32."""
     if len(words) % WORDS:
         raise ValueError(f"words must be a multiple of {WORDS}, got {len(words)}")
-    read_words[(len(sink),)](words, sink, len(words), BLOCK=WORDS, num_warps=8)
+    read_words[(len(sink),)](words, sink, len(words), BLOCK=WORDS, num_warps=8, **OPTIONS)
 
 
 @triton.jit(do_not_specialize=["batch", "rows"])
@@ -112,7 +113,17 @@ def fused_argmin(
     grid = (triton.cdiv(len(keys), 128), triton.cdiv(batch, block))
     tile = {"BLOCK_B": block, "BLOCK_N": 128, "BLOCK_D": 64, "num_warps": 8 if block > 64 else 4}
     nearest_keys[grid](
-        queries, keys, query_norm, key_norm, best, batch, len(keys), width, num_stages=3, **tile
+        queries,
+        keys,
+        query_norm,
+        key_norm,
+        best,
+        batch,
+        len(keys),
+        width,
+        num_stages=3,
+        **tile,
+        **OPTIONS,
     )
-    within_radius[(triton.cdiv(batch, 256),)](best, limits, hit, row, batch, BLOCK=256)
+    within_radius[(triton.cdiv(batch, 256),)](best, limits, hit, row, batch, BLOCK=256, **OPTIONS)
     return hit, row

@@ -38,13 +38,14 @@ ASKS = (gpu_cells.MISSES, gpu_cells.WRITTEN, gpu_cells.SUMS)
 def cells(paths: str = "", rows: int = ROWS, few: bool = False) -> Iterator[Cell]:
     """Yield what is asked of each path whose name holds `paths`, CUDA's first.
 
-    few: only misses of the widest keys, one and eight at a time.
+    All paths come before the next batch, so that what is stopped has seen most of them. few: only
+    misses of the widest keys, one and eight at a time.
     """
     taken = [path for path in PATHS if paths in path]
     shapes, batches, questions = SHAPES, BATCHES, ASKS
     if few:
         shapes, batches, questions = SHAPES[-1:], (1, 8), ASKS[:1]
-    for (width, dtype), path, batch, asks in product(shapes, taken, batches, questions):
+    for batch, (width, dtype), path, asks in product(batches, shapes, taken, questions):
         if not (path == gpu_cells.AUTO and asks == gpu_cells.SUMS):
             yield Cell("probe", path, rows, width, batch, dtype, asks)
 

@@ -45,11 +45,34 @@ def cells(paths, dtypes=("float32",)):
             yield Cell("host", path, ROWS, WIDTH, BATCH, dtype, asks)
 
 
+def cell_of(path):
+    """A cell of misses."""
+    return Cell("host", path, ROWS, WIDTH, BATCH, "float32", MISSES)
+
+
 def asked(cell, books):
     """How many answers of a cell were compared, and how many were wrong."""
     book = books.of(cell)
     assert book.ordered.segments[0].leaf_boxes is not None
     return gpu_calls.wrong(cell, book, gpu_calls.call_of(cell, book)())
+
+
+def reads_every_key(cell, device="cpu"):
+    """Whether a path finds a key that its codes do not tell of.
+
+    A query is written over a key behind the back of everything that was computed from it: who reads
+    all keys has it hit, who goes by the codes alone does not. Before, all miss.
+    """
+    book = Books(device).of(cell)
+    state = book.ordered
+    assert state.covered == cell.N  # the index is there, and of all rows
+    assert state.segments[0].leaf_boxes is not None
+    call = gpu_calls.call_of(cell, book)
+    assert not call().hit.any()
+    book.snapshot.key_slots[cell.N // 2] = book.queries(cell.B, MISSES)[-1]
+    hit = call().hit.tolist()
+    assert not any(hit[:-1])
+    return hit[-1]
 
 
 def fused(books):
@@ -76,6 +99,9 @@ def main(path):
     for cell in [*asks, *nan]:
         found[cell.key] = asked(cell, books)
     found[gpu_cells.FUSED] = fused(books)
+    found["reads every key"] = [
+        path for path in triton if path != gpu_cells.TILES and reads_every_key(cell_of(path))
+    ]
     words, sink = torch.arange(3 * gpu_kernels.WORDS, dtype=torch.int32), torch.zeros(2).int()
     gpu_kernels.read_all(words, sink)
     found["words"] = int(sink.sum()), int(words.sum(dtype=torch.int32))

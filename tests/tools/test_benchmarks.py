@@ -378,7 +378,7 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 sys.path[:0] = {sorted({str(folder.parent), str(folder), *map(str, rooms)})}
-import benchmarks.gpu, benchmarks.gpu_probe, benchmarks.gpu_steps
+import conftest, benchmarks.gpu, benchmarks.gpu_probe, benchmarks.gpu_steps
 for name in {[*named, "lookup"]}:
     __import__(f"test_{{name}}")
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import gpu_on_host
 from cuda_build import host_module
 from gpu_on_host import SmallBooks
+from triton_compile import compiled, dumped, resources, target_of
 
 from benchmarks import gpu_calls, gpu_cells, gpu_peers, gpu_probe, gpu_problems
 from benchmarks.gpu_cells import BOXES, CUDA_DENSE, MISSES, SUMS, WRITTEN, Cell
@@ -67,6 +69,12 @@ def test_cuda_paths_are_forced_and_held_against_the_law(forced):
     assert boxes == {path: "boxes" in path for path in paths[1:]}
 
 
+def test_only_the_dense_path_of_cuda_reads_every_key(forced):
+    paths = [path for path in gpu_cells.OURS if path.startswith("cuda")]
+    reading = [path for path in paths if gpu_on_host.reads_every_key(gpu_on_host.cell_of(path))]
+    assert reading == [CUDA_DENSE]
+
+
 def test_a_path_that_cannot_take_a_cell_says_why():
     if torch.cuda.is_available():
         pytest.skip("there it can")
@@ -111,11 +119,41 @@ def test_triton_paths_and_peers_are_held_against_the_law(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(path.read_text())
+    assert found.pop("reads every key") == [gpu_cells.TRITON_DENSE]
     summed, wanted = found.pop("words")
     assert summed == wanted
     assert len(found) == 5 * 2 + 1 + 2 + 1
     for key, (checked, wrong) in found.items():
         assert (checked, wrong) == (gpu_on_host.BATCH, 0), key
+
+
+def test_the_benchmarks_own_kernels_are_what_they_are_meant_to_be(tmp_path):
+    """What reads the memory does so 16 bytes at a time, and writes next to nothing."""
+    pytest.importorskip("triton")
+    from benchmarks import gpu_kernels
+    from benchmarks.gpu_kernels import OPTIONS
+
+    target, wide = target_of("sm_90"), r"LDG\.E(?:\.\w+)*\.128"
+    arguments = {"words": "*i32", "sink": "*i32", "count": "i32 aligned", "BLOCK": 8192}
+    built = compiled(gpu_kernels.read_words, target, arguments, num_warps=8, **OPTIONS)
+    code = dumped(built.asm["cubin"], "-sass", tmp_path)
+    assert len(re.findall(wide, code)) >= 8
+    assert len(re.findall(r"\bSTG\b", code)) == 1
+    assert resources(built.asm["cubin"], tmp_path)["REG"] <= 64  # four blocks of 256 threads
+    sizes = {"batch": "i32", "rows": "i32", "width": "i32 aligned"}
+    vectors = {"queries": "*bf16", "keys": "*bf16", "query_norm": "*fp32", "key_norm": "*fp32"}
+    for block in (16, 128):
+        tile = {"BLOCK_B": block, "BLOCK_N": 128, "BLOCK_D": 64}
+        arguments = {**vectors, "best": "*i64", **sizes, **tile}
+        options = {"num_warps": 8 if block > 64 else 4, "num_stages": 3, **OPTIONS}
+        built = compiled(gpu_kernels.nearest_keys, target, arguments, **options)
+        code = dumped(built.asm["cubin"], "-sass", tmp_path)
+        assert re.search(r"HGMMA|HMMA", code)
+        assert resources(built.asm["cubin"], tmp_path)["LOCAL"] == 0
+    columns = {"best": "*i64", "limits": "*fp32", "hit": "*i1", "found": "*i64"}
+    compiled(
+        gpu_kernels.within_radius, target, {**columns, "batch": "i32", "BLOCK": 256}, **OPTIONS
+    )
 
 
 def test_libraries_take_part_where_they_are_installed(monkeypatch):
