@@ -119,19 +119,33 @@ gate-full: .venv/.bench  ## ten million, and a million with each narrower instru
 	for set in portable avx2; do PYTHONPATH=. $(BIN)/python -m benchmarks.gate \
 		--kernels $$set --seed 1 --out benchmarks/results || exit 1; done
 
-# What the machine has installed is used, for there may be no network; only this package is built.
-GPU := .venv-gpu/bin/python
-ON_A_GPU := gpu device_memory triton_find triton_kernels
-gpu:  ## with a GPU: build, test, look for invalid accesses and races, measure; no network needed
-	$(PYTHON) -m venv --system-site-packages .venv-gpu
-	GRACE_FAST_CUDA=1 $(GPU) -m pip install -q --no-index --no-deps --no-build-isolation -e .
-	$(GPU) -m pytest -q -m gpu $(ON_A_GPU:%=tests/*/test_%.py)
-	$(GPU) -m pytest -q tests/lookup/test_lookup.py
-	if command -v compute-sanitizer; then for tool in memcheck racecheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
-		$(GPU) -m pytest -q -m gpu tests/lookup/test_gpu.py -k "random and 300 and cuda" || exit 1; \
-		done; fi
-	PYTHONPATH=. $(GPU) -m benchmarks.gpu
+# On a GPU machine its own Python is used as it is: no network, no pip, no environment of ours. The
+# package is laid out in a folder of links, where its kernels are found. Logs, lines of figures and
+# pages go to OUT as they come; each target ends well inside nine minutes (benchmarks/gpu_steps.py).
+OUT ?= build/gpu
+BEGAN := $(shell date +%s)
+LINKED := $(CURDIR)/build/linked
+ON_GPU := PYTHONUNBUFFERED=1 PYTHONPATH=$(LINKED):$(CURDIR) $(PYTHON)
+gpu: gpu-test gpu-sanitize gpu-bench  ## with a GPU: the three below, half an hour
+
+gpu-built:  ## build for the GPU that is there, with the Python that is there; in two minutes
+	GRACE_FAST_CUDA=$${GRACE_FAST_CUDA:-1} timeout 240 $(PYTHON) setup.py -q build_ext --inplace -j 2
+	rm -rf $(LINKED)
+	mkdir -p $(LINKED)/grace_fast
+	ln -s $(CURDIR)/grace_fast/* $(CURDIR)/kernels $(LINKED)/grace_fast
+	$(ON_GPU) -c "import torch, triton, grace_fast, grace_fast.kernels.codes; \
+		from grace_fast import _cpu; from grace_fast.lookup.backends import cuda; \
+		print('torch', torch.__version__, 'triton', triton.__version__, 'CUDA:', cuda._missing or 'built')"
+
+gpu-test: gpu-built  ## with a GPU: its tests, CUDA's first
+	$(ON_GPU) -m benchmarks.gpu_steps test --out $(OUT) --began $(BEGAN)
+
+gpu-sanitize: gpu-built  ## with a GPU: sanitizers and the profiler over every path
+	$(ON_GPU) -m benchmarks.gpu_steps sanitize --out $(OUT) --began $(BEGAN)
+
+gpu-bench: SECONDS := 540
+gpu-bench: gpu-built  ## with a GPU: look-ups against their peers, the most telling first; SECONDS=540 OUT=...
+	$(ON_GPU) -m benchmarks.gpu_steps bench --out $(OUT) --began $(BEGAN) --seconds $(SECONDS)
 
 check: .venv/.dev  ## format, lint, types, imports and spelling; changes nothing
 	$(BIN)/ruff format --check .
@@ -149,7 +163,7 @@ fix: .venv/.dev  ## format and mend what can be mended
 	$(BIN)/clang-format -i $(NATIVE)
 
 clean:  ## drop what was built
-	rm -rf .venv .venv-gpu build dist *.egg-info grace_fast/*.so
+	rm -rf .venv build dist *.egg-info grace_fast/*.so
 
 # torch goes first: alone it is the small build for hosts, as a dependency it brings a CUDA toolkit.
 .venv/.python:
@@ -167,4 +181,4 @@ clean:  ## drop what was built
 .PHONY: $(EVALUATIONS)
 .PHONY: help demo evaluate test slow fuzz sanitize tsan bench bench-million bench-ten-million bench-beside-appends \
 	bench-readers bench-durable bench-full bench-edits bench-schedules bench-large bench-large-million bench-micro bench-adaptor gate gate-life \
-	gate-full gpu check fix clean
+	gate-full gpu gpu-built gpu-test gpu-sanitize gpu-bench check fix clean

@@ -1,11 +1,20 @@
 """On a GPU: every look-up against the law, in graphs and compiled, while the codebook is edited."""
 
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[2]))
+
+import gpu_on_host
+
 import grace_fast as gf
+from benchmarks import gpu_calls, gpu_cells, gpu_clock
+from benchmarks.gpu_cells import MISSES, SUMS, WRITTEN, Cell
+from benchmarks.gpu_problems import Books
 from grace_fast import semantics
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends.workload import Workload
@@ -15,6 +24,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 BACKENDS = ("cuda", "triton", "auto")
+DENSE = (gpu_cells.CUDA_DENSE, gpu_cells.TRITON_DENSE)
+FORCED = ((1, 64, "float32"), (8, 100, "float16"), (32, 4096, "bfloat16"))  # B, D
+FORCED_ROWS = 4500  # more than a level-2 node, and not a whole one
 SHAPES = ((1, 300, 64), (7, 5000, 384), (32, 20000, 768), (200, 3000, 100))
 
 
@@ -87,6 +99,66 @@ def test_random_codebooks(backend, shape, dtype):
         assert_lawful(gf.find(queries, book, backend=backend), queries, book)
         gf.prepare(book)
         assert_lawful(gf.find(queries, book, backend=backend), queries, book)
+
+
+@pytest.fixture(scope="module")
+def books():
+    return Books()
+
+
+def call_of(cell, books):
+    """A path's call, and the codebook that it asks; where codes are read, those of all rows."""
+    book = books.of(cell)
+    reason = gpu_calls.why_not(cell, book)
+    if reason is not None:
+        pytest.skip(f"{cell.path}: {reason}")
+    assert book.ordered.covered == cell.N
+    assert book.ordered.segments[0].leaf_boxes is not None
+    return gpu_calls.call_of(cell, book), book
+
+
+@pytest.mark.parametrize("asks", [MISSES, WRITTEN, SUMS])
+@pytest.mark.parametrize("shape", FORCED, ids=str)
+@pytest.mark.parametrize("path", gpu_cells.OURS)
+def test_each_path_is_forced_and_decides_as_the_law(books, path, shape, asks):
+    batch, width, dtype = shape
+    if path == gpu_cells.AUTO and asks == SUMS:
+        pytest.skip("hits with their S are those of `test_random_codebooks`")
+    cell = Cell("test", path, FORCED_ROWS, width, batch, dtype, asks)
+    call, book = call_of(cell, books)
+    with poisoned():
+        checked, wrong = gpu_calls.wrong(cell, book, call())
+    assert checked > 0
+    assert wrong == 0
+
+
+@pytest.mark.parametrize("path", [one for one in gpu_cells.OURS if one != gpu_cells.TILES])
+def test_only_what_is_dense_reads_every_key(books, path):
+    """A path by codes that was not taken, or whose index could not be made, would read them too."""
+    for batch, width, dtype in FORCED[1:]:
+        cell = Cell("test", path, FORCED_ROWS, width, batch, dtype, MISSES)
+        call_of(cell, books)
+        assert gpu_on_host.reads_every_key(cell, "cuda") == (path in DENSE)
+
+
+@pytest.mark.parametrize("asks", [MISSES, WRITTEN])
+@pytest.mark.parametrize("path", gpu_cells.OURS)
+def test_each_path_decides_as_the_law_in_a_graph(books, path, asks):
+    for batch, width, dtype in FORCED:
+        cell = Cell("test", path, FORCED_ROWS, width, batch, dtype, asks)
+        call, book = call_of(cell, books)
+        graph, answer = gpu_clock.captured(call, 3)
+        for _ in range(2):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert gpu_calls.wrong(cell, book, answer)[1] == 0
+
+
+def test_one_query_that_is_not_finite_leaves_thousands_alone(books):
+    for path in (gpu_cells.TILES, gpu_cells.CODE_TILES):
+        cell = Cell("test", path, FORCED_ROWS, 100, 4096, "float16", gpu_cells.NAN)
+        call, book = call_of(cell, books)
+        assert gpu_calls.wrong(cell, book, call())[1] == 0
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

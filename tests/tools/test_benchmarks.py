@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import grace_fast as gf
-from benchmarks import gate, large, machine, measure, oracle, peers, report, timing
+from benchmarks import gate, gpu_steps, large, machine, measure, oracle, peers, report, timing
 from benchmarks.workloads import Spec, make, median_spacing
 from grace_fast import semantics
 from grace_fast.lookup.backends.faiss_index import FaissIndex
@@ -363,8 +363,7 @@ def test_what_runs_on_a_gpu_machine_needs_no_extra():
     """That machine may have no network: torch, triton, transformers and pytest are there."""
     folder = Path(__file__).parents[1]
     rooms = {path.parent for path in folder.rglob("test_*.py")}
-    makefile = (folder.parent / "Makefile").read_text()
-    named = makefile.split("ON_A_GPU := ")[1].splitlines()[0].split()
+    named = [path.split("/test_")[1] for path in gpu_steps.ON_A_GPU]
     marked = {
         path.stem.removeprefix("test_")
         for path in folder.rglob("test_*.py")
@@ -379,7 +378,7 @@ class Absent:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
 sys.path[:0] = {sorted({str(folder.parent), str(folder), *map(str, rooms)})}
-import benchmarks.gpu
+import conftest, benchmarks.gpu, benchmarks.gpu_probe, benchmarks.gpu_steps
 for name in {[*named, "lookup"]}:
     __import__(f"test_{{name}}")
 """
