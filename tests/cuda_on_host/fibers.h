@@ -75,7 +75,8 @@ struct Machine {
   jmp_buf scheduler;
   Fiber* now = nullptr;
   const char* failure = nullptr;
-  bool polls = false;  // whether the fiber that ran last only looked whether it may go on
+  bool polls = false;       // whether the fiber that ran last only looked whether it may go on
+  bool steps_back = false;  // or let all others go first
 };
 
 inline Machine*& machine() {
@@ -93,14 +94,19 @@ inline Warp& warp_now() { return now().block->warps[now().thread / 32]; }
 inline void give_up_turn() {
   if (!_setjmp(now().state)) _longjmp(machine()->scheduler, 1);
 }
+// Let all others go first, where they can.
+inline void step_back() {
+  machine()->steps_back = true;
+  give_up_turn();
+}
 // For a loop that waits for what somebody else will do.
 inline void wait_a_turn() {
   machine()->polls = true;
-  give_up_turn();
+  step_back();
 }
 // Where the order of two threads can matter.
-inline void maybe_give_up_turn() {
-  if (machine()->random() % 4 == 0) give_up_turn();
+inline void maybe_step_back() {
+  if (machine()->random() % 4 == 0) step_back();
 }
 inline void sleep() {
   warp_now().ready &= ~(1u << now().thread % 32);
@@ -190,11 +196,11 @@ class Scheduler {
       if (left_of_phase-- == 0) left_of_phase = draw_phase();
       const size_t at = pick();
       if (at == turns_.size()) fail_outside("every thread waits");
-      const bool advanced = run_lanes(*turns_[at]);
-      polls = advanced ? 0 : polls + 1;
+      machine_.steps_back = false;
+      polls = run_lanes(*turns_[at]) ? 0 : polls + 1;
       if (polls > 1000 + 100 * static_cast<long>(turns_.size())) fail_outside("every thread polls");
-      if (at >= turns_.size()) continue;  // a block has ended
-      if (!advanced || is_one_of(demotion_)) {  // to the lowest priority
+      if (at >= turns_.size()) continue;                  // a block has ended
+      if (machine_.steps_back || is_one_of(demotion_)) {  // to the lowest priority
         std::rotate(turns_.begin() + at, turns_.begin() + at + 1, turns_.end());
       }
     }

@@ -4,8 +4,8 @@
 // The nodes of a look-up are run together, because one may start before the other has ended.
 #include "launch.h"
 
-#include "indexed.cuh"
 #include "dense.cuh"
+#include "indexed.cuh"
 #include "on_host_order.h"
 
 namespace grace_fast::device {

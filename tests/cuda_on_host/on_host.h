@@ -97,19 +97,20 @@ T shuffle_xor(T value, int mask) {
 }
 
 inline void fence() {
-  on_host::maybe_give_up_turn();
+  on_host::maybe_step_back();
   on_host::machine()->memory.release();
   on_host::machine()->memory.acquire();
-  on_host::maybe_give_up_turn();
+  on_host::maybe_step_back();
 }
 inline unsigned take_ticket(unsigned* ticket, unsigned last) {
+  on_host::maybe_step_back();
   return on_host::machine()->memory.update(
       ticket, [last](unsigned before) { return before >= last ? 0 : before + 1; });
 }
 inline int add_to(int* shared_count, int more) {
   const int before = *shared_count;
   *shared_count += more;
-  on_host::maybe_give_up_turn();
+  on_host::maybe_step_back();
   return before;
 }
 inline void let_the_next_kernel_start() { on_host::release_next_grid(); }
