@@ -33,7 +33,7 @@ def write_values(
     row,  # [B] int64, the row that hit
     values,  # [slots, V]
     value_slot,  # [capacity] int64; None where row i's value is in slot i
-    positions,  # [B] int64, the query token of each sequence
+    positions,  # [B] int64, the query token of each sequence; None where it is the last one
     batch_stride,  # elements of output from one sequence to the next
     token_stride,  # and from one token to the next
     length,  # T
@@ -51,7 +51,8 @@ def write_values(
     slot = tl.load(row + query)
     if value_slot is not None:
         slot = tl.load(value_slot + slot)
-    replaced = (token < length) & is_replaced(token, tl.load(positions + query), MODE)
+    position = (query * 0 + length - 1) if positions is None else tl.load(positions + query)
+    replaced = (token < length) & is_replaced(token, position, MODE)
     value = tl.load(values + slot * width + column, mask=column < width, other=0)
     to = output + query * batch_stride + token[:, None] * token_stride + column[None, :]
     whole = tl.broadcast_to(value.to(output.dtype.element_ty)[None, :], (TOKENS, COLUMNS))
@@ -64,13 +65,14 @@ def replace(
     row: Tensor,
     values: Tensor,
     value_slot: Tensor | None,
-    positions: Tensor,
+    positions: Tensor | None,
     mode: str,
 ) -> Tensor:
     """Write values into output [B, T, V] where a query hit and the mode replaces; return it.
 
-    Only the last dimension of output has to be contiguous. hit, row, positions: [B]; values:
-    [slots, V]; mode: see `semantics.replacement_mask`. Autograd does not see the write.
+    Only the last dimension of output has to be contiguous. hit, row: [B]; positions: [B], or None
+    for the last token of each; values: [slots, V]; mode: see `semantics.replacement_mask`. Autograd
+    does not see the write.
     """
     batch, length, width = output.shape
     if output.stride(2) != 1:
@@ -83,7 +85,7 @@ def replace(
             row,
             values,
             value_slot,
-            positions,
+            None if positions is None else positions.contiguous(),
             output.stride(0),
             output.stride(1),
             length,

@@ -40,7 +40,11 @@ int64_t lay_out(Address base, int64_t width, int64_t blocks, Workspace* workspac
     at += static_cast<Address>((bytes + 255) / 256 * 256);
     return here;
   };
-  workspace->tickets = pointer<uint32_t>(take(2 * kMostQueries * 4));
+  // One piece, so that it is zeroed in one go.
+  const Address counters = take(kCounterBytes);
+  workspace->tickets = pointer<uint32_t>(counters);
+  workspace->handout = pointer<Handout>(counters + 2 * kMostQueries * 4);
+  workspace->replaced = pointer<Replaced>(take(kMostQueries * sizeof(Replaced)));
   workspace->sums = pointer<float>(take(kMostQueries * kSlots * 4));
   workspace->squares = pointer<float>(take(kMostQueries * 2 * 4));
   workspace->encoded = pointer<Encoded>(take(kMostQueries * static_cast<int64_t>(sizeof(Encoded))));
@@ -121,6 +125,12 @@ py::object devices() {
   return py::int_(count);
 }
 
+uint64_t capture(Address stream) {
+  uint64_t number = 0;
+  check(capture_of(pointer<void>(stream), &number));
+  return number;
+}
+
 // What stays the same from call to call.
 struct Lookup {
   Call call{};
@@ -162,17 +172,20 @@ struct Lookup {
             Address squared, Address stream) const {
     launch(asked(queries, stride, dtype, batch, hit, row, squared), stream);
   }
-  void replace(Address queries, int64_t stride, int dtype, int batch, Address hit, Address row,
-               Address output, int output_dtype, int64_t output_stride, int64_t token_stride,
-               int tokens, Address mask, Address stream) const {
-    Call made = asked(queries, stride, dtype, batch, hit, row, 0);
-    if (!made.row) throw std::invalid_argument("replace needs room for the rows");
+  void replace(Address queries, int64_t stride, int dtype, int batch, Address output,
+               int output_dtype, int64_t output_stride, int64_t token_stride, int tokens,
+               Address positions, int mode, Address stream) const {
+    Call made = asked(queries, stride, dtype, batch, 0, 0, 0);
+    if (mode < 0 || mode > static_cast<int>(Replacement::prompt)) {
+      throw std::invalid_argument("mode must be 0 (all), 1 (last) or 2 (prompt)");
+    }
     made.output = pointer<void>(output);
     made.output_dtype = static_cast<Dtype>(output_dtype);
     made.output_stride = output_stride;
     made.token_stride = token_stride;
     made.tokens = tokens;
-    made.mask = pointer<const bool>(mask);
+    made.positions = pointer<const int64_t>(positions);
+    made.mode = static_cast<Replacement>(mode);
     launch(made, stream);
   }
 };
@@ -186,26 +199,44 @@ struct Lookup {
 PYBIND11_MODULE(GRACE_FAST_MODULE, module) {
   module.doc() = "Look-ups on a GPU; see csrc/cuda/layout.h for the contract.";
   module.attr("ROWS_OFFSET") = offsetof(Book, rows);
+  module.attr("COUNTER_BYTES") = kCounterBytes;  // of a workspace; zero before its first look-up
   module.def("devices", &devices, "The number of devices, or in words why there is none.");
   module.def("device", &device, arg("index"), "What the launches need to know of a device.");
   module.def("workspace_bytes", &workspace_bytes, py::kw_only(), arg("width"), arg("blocks"),
-             "Bytes of one stream's workspace; to be zero before the first look-up.");
+             "Bytes of a workspace, for look-ups that are made one after the other.");
+  module.def("capture_of", &capture, arg("stream"),
+             "The capture that a stream's launches go to; 0 where they run.");
   module.def("pack_book", &pack_book, py::kw_only(), arg("columns"), arg("rows"), arg("covered"),
              arg("widest"), arg("min_radius"), arg("projection").none(true), arg("segments"),
              "The bytes of a Book, to be copied to the device.");
-  py::class_<Lookup>(module, "Lookup", "Look-ups in one book with one stream's workspace.")
+  py::class_<Lookup>(module, "Lookup", "Look-ups in one book with one workspace.")
       .def(py::init<Address, Address, int, int, int, int, bool, int>(), py::kw_only(), arg("book"),
            arg("workspace"), arg("blocks"), arg("width"), arg("dtype"), arg("value_width"),
            arg("indexed"), arg("device"))
       .def("find", &Lookup::find, "queries, stride, dtype, batch, hit, row, squared, stream")
       .def("replace", &Lookup::replace,
-           "queries, stride, dtype, batch, hit, row, output, output_dtype, output_stride, "
-           "token_stride, tokens, mask, stream");
+           "queries, stride, dtype, batch, output, output_dtype, output_stride, token_stride, "
+           "tokens, positions, mode, stream");
 #ifdef GRACE_FAST_ON_HOST
-  module.def("set_order", [](uint64_t seed, int threads) { order() = {seed, threads}; });
+  module.def("set_order", [](uint64_t seed, int threads) {
+    order().seed = seed;
+    order().threads = threads;
+  });
+  module.def("set_capture", [](uint64_t number) { order().capture = number; });
+  module.def("take_launched", [] {
+    py::list names;
+    for (const std::string& name : order().launched) names.append(name);
+    order().launched.clear();
+    return names;
+  });
   module.def("announce", [](Address at, int64_t bytes) {
     on_host::announced().push_back({pointer<const char>(at), pointer<const char>(at) + bytes});
   });
   module.def("forget", [] { on_host::announced().clear(); });
+  module.def("loads", [] {
+    py::list of_block;
+    for (const long loads : on_host::loads()) of_block.append(loads);
+    return of_block;
+  });
 #endif
 }

@@ -42,12 +42,21 @@ GRACE_FAST_DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
 
-// Blocks: what one wrote before a barrier, its thread that then fences and takes a ticket
-// publishes; the block that takes the last ticket fences, and may read it.
-GRACE_FAST_DEVICE void fence() { __threadfence(); }
-// Count up to `last`, then start again at zero; returns the count before.
+// Publish what the block has written before it, with the next store or ticket of this thread; or
+// what was published before the last load or ticket of this thread may be read after it.
+GRACE_FAST_DEVICE void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Count up to `last`, then start again at zero; returns the count before. One thread of a block,
+// after a barrier, publishes all that the block has written: a release covers what was made visible
+// to the thread that releases (it is cumulative), and a barrier has made the block's writes so. The
+// block that takes the last ticket has acquired what all others released, and a barrier hands that
+// on to its threads.
 GRACE_FAST_DEVICE unsigned take_ticket(unsigned* ticket, unsigned last) {
-  return atomicInc(ticket, last);
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(ticket), "r"(last)
+               : "memory");
+  return before;
 }
 GRACE_FAST_DEVICE int add_to(int* shared_count, int more) { return atomicAdd(shared_count, more); }
 
@@ -68,6 +77,26 @@ GRACE_FAST_DEVICE uint4 load16(const void* from) { return __ldg(static_cast<cons
 GRACE_FAST_DEVICE uint4 stream16(const void* from) {
   return __ldcs(static_cast<const uint4*>(from));
 }
+// Bring so many bytes, a multiple of 16, to L2; or not.
+GRACE_FAST_DEVICE void prefetch(const void* from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+#endif
+}
+// Copies of 16 bytes to shared memory, or zeros where nothing is there, that go on while the thread
+// does something else. They are ended in groups; the thread that made them reads what they brought
+// after it has waited until at most `left` of its groups are under way.
+GRACE_FAST_DEVICE void copy16_ahead(void* shared, const void* from, bool there) {
+  const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+GRACE_FAST_DEVICE void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int left>
+GRACE_FAST_DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
+}
 // What another block, or the kernel before, has written.
 GRACE_FAST_DEVICE uint64_t load_fresh(const uint64_t* from) {
   unsigned long long value;
@@ -79,6 +108,11 @@ GRACE_FAST_DEVICE uint32_t load_fresh(const uint32_t* from) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
   return value;
 }
+// What another block is waiting for.
+GRACE_FAST_DEVICE void store_fresh(uint32_t* to, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" : : "l"(to), "r"(value) : "memory");
+}
+GRACE_FAST_DEVICE void wait_a_moment() { __nanosleep(100); }
 
 // Four bytes, or two int16, at a time.
 GRACE_FAST_DEVICE uint32_t abs_difference4(uint32_t a, uint32_t b) { return __vabsdiffu4(a, b); }

@@ -1,7 +1,10 @@
 // The kernels' instances and their launches.
 //
-// A look-up by the index is two nodes, `encode` and `indexed`; from sm_90 on the second is
-// started while the first still runs, and waits where it first needs it.
+// A look-up that reads every key is one node of a graph, whatever it writes. One by the index is
+// two nodes, `encode` and `indexed`; from sm_90 on the second is started while the first still
+// runs, and waits where it first needs it.
+#include <algorithm>
+
 #include "dense.cuh"
 #include "indexed.cuh"
 #include "launch.h"
@@ -10,7 +13,6 @@ namespace grace_fast::device {
 namespace {
 
 constexpr int kThreads = kMostThreads;
-constexpr int kFewTokens = 8;  // which the deciding block writes itself
 constexpr int kUsualSharedMemory = 48 << 10;
 
 using Kernel = void (*)(Call);
@@ -39,32 +41,41 @@ int launch(Kernel kernel, const Call& call, dim3 blocks, int threads, int64_t sh
   return cudaLaunchKernelEx(&config, kernel, call);
 }
 
+// Fewer blocks than multiprocessors are asked for where there are few rows. Blocks are small then:
+// they find a place beside another kernel's.
+constexpr int kFewWarps = 4;
+constexpr int kManyWarps = kThreads / kWarp;
+constexpr int kEnoughWarps = kManyWarps / 2;  // else fewer queries at a time are faster
+constexpr int kLeastWarps = 2;
+
+// How many warps of a block have room for their rings.
 template <typename Key, int kQueries>
-int64_t dense_memory(const Call& call) {
-  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
-  return Dense<Key, kQueries>::kQueriesAt + staged;
+int64_t dense_warps(const Call& call, int blocks, const Device& device) {
+  const int64_t most = blocks < device.multiprocessors ? kFewWarps : kManyWarps;
+  const int64_t left = device.shared_memory - Dense<Key, kQueries>::ring_at(call.width);
+  return std::min(most, left / kRingBytes);
 }
 
 template <typename Key, int kQueries>
-int launch_dense_of(const Call& call, int blocks, void* stream) {
+int launch_dense_of(const Call& call, int blocks, const Device& device, void* stream) {
+  const int64_t warps = dense_warps<Key, kQueries>(call, blocks, device);
+  if (warps < kLeastWarps) return kTooWide;
   const dim3 grid(blocks, (call.batch + kQueries - 1) / kQueries);
-  return launch(dense_kernel<Key, kQueries>, call, grid, kThreads,
-                dense_memory<Key, kQueries>(call), stream);
+  return launch(dense_kernel<Key, kQueries>, call, grid, static_cast<int>(warps) * kWarp,
+                Dense<Key, kQueries>::ring_at(call.width) + warps * kRingBytes, stream);
 }
 
-// As many queries at a time as there are and as fit.
+// As many queries at a time as there are and as leave room for the warps.
 template <typename Key>
 int launch_dense_of(const Call& call, int blocks, const Device& device, void* stream) {
-  if (call.batch > 4 && dense_memory<Key, 8>(call) <= device.shared_memory) {
-    return launch_dense_of<Key, 8>(call, blocks, stream);
+  const int64_t enough = blocks < device.multiprocessors ? kFewWarps : kEnoughWarps;
+  if (call.batch > 4 && dense_warps<Key, 8>(call, blocks, device) >= enough) {
+    return launch_dense_of<Key, 8>(call, blocks, device, stream);
   }
-  if (call.batch > 1 && dense_memory<Key, 4>(call) <= device.shared_memory) {
-    return launch_dense_of<Key, 4>(call, blocks, stream);
+  if (call.batch > 1 && dense_warps<Key, 4>(call, blocks, device) >= enough) {
+    return launch_dense_of<Key, 4>(call, blocks, device, stream);
   }
-  if (dense_memory<Key, 1>(call) <= device.shared_memory) {
-    return launch_dense_of<Key, 1>(call, blocks, stream);
-  }
-  return kTooWide;
+  return launch_dense_of<Key, 1>(call, blocks, device, stream);
 }
 
 template <typename Key>
@@ -74,18 +85,6 @@ int launch_indexed_of(const Call& call, int blocks, const Device& device, void* 
   if (error) return error;
   return launch(indexed_kernel<Key>, call, dim3(blocks), kThreads, sizeof(IndexedShared), stream,
                 device.major >= 9);
-}
-
-// Launch a look-up, with the writing of values as a further node where there is much to write.
-template <typename Launch>
-int with_writing(const Call& call, void* stream, const Launch& look_up) {
-  if (!call.output || call.tokens <= kFewTokens) return look_up(call);
-  Call decision = call;
-  decision.output = nullptr;
-  if (const int error = look_up(decision)) return error;
-  const int warps = kThreads / kWarp;
-  const dim3 grid((call.tokens + warps - 1) / warps, call.batch);
-  return launch(write_kernel, call, grid, kThreads, 0, stream);
 }
 
 }  // namespace
@@ -122,12 +121,20 @@ const char* error_text(int error) {
 }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream) {
-  return with_writing(call, stream, [&](const Call& decision) {
-    return with_key(call.key_dtype, [&](auto key) {
-      return indexed ? launch_indexed_of<decltype(key)>(decision, blocks, device, stream)
-                     : launch_dense_of<decltype(key)>(decision, blocks, device, stream);
-    });
+  return with_key(call.key_dtype, [&](auto key) {
+    return indexed ? launch_indexed_of<decltype(key)>(call, blocks, device, stream)
+                   : launch_dense_of<decltype(key)>(call, blocks, device, stream);
   });
+}
+
+int capture_of(void* stream, uint64_t* capture) {
+  cudaStreamCaptureStatus status{};
+  unsigned long long number = 0;
+  const cudaError_t error =
+      cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, &number);
+  if (error != cudaSuccess) cudaGetLastError();
+  *capture = status == cudaStreamCaptureStatusActive ? number : 0;
+  return error;
 }
 
 }  // namespace grace_fast::device

@@ -27,6 +27,9 @@ int with_key(Dtype dtype, const Work& work) {
   return work(float{});
 }
 
+// Say which capture a stream's launches go to; 0 where they run.
+int capture_of(void* stream, uint64_t* capture);
+
 // Queue a look-up of call.batch <= 32 queries on a stream. Nothing is allocated or waited for.
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream);
 

@@ -84,15 +84,38 @@ struct BestTwo {
   uint64_t first, second;
 };
 
-// Memory of one stream's look-ups, zero before the first; every launch leaves the tickets at zero.
-struct Workspace {
-  uint32_t* tickets;  // [2 * kMostQueries]
-  float* sums;        // [kMostQueries, 64]
-  float* squares;     // [kMostQueries, 2]: |x|^2, and 0 or what is not finite
-  Encoded* encoded;   // [kMostQueries]
-  BestTwo* best;      // [kMostQueries, blocks]
-  float* wide;        // [kMostQueries, Dp]
+// A hit whose value is written: over the tokens [first, last) of its query's.
+struct Replaced {
+  int64_t slot;  // of the value
+  int32_t query, first, last, unused;
 };
+
+// What the blocks of a group write together.
+struct Handout {
+  uint32_t listed;  // 1 + the hits to write, once they are known
+  uint32_t next;    // part of the work that nobody has taken
+  uint32_t left;    // blocks that are through with it
+  uint32_t unused;
+};
+
+// Memory of look-ups that are made one after the other. Tickets and handouts, kCounterBytes from
+// the start, are zero before the first, and every launch leaves them at zero; whatever else a
+// launch reads here it has written before.
+struct Workspace {
+  uint32_t* tickets;   // [2 * kMostQueries]
+  Handout* handout;    // [kMostQueries], by group
+  Replaced* replaced;  // [kMostQueries]
+  float* sums;         // [kMostQueries, 64]
+  float* squares;      // [kMostQueries, 2]: |x|^2, and 0 or what is not finite
+  Encoded* encoded;    // [kMostQueries]
+  BestTwo* best;       // [kMostQueries, blocks]
+  float* wide;         // [kMostQueries, Dp]
+};
+
+constexpr int64_t kCounterBytes = kMostQueries * (2 * 4 + static_cast<int64_t>(sizeof(Handout)));
+
+// Which tokens a hit replaces: semantics.replacement_mask.
+enum class Replacement : int32_t { all, last, prompt };
 
 // One call, as it is launched.
 struct Call {
@@ -107,9 +130,10 @@ struct Call {
   double* squared;  // [B], S of that row; inf where missed
   // Where to write the values of hits; null: nowhere.
   void* output;                         // [B, T, V], the last dimension side by side
-  const bool* mask;                     // [B, T]
+  const int64_t* positions;             // [B], the query's token; null: the last one of each
   int64_t output_stride, token_stride;  // in elements
   Dtype output_dtype;                   // values are in the keys' dtype
+  Replacement mode;
   int32_t tokens, value_width;
   Workspace workspace;
 };

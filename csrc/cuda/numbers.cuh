@@ -50,11 +50,113 @@ GRACE_FAST_DEVICE float element(const void* from, Dtype dtype, int64_t index) {
   return dtype == Dtype::bfloat16 ? widen(BFloat16{bits}) : widen(Float16{bits});
 }
 
+// Do work(element) with an element of a dtype's C++ type: one branch, before all loops.
+template <typename Work>
+GRACE_FAST_DEVICE void with_element(Dtype dtype, const Work& work) {
+  if (dtype == Dtype::bfloat16) {
+    work(BFloat16{});
+  } else if (dtype == Dtype::float16) {
+    work(Float16{});
+  } else {
+    work(0.0f);
+  }
+}
+
+// Rows of queries of one C++ type, read eight elements at a time: `at` only loads, so that several
+// loads can be in flight; `widened` waits for one.
+template <typename Query>
+class QueryRows {
+ public:
+  struct Eight {
+    uint4 raw[8 / kOf16Bytes<Query>];
+  };
+
+  GRACE_FAST_DEVICE explicit QueryRows(const Call& call)
+      : rows_(static_cast<const Query*>(call.queries)),
+        stride_(call.query_stride),
+        width_(call.width),
+        in_16_bytes_((reinterpret_cast<uintptr_t>(call.queries) | stride_ * sizeof(Query) |
+                      width_ * sizeof(Query)) %
+                         16 ==
+                     0) {}
+
+  // Elements j .. j + 7 of a query, j a multiple of 8; zeros beyond the width.
+  GRACE_FAST_DEVICE Eight at(int query, int j) const {
+    constexpr int kElements = kOf16Bytes<Query>;
+    const Query* row = rows_ + query * stride_;
+    Eight eight = {};
+#pragma unroll
+    for (int i = 0; i < 8; i += kElements) {
+      if (in_16_bytes_) {
+        if (j + i < width_) eight.raw[i / kElements] = load16(row + j + i);
+      } else {
+        uint32_t words[4] = {};
+#pragma unroll
+        for (int e = 0; e < kElements; ++e) {
+          if (j + i + e < width_) words[e * 4 / kElements] |= bits_at(row + j + i + e, e);
+        }
+        eight.raw[i / kElements] = {words[0], words[1], words[2], words[3]};
+      }
+    }
+    return eight;
+  }
+
+  // Half 0 or 1 of eight elements in float32.
+  GRACE_FAST_DEVICE static void widened(const Eight& eight, int half, float (&wide)[4]) {
+    constexpr bool kTwo = sizeof(Query) == 4;
+    widen_four(eight.raw[kTwo ? half : 0], kTwo ? 0 : half, static_cast<Query*>(nullptr), wide);
+  }
+
+ private:
+  // An element's bits, where they lie in a word of 32.
+  GRACE_FAST_DEVICE static uint32_t bits_at(const float* from, int) { return bits_of(*from); }
+  template <typename Half>
+  GRACE_FAST_DEVICE static uint32_t bits_at(const Half* from, int element) {
+    return static_cast<uint32_t>(from->bits) << 16 * (element % 2);
+  }
+
+  const Query* rows_;
+  const int64_t stride_;
+  const int width_;
+  const bool in_16_bytes_;
+};
+
 template <typename T>
 GRACE_FAST_DEVICE T sum_of_warp(T value) {
 #pragma unroll
   for (int apart = kWarp / 2; apart; apart /= 2) value += shuffle_xor(value, apart);
   return value;
+}
+
+// Which of n = 2^k values a lane has the sum of, where `sums_of_lanes` shares them out.
+template <int n>
+GRACE_FAST_DEVICE int value_of_lane(int lane) {
+  return lane / (kWarp / n);
+}
+
+// The sums over a warp of n = 2^k values, one to a lane: with each exchange a lane keeps half of
+// its values, so that it takes n + 4 exchanges for n = 16, not 5 n.
+template <int n>
+GRACE_FAST_DEVICE float sums_of_lanes(float (&value)[n]) {
+  const int lane = thread_index() % kWarp;
+  int values = n;
+#pragma unroll
+  for (int apart = kWarp / 2; apart; apart /= 2) {
+    if (values == 1) {
+      value[0] += shuffle_xor(value[0], apart);
+      continue;
+    }
+    values /= 2;
+    const bool upper = (lane & apart) != 0;
+#pragma unroll
+    for (int i = 0; i < n / 2; ++i) {
+      if (i >= values) break;
+      const float given = upper ? value[i] : value[i + values];
+      const float kept = upper ? value[i + values] : value[i];
+      value[i] = kept + shuffle_xor(given, apart);
+    }
+  }
+  return value[0];
 }
 
 GRACE_FAST_DEVICE uint64_t least_of_warp(uint64_t value) {
@@ -124,76 +226,51 @@ GRACE_FAST_DEVICE bool in_16_bytes(const Book& book, int width) {
   return (reinterpret_cast<uintptr_t>(book.keys) | (width * sizeof(Key))) % 16 == 0;
 }
 
-// Add a lane's share of S for some queries [stride apart] and keys.
-template <typename Key, int kQueries, int kKeys>
-GRACE_FAST_DEVICE void add_squares(const float* query, int stride, const Key* const (&key)[kKeys],
-                                   int width, bool wide_loads, float (&sum)[kQueries][kKeys]) {
-  constexpr int kElements = kOf16Bytes<Key>;
-  const int lane = thread_index() % kWarp;
-  if (wide_loads) {
-    // Of 8 elements, lanes 4 .. 7 of each 8 take the last four first: together the 8 then read all
-    // banks of shared memory at once.
-    const bool swap = kElements == 8 && (lane & 4) != 0;
-#pragma unroll(kKeys* kQueries == 1 ? 4 : kKeys * kQueries <= 8 ? 2 : 1)
-    for (int j = lane * kElements; j < width; j += kWarp * kElements) {
-      uint4 raw[kKeys];
+// Four elements of a query in float32, from j on, a multiple of 4.
+GRACE_FAST_DEVICE float4 four_of(const float* query, int j) {
+  return *reinterpret_cast<const float4*>(query + j);
+}
+
+// Add the squares of the differences of four elements.
+GRACE_FAST_DEVICE void add_four(const float4& asked, const float (&stored)[4], float* sum) {
+  const float four[4] = {asked.x, asked.y, asked.z, asked.w};
 #pragma unroll
-      for (int k = 0; k < kKeys; ++k) {
-        raw[k] = stream16(key[k] + j);
-        if (swap) raw[k] = {raw[k].z, raw[k].w, raw[k].x, raw[k].y};
-      }
-#pragma unroll
-      for (int i = 0; i < kElements; i += 4) {
-        float stored[kKeys][4];
-#pragma unroll
-        for (int k = 0; k < kKeys; ++k) {
-          widen_four(raw[k], i / 4, static_cast<Key*>(nullptr), stored[k]);
-        }
-        const float* at = query + j + (swap ? 4 - i : i);
-#pragma unroll
-        for (int b = 0; b < kQueries; ++b) {
-          const float4 asked = *reinterpret_cast<const float4*>(at + b * stride);
-          const float four[4] = {asked.x, asked.y, asked.z, asked.w};
-#pragma unroll
-          for (int k = 0; k < kKeys; ++k) {
-#pragma unroll
-            for (int e = 0; e < 4; ++e) {
-              const float difference = four[e] - stored[k][e];
-              sum[b][k] = multiply_add(difference, difference, sum[b][k]);
-            }
-          }
-        }
-      }
-    }
-    return;
-  }
-#pragma unroll 1
-  for (int j = lane; j < width; j += kWarp) {
-#pragma unroll
-    for (int k = 0; k < kKeys; ++k) {
-      const float stored = widen(key[k][j]);
-#pragma unroll
-      for (int b = 0; b < kQueries; ++b) {
-        const float difference = query[b * stride + j] - stored;
-        sum[b][k] = multiply_add(difference, difference, sum[b][k]);
-      }
-    }
+  for (int e = 0; e < 4; ++e) {
+    const float difference = four[e] - stored[e];
+    *sum = multiply_add(difference, difference, *sum);
   }
 }
 
-// S of one key in float32, by a warp.
-template <typename Key>
-GRACE_FAST_COLD float squared_by_warp(const float* query, const Key* key, int width,
-                                      bool wide_loads) {
-  const Key* const keys[1] = {key};
-  float sum[1][1] = {{0}};
-  add_squares<Key, 1, 1>(query, 0, keys, width, wide_loads, sum);
-  return sum_of_warp(sum[0][0]);
+// S of one key in float32, by a warp. A query is read by element, and by `four_of`.
+template <typename Key, typename Query>
+GRACE_FAST_COLD float squared_by_warp(Query query, const Key* key, int width, bool wide_loads) {
+  constexpr int kElements = kOf16Bytes<Key>;
+  const int lane = thread_index() % kWarp;
+  float sum = 0;
+  if (wide_loads) {
+#pragma unroll 4
+    for (int j = lane * kElements; j < width; j += kWarp * kElements) {
+      const uint4 raw = stream16(key + j);
+#pragma unroll
+      for (int i = 0; i < kElements; i += 4) {
+        float stored[4];
+        widen_four(raw, i / 4, static_cast<Key*>(nullptr), stored);
+        add_four(four_of(query, j + i), stored, &sum);
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int j = lane; j < width; j += kWarp) {
+      const float difference = query[j] - widen(key[j]);
+      sum = multiply_add(difference, difference, sum);
+    }
+  }
+  return sum_of_warp(sum);
 }
 
 // The law's S, by a warp: products side by side, sums one after the other.
-template <typename Key>
-GRACE_FAST_COLD double canonical_by_warp(const float* query, const Key* key, int width) {
+template <typename Key, typename Query>
+GRACE_FAST_COLD double canonical_by_warp(Query query, const Key* key, int width) {
   const int lane = thread_index() % kWarp;
   double sum = 0;
 #pragma unroll 1

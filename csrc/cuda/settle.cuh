@@ -15,6 +15,7 @@
 //   needs(b, owner)  whether any segment is left to be read again
 #pragma once
 #include "numbers.cuh"
+#include "write.cuh"
 
 namespace grace_fast::device {
 
@@ -26,6 +27,7 @@ struct SettleShared {
   Exact answer[kMostQueries];
   int32_t hard[kMostQueries];  // what one warp cannot decide alone
   uint32_t last;
+  WriteShared write;
 };
 
 // Where every look-up keeps it: at the start. An address in the open is known to be shared memory.
@@ -39,9 +41,7 @@ GRACE_FAST_DEVICE bool is_last_block(uint32_t* ticket) {
   sync_block();
   if (thread_index() == 0) {
     const auto last = static_cast<uint32_t>(block_count() - 1);
-    fence();
     shared->last = take_ticket(ticket, last) == last;
-    fence();
   }
   sync_block();
   return shared->last != 0;
@@ -224,70 +224,41 @@ class Settle : Place {
   Lookup& lookup_;
 };
 
-// Write one value over one token, by a warp.
-GRACE_FAST_COLD void write_value(const Call& call, const Book& book, int64_t row, int query,
-                                 int token) {
-  const int lane = thread_index() % kWarp;
-  const int64_t slot = book.value_slot ? book.value_slot[row] : row;
-  const int size = call.key_dtype == Dtype::float32 ? 4 : 2;
-  const char* from = static_cast<const char*>(book.values) + slot * call.value_width * size;
-  const int64_t at = query * call.output_stride + token * call.token_stride;
-  const int output_size = call.output_dtype == Dtype::float32 ? 4 : 2;
-  char* to = static_cast<char*>(call.output) + at * output_size;
-  const int bytes = call.value_width * size;
-  const auto together = reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to) |
-                        static_cast<uintptr_t>(bytes);
-  if (call.output_dtype == call.key_dtype && together % 16 == 0) {
-    for (int i = lane * 16; i < bytes; i += kWarp * 16) {
-      *reinterpret_cast<uint4*>(to + i) = load16(from + i);
+// List the hits among a look-up's queries, and write their values.
+template <typename Lookup>
+GRACE_FAST_COLD void write_hits(const Call& call, Lookup& lookup) {
+  SettleShared* shared = settle_shared();
+  const auto is_hit = [&](int b) { return shared->answer[b].tag != ~0u; };
+  for (int b = thread_index(); b < lookup.batch(); b += thread_count()) {
+    int before = 0;
+    for (int other = 0; other < b; ++other) before += is_hit(other);
+    if (is_hit(b)) {
+      shared->write.hit[before] = replaced_by(call, shared->answer[b].tag >> 1, lookup.first() + b);
     }
-    return;
+    if (b == lookup.batch() - 1) shared->write.hits = before + is_hit(b);
   }
-  for (int i = lane; i < call.value_width; i += kWarp) {
-    const float value = element(from, call.key_dtype, i);
-    if (call.output_dtype == Dtype::float32) {
-      reinterpret_cast<float*>(to)[i] = value;
-    } else {
-      const bool brain = call.output_dtype == Dtype::bfloat16;
-      reinterpret_cast<uint16_t*>(to)[i] = brain ? bfloat16_of(value) : half_of(value);
-    }
+  sync_block();
+  if (Sharing::pays(call)) {
+    Sharing(call, &shared->write, lookup.first()).hand_out();
+  } else {
+    write_values(call, shared->write, 0, shared->write.hits, 0, call.tokens);
   }
 }
 
-// Write the values of the hits among `batch` queries from `first` on, by a block.
-GRACE_FAST_DEVICE void write_values(const Call& call, const Book& book, int first, int batch) {
-  if (!call.output) return;
-  const int warp = thread_index() / kWarp, warps = thread_count() / kWarp;
-  for (int i = warp; i < batch * call.tokens; i += warps) {
-    const int b = i / call.tokens, token = i % call.tokens;
-    const uint32_t tag = settle_shared()->answer[b].tag;
-    if (tag == ~0u || !call.mask[(first + b) * static_cast<int64_t>(call.tokens) + token]) continue;
-    write_value(call, book, tag >> 1, first + b, token);
-  }
+GRACE_FAST_COLD void help_to_write(const Call& call, int first) {
+  Sharing(call, &settle_shared()->write, first).help();
 }
 
 // Let the block that takes the last ticket of its group answer the queries of a look-up.
 template <typename Key, typename Lookup>
 GRACE_FAST_DEVICE void decide(const Call& call, Lookup& lookup) {
-  if (!is_last_block(call.workspace.tickets + group_index())) return;
+  if (!is_last_block(call.workspace.tickets + group_index())) {
+    if (Sharing::pays(call)) help_to_write(call, lookup.first());
+    return;
+  }
   Settle<Key, Lookup> settle(call, lookup);
   settle.run();
-  write_values(call, *call.book, lookup.first(), lookup.batch());
-}
-
-// What `write_values` does for many tokens, by a node of its own: a block for some tokens of one
-// query.
-GRACE_FAST_KERNEL(kMostThreads)
-write_kernel(const __grid_constant__ Call call) {
-  const int query = group_index();
-  const int64_t row = call.row[query];
-  if (row < 0) return;
-  const int warps = thread_count() / kWarp;
-  for (int token = block_index() * warps + thread_index() / kWarp; token < call.tokens;
-       token += block_count() * warps) {
-    const bool wanted = call.mask[query * static_cast<int64_t>(call.tokens) + token];
-    if (wanted) write_value(call, *call.book, row, query, token);
-  }
+  if (call.output) write_hits(call, lookup);
 }
 
 }  // namespace grace_fast::device

@@ -7,8 +7,10 @@ on (`index.native_view`, `index.maintained`).
 
 from __future__ import annotations
 
+import sys
 from functools import lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -24,13 +26,40 @@ BACKENDS: dict[str, ModuleType] = {
 }
 
 # What `auto` tries, in this order, by where the keys are; elsewhere there is only the reference.
-# Triton takes keys on the host only when interpreted, which is for tests: it has to be named. So
-# has `cuda`, until it has been run on a GPU. FAISS has to be, too: on real activations its fastest
-# index takes a hundred times as long as codes at N = 1e4 (benchmarks/large.py), and may be wrong.
+# Triton takes keys on the host only when interpreted, which is for tests: it has to be named. FAISS
+# has to be, too: on real activations its fastest index takes a hundred times as long as codes at
+# N = 1e4 (benchmarks/large.py), and may be wrong.
 AUTOMATIC: dict[str, tuple[ModuleType, ...]] = {
     "cpu": (cpu, reference),
-    "cuda": (triton, reference),
+    "cuda": (cuda, triton, reference),
 }
+
+
+class Turn(NamedTuple):
+    """Which of the engines for a GPU is asked first, for some batches."""
+
+    batch: int  # queries, at most
+    first: ModuleType
+    measured: str  # where the choice comes from
+
+
+# docs/lookups.md says what the estimates rest on. An engine that was not built, or cannot take the
+# call, is passed over.
+ON_A_GPU = (
+    # One launch or two, and 8 queries share a read of the keys; Triton takes three, and 4 do.
+    Turn(triton.TILED - 1, cuda, measured="estimated"),
+    # All queries share a read, by tensor cores; the other engine would read the keys four times.
+    Turn(sys.maxsize, triton, measured="estimated"),
+)
+
+
+def automatic(workload: Workload) -> tuple[ModuleType, ...]:
+    """Return what `auto` tries for a call, in this order."""
+    known = AUTOMATIC.get(workload.device, (reference,))
+    if workload.device != "cuda":
+        return known
+    first = next(turn.first for turn in ON_A_GPU if workload.batch <= turn.batch)
+    return (first, *(module for module in known if module is not first))
 
 
 @lru_cache(maxsize=4096)
@@ -41,7 +70,7 @@ def choose(workload: Workload, backend: str | FaissIndex = "auto") -> ModuleType
     """
     candidates: tuple[ModuleType, ...]
     if backend == "auto":
-        candidates = AUTOMATIC.get(workload.device, (reference,))
+        candidates = automatic(workload)
     elif isinstance(backend, FaissIndex):
         candidates = (faiss,)
     elif backend in BACKENDS:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import get_args
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor
 from grace_fast import semantics
 from grace_fast.codebook.codebook import Codebook
 from grace_fast.codebook.snapshot import Snapshot
-from grace_fast.lookup.backends import cpu, cuda, faiss, triton
+from grace_fast.index.native_view import DTYPE_NUMBERS
+from grace_fast.lookup.backends import cpu, cuda, faiss, graphs, triton
 from grace_fast.lookup.backends.faiss_index import FaissIndex
 from grace_fast.lookup.dispatch import chosen
 from grace_fast.lookup.match import Distributed, Match, Nearest
@@ -62,7 +65,13 @@ def find(
     """
     if isinstance(codebook, Distributed):
         return codebook.without(backend).find(queries)
-    snapshot = _snapshot(codebook)
+    return found(queries, _snapshot(codebook), backend, sums=False)
+
+
+def found(
+    queries: Tensor, snapshot: Snapshot, backend: str | FaissIndex = "auto", sums: bool = True
+) -> Match:
+    """Do what `find` does for a version; without `sums`, S may be left until it is read."""
     if backend == "auto" and (answer := cpu.ask(queries, snapshot)) is not None:
         return Match(*answer)
     queries = _checked(queries, snapshot)
@@ -70,14 +79,41 @@ def find(
     if module is cpu:
         return Match(*cpu.find_packed(queries, snapshot))
     if module is faiss:
-        found, proved = faiss.find(queries, snapshot, _index(backend))
-        return Match(None, fields=found, certified=proved)
+        fields, proved = faiss.find(queries, snapshot, _index(backend))
+        return Match(None, fields=fields, certified=proved)
     if hasattr(module, "find"):
-        return Match(None, fields=module.find(queries, snapshot))
+        later = None if sums else _sums_later(queries, snapshot, module)
+        return Match(None, fields=module.find(queries, snapshot, sums), sums=later)
     row, squared = module.nearest(queries, snapshot)
     hit = semantics.in_ball(squared, snapshot.radii_of(row))
     fields = (hit, row.masked_fill(~hit, -1), squared.masked_fill(~hit, torch.inf))
     return Match(None, fields=fields)
+
+
+def _sums_later(queries: Tensor, snapshot: Snapshot, module: ModuleType) -> Callable[[], Tensor]:
+    """Return what computes S of the hits, by asking the same version once more."""
+    captured, written = graphs.is_capturing(snapshot), _writes(queries)
+
+    def ask() -> Tensor:
+        if graphs.is_capturing(snapshot) != captured:
+            raise RuntimeError(
+                "squared_distance and distance are computed when they are read: read them "
+                + ("inside the capture that the look-up is in" if captured else "before a capture")
+            )
+        if _writes(queries) != written:
+            raise RuntimeError(
+                "the queries were written to since they were looked up, and squared_distance and "
+                "distance are computed when they are read: read them first, or give find a copy"
+            )
+        squared: Tensor = module.find(queries, snapshot, True)[2]
+        return squared
+
+    return ask
+
+
+def _writes(queries: Tensor) -> int:
+    """Return how often torch wrote to queries in place; always 0 of what inference mode made."""
+    return 0 if queries.is_inference() else queries._version
 
 
 def replace(
@@ -122,23 +158,28 @@ def replace_(
     """
     snapshot = _snapshot(codebook)
     check_replacement(output, queries, snapshot, positions, mode)
-    positions = query_positions(positions, output)
     if output.requires_grad and torch.is_grad_enabled():
         raise ValueError("output needs gradients and cannot be written in place; use replace")
-    mask = semantics.replacement_mask(mode, positions, output.shape[1])
-    rows_lie_side_by_side = output.stride(2) == 1
-    if output.is_cuda and rows_lie_side_by_side and chosen(snapshot, len(queries), backend) is cuda:
-        cuda.replace_(output, _checked(queries, snapshot), snapshot, mask)
+    in_kernel = _has_kernels_order(output)
+    if in_kernel and chosen(snapshot, len(queries), backend) is cuda:
+        cuda.replace_(output, _checked(queries, snapshot), snapshot, positions, mode)
         return output
-    match = find(queries, snapshot, backend)
-    if output.is_cuda and rows_lie_side_by_side and triton.writes():
+    match = found(queries, snapshot, backend, sums=False)
+    if in_kernel and triton.writes():
         triton.write_(output, match.hit, match.row, snapshot, positions, mode)
-    elif output.is_cuda:
+        return output
+    mask = semantics.replacement_mask(mode, query_positions(positions, output), output.shape[1])
+    if output.is_cuda:
         output.copy_(write(output, match, snapshot, mask))
     elif match.hits != 0 and len(hits := match.hit.nonzero()[:, 0]):
         values = snapshot.values_of(match.row[hits])
         output[hits] = semantics.replace(output[hits], match.hit[hits], values, mask[hits])
     return output
+
+
+def _has_kernels_order(output: Tensor) -> bool:
+    """Tell whether the kernels can write an output [B, T, V]: on a GPU, rows side by side."""
+    return output.is_cuda and output.stride(2) == 1 and output.dtype in DTYPE_NUMBERS
 
 
 def check_replacement(
@@ -159,8 +200,14 @@ def check_replacement(
         raise ValueError(
             f"output must be on the codebook's device {snapshot.device}, got {output.device}"
         )
-    if positions is not None and positions.shape != (len(output),):
+    if positions is None:
+        return
+    if positions.shape != (len(output),):
         raise ValueError(f"positions must be [{len(output)}], got {tuple(positions.shape)}")
+    if positions.device != output.device:
+        raise ValueError(
+            f"positions must be on the output's device {output.device}, got {positions.device}"
+        )
 
 
 def query_positions(positions: Tensor | None, output: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,29 +12,39 @@ from grace_fast.lookup.backends import cpu
 
 
 class Match:
-    """The answer of `find` for a batch of queries; a field is made when it is read."""
+    """The answer of `find` for a batch of queries; a field is made when it is read.
 
-    __slots__ = ("_certified", "_fields", "answers", "hits")
+    On a GPU the distance is computed when it is first read, from the same version of the codebook;
+    the queries have to be what they were: copy the answer's distance before you write over them.
+    """
+
+    __slots__ = ("_certified", "_fields", "_sums", "answers", "hits")
 
     def __init__(
         self,
         hits: int | None,
         answers: bytearray | None = None,
-        fields: tuple[Tensor, Tensor, Tensor] | None = None,
+        fields: tuple[Tensor, Tensor, Tensor | None] | None = None,
         certified: Tensor | None = None,
+        sums: Callable[[], Tensor] | None = None,
     ) -> None:
         self.hits = hits  # how many hit; None where a device has yet to say
         self.answers = answers  # as the compiled back end packs them; None of other back ends
         self._certified = certified
+        self._sums = sums  # computes S, where no field has it
         self._fields: dict[torch.dtype, Tensor] | None = None  # those that were read
         if fields is not None:
-            self._fields = dict(zip((torch.bool, torch.int64, torch.float64), fields, strict=True))
+            hit, row, squared = fields
+            self._fields = {torch.bool: hit, torch.int64: row}
+            if squared is not None:
+                self._fields[torch.float64] = squared
 
     def _field(self, dtype: torch.dtype) -> Tensor:
         if self._fields is None:
             self._fields = {}
         if dtype not in self._fields:
-            self._fields[dtype] = cpu.unpack(self.answers, dtype)
+            made = cpu.unpack(self.answers, dtype) if self._sums is None else self._sums()
+            self._fields[dtype] = made
         return self._fields[dtype]
 
     @property
@@ -48,7 +59,11 @@ class Match:
 
     @property
     def squared_distance(self) -> Tensor:
-        """[B] float64, S of that row in the canonical order; inf where missed."""
+        """[B] float64, S of that row in the canonical order; inf where missed.
+
+        Raises: RuntimeError on a GPU where it can no longer be computed: the queries were written
+        to, or the look-up was captured into a CUDA graph and the capture has ended.
+        """
         return self._field(torch.float64)
 
     @property

@@ -70,8 +70,6 @@ class Prepared:
         """Do what `lookup.replace_` does for the codebook: write hits' values into output."""
         if not torch.compiler.is_compiling():
             return lookup.replace_(output, queries, self._book, positions, mode)
-        if positions is None:
-            positions = queries.new_full((len(output),), output.shape[1] - 1, dtype=torch.int64)
         torch.ops.grace_fast.replace_(output, queries, positions, mode, self._handle)
         return output
 
@@ -140,7 +138,7 @@ def _renamed(old: str, new: str, value: bool) -> bool:
 @torch.library.custom_op("grace_fast::find", mutates_args=())
 def find_by_handle(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return hit [B], row [B] and S [B] of queries [B, D] in the codebook of a `Prepared`."""
-    match = lookup.find(queries, _book(codebook))
+    match = lookup.found(queries, _book(codebook).snapshot())  # with S: a graph cannot ask later
     return match.hit.clone(), match.row.clone(), match.squared_distance.clone()
 
 
@@ -163,12 +161,14 @@ def _(queries: Tensor, codebook: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("grace_fast::replace_", mutates_args={"output"})
 def replace_by_handle(
-    output: Tensor, queries: Tensor, positions: Tensor, replacement: str, codebook: int
+    output: Tensor, queries: Tensor, positions: Tensor | None, replacement: str, codebook: int
 ) -> None:
     """Write the values of hits into output [B, T, V]; see `lookup.replace_`."""
     lookup.replace_(output, queries, _book(codebook), positions, cast("Replacement", replacement))
 
 
 @replace_by_handle.register_fake
-def _(output: Tensor, queries: Tensor, positions: Tensor, replacement: str, codebook: int) -> None:
+def _(
+    output: Tensor, queries: Tensor, positions: Tensor | None, replacement: str, codebook: int
+) -> None:
     return None

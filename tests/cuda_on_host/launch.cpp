@@ -23,8 +23,9 @@ std::vector<on_host::Grid>& launched() {
   return grids;
 }
 
-int launch(void (*kernel)(Call), const Call& call, int blocks, int groups, int threads,
-           int64_t shared, bool early = false) {
+int launch(const char* name, void (*kernel)(Call), const Call& call, int blocks, int groups,
+           int threads, int64_t shared, bool early = false) {
+  order().launched.emplace_back(name);
   launched().push_back({blocks, groups, threads, static_cast<size_t>(shared),
                         early && order().seed % 4 != 0, [kernel, call] { kernel(call); }});
   return 0;
@@ -39,6 +40,8 @@ std::vector<on_host::Piece> written(const Call& call, int blocks) {
   const Workspace& workspace = call.workspace;
   const int64_t batch = call.batch, padded = (call.width + kPadding - 1) / kPadding * kPadding;
   add(workspace.tickets, 2 * kMostQueries, true);
+  add(workspace.handout, kMostQueries, true);
+  add(workspace.replaced, batch);
   add(workspace.sums, batch * kSlots);
   add(workspace.squares, batch * 2);
   add(workspace.encoded, batch);
@@ -52,9 +55,10 @@ std::vector<on_host::Piece> written(const Call& call, int blocks) {
 
 template <typename Key, int kQueries>
 int launch_dense_of(const Call& call, int blocks) {
-  const int64_t staged = static_cast<int64_t>(kQueries) * staged_width(call.width) * 4;
-  return launch(dense_kernel<Key, kQueries>, call, blocks, (call.batch + kQueries - 1) / kQueries,
-                order().threads, Dense<Key, kQueries>::kQueriesAt + staged);
+  const int64_t rings = static_cast<int64_t>(order().threads / kWarp) * kRingBytes;
+  return launch("dense_kernel", dense_kernel<Key, kQueries>, call, blocks,
+                (call.batch + kQueries - 1) / kQueries, order().threads,
+                Dense<Key, kQueries>::ring_at(call.width) + rings);
 }
 
 template <typename Key>
@@ -66,17 +70,9 @@ int launch_dense_of(const Call& call, int blocks) {
 
 template <typename Key>
 int launch_indexed_of(const Call& call, int blocks) {
-  launch(encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
-  return launch(indexed_kernel<Key>, call, blocks, 1, order().threads, sizeof(IndexedShared), true);
-}
-
-template <typename Launch>
-int with_writing(const Call& call, const Launch& look_up) {
-  if (!call.output || call.tokens <= 8) return look_up(call);
-  Call decision = call;
-  decision.output = nullptr;
-  look_up(decision);
-  return launch(write_kernel, call, 2, call.batch, order().threads, 0);
+  launch("encode_kernel", encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
+  return launch("indexed_kernel", indexed_kernel<Key>, call, blocks, 1, order().threads,
+                sizeof(IndexedShared), true);
 }
 
 }  // namespace
@@ -93,14 +89,21 @@ const char* error_text(int) { return "none"; }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, void*) {
   launched().clear();
-  const int error = with_writing(call, [&](const Call& each) {
-    return with_key(each.key_dtype, [&](auto key) {
-      return indexed ? launch_indexed_of<decltype(key)>(each, blocks)
-                     : launch_dense_of<decltype(key)>(each, blocks);
-    });
+  const int size = call.query_dtype == Dtype::float32 ? 4 : 2;
+  const auto* queries = static_cast<const char*>(call.queries);
+  const int64_t elements = (call.batch - 1) * call.query_stride + call.width;
+  const on_host::Announced for_this_launch({queries, queries + elements * size});
+  const int error = with_key(call.key_dtype, [&](auto key) {
+    return indexed ? launch_indexed_of<decltype(key)>(call, blocks)
+                   : launch_dense_of<decltype(key)>(call, blocks);
   });
   on_host::run(std::move(launched()), written(call, blocks), order().seed++);
   return error;
+}
+
+int capture_of(void*, uint64_t* capture) {
+  *capture = order().capture;
+  return 0;
 }
 
 }  // namespace grace_fast::device

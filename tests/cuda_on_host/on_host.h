@@ -42,6 +42,24 @@ inline std::vector<Range>& announced() {
   static std::vector<Range> ranges;
   return ranges;
 }
+class Announced {  // as long as this lives, where anything is
+ public:
+  explicit Announced(const Range& range) : is_first_(announced().empty()) {
+    if (!is_first_) announced().push_back(range);
+  }
+  ~Announced() {
+    if (!is_first_) announced().pop_back();
+  }
+  Announced(const Announced&) = delete;
+
+ private:
+  const bool is_first_;
+};
+// Loads of 16 bytes by each block of the last launch.
+inline std::vector<long>& loads() {
+  static std::vector<long> of_block;
+  return of_block;
+}
 inline void check(const void* from, size_t bytes) {
   const char* at = static_cast<const char*>(from);
   if (reinterpret_cast<uintptr_t>(at) % bytes) fail("a load that is not aligned");
@@ -104,8 +122,12 @@ inline void fence() {
 }
 inline unsigned take_ticket(unsigned* ticket, unsigned last) {
   on_host::maybe_step_back();
-  return on_host::machine()->memory.update(
-      ticket, [last](unsigned before) { return before >= last ? 0 : before + 1; });
+  on_host::machine()->memory.release();
+  const unsigned before = on_host::machine()->memory.update(
+      ticket, [last](unsigned count) { return count >= last ? 0 : count + 1; });
+  on_host::machine()->memory.acquire();
+  on_host::maybe_step_back();
+  return before;
 }
 inline int add_to(int* shared_count, int more) {
   const int before = *shared_count;
@@ -118,11 +140,20 @@ inline void wait_for_the_kernel_before() { on_host::wait_for_grid_before(); }
 
 inline uint4 load16(const void* from) {
   on_host::check(from, 16);
+  ++on_host::loads()[group_index() * block_count() + block_index()];
   return *static_cast<const uint4*>(from);
 }
 inline uint4 stream16(const void* from) { return load16(from); }
+inline void prefetch(const void* from, int bytes) {
+  for (int at = 0; at < bytes; at += 16) on_host::check(static_cast<const char*>(from) + at, 16);
+}
 inline uint64_t load_fresh(const uint64_t* from) { return on_host::machine()->memory.load(from); }
 inline uint32_t load_fresh(const uint32_t* from) { return on_host::machine()->memory.load(from); }
+
+inline void store_fresh(uint32_t* to, uint32_t value) {
+  on_host::machine()->memory.update(to, [value](uint32_t) { return value; });
+}
+inline void wait_a_moment() { on_host::step_back(); }
 
 template <typename Work>
 uint32_t each_byte(uint32_t a, uint32_t b, const Work& work) {
@@ -213,3 +244,5 @@ inline uint16_t half_of(float x) {
 }
 
 }  // namespace grace_fast::device
+
+#include "copies.h"

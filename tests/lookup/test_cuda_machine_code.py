@@ -33,7 +33,7 @@ def of_kind(counted, kind):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_kernel_fits_its_registers(architecture):
     used, _ = compiled(architecture)
-    assert len(used) == 3 * 3 + 3 + 2  # dense by dtype and queries, certified by dtype, two more
+    assert len(used) == 3 * 3 + 3 + 1  # dense by dtype and queries, by codes by dtype, and encode
     for name, use in used.items():
         assert use["registers"] <= REGISTERS, name
         if architecture == "90a":
@@ -46,6 +46,49 @@ def test_the_scan_takes_two_instructions_for_four_code_bytes():
         products = sum(n for op, n in count.items() if op.startswith("IDP.4A.S8.S8"))
         assert differences >= 2 * 4, name  # two keys a lane, four words a key
         assert differences == products, name
+
+
+def runs_without(kernel.code, kind):
+    """Return the names of instructions between those of a kind, in lists."""
+    runs = [[]]
+    for each in code:
+        if each.name.startswith(kind):
+            runs.append([])
+        else:
+            runs[-1].append(each.name)
+    return runs
+
+
+def wide_loads(names):
+    return sum(name.startswith("LDG.E.128") for name in names)
+
+
+def test_a_leaf_that_holds_nothing_takes_few_instructions_a_query():
+    """16 of them compare 64 codes; 4 leaves share what is once a query. Rare paths are counted."""
+    for kernel in kernels("indexed_kernel"):
+        scans = []
+        for loop in kernel.innermost():
+            names = [kernel.code[place].name for place in loop]
+            if names.count("VABSDIFF4.U8") == 4 * 8:
+                scans.append(names)
+                assert not any(op.startswith(("LDL", "STL")) for op in names), kernel.name
+        assert scans, kernel.name
+        assert min(len(names) for names in scans) <= 4 * 28, kernel.name
+
+
+def test_four_leaves_are_in_flight_before_the_first_is_compared():
+    for kernel in kernels("indexed_kernel"):
+        runs = runs_without(kernel.code, "VABSDIFF4")
+        assert sum(wide_loads(names) >= 4 * 2 for names in runs) >= 2, kernel.name  # listed, and in order
+
+
+def test_encode_asks_for_two_groups_of_elements_before_it_multiplies():
+    for kernel in kernels("encode_kernel"):
+        # Of each: the query, four rows of the projection, and the centre as float32.
+        runs = runs_without(kernel.code, "FFMA")
+        assert max(wide_loads(names) for names in runs) >= 2 * (1 + 4 + 2), kernel.name
+        widest = max(runs, key=wide_loads)
+        assert sum(op.startswith("LDG.E.U16") for op in widest) <= 2 * 8, kernel.name  # odd addresses
 
 
 def test_boxes_are_tested_two_slots_at_a_time():
@@ -68,6 +111,16 @@ def test_what_is_counted_in_shared_memory_is_known_to_be_there():
         assert not any(op.startswith("ATOM.E.ADD") for op in count), name
 
 
+def test_a_ticket_is_one_atomic_with_one_fence():
+    """A release before it, an acquire after it; none waits for all of the device's order."""
+    for kind in ("dense_kernel", "indexed_kernel", "encode_kernel"):
+        for name, count in of_kind(counts("90a"), kind):
+            fences = {op: n for op, n in count.items() if op.startswith("MEMBAR")}
+            assert fences == {"MEMBAR.ALL.GPU": 1}, name
+            assert count["ATOMG.E.INC.STRONG.GPU"] == 1, name
+            assert count["CCTL.IVALL"] == 1, name
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_canonical_sum_is_not_contracted(architecture):
     """Sums by DADD, products by DMUL: 8 of the one stand unrolled beside the other."""
@@ -85,6 +138,8 @@ def test_the_second_node_waits_before_it_reads_what_the_first_wrote():
         assert fresh, kernel.name
         for place in (*fresh, *kernel.places("LD", "take_queries"), *kernel.places("ATOM")):
             assert wait < place, (kernel.name, kernel.code[place])
+        # What does not depend on it is asked for before.
+        assert min(kernel.places("UBLKPF")) < wait, kernel.name
 
 
 def test_the_first_node_lets_the_second_start_before_it_works():

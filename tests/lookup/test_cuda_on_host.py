@@ -15,6 +15,7 @@ from cuda_build import host_module
 from hypothesis import given, settings
 
 import grace_fast as gf
+from grace_fast import semantics
 from grace_fast.index import maintained, segments
 from grace_fast.lookup.backends import cpu, cuda, graphs
 from grace_fast.lookup.backends.workload import Workload
@@ -232,6 +233,96 @@ def test_a_certified_miss_reads_no_key(module, monkeypatch):
     assert not table.find(queries)[0].any()
 
 
+def assert_shared(module, blocks):
+    """Every block has loaded about as much as the others."""
+    loads = module.loads()
+    assert len(loads) == blocks
+    assert max(loads) < 1.5 * sum(loads) / blocks, loads
+
+
+def test_a_query_too_large_to_project_is_read_by_all_blocks(module):
+    data = Data(11)
+    table = table_of(
+        module, book_of(data.normal(400, 64), torch.full((400,), 0.2)), Shape(4, 64), certified=True
+    )
+    queries = data.normal(32, 64)
+    table.find(queries)
+    codes = sum(module.loads())
+    queries[9] = 1e30
+    assert_decides_as_the_law(table, queries)
+    assert sum(module.loads()) >= codes + 400 * 64 * 4 / 16 * 0.9
+    assert_shared(module, 4)
+
+
+def test_a_query_too_large_to_project_hits_where_a_ball_holds_it(module):
+    keys = Data(12).normal(300, 20)
+    book = book_of(keys, torch.full((300,), 0.2))
+    settled_view(book)
+    with book.writing() as draft:
+        for row in range(300):
+            draft.set_radius(row, 1e17)
+    queries = torch.full((3, 20), 3e15)  # in float32 as far from one key as from another
+    queries[1] *= -1
+    queries[2] = 1e17
+    table = table_of(module, book, Shape(4, 64), certified=True)
+    assert table.find(queries)[0].tolist() == [True, True, False]
+    assert_decides_as_the_law(table, queries)
+
+
+def test_a_query_that_is_not_finite_reads_nothing(module):
+    data = Data(13)
+    keys, radii = data.clusters(400, 64)
+    table = table_of(module, book_of(keys, radii), Shape(4, 64), certified=True)
+    queries = keys[:32].clone()
+    queries[:, 5] = torch.nan
+    queries[16:, 5] = torch.inf
+    assert not table.find(queries)[0].any()
+    assert module.loads() == [0, 0, 0, 0]
+
+
+def test_near_ties_are_looked_at_again_by_the_blocks_that_have_them(module):
+    """Equal keys fill every block's share; the lowest row decides."""
+    data = Data(14)
+    keys = data.normal(1, 64).repeat(800, 1)
+    keys[:80] += 3
+    table = table_of(module, book_of(keys, torch.full((800,), 0.5)), Shape(4, 64), certified=True)
+    queries = keys[[700, 3]] + 1e-3
+    assert table.find(queries[:1])[1].tolist() == [80]
+    assert_shared(module, 4)
+    assert_decides_as_the_law(table, queries)
+
+
+def test_nothing_of_a_workspace_but_its_counters_has_to_be_zero(module):
+    data = Data(15)
+    keys, radii = data.clusters(300, 48)
+    for certified in (False, True):
+        table = table_of(module, book_of(keys, radii), Shape(4, 64), certified)
+        workspace = cuda._workspace(module, table.device, 0, 48, 4)
+        for batch in (1, 5, 32):
+            workspace[module.COUNTER_BYTES :] = 255  # NaNs, and states that there are not
+            queries = data.queries(keys, radii, batch)
+            queries[0, 0] = torch.nan
+            assert_decides_as_the_law(table, queries)
+
+
+@pytest.mark.parametrize("rows", [9, 200])
+@pytest.mark.parametrize("width", [264, 1032, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_keys_wider_than_what_a_warp_reads_at_a_time(module, dtype, width, rows):
+    """They go through the ring in several stages; few rows take fewer keys a stage than many."""
+    data = Data(width + rows)
+    keys, radii = data.clusters(rows, width)
+    book = book_of(keys, radii.abs(), dtype)
+    book.remove(int(book.ids[rows // 2]))
+    with book.writing() as draft:
+        draft.set_key(1, keys[0].to(dtype))  # a tie
+    for batch, threads in ((1, 64), (3, 32), (11, 64)):
+        queries = data.queries(keys, radii, batch).to(dtype)
+        queries[0] = keys[0]
+        table = table_of(module, book, Shape(2, threads, batch))
+        assert_decides_as_the_law(table, queries)
+
+
 def test_the_number_of_rows_is_read_on_the_device(module):
     data = Data(8)
     keys, radii = data.clusters(100, 24)
@@ -255,36 +346,54 @@ def test_tickets_are_zero_after_every_launch(module):
         table = table_of(module, book_of(keys, radii), Shape(4, 64), certified)
         for batch in (1, 4, 9, 32):
             table.find(data.queries(keys, radii, batch))
+            table.replace_(torch.zeros(batch, 20, 2), data.queries(keys, radii, batch))
             workspace = cuda._workspace(module, table.device, 0, 16, 4)
-            assert not workspace[:256].any()
+            assert not workspace[: module.COUNTER_BYTES].any()
 
 
+@pytest.mark.parametrize("mode", cuda.MODES)
 @pytest.mark.parametrize("output_dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 11])
+@pytest.mark.parametrize("tokens", [1, 11, 70])
 @pytest.mark.parametrize("value_width", [16, 5])
-def test_values_are_written_where_the_mask_says(module, output_dtype, tokens, value_width):
+def test_values_are_written_where_the_mode_says(module, output_dtype, tokens, value_width, mode):
+    """By one block where tokens are few, by all that are there where they are many."""
     data = Data(4)
     keys, radii = data.clusters(80, 20)
-    for dtype in DTYPES:
+    for seed, dtype in enumerate(DTYPES):
         book = gf.Codebook(20, value_width, dtype)
         book.append(keys.to(dtype), data.normal(80, value_width).to(dtype), radii.abs())
         with book.writing() as draft:
             draft.set_value(7, torch.ones(value_width, dtype=dtype))
-        table = table_of(module, book, Shape(2))
-        queries = keys[[3, 7, 50, 9]].to(dtype)
+        table = table_of(module, book, Shape(1 + 2 * seed, seed=seed + tokens), seed == 2)
+        queries = keys[[3, 7, 50, 9, 11]].to(dtype)
         queries[2] += 40
-        whole = data.normal(4, tokens, value_width + 8).to(output_dtype)
-        mask = data.uniform(4, tokens) < 0.6
-        expected = whole.clone()
+        whole = data.normal(5, tokens, value_width + 8).to(output_dtype)
+        positions = torch.tensor([tokens - 1, tokens // 2, 0, tokens + 3, -1])
         hit, row, _ = law(queries, table.snapshot)
+        assert hit.tolist() == [True, True, False, True, True]
         values = table.snapshot.values_of(row).to(output_dtype)
-        where = (hit[:, None] & mask)[:, :, None]
-        rest = expected[:, :, :value_width]
-        expected[:, :, :value_width] = torch.where(where, values[:, None, :], rest)
-        found = table.replace_(whole[:, :, :value_width], queries, mask)
-        assert torch.equal(whole, expected)
-        assert torch.equal(found[0], hit)
-        assert torch.equal(found[1], row)
+        for asked in (positions, None):
+            at = torch.full((5,), tokens - 1) if asked is None else asked
+            mask = semantics.replacement_mask(mode, at, tokens)
+            expected = whole.clone()
+            inside = semantics.replace(whole[:, :, :value_width], hit, values, mask)
+            expected[:, :, :value_width] = inside
+            table.replace_(whole[:, :, :value_width], queries, asked, mode)
+            assert torch.equal(whole, expected)
+            whole.neg_()
+
+
+@pytest.mark.parametrize("certified", [False, True], ids=["dense", "certified"])
+def test_without_sums_the_decision_is_the_same(module, certified):
+    data = Data(9)
+    keys, radii = data.clusters(500, 24)
+    table = table_of(module, book_of(keys, radii), Shape(3), certified)
+    queries = data.queries(keys, radii, 32)
+    hit, row, nothing = table.find(queries, sums=False)
+    expected = law(queries, table.snapshot)
+    assert nothing is None
+    assert torch.equal(hit, expected[0])
+    assert torch.equal(row, expected[1])
 
 
 def test_what_cannot_be_asked_is_refused(module):
@@ -292,7 +401,7 @@ def test_what_cannot_be_asked_is_refused(module):
     with pytest.raises(ValueError, match=r"1 \.\. 32 queries"):
         table.find(torch.zeros(33, 4))
     with pytest.raises(ValueError, match="output must be"):
-        table.replace_(torch.zeros(1, 1, 3), torch.zeros(1, 4), torch.ones(1, 1).bool())
+        table.replace_(torch.zeros(1, 1, 3), torch.zeros(1, 4))
     columns = dict.fromkeys(("keys", "key_slot", "live", "radius", "values", "value_slot"), 0)
     sizes = {"covered": 0, "widest": 0.0, "min_radius": 0.0, "projection": None}
     with pytest.raises(ValueError, match="2\\^31"):
@@ -316,7 +425,8 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
     book = book_of(keys, radii)
     queries = data.queries(keys, radii, 24)
     settled_view(book)
-    previous = first = captured = None
+    previous = captured = None
+    listener = cuda.Listener()
     for number in range(4):
         snapshot = book.snapshot()
         with maintained.of(snapshot).held(snapshot) as state:
@@ -326,10 +436,13 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
         assert_decides_as_the_law(table, queries)
         if previous is None:
             # What a graph holds: an address of a description, and its own queries and answers.
-            first, captured = table, table._lookup()[0]
+            listener.hold(table)
+            captured = listener.lookup(0)
         else:
             assert table.tensors["near 0"] is previous.tensors["near 0"]
-            assert table.book.data_ptr() == first.book.data_ptr()
+            assert table.book.data_ptr() != previous.book.data_ptr()
+            listener.hold(table)
+            announce(module, listener._book)
             hit, row = torch.zeros(24, dtype=torch.bool), torch.zeros(24, dtype=torch.int64)
             captured.find(*cuda.asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)
             wanted = law(queries, snapshot)
@@ -340,8 +453,6 @@ def test_a_table_takes_what_has_not_changed_from_an_earlier_one(module, monkeypa
             draft.set_radius(number, 3.0 + number)
         book.append(queries[number : number + 1], torch.zeros(1, 2), torch.full((1,), 0.1))
         book.remove(int(book.ids[50 + number]))
-    old = cuda.Table(module, first.snapshot, None, first.snapshot.widest, 2, previous)
-    assert old.book.data_ptr() != first.book.data_ptr()  # graphs stay with the newest version
 
 
 def test_a_captured_look_up_sees_every_edit_before_it_is_published(module, monkeypatch):
@@ -359,8 +470,7 @@ def test_a_captured_look_up_sees_every_edit_before_it_is_published(module, monke
     cuda.keep_for_graphs(book)
     with monkeypatch.context() as capture:
         capture.setattr(graphs, "is_capturing", lambda snapshot: True)
-        table = cuda.table_of(book.snapshot())
-    captured = table._lookup()[0]
+        captured = cuda.table_of(book.snapshot())._lookup()[0]
     for number in range(6):
         hit, row = torch.zeros(8, dtype=torch.bool), torch.zeros(8, dtype=torch.int64)
         captured.find(*cuda.asked(queries), hit.data_ptr(), row.data_ptr(), 0, 0)

@@ -1,13 +1,15 @@
 """Few queries on a GPU, decided in one or two launches by the compiled extension.
 
 `Table` is a version as the kernels read it (csrc/cuda/layout.h): addresses in one small struct on
-the device, which may be rewritten between two replays of a graph. Without an index's state it
-reads every key; with one, the codes first. The decision is the same.
+the device. Without an index's state it reads every key, in one launch; with one, the codes first,
+in two. The decision is the same, and values are written by the same launches. What a captured graph
+reads is a struct of its own (`Listener`), rewritten for every version.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from functools import cache
 from typing import Any
 
@@ -23,7 +25,9 @@ from grace_fast.index.native_view import DTYPE_NUMBERS, IndexState, asked, in_ro
 from grace_fast.index.segments import Array, Segment
 from grace_fast.lookup.backends import graphs
 from grace_fast.lookup.backends.workload import Workload
+from grace_fast.semantics import Replacement
 
+_log = logging.getLogger("grace_fast")
 _cuda: Any = None
 _missing = ""
 try:
@@ -35,6 +39,8 @@ NAME = "cuda"
 MOST_QUERIES = 32  # layout.h, kMostQueries
 OLDEST = (8, 0)  # compute capability that setup.py builds for
 _OF_BLOCK = 16384  # bytes of a block's shared memory that are not a query
+SPARES = 2  # workspaces that are there before a capture asks for one
+MODES = {"replace_all": 0, "replace_last": 1, "replace_prompt": 2}  # layout.h, Replacement
 
 
 def why_not(workload: Workload) -> str | None:
@@ -66,14 +72,22 @@ def why_not(workload: Workload) -> str | None:
     return None
 
 
-def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
+def find(
+    queries: Tensor, snapshot: Snapshot, sums: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64; see `backends`."""
-    return table_of(snapshot).find(queries)
+    return table_of(snapshot).find(queries, sums)
 
 
-def replace_(output: Tensor, queries: Tensor, snapshot: Snapshot, mask: Tensor) -> None:
-    """Write the hits' values over output [B, T, V] where mask [B, T] is set, by the same launch."""
-    table_of(snapshot).replace_(output, queries, mask)
+def replace_(
+    output: Tensor,
+    queries: Tensor,
+    snapshot: Snapshot,
+    positions: Tensor | None,
+    mode: Replacement,
+) -> None:
+    """Write the hits' values over output [B, T, V], by the launches that decide."""
+    table_of(snapshot).replace_(output, queries, positions, mode)
 
 
 def keep_for_graphs(codebook: Codebook) -> None:
@@ -81,29 +95,21 @@ def keep_for_graphs(codebook: Codebook) -> None:
     graphs.retain(codebook, NAME, Listener())
 
 
-class Listener:
-    """What writes each version's description to where the captured graphs read it."""
-
-    version = -1  # that was told last
-
-    def on_publish(self, snapshot: Snapshot) -> None:
-        """Bring a version to the device."""
-        table_of(snapshot)
-        self.version = snapshot.version
-
-
 def table_of(snapshot: Snapshot) -> Table:
     """Return a version as the kernels read it, with what its index says by now."""
     if graphs.is_capturing(snapshot):
-        graphs.retained(snapshot, NAME)
+        captured: Table = graphs.retained(snapshot, NAME).table
+        return captured
     table = _tables.of(snapshot, _newest)
     if table is None:
         return Table(_cuda, snapshot)
     known = maintained.of(snapshot)
-    if graphs.is_capturing(snapshot) or known is None or known.current is table.state:
-        return table
-    table = _newest(snapshot, table)
-    _tables.put(snapshot, table)
+    if known is not None and known.current is not table.state:
+        table = _newest(snapshot, table)
+        _tables.put(snapshot, table)
+    listener = graphs.listening(snapshot, NAME)
+    if listener is not None:
+        listener.have_spares(table)
     return table
 
 
@@ -115,6 +121,11 @@ def _newest(snapshot: Snapshot, previous: Table | None) -> Table:
         return Table(_cuda, snapshot, state, snapshot.widest, previous=previous)
 
 
+def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return the stream that launches on a device go to now; None on a host, for tests."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
 @cache
 def _device(index: int) -> dict[str, Any]:
     return _cuda.device(index)  # type: ignore[no-any-return]
@@ -122,9 +133,12 @@ def _device(index: int) -> dict[str, Any]:
 
 @cache
 def _workspace(module: Any, device: torch.device, stream: int, width: int, blocks: int) -> Tensor:
-    """Return what one stream's launches write to; zero before the first."""
-    size = module.workspace_bytes(width=width, blocks=blocks)
-    return torch.zeros(size, dtype=torch.uint8, device=device)
+    """Return what one stream's launches write to; its counters are zero before the first."""
+    made = torch.empty(
+        module.workspace_bytes(width=width, blocks=blocks), dtype=torch.uint8, device=device
+    )
+    made[: module.COUNTER_BYTES].zero_()
+    return made
 
 
 def device_layout(segment: Segment, is_known: bool) -> dict[str, Array]:
@@ -162,34 +176,75 @@ def _boxes(groups: Array | None, count: int) -> Array | None:
     return boxes
 
 
-class Graphs:
-    """The description that captured graphs read: that of the newest version, at one address.
+class Listener:
+    """The newest version as captured graphs read it, and the memory that their launches write to.
 
-    It is rewritten in one copy, on the stream of who publishes an edit (or looks up first once more
-    codes are there, which decide the same): what is replayed on that stream sees all of an edit or
-    nothing. Another stream has to wait for that one, and that one for what is replayed there.
+    The description is at one address, and rewritten in one copy, on the stream of who publishes an
+    edit: what is replayed on that stream sees all of an edit or nothing. Another stream has to wait
+    for that one, and that one for what is replayed there. Which of reading codes or keys was
+    captured stays.
+
+    Launches of one capture on one stream come one after the other and share a workspace; each
+    capture has its own, for as long as the codebook lives, because graphs may be replayed beside
+    each other. It is made before the capture, so that no node of the graph clears it.
     """
+
+    version = -1  # that was told last
+    table: Table  # of that version; it keeps what the description points to
 
     def __init__(self) -> None:
         self._book: Tensor | None = None
-        self._version = -1
+        self._spares: list[Tensor] = []
+        self._taken: dict[tuple[int, int], Tensor] = {}  # by capture and stream
 
-    def book_of(self, version: int, packed: bytearray, device: torch.device) -> Tensor:
-        """Return a version's description on the device, the one of the graphs if it is newest."""
-        book = torch.frombuffer(packed, dtype=torch.uint8)
-        if version < self._version:
-            return book.to(device)
-        self._version = version
+    def on_publish(self, snapshot: Snapshot) -> None:
+        """Bring a version to the device. What is raised leaves the version before."""
+        self.hold(table_of(snapshot))
+        self.version = snapshot.version
+
+    def hold(self, table: Table) -> None:
+        """Let graphs read a table's version."""
+        self.have_spares(table)
         if self._book is None:
-            self._book = torch.empty_like(book, device=device)
-        return self._book.copy_(book)
+            self._book = torch.empty_like(table.book)
+        self._book.copy_(table.book)
+        self.table = table
+
+    def have_spares(self, table: Table) -> None:
+        """Have workspaces ready for the next captures."""
+        while len(self._spares) < SPARES:
+            made = _workspace.__wrapped__(table.module, table.device, 0, *table.shape)
+            if table.device.type == "cuda":  # a graph may be replayed on any stream
+                torch.cuda.current_stream(table.device).synchronize()
+            self._spares.append(made)
+
+    def lookup(self, stream: int) -> Any:
+        """Return what a capture on a stream launches."""
+        assert self._book is not None
+        table = self.table
+        capture = (table.module.capture_of(stream), stream)
+        if capture not in self._taken:
+            try:
+                self._taken[capture] = self._spares.pop()
+            except IndexError:
+                self._taken[capture] = self._within(table)
+        return table.lookup_in(self._book, self._taken[capture])
+
+    def _within(self, table: Table) -> Tensor:
+        """Return a workspace of the graph's own memory, which every replay clears."""
+        _log.warning(
+            "%d captures without a look-up before them: this one clears its memory at each "
+            "replay; look up once before each capture",
+            SPARES + 1,
+        )
+        return _workspace.__wrapped__(table.module, table.device, 0, *table.shape)
 
 
 class Table:
     """One version on its device, with an index's state or without.
 
-    Tables of one codebook share the description that a captured graph reads, so that a graph sees
-    the edits that were looked up since; which of reading codes or keys was captured stays.
+    Nothing of it changes, and what it shares with tables of other versions does not change either:
+    who reads an old version, on whatever stream, reads that one.
     """
 
     def __init__(
@@ -236,57 +291,81 @@ class Table:
             projection=projection,
             segments=described,
         )
-        self._graphs: Graphs = previous._graphs if previous is not None else Graphs()
-        self.book = self._graphs.book_of(snapshot.version, bytearray(packed), device)
+        self.book = torch.frombuffer(bytearray(packed), dtype=torch.uint8).to(device)
         self._lookups: dict[int, Any] = {}  # by stream
+        self._stream = _current_stream(device)  # that all of this was brought there on
+        self._brought = None if self._stream is None else self._stream.record_event()
 
-    def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """What a workspace has to have room for: the width of a query, and blocks."""
+        return self.snapshot.key_dim, self.blocks
+
+    def find(self, queries: Tensor, sums: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return hit [B] bool, the row that hit [B] int64 and with `sums` its S [B] float64."""
         hit, row = self._room(queries, torch.bool), self._room(queries, torch.int64)
-        squared = self._room(queries, torch.float64)
+        squared = self._room(queries, torch.float64) if sums else None
         if len(queries):
             queries = in_rows(queries)
             lookup, stream = self._lookup()
-            outputs = (hit.data_ptr(), row.data_ptr(), squared.data_ptr())
+            where = 0 if squared is None else squared.data_ptr()
+            outputs = (hit.data_ptr(), row.data_ptr(), where)
             with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
                 lookup.find(*asked(queries), *outputs, stream)
         return hit, row, squared
 
-    def replace_(self, output: Tensor, queries: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Write the hits' values over output [B, T, V] where mask [B, T] is set; return hit, row.
+    def replace_(
+        self,
+        output: Tensor,
+        queries: Tensor,
+        positions: Tensor | None = None,
+        mode: Replacement = "replace_prompt",
+    ) -> None:
+        """Write the hits' values over output [B, T, V] where the mode says; see `semantics`.
 
-        Nobody has to wait for the decision: which rows are written is known on the device only.
+        positions: [B], the query's token; None for the last one. Nobody has to wait for the
+        decision: which rows are written is known on the device only.
         """
         _, tokens, width = output.shape
         if output.stride(2) != 1 or width != self.snapshot.value_dim:
             raise ValueError(f"output must be [B, T, {self.snapshot.value_dim}], rows side by side")
-        hit, row = self._room(queries, torch.bool), self._room(queries, torch.int64)
-        if len(queries) and tokens:
-            queries, mask = in_rows(queries), mask.contiguous()
-            lookup, stream = self._lookup()
-            written = (output.data_ptr(), DTYPE_NUMBERS[output.dtype], *output.stride()[:2], tokens)
-            outputs = (hit.data_ptr(), row.data_ptr(), *written, mask.data_ptr())
-            with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
-                lookup.replace(*asked(queries), *outputs, stream)
-        return hit, row
+        if not (len(queries) and tokens):
+            return
+        queries, where = in_rows(queries), 0
+        if positions is not None:
+            positions = positions.to(torch.int64).contiguous()
+            where = positions.data_ptr()
+        lookup, stream = self._lookup()
+        written = (output.data_ptr(), DTYPE_NUMBERS[output.dtype], *output.stride()[:2], tokens)
+        with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
+            lookup.replace(*asked(queries), *written, where, MODES[mode], stream)
 
     def _room(self, queries: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(queries), dtype=dtype, device=self.device)
 
     def _lookup(self) -> tuple[Any, int]:
-        on_gpu = self.device.type == "cuda"
-        stream = torch.cuda.current_stream(self.device).cuda_stream if on_gpu else 0
-        launched = (self.module, self.device, stream, self.snapshot.key_dim, self.blocks)
+        stream = _current_stream(self.device)
+        number = 0 if stream is None else stream.cuda_stream
         if graphs.is_capturing(self.snapshot):
-            # A graph has a workspace of its own, which every replay clears first.
-            return self._made_for(_workspace.__wrapped__(*launched)), stream
-        if stream not in self._lookups:
-            self._lookups[stream] = self._made_for(_workspace(*launched))
-        return self._lookups[stream], stream
+            return graphs.retained(self.snapshot, NAME).lookup(number), number
+        if number not in self._lookups:
+            self._be_read_on(stream)
+            workspace = _workspace(self.module, self.device, number, *self.shape)
+            self._lookups[number] = self.lookup_in(self.book, workspace)
+        return self._lookups[number], number
 
-    def _made_for(self, workspace: Tensor) -> Any:
+    def _be_read_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Let a stream read this: once it was brought, and without its memory being given away."""
+        if stream is None or self._brought is None or stream == self._stream:
+            return
+        stream.wait_event(self._brought)
+        for tensor in (self.book, *self.tensors.values()):
+            tensor.record_stream(stream)
+
+    def lookup_in(self, book: Tensor, workspace: Tensor) -> Any:
+        """Return what launches look-ups of a description like this table's."""
         return self.module.Lookup(
-            book=self.book.data_ptr(),
+            book=book.data_ptr(),
             workspace=workspace.data_ptr(),
             blocks=self.blocks,
             width=self.snapshot.key_dim,

@@ -51,13 +51,18 @@ def retained(snapshot: Snapshot, backend: str) -> Any:
 
     Raises: RuntimeError where there is none, or this is not the newest version.
     """
-    listener = _known(snapshot).get(backend)
+    listener = listening(snapshot, backend)
     if listener is None or listener.version != snapshot.version:
         raise RuntimeError(
             "a graph captured now would not see later edits: first call "
             "grace_fast.prepare(codebook, cuda_graphs=True), and look up in the codebook itself"
         )
     return listener
+
+
+def listening(snapshot: Snapshot, backend: str) -> Any:
+    """Return what holds versions of a codebook for graphs; None where nothing does."""
+    return _known(snapshot).get(backend)
 
 
 def _known(snapshot: Snapshot) -> dict[str, Any]:

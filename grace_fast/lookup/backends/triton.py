@@ -13,8 +13,8 @@ interpreted, take host tensors, and can be tested without a GPU.
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING
+from functools import cache, partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from grace_fast.kernels.tiles import FilterKeys
 
 NAME = "triton"
+Way = Literal["codes", "dense", "tiles"]
 
 # Not measured: how many queries share what is read densely, and from how many on tensor cores pay.
 SHARED, TILED = 4, 32
@@ -83,16 +84,32 @@ def nearest(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor]:
     return found
 
 
-def find(queries: Tensor, snapshot: Snapshot) -> tuple[Tensor, Tensor, Tensor]:
-    """Return hit [B] bool, the row that hit [B] and its S [B]; see `backends`."""
+def find(
+    queries: Tensor, snapshot: Snapshot, sums: bool = True
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hit [B] bool, the row that hit [B] and with `sums` its S [B]; see `backends`."""
+    captured: Captured | None = graphs.listening(snapshot, NAME)
     if graphs.is_capturing(snapshot):
-        captured: Captured = graphs.retained(snapshot, NAME)
-        return captured.find(_given(queries))
-    if not (len(snapshot) and len(queries)):
+        captured = graphs.retained(snapshot, NAME)
+        assert captured is not None
+        hit, row, squared = captured.find(_given(queries), sums)
+    elif not len(queries) or not (len(snapshot) or captured is not None):
         row, squared = semantics.no_row(len(queries), queries.device)
-        return row >= 0, row, squared
-    table = _tables.of(snapshot, Table) or Table(snapshot, None)
-    return table.find(_given(queries))
+        hit = row >= 0
+    else:
+        hit, row, squared = _table_of(snapshot, captured).find(_given(queries), sums)
+    return hit, row, squared if sums else None
+
+
+def _table_of(snapshot: Snapshot, captured: Captured | None) -> Table:
+    """Return a version as the kernels read it; like what graphs read, where graphs are kept."""
+    table = _tables.of(snapshot, partial(Table, captured=captured))
+    if table is None:
+        return Table(snapshot, None, captured)
+    if captured is not None and table.captured is None:
+        table = Table(snapshot, table, captured)
+        _tables.put(snapshot, table)
+    return table
 
 
 def _given(queries: Tensor) -> Tensor:
@@ -120,17 +137,30 @@ def writes() -> bool:
 
 
 def write_(
-    output: Tensor, hit: Tensor, row: Tensor, snapshot: Snapshot, positions: Tensor, mode: str
+    output: Tensor,
+    hit: Tensor,
+    row: Tensor,
+    snapshot: Snapshot,
+    positions: Tensor | None,
+    mode: str,
 ) -> None:
     """Write the hits' values into output [B, T, V] where the mode replaces; in one launch."""
     from grace_fast.kernels import replace as kernel
 
     if graphs.is_capturing(snapshot):
         slots = graphs.retained(snapshot, NAME).value_slot
+    elif snapshot.counts.value_moves or graphs.listening(snapshot, NAME) is not None:
+        slots = snapshot.column("value_slot").to(output.device)
     else:
-        slots = snapshot.column("value_slot") if snapshot.counts.value_moves else None
-        slots = None if slots is None else slots.to(output.device)
+        slots = None
     kernel.replace(output, hit, row, snapshot.value_slots, slots, positions, mode)
+
+
+def way_of(state: IndexState | None, snapshot: Snapshot, batch: int) -> Way:
+    """Return how a batch is looked up, with codes of this state."""
+    if state is not None and codes_pay(state, snapshot, batch):
+        return "codes"
+    return "dense" if batch < TILED else "tiles"
 
 
 def codes_pay(state: IndexState, snapshot: Snapshot, batch: int) -> bool:
@@ -162,13 +192,24 @@ def _up_to_date(known: Codes | None, state: IndexState, snapshot: Snapshot) -> C
 
 
 class Table:
-    """One version as the kernels read it; what versions share is taken from another one."""
+    """One version as the kernels read it; what versions share is taken from another one.
 
-    def __init__(self, snapshot: Snapshot, other: Table | None) -> None:
+    A kernel is compiled, and its module loaded, for what its arguments are: None or a tensor,
+    aligned or not. Neither may happen while a graph is captured. Where graphs are kept of a
+    codebook, `captured`, its look-ups outside of a capture therefore go the same way with arguments
+    of the same kinds, so that the first of them readies what a capture launches.
+    """
+
+    def __init__(
+        self, snapshot: Snapshot, other: Table | None, captured: Captured | None = None
+    ) -> None:
         from grace_fast.kernels.exact import Keys
 
         device = snapshot.device
-        self._snapshot = snapshot
+        self._snapshot, self.captured = snapshot, captured
+        key_slot = snapshot.device_key_slot
+        if key_slot is None and captured is not None:
+            key_slot = snapshot.key_slot.to(device)
         self.keys = Keys(
             slots=snapshot.key_slots,
             width=snapshot.key_dim,
@@ -176,7 +217,7 @@ class Table:
             radius=snapshot.radii,
             rows=torch.tensor([snapshot.rows], device=device, dtype=torch.int64),
             widest=torch.tensor([snapshot.widest], device=device, dtype=torch.float32),
-            key_slot=snapshot.device_key_slot,
+            key_slot=key_slot,
         )
         self._index = maintained.of(snapshot)
         self._state: IndexState | None = None
@@ -185,22 +226,27 @@ class Table:
         self._filter: FilterKeys | None = other._filter if other is not None else None
         self._take_codes_in()
 
-    def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def find(self, queries: Tensor, sums: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
         from grace_fast.kernels import codes, dense, tiles
 
         if self._index is not None and self._index.current is not self._state:
             self._take_codes_in()
-        snapshot = self._snapshot
-        if self._state is not None and codes_pay(self._state, snapshot, len(queries)):
+        way = self._way(len(queries))
+        if way == "codes":
             assert self._codes is not None
-            return codes.find(queries, self.keys, self._codes)
-        if len(queries) < TILED:
-            return dense.find(queries, self.keys)
-        used = snapshot.counts.keys
-        if self._filter is None or len(self._filter.norm) < used:
-            self._filter = tiles.filter_keys(snapshot.key_slots[:used], known=self._filter)
-        return tiles.find(queries, self.keys, self._filter)
+            return codes.find(queries, self.keys, self._codes, sums)
+        if way == "dense":
+            return dense.find(queries, self.keys, sums=sums)
+        self._filter = _filter_of(self._snapshot, self._filter)
+        return tiles.find(queries, self.keys, self._filter, sums)
+
+    def _way(self, batch: int) -> Way:
+        captured, snapshot = self.captured, self._snapshot
+        if captured is None or captured.version != snapshot.version:
+            return way_of(self._state, snapshot, batch)
+        way = captured.way(batch)
+        return way_of(None, snapshot, batch) if way == "codes" and self._state is None else way
 
     def _take_codes_in(self) -> None:
         """Bring what the index knows of this version by now to the device."""
@@ -213,6 +259,16 @@ class Table:
             known = self._codes if self._parts == state.segments else None
             self._codes = _up_to_date(known, state, self._snapshot)
             self._parts, self._state = state.segments, state
+
+
+def _filter_of(snapshot: Snapshot, known: FilterKeys | None) -> FilterKeys:
+    """Return what tensor cores multiply of a version's keys: `known`, with what is new."""
+    from grace_fast.kernels import tiles
+
+    used = snapshot.counts.keys
+    if known is not None and len(known.norm) >= used:
+        return known
+    return tiles.filter_keys(snapshot.key_slots[:used], known=known)
 
 
 class Captured:
@@ -231,6 +287,7 @@ class Captured:
         self._arrays = FixedArrays(device)
         self._snapshot: Snapshot | None = None  # that was followed last
         self._keys: Keys | None = None
+        self._filter: FilterKeys | None = None
         self._coded: dict[tuple[bool, bool], tuple[FixedArrays, Codes]] = {}  # by shape
         self._codes: Codes | None = None  # of this version
         self._parts: tuple[Segment, ...] = ()
@@ -242,23 +299,31 @@ class Captured:
         """The version that was followed last."""
         return -1 if self._snapshot is None else self._snapshot.version
 
-    def find(self, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def way(self, batch: int) -> Way:
+        """Return how a batch is looked up."""
+        assert self._snapshot is not None
+        return way_of(self._state, self._snapshot, batch)
+
+    def find(self, queries: Tensor, sums: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
-        from grace_fast.kernels import codes, dense
+        from grace_fast.kernels import codes, dense, tiles
 
         assert self._keys is not None
-        assert self._snapshot is not None
-        state = self._state
-        if state is not None and codes_pay(state, self._snapshot, len(queries)):
+        way = self.way(len(queries))
+        if way == "codes":
             assert self._codes is not None
-            return codes.find(queries, self._keys, self._codes)
-        return dense.find(queries, self._keys)
+            return codes.find(queries, self._keys, self._codes, sums)
+        if way == "dense":
+            return dense.find(queries, self._keys, sums=sums)
+        assert self._filter is not None
+        return tiles.find(queries, self._keys, self._filter, sums)
 
     def on_publish(self, snapshot: Snapshot) -> None:
         """Bring a version to the device.
 
         Raises: MemoryError where there is no room; what is held stays the version before then.
         """
+        from grace_fast.kernels import tiles
         from grace_fast.kernels.exact import Keys
 
         scalars = {
@@ -270,10 +335,17 @@ class Captured:
             self._arrays.make_room(name, torch.empty(room, dtype=dtype, device="meta"))
         for name, scalar in scalars.items():
             self._arrays.make_room(name, scalar)
+        before, used = self._snapshot, snapshot.counts.keys
+        same_era = before is not None and before.era == snapshot.era
+        first = before.counts.keys if before is not None and same_era else 0
+        made = tiles.filter_keys(snapshot.key_slots[min(first, used) : used])
+        fresh = _filter_fields(made, is_copy=snapshot.dtype == torch.float32)
+        for name, part in fresh.items():
+            like = torch.empty(used, *part.shape[1:], dtype=part.dtype, device="meta")
+            self._arrays.make_room(name, like)
         self._follow_codes(snapshot)  # the last thing that there may be no room for
-        before = self._snapshot
         known: tuple[Page, ...] = ()
-        if before is not None and before.era == snapshot.era:
+        if before is not None and same_era:
             known = before.pages[: before.rows // PAGE_ROWS]
         for number, page in enumerate(snapshot.pages):
             if number < len(known) and known[number] is page:
@@ -282,11 +354,24 @@ class Captured:
                 self._arrays.put(name, getattr(page, name), number * PAGE_ROWS)
         for name, scalar in scalars.items():
             self._arrays.put(name, scalar)
+        for name, part in fresh.items():
+            self._arrays.put(name, part, min(first, used))
+        self._filter = self._held_filter(snapshot)
         held = {name: self._arrays.at(name, (snapshot.rows,)) for name in _COLUMNS}
         self.value_slot = held.pop("value_slot")
         held |= {name: self._arrays.at(name, (1,)) for name in scalars}
         self._keys = Keys(slots=snapshot.key_slots, width=snapshot.key_dim, **held)
         self._snapshot = snapshot
+
+    def _held_filter(self, snapshot: Snapshot) -> FilterKeys:
+        """Return what tensor cores multiply; keys of 16 bits they multiply as they are."""
+        from grace_fast.kernels.tiles import FilterKeys
+
+        used, slots = snapshot.counts.keys, snapshot.key_slots
+        if slots.dtype == torch.float32:
+            slots = self._arrays.at("filter slots", (used, snapshot.key_dim))
+        norm, error = (self._arrays.at(f"filter {name}", (used,)) for name in ("norm", "error"))
+        return FilterKeys(slots[:used], norm, error, None)
 
     def _follow_codes(self, snapshot: Snapshot) -> None:
         known = maintained.of(snapshot)
@@ -329,6 +414,12 @@ _COLUMNS = {
     "key_slot": torch.int64,
     "value_slot": torch.int64,
 }
+
+
+def _filter_fields(made: FilterKeys, is_copy: bool) -> dict[str, Tensor]:
+    """Return what takes memory of its own, as the arrays of `Captured` are named."""
+    fields = {"filter norm": made.norm, "filter error": made.error}
+    return fields | ({"filter slots": made.slots} if is_copy else {})
 
 
 @cache
