@@ -13,13 +13,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from argparse import ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from cuda_build import host_module
@@ -193,10 +191,9 @@ def _measure(given: Namespace) -> Iterator[runner.Found]:
         limits = ("--decisions", str(part), "--seconds", str(given.seconds), "--alone")
         first = str(given.first + number * APART)
         others.append(begun([*limits, "--first", first, "--only", given.only]))
-    with tempfile.TemporaryDirectory() as folder:
-        if "cuda" in gate.ways:
-            tables.use(host_module(Path(folder)))
-        run(gate, given.first, given.lives, given.decisions, given.seconds)
+    if "cuda" in gate.ways:
+        tables.use(host_module())
+    run(gate, given.first, given.lives, given.decisions, given.seconds)
     for process in others:
         gate.take(ended(process))
     seconds = time.perf_counter() - start

@@ -1,10 +1,11 @@
 // csrc/cuda/launch.h for a host: the same kernels, run by on_host.h.
 //
 // Blocks are smaller than on a GPU, and how many are there at once differs from launch to launch.
+// The nodes of a look-up are run together, because one may start before the other has ended.
 #include "launch.h"
 
-#include "indexed.cuh"
 #include "dense.cuh"
+#include "indexed.cuh"
 #include "on_host_order.h"
 
 namespace grace_fast::device {
@@ -16,14 +17,40 @@ OnHostOrder& order() {
 
 namespace {
 
+// What is launched, until it is run as one stream.
+std::vector<on_host::Grid>& launched() {
+  static std::vector<on_host::Grid> grids;
+  return grids;
+}
+
 int launch(const char* name, void (*kernel)(Call), const Call& call, int blocks, int groups,
-           int threads, int64_t shared) {
-  OnHostOrder& how = order();
-  how.launched.emplace_back(name);
-  const int resident = 1 + static_cast<int>(how.seed++ % static_cast<uint64_t>(blocks * groups));
-  on_host::launch(blocks, groups, threads, static_cast<size_t>(shared), how.seed, resident,
-                  [&] { kernel(call); });
+           int threads, int64_t shared, bool early = false) {
+  order().launched.emplace_back(name);
+  launched().push_back({blocks, groups, threads, static_cast<size_t>(shared),
+                        early && order().seed % 4 != 0, [kernel, call] { kernel(call); }});
   return 0;
+}
+
+// The memory of a call that kernels write and others may read.
+std::vector<on_host::Piece> written(const Call& call, int blocks) {
+  std::vector<on_host::Piece> pieces;
+  const auto add = [&](auto* at, int64_t count, bool carried = false) {
+    if (at) pieces.push_back({reinterpret_cast<char*>(at), count * sizeof *at, carried});
+  };
+  const Workspace& workspace = call.workspace;
+  const int64_t batch = call.batch, padded = (call.width + kPadding - 1) / kPadding * kPadding;
+  add(workspace.tickets, 2 * kMostQueries, true);
+  add(workspace.handout, kMostQueries, true);
+  add(workspace.replaced, batch);
+  add(workspace.sums, batch * kSlots);
+  add(workspace.squares, batch * 2);
+  add(workspace.encoded, batch);
+  add(workspace.best, batch * blocks);
+  add(workspace.wide, batch * padded);
+  add(call.hit, batch);
+  add(call.row, batch);
+  add(call.squared, batch);
+  return pieces;
 }
 
 template <typename Key, int kQueries>
@@ -44,7 +71,8 @@ int launch_dense_of(const Call& call, int blocks) {
 template <typename Key>
 int launch_indexed_of(const Call& call, int blocks) {
   launch("encode_kernel", encode_kernel, call, kEncodeBlocks, call.batch, 64, sizeof(EncodeShared));
-  return launch("indexed_kernel", indexed_kernel<Key>, call, blocks, 1, order().threads, sizeof(IndexedShared));
+  return launch("indexed_kernel", indexed_kernel<Key>, call, blocks, 1, order().threads,
+                sizeof(IndexedShared), true);
 }
 
 }  // namespace
@@ -60,14 +88,17 @@ int describe_device(int, Device* device) {
 const char* error_text(int) { return "none"; }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, void*) {
+  launched().clear();
   const int size = call.query_dtype == Dtype::float32 ? 4 : 2;
   const auto* queries = static_cast<const char*>(call.queries);
   const int64_t elements = (call.batch - 1) * call.query_stride + call.width;
   const on_host::Announced for_this_launch({queries, queries + elements * size});
-  return with_key(call.key_dtype, [&](auto key) {
+  const int error = with_key(call.key_dtype, [&](auto key) {
     return indexed ? launch_indexed_of<decltype(key)>(call, blocks)
                    : launch_dense_of<decltype(key)>(call, blocks);
   });
+  on_host::run(std::move(launched()), written(call, blocks), order().seed++);
+  return error;
 }
 
 int capture_of(void*, uint64_t* capture) {

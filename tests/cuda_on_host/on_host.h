@@ -1,25 +1,17 @@
-// What csrc/cuda/device.cuh provides, for a host: a thread is a fiber, and they take turns.
+// What csrc/cuda/device.cuh provides, for a host: threads are fibers (fibers.h), and stores reach
+// other blocks when they are published (memory.h).
 //
-// A fiber runs until it waits for its warp or its block; then another one runs, in an order drawn
-// anew every round from a seed, among all the blocks that are started. What a barrier is missing
-// for is therefore seen as a wrong answer under some seed. Memory is that of the host: a missing
-// fence is not seen. Warp operations check that all 32 threads make the same one; loads of 16 bytes
-// check that they are aligned and inside memory that was announced; shared memory starts poisoned.
+// Warp operations check that all 32 threads make the same one; loads of 16 bytes check that they
+// are aligned and inside memory that was announced; shared memory starts poisoned. Not seen: the
+// order of two stores or loads of one thread, and what is visible to the rest of its block.
 #pragma once
-#include <setjmp.h>
-#include <ucontext.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <memory>
-#include <random>
 #include <vector>
+
+#include "fibers.h"
 
 #define GRACE_FAST_KERNEL(most_threads) inline void
 #define GRACE_FAST_BOTH inline
@@ -41,58 +33,6 @@ struct alignas(16) float4 {
 };
 
 namespace on_host {
-
-[[noreturn]] inline void fail(const char* why) {
-  std::fprintf(stderr, "cuda_on_host: %s\n", why);
-  std::abort();
-}
-
-enum Operation { kShuffle, kShuffleXor, kBallot };
-
-struct Warp {  // of two turns, because a thread may be one operation ahead of another
-  uint64_t value[2][32];
-  int operation[2] = {};
-  long arrived[2] = {};
-};
-
-struct Block {
-  int index, group;
-  std::vector<unsigned char> shared;
-  std::vector<Warp> warps;
-  long arrived = 0;
-  int running = 0;
-};
-
-struct Copy {  // of 16 bytes; from nowhere: zeros
-  unsigned char* to;
-  const unsigned char* from;
-};
-
-struct Fiber {
-  Block* block = nullptr;
-  int thread = 0;
-  long turns = 0, barriers = 0;
-  bool started = false, done = false;
-  ucontext_t context;
-  jmp_buf state;
-  std::unique_ptr<char[]> stack;
-  std::vector<Copy> copies;              // of the group that has not ended
-  std::deque<std::vector<Copy>> groups;  // under way
-};
-
-struct Machine {
-  int blocks, threads;
-  const std::function<void()>* kernel;
-  jmp_buf scheduler;
-  Fiber* now = nullptr;
-  long progress = 0;
-};
-
-inline Machine*& machine() {
-  static Machine* running = nullptr;
-  return running;
-}
-inline Fiber& now() { return *machine()->now; }
 
 struct Range {
   const char* first;
@@ -126,126 +66,8 @@ inline void check(const void* from, size_t bytes) {
   for (const Range& range : announced()) {
     if (at >= range.first && at + bytes <= range.last) return;
   }
+  if (machine()->memory.holds(from, bytes)) return;
   if (!announced().empty()) fail("a load outside the memory that was announced");
-}
-
-inline void wait_a_turn() {
-  Fiber& fiber = now();
-  if (!_setjmp(fiber.state)) _longjmp(machine()->scheduler, 1);
-}
-
-inline void run_fiber() {
-  (*machine()->kernel)();
-  for (const auto& group : now().groups) {
-    if (!group.empty()) fail("a thread ends while copies are under way");
-  }
-  now().groups.clear();
-  now().done = true;
-  ++machine()->progress;
-  _longjmp(machine()->scheduler, 1);
-}
-
-inline const uint64_t* exchange(Operation operation, uint64_t value) {
-  Fiber& fiber = now();
-  Warp& warp = fiber.block->warps[fiber.thread / 32];
-  const int turn = fiber.turns % 2;
-  const long wanted = 32 * (fiber.turns++ / 2 + 1);
-  if (warp.arrived[turn] % 32 == 0) warp.operation[turn] = operation;
-  if (warp.operation[turn] != operation) fail("threads of a warp meet in different operations");
-  warp.value[turn][fiber.thread % 32] = value;
-  ++warp.arrived[turn];
-  ++machine()->progress;
-  while (warp.arrived[turn] < wanted) wait_a_turn();
-  return warp.value[turn];
-}
-
-// Run a fiber until it waits or is done.
-inline void resume(Fiber& fiber) {
-  machine()->now = &fiber;
-  if (_setjmp(machine()->scheduler)) return;
-  if (fiber.started) _longjmp(fiber.state, 1);
-  fiber.started = true;
-  getcontext(&fiber.context);
-  fiber.context.uc_stack.ss_sp = fiber.stack.get();
-  fiber.context.uc_stack.ss_size = 1 << 17;
-  fiber.context.uc_link = nullptr;
-  makecontext(&fiber.context, run_fiber, 0);
-  setcontext(&fiber.context);
-}
-
-inline void start(Block& block, int threads, size_t shared, std::mt19937_64& random,
-                  std::vector<std::unique_ptr<Fiber>>& idle,
-                  std::vector<std::unique_ptr<Fiber>>& fibers) {
-  block.shared.assign(shared + 64, static_cast<unsigned char>(random()));
-  block.warps = std::vector<Warp>(threads / 32);
-  block.running = threads;
-  for (int thread = 0; thread < threads; ++thread) {
-    std::unique_ptr<Fiber> fiber;
-    if (idle.empty()) {
-      fiber = std::make_unique<Fiber>();
-      fiber->stack = std::unique_ptr<char[]>(new char[1 << 17]);
-    } else {
-      fiber = std::move(idle.back());
-      idle.pop_back();
-    }
-    fiber->block = &block;
-    fiber->thread = thread;
-    fiber->turns = fiber->barriers = 0;
-    fiber->started = fiber->done = false;
-    fibers.push_back(std::move(fiber));
-  }
-}
-
-// Run a kernel over blocks x groups, `resident` blocks at a time.
-inline void launch(int blocks, int groups, int threads, size_t shared, uint64_t seed, int resident,
-                   const std::function<void()>& kernel) {
-  static std::vector<std::unique_ptr<Fiber>> idle;
-  Machine local{};
-  local.blocks = blocks;
-  local.threads = threads;
-  local.kernel = &kernel;
-  machine() = &local;
-  std::mt19937_64 random(seed);
-  std::vector<Block> all(static_cast<size_t>(blocks * groups));
-  loads().assign(all.size(), 0);
-  for (int i = 0; i < blocks * groups; ++i) {
-    all[i].index = i % blocks;
-    all[i].group = i / blocks;
-  }
-  std::shuffle(all.begin(), all.end(), random);
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  size_t next = 0;
-  int alive = 0;
-  std::vector<int> warps;
-  while (next < all.size() || alive) {
-    for (; next < all.size() && alive < resident; ++next, ++alive) {
-      start(all[next], threads, shared, random, idle, fibers);
-    }
-    warps.resize(fibers.size() / 32);
-    for (size_t i = 0; i < warps.size(); ++i) warps[i] = static_cast<int>(i);
-    std::shuffle(warps.begin(), warps.end(), random);
-    const long before = local.progress;
-    for (const int warp : warps) {
-      const int shift = static_cast<int>(random() % 32);
-      for (int i = 0; i < 32; ++i) {
-        Fiber& fiber = *fibers[warp * 32 + (i + shift) % 32];
-        if (fiber.done) continue;
-        resume(fiber);
-        if (fiber.done && --fiber.block->running == 0) --alive;
-      }
-    }
-    if (local.progress == before) fail("every thread waits");
-    // Finished blocks give their fibers back, whole blocks at a time.
-    for (size_t i = 0; i < fibers.size();) {
-      if (fibers[i]->block->running) {
-        i += threads;
-        continue;
-      }
-      std::move(fibers.begin() + i, fibers.begin() + i + threads, std::back_inserter(idle));
-      fibers.erase(fibers.begin() + i, fibers.begin() + i + threads);
-    }
-  }
-  machine() = nullptr;
 }
 
 }  // namespace on_host
@@ -253,9 +75,9 @@ inline void launch(int blocks, int groups, int threads, size_t shared, uint64_t 
 namespace grace_fast::device {
 
 inline int thread_index() { return on_host::now().thread; }
-inline int thread_count() { return on_host::machine()->threads; }
+inline int thread_count() { return on_host::now().block->grid->threads; }
 inline int block_index() { return on_host::now().block->index; }
-inline int block_count() { return on_host::machine()->blocks; }
+inline int block_count() { return on_host::now().block->grid->blocks; }
 inline int group_index() { return on_host::now().block->group; }
 
 inline unsigned char* shared_memory() {
@@ -263,13 +85,7 @@ inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>((at + 63) / 64 * 64);
 }
 
-inline void sync_block() {
-  on_host::Fiber& fiber = on_host::now();
-  ++fiber.block->arrived;
-  ++on_host::machine()->progress;
-  const long wanted = ++fiber.barriers * on_host::machine()->threads;
-  while (fiber.block->arrived < wanted) on_host::wait_a_turn();
-}
+inline void sync_block() { on_host::barrier(); }
 inline unsigned ballot(bool yes) {
   const uint64_t* values = on_host::exchange(on_host::kBallot, yes);
   unsigned bits = 0;
@@ -298,19 +114,29 @@ T shuffle_xor(T value, int mask) {
   return taken<T>(on_host::exchange(on_host::kShuffleXor, given(value)), lane ^ mask);
 }
 
-inline void fence() {}
+inline void fence() {
+  on_host::maybe_step_back();
+  on_host::machine()->memory.release();
+  on_host::machine()->memory.acquire();
+  on_host::maybe_step_back();
+}
 inline unsigned take_ticket(unsigned* ticket, unsigned last) {
-  const unsigned before = *ticket;
-  *ticket = before >= last ? 0 : before + 1;
+  on_host::maybe_step_back();
+  on_host::machine()->memory.release();
+  const unsigned before = on_host::machine()->memory.update(
+      ticket, [last](unsigned count) { return count >= last ? 0 : count + 1; });
+  on_host::machine()->memory.acquire();
+  on_host::maybe_step_back();
   return before;
 }
 inline int add_to(int* shared_count, int more) {
   const int before = *shared_count;
   *shared_count += more;
+  on_host::maybe_step_back();
   return before;
 }
-inline void let_the_next_kernel_start() {}
-inline void wait_for_the_kernel_before() {}
+inline void let_the_next_kernel_start() { on_host::release_next_grid(); }
+inline void wait_for_the_kernel_before() { on_host::wait_for_grid_before(); }
 
 inline uint4 load16(const void* from) {
   on_host::check(from, 16);
@@ -321,47 +147,13 @@ inline uint4 stream16(const void* from) { return load16(from); }
 inline void prefetch(const void* from, int bytes) {
   for (int at = 0; at < bytes; at += 16) on_host::check(static_cast<const char*>(from) + at, 16);
 }
-// A copy is made at once or when it is waited for, by turns: what reads too early or lets a copy
-// overwrite what is still needed is seen as a wrong answer.
-inline void make(const on_host::Copy& copy) {
-  if (copy.from) {
-    std::memcpy(copy.to, copy.from, 16);
-  } else {
-    std::memset(copy.to, 0, 16);
-  }
+inline uint64_t load_fresh(const uint64_t* from) { return on_host::machine()->memory.load(from); }
+inline uint32_t load_fresh(const uint32_t* from) { return on_host::machine()->memory.load(from); }
+
+inline void store_fresh(uint32_t* to, uint32_t value) {
+  on_host::machine()->memory.update(to, [value](uint32_t) { return value; });
 }
-inline void copy16_ahead(void* shared, const void* from, bool there) {
-  static unsigned long turn = 0;
-  if (there) on_host::check(from, 16);
-  if (reinterpret_cast<uintptr_t>(shared) % 16) on_host::fail("a copy that is not aligned");
-  const on_host::Copy copy{static_cast<unsigned char*>(shared),
-                           there ? static_cast<const unsigned char*>(from) : nullptr};
-  turn = turn * 6364136223846793005u + 1442695040888963407u;
-  if (turn >> 63) {
-    make(copy);
-  } else {
-    on_host::now().copies.push_back(copy);
-  }
-}
-inline void end_copies() {
-  on_host::Fiber& fiber = on_host::now();
-  fiber.groups.push_back(std::move(fiber.copies));
-  fiber.copies.clear();
-}
-template <int left>
-void wait_for_copies() {
-  auto& groups = on_host::now().groups;
-  for (; groups.size() > left; groups.pop_front()) {
-    for (const on_host::Copy& copy : groups.front()) make(copy);
-  }
-}
-inline uint64_t load_fresh(const uint64_t* from) { return *from; }
-inline uint32_t load_fresh(const uint32_t* from) { return *from; }
-inline void store_fresh(uint32_t* to, uint32_t value) { *to = value; }
-inline void wait_a_moment() {
-  ++on_host::machine()->progress;  // who asks a number of times does not wait for ever
-  on_host::wait_a_turn();
-}
+inline void wait_a_moment() { on_host::step_back(); }
 
 template <typename Work>
 uint32_t each_byte(uint32_t a, uint32_t b, const Work& work) {
@@ -452,3 +244,5 @@ inline uint16_t half_of(float x) {
 }
 
 }  // namespace grace_fast::device
+
+#include "copies.h"

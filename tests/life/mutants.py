@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -527,7 +525,7 @@ def main(words: str = "") -> int:
     if any(mutant.by == "cuda" for mutant in chosen):
         from cuda_build import host_module
 
-        tables.use(host_module(Path(tempfile.mkdtemp())))
+        tables.use(host_module())
     missed = 0
     print("| mutant | found after decisions | by | seconds |\n| --- | ---: | --- | ---: |")
     for mutant in chosen:

@@ -76,8 +76,8 @@ def test_faiss_proves_nothing_that_is_stale():
     lived(range(600, 602), ways=["faiss"] * 6, steps=30, decisions=100)
 
 
-def test_cuda_tables_on_this_host_remember_nothing_stale(tmp_path):
-    tables.use(host_module(tmp_path))
+def test_cuda_tables_on_this_host_remember_nothing_stale():
+    tables.use(host_module())
     try:
         ways = ["prepared before", *["cuda"] * 12]  # each with its own chance
         lived(range(700, 702), ways=ways, steps=12, most_rows=60, decisions=40)
