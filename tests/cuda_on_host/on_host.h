@@ -15,7 +15,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <random>
@@ -63,11 +62,6 @@ struct Block {
   int running = 0;
 };
 
-struct Copy {  // of 16 bytes; from nowhere: zeros
-  unsigned char* to;
-  const unsigned char* from;
-};
-
 struct Fiber {
   Block* block = nullptr;
   int thread = 0;
@@ -76,8 +70,6 @@ struct Fiber {
   ucontext_t context;
   jmp_buf state;
   std::unique_ptr<char[]> stack;
-  std::vector<Copy> copies;              // of the group that has not ended
-  std::deque<std::vector<Copy>> groups;  // under way
 };
 
 struct Machine {
@@ -131,10 +123,6 @@ inline void wait_a_turn() {
 
 inline void run_fiber() {
   (*machine()->kernel)();
-  for (const auto& group : now().groups) {
-    if (!group.empty()) fail("a thread ends while copies are under way");
-  }
-  now().groups.clear();
   now().done = true;
   ++machine()->progress;
   _longjmp(machine()->scheduler, 1);
@@ -311,40 +299,6 @@ inline uint4 load16(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 inline uint4 stream16(const void* from) { return load16(from); }
-// A copy is made at once or when it is waited for, by turns: what reads too early or lets a copy
-// overwrite what is still needed is seen as a wrong answer.
-inline void make(const on_host::Copy& copy) {
-  if (copy.from) {
-    std::memcpy(copy.to, copy.from, 16);
-  } else {
-    std::memset(copy.to, 0, 16);
-  }
-}
-inline void copy16_ahead(void* shared, const void* from, bool there) {
-  static unsigned long turn = 0;
-  if (there) on_host::check(from, 16);
-  if (reinterpret_cast<uintptr_t>(shared) % 16) on_host::fail("a copy that is not aligned");
-  const on_host::Copy copy{static_cast<unsigned char*>(shared),
-                           there ? static_cast<const unsigned char*>(from) : nullptr};
-  turn = turn * 6364136223846793005u + 1442695040888963407u;
-  if (turn >> 63) {
-    make(copy);
-  } else {
-    on_host::now().copies.push_back(copy);
-  }
-}
-inline void end_copies() {
-  on_host::Fiber& fiber = on_host::now();
-  fiber.groups.push_back(std::move(fiber.copies));
-  fiber.copies.clear();
-}
-template <int left>
-void wait_for_copies() {
-  auto& groups = on_host::now().groups;
-  for (; groups.size() > left; groups.pop_front()) {
-    for (const on_host::Copy& copy : groups.front()) make(copy);
-  }
-}
 inline uint64_t load_fresh(const uint64_t* from) { return *from; }
 inline uint32_t load_fresh(const uint32_t* from) { return *from; }
 inline void store_fresh(uint32_t* to, uint32_t value) { *to = value; }
@@ -442,3 +396,5 @@ inline uint16_t half_of(float x) {
 }
 
 }  // namespace grace_fast::device
+
+#include "copies.h"
