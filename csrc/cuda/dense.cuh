@@ -71,12 +71,7 @@ class Dense : Place {
       best = read_tiles<kManyKeys<kQueries>>();
     }
     constexpr int kLanes = kWarp / kQueries;  // of a query
-#pragma unroll
-    for (int apart = kLanes / 2; apart; apart /= 2) {
-      const BestTwo other{shuffle_xor(best.first, apart), shuffle_xor(best.second, apart)};
-      offer(&best, other.first);
-      offer(&best, other.second);
-    }
+    best = best_of_lanes<kLanes>(best);
     if (lane_ % kLanes == 0) shared()->best[warp_][lane_ / kLanes] = best;
     join_warps(shared()->best, first(), batch());
   }

@@ -159,15 +159,6 @@ GRACE_FAST_DEVICE float sums_of_lanes(float (&value)[n]) {
   return value[0];
 }
 
-GRACE_FAST_DEVICE uint64_t least_of_warp(uint64_t value) {
-#pragma unroll
-  for (int apart = kWarp / 2; apart; apart /= 2) {
-    const uint64_t other = shuffle_xor(value, apart);
-    if (other < value) value = other;
-  }
-  return value;
-}
-
 // What a float32 S says about the law's S (csrc/cpu/candidates.h).
 struct ErrorBound {
   double slack, tiny;
@@ -202,6 +193,18 @@ GRACE_FAST_DEVICE void offer(BestTwo* best, uint64_t found) {
   } else if (found < best->second && found != best->first) {  // a moved key may come twice
     best->second = found;
   }
+}
+
+// The best two of kLanes lanes side by side, in each of them.
+template <int kLanes>
+GRACE_FAST_DEVICE BestTwo best_of_lanes(BestTwo best) {
+#pragma unroll
+  for (int apart = kLanes / 2; apart; apart /= 2) {
+    const BestTwo other{shuffle_xor(best.first, apart), shuffle_xor(best.second, apart)};
+    offer(&best, other.first);
+    offer(&best, other.second);
+  }
+  return best;
 }
 
 GRACE_FAST_DEVICE uint64_t packed(float squared, uint32_t tag) {

@@ -113,15 +113,10 @@ class Settle : Place {
   GRACE_FAST_DEVICE bool decide_alone(int b) {
     if (lane_ == 0) settle_shared()->answer[b] = no_row();
     if (lookup_.state(b) != kEncoded) return lookup_.state(b) == kNotFinite;
-    const uint64_t nearest = nearest_of(b);
+    const BestTwo best = best_of_blocks(b);
+    const uint64_t nearest = best.first;
     if (nearest == kNone) return true;
-    const float limit = error_bound_.above(squared_of(nearest));
-    int within = 0;
-    for (int i = lane_; i < block_count(); i += kWarp) {
-      const BestTwo two = seen(lookup_.first() + b, i);
-      within += is_within(two.first, limit) + is_within(two.second, limit);
-    }
-    if (sum_of_warp(within) != 1) return false;
+    if (is_within(best.second, error_bound_.above(squared_of(nearest)))) return false;
 
     const uint32_t tag = tag_of(nearest);
     const double radius = book_.radius[tag >> 1];
@@ -144,8 +139,7 @@ class Settle : Place {
     int crowded = 0;
     float limit = infinity();
     if (lookup_.state(b) == kEncoded) {
-      const uint64_t nearest = nearest_of(b);
-      limit = error_bound_.above(squared_of(nearest));
+      limit = error_bound_.above(squared_of(best_of_blocks(b).first));
       for (int i = warp_; i < block_count(); i += warps_) {
         const BestTwo two = seen(lookup_.first() + b, i);
         if (is_within(two.first, limit)) look(b, tag_of(two.first), &best);
@@ -170,13 +164,15 @@ class Settle : Place {
     if (thread_index() == 0) settle_shared()->answer[b] = is_hit(best) ? best : no_row();
   }
 
-  GRACE_FAST_DEVICE uint64_t nearest_of(int b) const {
-    uint64_t nearest = kNone;
+  // The best two that blocks have seen of a query, by a warp.
+  GRACE_FAST_DEVICE BestTwo best_of_blocks(int b) const {
+    BestTwo best{kNone, kNone};
     for (int i = lane_; i < block_count(); i += kWarp) {
       const BestTwo two = seen(lookup_.first() + b, i);
-      if (two.first < nearest) nearest = two.first;
+      offer(&best, two.first);
+      offer(&best, two.second);
     }
-    return least_of_warp(nearest);
+    return best_of_lanes<kWarp>(best);
   }
 
   GRACE_FAST_DEVICE double canonical(int b, uint32_t tag) const {

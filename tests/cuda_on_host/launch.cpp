@@ -81,8 +81,8 @@ int device_count(int* count) {
   *count = 1;
   return 0;
 }
-int describe_device(int, Device* device) {
-  *device = {3, 1 << 20, 9, 0};
+int describe_device(int index, Device* device) {
+  *device = {3, 1 << 20, 9, 0, index};
   return 0;
 }
 const char* error_text(int) { return "none"; }
