@@ -79,7 +79,9 @@ def test_a_leaf_that_holds_nothing_takes_few_instructions_a_query():
 def test_four_leaves_are_in_flight_before_the_first_is_compared():
     for kernel in kernels("indexed_kernel"):
         runs = runs_without(kernel.code, "VABSDIFF4")
-        assert sum(wide_loads(names) >= 4 * 2 for names in runs) >= 2, kernel.name  # listed, and in order
+        assert sum(wide_loads(names) >= 4 * 2 for names in runs) >= 2, (
+            kernel.name
+        )  # listed, and in order
 
 
 def test_encode_asks_for_two_groups_of_elements_before_it_multiplies():
@@ -88,7 +90,9 @@ def test_encode_asks_for_two_groups_of_elements_before_it_multiplies():
         runs = runs_without(kernel.code, "FFMA")
         assert max(wide_loads(names) for names in runs) >= 2 * (1 + 4 + 2), kernel.name
         widest = max(runs, key=wide_loads)
-        assert sum(op.startswith("LDG.E.U16") for op in widest) <= 2 * 8, kernel.name  # odd addresses
+        assert sum(op.startswith("LDG.E.U16") for op in widest) <= 2 * 8, (
+            kernel.name
+        )  # odd addresses
 
 
 def test_boxes_are_tested_two_slots_at_a_time():
