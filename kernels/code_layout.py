@@ -1,11 +1,7 @@
-"""The index as the Triton kernels read it: the projection, and one space of positions.
+"""The index as the Triton kernels read it: the projection, and one space of `positions`.
 
-    [ whole level-2 nodes, 64 leaves of 64 keys | segments without boxes | delta buffer | room ]
-
-The ordered positions come first, under two levels of bounding boxes; what has no boxes follows. A
-position that nothing uses has row -1. Every earlier version may still be looked up: a
-`leaf_max_radius` only grows, isolated bits are only cleared, and the delta buffer grows where those
-versions have no rows.
+Every earlier version may still be looked up: a `leaf_max_radius` only grows, isolated bits are only
+cleared, and the delta buffer grows where those versions have no rows.
 
 `grace_fast/index/quantizer.py` has the proof and `csrc/lookup.h` the contract of the codes.
 """
@@ -16,12 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
+from grace_fast.kernels import positions as layout
+from grace_fast.kernels.positions import LEAF, Positions, by_order, place, put, whole
 from torch import Tensor
 
-NEAR, FAR, SLOTS = 16, 48, 64
-LEAF = 64  # keys of a leaf, and leaves of a level-2 node
-NODE = LEAF * LEAF  # keys of a level-2 node
+NEAR, NODE, SLOTS = layout.NEAR, layout.NODE, 64
 FOLDED = 32  # slots that are multiplied, the least that int8 tensor cores take
+PLACED = ("near", "far", "row", "leaf_boxes", "node_boxes")  # what every engine reads
 PADDING = 64  # positions past the last one: a tile may begin with the last leaf
 NEVER = tl.constexpr(1 << 30 | 1 << 20)  # half a norm so large that no threshold reaches it
 
@@ -41,7 +38,7 @@ class Codes(NamedTuple):
     half_norm: Tensor  # [positions + 64] int32, half the squares of their norms
     leaf_max_radius: Tensor  # [leaves] float32
     node_max_radius: Tensor  # [nodes] float32
-    leaf_boxes: Tensor  # [leaves in order, 2, 16] int16, low and high
+    leaf_boxes: Tensor  # [leaves in order, 2, 16] int16, low and -high
     node_boxes: Tensor  # [nodes, 2, 16] int16
     isolated: Tensor  # [positions / 8] uint8; bits of ordered positions only
     norm_slot: tl.constexpr  # bool: slot 15 is what rows 0 .. 14 leave over
@@ -66,26 +63,19 @@ def device_codes(
     min_radius: float,
     device: torch.device | str,
     room: int = 0,
+    placed: Positions | None = None,
 ) -> Codes:
     """Return a host index as tensors on a device.
 
     projection: quantizer.Projection; segments: of `index.segments`, every sorted one, then the
     delta buffer; covered: rows below have a position; min_radius: every leaf_max_radius is at least
-    this; room: positions to keep for the delta buffer to grow.
+    this; room: positions to keep for the delta buffer to grow; placed: the segments there, if they
+    are.
     """
-    ordered, linear = _by_order(segments)
-    nodes = sum(_whole(segment.count, NODE) // NODE for segment in ordered)
-    laid = [_laid_out(segment, _whole(segment.count, NODE)) for segment in ordered]
-    laid += [_laid_out(segment, _whole(segment.count, LEAF)) for segment in linear[:-1]]
-    laid += [_laid_out(last, max(_whole(last.count, LEAF), room)) for last in linear[-1:]]
-    positions = sum(len(fields["row"]) for fields in laid)
-    no_box = torch.zeros(1, 2, NEAR, dtype=torch.int16, device="cpu")
-    leaf_boxes = [
-        _box_rows(segment.leaf_boxes, _whole(segment.count, NODE) // LEAF) for segment in ordered
-    ]
-    node_boxes = [
-        _box_rows(segment.node_boxes, _whole(segment.count, NODE) // NODE) for segment in ordered
-    ]
+    if placed is None:
+        placed = place(segments, device, room)
+    ordered, linear = by_order(segments)
+    nodes, positions = len(placed.node_boxes) - 1, len(placed.row)
     # Steps for a unit, a power of two, and steps for a unit of radius.
     numbers = [1 / projection.step, projection.lipschitz * (1 + 1e-6) / projection.step]
     numbers += [projection.lipschitz, projection.row_norm, projection.eta, min_radius]
@@ -93,15 +83,13 @@ def device_codes(
     padded = projection.padded_centre
     rows = torch.zeros(SLOTS, len(padded), dtype=torch.bfloat16, device="cpu")
     rows[:, : projection.rows.shape[1]] = projection.rows
-    fields = {name: torch.cat([part[name] for part in laid]) for name in laid[0]}
-    fields |= {
+    fields = {
         "centre": padded,
         "rows": rows,
         "turn": projection.turn.contiguous(),
         "numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu"),
         "counts": torch.tensor([0, nodes, 0], dtype=torch.int64, device="cpu"),
-        "leaf_boxes": torch.cat([*leaf_boxes, no_box]),
-        "node_boxes": torch.cat([*node_boxes, no_box]),
+        "leaf_max_radius": torch.zeros(positions // LEAF, dtype=torch.float32, device="cpu"),
         "node_max_radius": torch.zeros(nodes + 1, dtype=torch.float32, device="cpu"),
         "isolated": torch.zeros(max(1, positions // 8), dtype=torch.uint8, device="cpu"),
     }
@@ -109,6 +97,7 @@ def device_codes(
     half_norm = torch.full((len(folded),), NEVER.value, dtype=torch.int32, device=device)
     codes = Codes(
         **{name: field.to(device) for name, field in fields.items()},
+        **{name: getattr(placed, name) for name in PLACED},
         folded=folded,
         half_norm=half_norm,
         norm_slot=tl.constexpr(projection.norm_slot),
@@ -125,10 +114,10 @@ def refresh(codes: Codes, segments: list[Any], covered: int) -> bool:
 
     False where the delta buffer has no room.
     """
-    ordered, linear = _by_order(segments)
+    ordered, linear = by_order(segments)
     at = 0
     for segment in ordered:
-        leaves, nodes = _whole(segment.count, LEAF) // LEAF, _whole(segment.count, NODE) // NODE
+        leaves, nodes = whole(segment.count, LEAF) // LEAF, whole(segment.count, NODE) // NODE
         codes.leaf_max_radius[at // LEAF :][:leaves] = torch.from_numpy(
             segment.leaf_max_radius[:leaves]
         )
@@ -142,7 +131,7 @@ def refresh(codes: Codes, segments: list[Any], covered: int) -> bool:
         codes.isolated[: len(bits)] = torch.from_numpy(bits)
     first = at
     for segment in linear:
-        leaves = _whole(segment.count, LEAF) // LEAF
+        leaves = whole(segment.count, LEAF) // LEAF
         if at + leaves * LEAF > len(codes.row):
             return False
         codes.leaf_max_radius[at // LEAF :][:leaves] = torch.from_numpy(
@@ -150,11 +139,9 @@ def refresh(codes: Codes, segments: list[Any], covered: int) -> bool:
         )
         at += leaves * LEAF
     if linear:
-        whole = _whole(linear[-1].count, LEAF)
-        laid = _laid_out(linear[-1], whole)
-        for name in ("near", "far", "row"):
-            getattr(codes, name)[at - whole : at] = laid[name]
-        _fold_positions(codes, at - whole, at)
+        before = at - whole(linear[-1].count, LEAF)
+        put(codes, linear[-1], before)
+        _fold_positions(codes, before, at)
     codes.counts[2] = at - first
     codes.counts[0] = covered
     return True
@@ -183,41 +170,6 @@ def _fold_positions(codes: Codes, first: int, last: int) -> None:
         codes.half_norm[here] = half.masked_fill(row < 0, NEVER.value)
 
 
-def _by_order(segments: list[Any]) -> tuple[list[Any], list[Any]]:
-    """Return the segments under bounding boxes, and the others."""
-    ordered = [segment for segment in segments if segment.leaf_boxes is not None]
-    return ordered, [segment for segment in segments if segment.leaf_boxes is None]
-
-
-def _whole(count: int, step: int) -> int:
-    return -(-count // step) * step
-
-
 def _errors(segments: list[Any]) -> tuple[float, float]:
     near = max((segment.near_error for segment in segments), default=0.0)
     return near, max((segment.far_error for segment in segments), default=0.0)
-
-
-def _laid_out(segment: Any, room: int) -> dict[str, Tensor]:
-    """Return the codes of a segment, key by key, with room for so many positions."""
-    count = segment.count
-    leaves = _whole(count, LEAF)
-    blocks = torch.from_numpy(segment.near[: leaves // NEAR])  # [blocks, 4, 16 keys, 4]
-    near = torch.zeros(room, NEAR, dtype=torch.uint8, device="cpu")
-    near[:leaves] = blocks.transpose(1, 2).reshape(-1, NEAR)
-    far = torch.zeros(room, FAR, dtype=torch.uint8, device="cpu")
-    far[:leaves] = torch.from_numpy(segment.far[:leaves])
-    row = torch.full((room,), -1, dtype=torch.int32, device="cpu")
-    row[:count] = torch.from_numpy(segment.rows[:count])
-    radius = torch.zeros(room // LEAF, dtype=torch.float32, device="cpu")
-    radius[: leaves // LEAF] = torch.from_numpy(segment.leaf_max_radius[: leaves // LEAF])
-    words = near.view(torch.int32), far.view(torch.int32)
-    return {"near": words[0], "far": words[1], "row": row, "leaf_max_radius": radius}
-
-
-def _box_rows(boxes: Any, count: int) -> Tensor:
-    """Return `count` boxes [count, 2, 16] of groups of 16; the room after them is far away."""
-    groups = torch.from_numpy(boxes)  # [groups, 8 slot pairs, 2, 16 boxes, 2]
-    known = groups.permute(0, 3, 2, 1, 4).reshape(-1, 2, NEAR)[:count]
-    away = torch.full((count - len(known), 2, NEAR), 32000, dtype=torch.int16, device="cpu")
-    return torch.cat([known, away])

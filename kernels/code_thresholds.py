@@ -107,8 +107,8 @@ def box_sums(boxes, index, here, point) -> tl.tensor:
     """
     at = boxes + index[:, None] * 32 + tl.arange(0, 16)[None, :]
     low = tl.load(at, mask=here[:, None], other=0).to(tl.int32)
-    high = tl.load(at + 16, mask=here[:, None], other=0).to(tl.int32)
-    apart = tl.maximum(tl.maximum(low - point, point - high), 0)
+    minus_high = tl.load(at + 16, mask=here[:, None], other=0).to(tl.int32)
+    apart = tl.maximum(tl.maximum(low - point, point + minus_high), 0)
     apart = tl.minimum(apart, 2047)
     return tl.sum(apart * apart, axis=1)
 

@@ -9,6 +9,7 @@ is cached of another one stale: `build` is given that, and the owner says what m
     lookup.backends.cuda      Table                    its index has published more codes
     lookup.backends.triton    Table                    never: it asks its index itself
     lookup.backends.faiss     Filled, by description   dropped (`drop_index`)
+    lookup.backends.placed    Placed                   never: it is asked with its index's state
     lookup.backends.graphs    listeners, by back end   never: they subscribe to the codebook
 """
 

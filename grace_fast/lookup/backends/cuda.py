@@ -13,7 +13,6 @@ import logging
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import maintained, quantizer, segments
 from grace_fast.index.native_view import DTYPE_NUMBERS, IndexState, asked, in_rows
 from grace_fast.index.segments import Array, Segment
-from grace_fast.lookup.backends import graphs
+from grace_fast.lookup.backends import graphs, placed
 from grace_fast.lookup.backends.workload import Workload
 from grace_fast.semantics import Replacement
 
@@ -114,12 +113,12 @@ def table_of(snapshot: Snapshot) -> Table:
     return table
 
 
-def _newest(snapshot: Snapshot, previous: Table | None) -> Table:
+def _newest(snapshot: Snapshot, _: Table | None) -> Table:
     known = maintained.of(snapshot)
     if known is None:
         return Table(_cuda, snapshot, None, snapshot.widest)
     with known.held(snapshot) as state:
-        return Table(_cuda, snapshot, state, snapshot.widest, previous=previous)
+        return Table(_cuda, snapshot, state, snapshot.widest)
 
 
 def _current_stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -142,13 +141,9 @@ def _workspace(module: Any, device: torch.device, stream: int, width: int, block
     return made
 
 
-def device_layout(segment: Segment, is_known: bool) -> dict[str, Array]:
-    """Return a segment's arrays in the kernels' layout, key-major and unpadded.
-
-    is_known: only those that change while a segment is in use.
-    """
-    count = segment.count
-    leaves = -(-count // segments.LEAF)
+def changing_arrays(segment: Segment) -> dict[str, Array]:
+    """Return what changes of a segment while it is in use, as far as the kernels read it."""
+    leaves = -(-segment.count // segments.LEAF)
     nodes = -(-leaves // segments.LEAF)
     arrays = {
         "leaf_max_radius": segment.leaf_max_radius[:leaves],
@@ -157,24 +152,7 @@ def device_layout(segment: Segment, is_known: bool) -> dict[str, Array]:
         else segment.node_max_radius[:nodes],
         "isolated": segment.isolated,
     }
-    if not is_known:
-        arrays |= {
-            "rows": segment.rows[:count],
-            "near": segments.unpacked(segment, np.arange(count))[0],
-            "far": segment.far[:count],
-            "leaf_boxes": _boxes(segment.leaf_boxes, leaves),
-            "node_boxes": _boxes(segment.node_boxes, nodes),
-        }
     return {name: array for name, array in arrays.items() if array is not None}
-
-
-def _boxes(groups: Array | None, count: int) -> Array | None:
-    """Return boxes [n / 16, 8, 2, 16, 2] as [count, 2, 16], low and -high."""
-    if groups is None:
-        return None
-    boxes = groups.transpose(0, 3, 2, 1, 4).reshape(-1, 2, quantizer.NEAR)[:count].copy()
-    boxes[:, 1] *= -1
-    return boxes
 
 
 class Listener:
@@ -255,11 +233,8 @@ class Table:
         state: IndexState | None = None,
         widest: float = float("inf"),
         blocks: int | None = None,
-        previous: Table | None = None,
     ) -> None:
         self.module, self.snapshot, self.state = module, snapshot, state
-        self._ordered: dict[Segment, dict[str, Tensor]] = {}  # what later versions take from here
-        known = previous._ordered if previous else {}
         self.device = device = snapshot.device
         self._index = device.index or 0
         self.blocks = blocks or module.device(self._index)["multiprocessors"]
@@ -281,8 +256,7 @@ class Table:
         projection, described = None, []
         if state is not None:
             projection = self._projection(state.projection)
-            everything = enumerate((*state.segments, state.delta))
-            described = [self._segment(i, segment, known) for i, segment in everything]
+            described = self._segments(state)
         packed = module.pack_book(
             columns={name: self._address(name) for name in _COLUMNS},
             rows=snapshot.rows,
@@ -392,17 +366,23 @@ class Table:
         self.tensors |= placed
         return projection.numbers | {name: array.data_ptr() for name, array in placed.items()}
 
-    def _segment(
-        self, number: int, segment: Segment, known: dict[Segment, dict[str, Tensor]]
-    ) -> dict[str, Any]:
-        """Bring a segment to the device; of one that an earlier version has, what changes."""
-        arrays = device_layout(segment, segment in known)
-        placed = {name: torch.from_numpy(array).to(self.device) for name, array in arrays.items()}
-        placed = known.get(segment, {}) | placed
-        if segment.leaf_boxes is not None:
-            self._ordered[segment] = placed
-        self.tensors |= {f"{name} {number}": tensor for name, tensor in placed.items()}
-        return segment.fields() | _NO_ARRAYS | {n: t.data_ptr() for n, t in placed.items()}
+    def _segments(self, state: IndexState) -> list[dict[str, Any]]:
+        """Bring to the device what is not there of the segments, and return them by addresses."""
+        from grace_fast.kernels.positions import codes_on_host
+
+        there = placed.positions_of(self.snapshot, state)
+        described = []
+        for number, segment in enumerate((*state.segments, state.delta)):
+            # The delta buffer is filled on; a version has what it was.
+            is_delta = segment is state.delta
+            codes = codes_on_host(segment) if is_delta else there.codes_of(segment)
+            changing = changing_arrays(segment).items()
+            arrays = codes | {name: torch.from_numpy(array) for name, array in changing}
+            arrays = {name: array.to(self.device) for name, array in arrays.items()}
+            self.tensors |= {f"{name} {number}": array for name, array in arrays.items()}
+            addresses = {name: array.data_ptr() for name, array in arrays.items()}
+            described.append(segment.fields() | _NO_ARRAYS | addresses)
+        return described
 
 
 _tables: Cache[Table] = Cache(NAME)

@@ -28,7 +28,7 @@ from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import maintained
 from grace_fast.index.native_view import IndexState
 from grace_fast.index.segments import Segment
-from grace_fast.lookup.backends import graphs
+from grace_fast.lookup.backends import graphs, placed
 from grace_fast.lookup.backends.workload import Workload
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ Way = Literal["codes", "dense", "tiles"]
 
 # Not measured: how many queries share what is read densely, and from how many on tensor cores pay.
 SHARED, TILED = 4, 32
-DELTA_ROOM = 20480  # positions of codes: the delta buffer is sorted before it is longer
 
 
 def why_not(workload: Workload) -> str | None:
@@ -187,7 +186,12 @@ def _up_to_date(known: Codes | None, state: IndexState, snapshot: Snapshot) -> C
     if known is not None and code_layout.refresh(known, parts, covered):
         return known
     return code_layout.device_codes(
-        state.projection, parts, covered, state.min_radius, snapshot.device, room=DELTA_ROOM
+        state.projection,
+        parts,
+        covered,
+        state.min_radius,
+        snapshot.device,
+        placed=placed.positions_of(snapshot, state),
     )
 
 
