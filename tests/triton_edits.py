@@ -115,8 +115,9 @@ def recorded():
         InterpretedFunction.run, graphs.is_capturing = run, capturing
 
 
-def replays(codes_pay: bool) -> None:
+def replays(codes_pay: bool, tiled: bool = False) -> None:
     """Capture a look-up and the writing of values once; replay both after every kind of edit."""
+    usual_tiled, backend.TILED = backend.TILED, 4 if tiled else backend.TILED
     torch.manual_seed(0)
     keys = torch.randn(300, 24) * torch.arange(1, 25).float() ** -1
     book = gf.Codebook(24, 4)
@@ -143,8 +144,9 @@ def replays(codes_pay: bool) -> None:
         backend.write_(written, found.hit, found.row, book.snapshot(), positions, "replace_all")
     names = {launch.args[0].__name__ for launch in launches}
     assert ("collect" in names) == codes_pay
+    assert ("filter_tiles" in names) == tiled
     assert "write_values" in names
-    maintained.SMALLEST = usual
+    maintained.SMALLEST, backend.TILED = usual, usual_tiled
 
     def assert_replayed(what: str) -> None:
         written.copy_(output)
@@ -225,5 +227,6 @@ if __name__ == "__main__":
     edits(sys.argv[1])
     if sys.argv[1] == "cpu":
         replays(codes_pay=False)
+        replays(codes_pay=False, tiled=True)
         replays(codes_pay=True)
         replays_beside_a_writer()

@@ -91,11 +91,11 @@ def reserve(width: int, dtype: torch.dtype, device: torch.device, rows: int | No
     """Return an empty array of rows of `width` elements, at one address for life where it can."""
     if device.type == "cpu":
         return ReservedRows(width, dtype, rows)
-    if (driver := driver_of(device)) is not None:
-        try:
+    try:
+        if (driver := driver_of(device)) is not None:
             return DeviceRows(width, dtype, driver, rows)
-        except (MemoryError, RuntimeError, TypeError, ValueError) as error:
-            _log.warning("rows on %s will move as they grow: %s", device, error)
+    except (MemoryError, RuntimeError, TypeError, ValueError) as error:
+        _log.warning("rows on %s will move as they grow: %s", device, error)
     return GrowingRows(width, dtype, device)
 
 

@@ -9,6 +9,7 @@ called through ctypes: nothing is linked, and a machine without one keeps `Growi
 from __future__ import annotations
 
 import ctypes
+import logging
 import weakref
 from functools import cache
 from typing import Any
@@ -21,6 +22,8 @@ from torch import Tensor
 RESERVED_BYTES = 1 << 37
 GROWTH = 8  # a commit also grows by an eighth, so commits stay rare
 _OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
+_log = logging.getLogger("grace_fast")
 
 
 class _Location(ctypes.Structure):
@@ -61,9 +64,7 @@ class Driver:
     def __init__(self, device: torch.device) -> None:
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._device = device
-        # The driver's calls need the device's context.
-        torch.zeros(1, dtype=torch.uint8, device=device)
-        where = _Location(self._DEVICE, torch.cuda._utils._get_device_index(device, optional=True))
+        where = _Location(self._DEVICE, _context_of(device))
         self._properties = _AllocationProperties(type=self._PINNED, location=where)
         self._access = _AccessDescription(where, self._READ_WRITE)
         step = ctypes.c_size_t()
@@ -75,6 +76,20 @@ class Driver:
             recommended,
         )
         self.step = step.value
+
+    def probe(self) -> None:
+        """Take memory the way rows do, and give it back.
+
+        Raises: RuntimeError where a device, or what it runs in, has none to be mapped; MemoryError
+        where there is none left.
+        """
+        address = self.reserve(self.step)
+        mapped = 0
+        try:
+            self.map(address, self.step)
+            mapped = self.step
+        finally:
+            self.release(address, mapped, self.step)
 
     def reserve(self, size: int) -> int:
         """Return the address of `size` bytes that are not there yet."""
@@ -187,12 +202,29 @@ def _release(driver: Any, address: int, mapped: list[int], reserved: int) -> Non
     driver.release(address, mapped[0], reserved)
 
 
+def _context_of(device: torch.device) -> int:
+    """Have a device's context, which the driver's calls need, and return the device's number."""
+    torch.zeros(1, dtype=torch.uint8, device=device)
+    index: int = torch.cuda._utils._get_device_index(device, optional=True)
+    return index
+
+
 @cache
 def driver_of(device: torch.device) -> Driver | None:
-    """Return the virtual memory of a device, or None where it has none."""
+    """Return the virtual memory of a device, or None, said once in the log, where it has none.
+
+    Raises: MemoryError where the device has no memory left to tell by.
+    """
     if device.type != "cuda" or torch.version.hip:
         return None
     try:
-        return Driver(device)
-    except (OSError, RuntimeError, AttributeError):
+        driver = Driver(device)
+        driver.probe()
+    except (OSError, RuntimeError, AttributeError) as error:
+        _log.warning(
+            "%s has no virtual memory (%s): rows move as they grow, and CUDA graphs cannot be kept",
+            device,
+            error,
+        )
         return None
+    return driver

@@ -2,6 +2,7 @@
 
 import gc
 import mmap
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -112,6 +113,83 @@ def test_a_driver_that_is_not_there_leaves_rows_that_move():
     assert device_memory.driver_of(torch.device("cpu")) is None
     if not torch.cuda.is_available():
         assert device_memory.driver_of(torch.device("cuda")) is None
+
+
+class Library:
+    """libcuda, as far as `Driver` calls it; the call named `refuses` returns an error."""
+
+    def __init__(self, refuses="", error=801):
+        self.refuses, self.error, self.calls = refuses, error, []
+
+    def __getattr__(self, name):
+        if name == "cuGetErrorString":
+            return lambda error, text: setattr(text._obj, "value", b"not supported")
+
+        def call(*arguments):
+            self.calls.append(name)
+            if name == self.refuses:
+                return self.error
+            if name == "cuMemGetAllocationGranularity":
+                arguments[0]._obj.value = 1 << 21
+            return 0
+
+        return call
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Return what puts a library in the place of the driver's."""
+
+    def put(made):
+        device_memory.driver_of.cache_clear()
+        monkeypatch.setattr(device_memory.ctypes, "CDLL", lambda name: made)
+        monkeypatch.setattr(device_memory, "_context_of", lambda device: 0)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        return made
+
+    yield put
+    device_memory.driver_of.cache_clear()
+
+
+def test_virtual_memory_is_taken_once_and_given_back_before_rows_rely_on_it(library):
+    made = library(Library())
+    assert device_memory.driver_of(torch.device("cuda")) is not None
+    assert made.calls == [
+        *("cuMemGetAllocationGranularity", "cuMemAddressReserve", "cuMemCreate", "cuMemMap"),
+        *("cuMemRelease", "cuMemSetAccess", "cuMemUnmap", "cuMemAddressFree"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "refuses",
+    [
+        "cuMemGetAllocationGranularity",
+        "cuMemAddressReserve",
+        "cuMemCreate",
+        "cuMemMap",
+        "cuMemSetAccess",
+    ],
+)
+def test_virtual_memory_that_is_refused_at_any_step_leaves_rows_that_move(library, caplog, refuses):
+    made = library(Library(refuses))
+    assert device_memory.driver_of(torch.device("cuda")) is None
+    assert f"cuda has no virtual memory ({refuses}: not supported (801)): rows move" in caplog.text
+    for taken, given in (
+        ("cuMemAddressReserve", "cuMemAddressFree"),
+        ("cuMemCreate", "cuMemRelease"),
+        ("cuMemMap", "cuMemUnmap"),
+    ):
+        if taken in made.calls and refuses != taken:
+            assert given in made.calls
+
+
+def test_a_device_that_is_full_for_now_is_asked_again(library, monkeypatch):
+    made = library(Library("cuMemCreate", error=2))
+    with pytest.raises(MemoryError, match="cuMemCreate"):
+        device_memory.driver_of(torch.device("cuda"))
+    made.refuses = ""
+    assert device_memory.driver_of(torch.device("cuda")) is not None
 
 
 @pytest.mark.gpu

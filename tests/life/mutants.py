@@ -388,10 +388,10 @@ MUTANTS = (
     ),
     Mutant(
         "CUDA's graphs keep the first version",
-        cuda.Graphs,
-        "book_of",
-        "return self._book.copy_(book)",
-        "self._book.copy_(book) if version < 2 else None; return book.clone()",
+        cuda.Listener,
+        "hold",
+        "self._book.copy_(table.book)",
+        "hasattr(self, 'table') or self._book.copy_(table.book)",
         "cuda",
     ),
     Mutant(

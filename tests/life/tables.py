@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import grace_fast as gf
-from grace_fast.lookup.backends import cuda
+from grace_fast.lookup.backends import cuda, graphs
 from life import asking
 from life.law import Answers
 
@@ -81,7 +81,7 @@ def _cuda_values(life: Life, table: Any, queries: torch.Tensor, told: Answers) -
     hits = torch.from_numpy(told.hit)
     values = torch.from_numpy(life.model.values[told.nearest[told.hit]]).to(life.dtype)
     wanted[hits] = values[:, None]
-    table.replace_(output, queries, torch.ones(len(queries), 2, dtype=torch.bool))
+    table.replace_(output, queries, mode="replace_all")
     life.check("cuda", queries, told, (output != wanted).flatten(1).any(dim=1).numpy())
 
 
@@ -91,9 +91,9 @@ def _captured(life: Life, queries: torch.Tensor, told: Answers) -> None:
         if life.rng.random() < 0.5:
             return
         cuda.keep_for_graphs(life.book)
-        table = cuda.table_of(life.book.snapshot())
-        life.captured = (table._lookup()[0], table)
-    _announced(cuda.table_of(life.book.snapshot()))
+        listener = graphs.listening(life.book.snapshot(), cuda.NAME)
+        life.captured = (listener.lookup(0), listener)
+    _announced(life.captured[1].table)
     batch = len(queries)
     hit, row = torch.zeros(batch, dtype=torch.bool), torch.zeros(batch, dtype=torch.int64)
     squared = torch.zeros(batch, dtype=torch.float64)

@@ -156,7 +156,7 @@ def test_a_capture_without_preparation_is_refused(module, capture):
     book = book_of(KEYS, RADII.abs())
     gf.find(KEYS[:1], book)
     module.take_launched()
-    with capture(), pytest.raises(RuntimeError, match="first call grace_fast.prepare"):
+    with capture(), pytest.raises(RuntimeError, match=r"first call grace_fast\.prepare"):
         lookup.replace_(torch.zeros(1, 1, 2), KEYS[:1], book)
     assert not module.take_launched()
 

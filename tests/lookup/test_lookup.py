@@ -361,6 +361,7 @@ def machine(monkeypatch):
     def pretend(*parts: str) -> None:
         dispatch.choose.cache_clear()
         monkeypatch.setattr(cpu, "_cpu", object() if "compiled" in parts else None)
+        monkeypatch.setattr(cuda, "_cuda", None)
         monkeypatch.setattr(_native, "missing", "the extension was not built")
         missing = None if "triton" in parts else "triton cannot be imported"
         monkeypatch.setattr(triton, "_missing", lambda: missing)

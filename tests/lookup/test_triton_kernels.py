@@ -268,7 +268,7 @@ def test_keys_on_the_host_are_never_given_to_triton_unasked():
 
 def test_keys_on_a_gpu_are_given_to_triton():
     skip_unless_importable()
-    assert dispatch.choose(Workload("cuda", torch.bfloat16, 8, 1000, 4096)) is backend
+    assert dispatch.choose(Workload("cuda", torch.bfloat16, 64, 1000, 4096)) is backend
 
 
 def test_a_refusal_names_the_device_and_the_way_out():
