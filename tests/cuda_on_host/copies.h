@@ -23,7 +23,8 @@ struct Copy {  // of 16 bytes; from nowhere: zeros
   }
 };
 
-struct Copies {                          // of a thread
+// Of a thread.
+struct Copies {
   std::vector<Copy> open;                // of the group that has not ended
   std::deque<std::vector<Copy>> groups;  // under way
 };
