@@ -64,14 +64,6 @@ def test_memory_is_read_16_bytes_at_a_time(built, kind):
             assert count["LDS.128"], name
 
 
-@pytest.mark.parametrize("kind", ["dense_kernel", "indexed_kernel"])
-def test_blocks_that_wait_for_a_decision_leave_the_memory_to_others(built, kind):
-    """And no kernel is there only to write: whoever decided, and those that wait, do."""
-    for name, count in of_kind(built("90a")[1], kind):
-        assert count["NANOSLEEP"], name
-    assert not [name for name in built("90a")[0] if "write" in name]
-
-
 def test_what_is_counted_in_shared_memory_is_known_to_be_there(built):
     for name, count in of_kind(built("90a")[1], "indexed_kernel"):
         assert count["ATOMS.ADD"], name
