@@ -11,9 +11,10 @@
 namespace grace_fast::device {
 
 constexpr int kFewTokens = 8;  // that one block writes faster than others are told; not measured
-constexpr int kTokensOfPart = 16;  // taken at a time; not measured
-constexpr int kPatience = 1024;    // times a block asks for the list, a few hundred ns each
-constexpr int kAhead = 4;          // loads of a thread that are in flight
+constexpr int kTokensOfPart = 16;     // taken at a time; not measured
+constexpr int kPatience = 1024;       // times a block asks for the list, a few hundred ns each
+constexpr uint32_t kNoEnd = ~0u - 1;  // of a counter that is put back before it gets there
+constexpr int kAhead = 4;             // loads of a thread that are in flight
 
 struct WriteShared {
   Replaced hit[kMostQueries];
@@ -151,7 +152,7 @@ class Sharing {
     const auto all = static_cast<uint32_t>(shared_->hits * parts);
     for (uint32_t part = 0; part < all;) {
       sync_block();
-      if (thread_index() == 0) shared_->part = take_ticket(&handout_->next, ~0u);
+      if (thread_index() == 0) shared_->part = take_ticket(&handout_->next, kNoEnd);
       sync_block();
       part = shared_->part;
       if (part >= all) break;
