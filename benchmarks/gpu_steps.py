@@ -157,15 +157,16 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def bench(out: Path, until: float, only: str = "") -> int:
-    """Run the benchmark until a moment of `time.time`, again where it asks for it.
+    """Run the benchmark until a moment of `time.time`, again where it asks for it or crashed.
 
-    What was measured has its page, also where it was stopped.
+    It goes on behind the cell that it ended in. What was measured has its page, also where it was
+    stopped.
     """
     while (left := until - time.time()) > 10:
         command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out)]
         command += ["--budget", f"{left:.0f}", "--only", only]
         ended = run([Step("bench", left + 5, command)], out, "bench", until + 5)["bench"]
-        if ended != f"exit code {AGAIN}":
+        if ended != f"exit code {AGAIN}" and not ended.startswith("exit code -"):
             break
     else:
         ended = "out of time"
