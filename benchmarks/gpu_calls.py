@@ -27,7 +27,8 @@ from benchmarks.gpu_cells import (
     WRITTEN,
     Cell,
 )
-from benchmarks.gpu_problems import Book, Expected, value_of
+from benchmarks.gpu_law import Expected
+from benchmarks.gpu_problems import Book, value_of
 from grace_fast.lookup import lookup
 from grace_fast.lookup.backends import cuda, triton
 from grace_fast.lookup.backends.workload import Workload

@@ -112,7 +112,7 @@ def first() -> Iterator[Cell]:
     for path in (TILES, CODE_TILES):
         yield _bf16("one NaN", path, 100_000, 4096, NAN)
     yield Cell("beside a layer", MACHINE[6], D=WIDTH, B=1, dtype=BF16)
-    for path, rows in ((CUDA_DENSE, 10_000), *product(BOXES, (100_000,)), (BOXES[0], MILLION)):
+    for path, rows in ((CUDA_DENSE, 1_000), *product(BOXES, (100_000,)), (BOXES[0], MILLION)):
         yield _bf16("beside a layer", path, rows, 1, BESIDE)
 
 

@@ -128,7 +128,9 @@ def captured(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):  # what is made for a stream is made before
+        for _ in range(2):  # what is compiled, and what is made for a stream, is made before
+            if before is not None:
+                before()
             call()
     stream.synchronize()
     graph, answer = torch.cuda.CUDAGraph(), None

@@ -13,50 +13,15 @@ on a GPU: it is kept so that the first measurement can be held against it.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_cells
-from benchmarks.gpu_cells import BESIDE, BOXES, LINEAR, MILLION, NAN, SUMS, WRITTEN, Cell
+from benchmarks import gpu_cells, gpu_model, runner
+from benchmarks.gpu_cells import BESIDE, BOXES, LINEAR, MILLION, Cell
 
 RESULTS = Path(__file__).parent / "results" / "gpu-prediction-h200"
-
-# name: (value, where it is from)
-CONSTANTS: dict[str, tuple[float, str]] = {
-    "bandwidth": (4.32e6, "bytes a us: nine tenths of 4.8 TB/s, the data sheet's HBM3e"),
-    "l2_bandwidth": (5.6e6, "bytes a us, read by all multiprocessors: an estimate"),
-    "tensor": (790e6, "bf16 operations a us: of 989 by the data sheet, what large products reach"),
-    "float32": (60e6, "float32 operations a us: of 67 by the data sheet"),
-    "clock": (1980.0, "cycles a us: the boost clock"),
-    "issue": (132 * 4 * 1980.0, "warp instructions a us: 132 multiprocessors of 4 schedulers"),
-    "l2_trip": (280 / 1980, "us: 280 cycles to the second-level cache and back, an estimate"),
-    "hbm_trip": (0.8, "us to memory and back: .65 to 1, an estimate"),
-    "node": (1.6, "us of a kernel node after another in a graph, an estimate"),
-    "early_node": (0.8, "us of one that is started while the node before it still runs"),
-    "memset": (1.3, "us of a memset node, an estimate"),
-    "ticket": (1.4, "us of two fences, a ticket and the last block's read of the others' bests"),
-    "decide": (1.1, "us: eight trips to the second-level cache"),
-    "canonical": (
-        19 / 1980,
-        "us a column: a float64 product and a sum that waits for the one before",
-    ),
-    "host_call": (30.0, "us of launching from Python, for what cannot be captured"),
-}
-C = {name: value for name, (value, _) in CONSTANTS.items()}
-
-# Warp instructions of the loops on sm_90a, as nvcc 13.0 and Triton made them.
-CUDA_DENSE_LOOP = (97, 64)  # for four 16-byte loads of a lane: 97, and 64 a query (353 for four)
-CUDA_CODES_LEAF = 46  # a leaf of 64 codes and one query
-TRITON_DENSE_CHUNK = {1: 111, 4: 218}  # of each of 4 warps, for 32 rows of 64 columns
-TRITON_CODES_LEAF = 88  # 350 for 256 positions, without the cold part of the loop
-BOX = 32  # a box to a lane
-
-# Which part of the codes a query touches under boxes at a tenth of the keys' spacing, by N:
-# measured on real activations of width 1 536 from 1e5 to 1e7, extended by hand.
-TOUCHED = {1e3: 0.2, 1e4: 0.03, 1e5: 0.005, 1e6: 0.0011, 1e7: 0.0003}
 
 # What was set as the goal, in us, for D = 4 096, bf16, misses from a graph; see `goal_of`.
 DENSE_GOALS = {1_000: 6.0, 10_000: 24.0, 100_000: 207.0, MILLION: 2000.0}
@@ -82,21 +47,16 @@ def predicted(cell: Cell) -> Prediction:
 
     Raises: KeyError for a path that is not known.
     """
-    if cell.path in gpu_cells.MACHINE:
-        parts, after = _machine(cell), None
-    elif cell.path in gpu_cells.PEERS:
-        parts, after = _PEERS[cell.path](cell), None
-    else:
-        parts = _beside(cell) if cell.asks == BESIDE else _OURS[cell.path](cell) | _answering(cell)
-        after = round(_after(cell), 2)
+    parts = gpu_model.parts_of(cell)
+    after = round(gpu_model.mended(cell), 2) if cell.is_ours else None
     kept = {name: round(us, 2) for name, us in parts.items() if us}
     return Prediction(round(sum(parts.values()), 2), after, goal_of(cell), kept)
 
 
 def goal_of(cell: Cell) -> float | None:
     """Return the goal that a cell is held against, or None."""
-    if cell.asks == BESIDE and cell.path in gpu_cells.OURS:
-        return BESIDE_GOAL
+    if cell.asks == BESIDE:
+        return None if "dense" in cell.path else BESIDE_GOAL
     if not cell.is_ours or cell.asks != gpu_cells.MISSES or cell.D != gpu_cells.WIDTH:
         return None
     if cell.path in LINEAR:
@@ -106,227 +66,6 @@ def goal_of(cell: Cell) -> float | None:
     if cell.path in MANY_GOALS:
         return MANY_GOALS[cell.path] if MANY[cell.path] == (cell.B, cell.N) else None
     return DENSE_GOALS.get(cell.N) if cell.B <= 4 and "dense" in cell.path else None
-
-
-# Ours.
-
-
-def _half_hidden(memory: float, issued: float) -> float:
-    """Return what a loop takes that does not fetch ahead of what it computes."""
-    return max(memory, issued) + min(memory, issued) / 2
-
-
-def _memory(cell: Cell, size: float) -> float:
-    fits = cell.caches == gpu_cells.WARM and size < 40e6
-    return size / C["l2_bandwidth" if fits else "bandwidth"]
-
-
-def _cuda_dense(cell: Cell) -> dict[str, float]:
-    together = 1 if cell.B == 1 else 4 if cell.B <= 4 else 8
-    passes = math.ceil(cell.B / together)
-    row = cell.key_bytes / cell.N
-    shared, own = CUDA_DENSE_LOOP
-    steps = row / 2048  # of a warp, four loads of 16 bytes a lane
-    issued = passes * cell.N * steps * (shared + own * together) / C["issue"]
-    in_turn = math.ceil(cell.N / (132 * 16)) * math.ceil(steps) * passes * C["hbm_trip"]
-    return {
-        "nodes": C["memset"] + C["node"],
-        "queries": math.ceil(together * cell.D / 512) * C["l2_trip"],
-        "first key": C["hbm_trip"],
-        "keys": max(_half_hidden(passes * _memory(cell, cell.key_bytes), issued), in_turn),
-        "deciding": C["ticket"] + C["decide"],
-    }
-
-
-def _triton_dense(cell: Cell) -> dict[str, float]:
-    together = 1 if cell.B == 1 else 4
-    passes = math.ceil(cell.B / together)
-    chunks = cell.N / 32 * math.ceil(cell.D / 64)
-    wide = 2 if cell.dtype == "float32" else 1
-    issued = passes * chunks * 4 * TRITON_DENSE_CHUNK[together] * wide / C["issue"]
-    return {
-        "nodes": 2 * C["node"],
-        "first key": 2 * C["hbm_trip"],
-        "keys": _half_hidden(passes * _memory(cell, cell.key_bytes), issued),
-        "deciding": C["decide"] + 4 * C["l2_trip"],
-    }
-
-
-def _encoding(cell: Cell) -> dict[str, float]:
-    """Return what it takes to project a query, an element at a time and each behind a branch."""
-    trips = math.ceil(cell.D / 256) + 6
-    return {"encoding": trips * C["l2_trip"] + C["hbm_trip"] + C["ticket"]}
-
-
-def _scanning(cell: Cell, leaf: float) -> dict[str, float]:
-    """Return what the codes take: every one, or what the boxes leave of them."""
-    if cell.path in LINEAR:
-        issued = cell.B * cell.N / 64 * leaf / C["issue"]
-        return {"codes": C["hbm_trip"] + _half_hidden(_memory(cell, 16 * cell.N), issued)}
-    leaves = cell.B * touched(cell.N) * cell.N / 64
-    boxes = cell.B * (cell.N / 4096 + 2 * leaves) / 32 * BOX / C["issue"]
-    return {
-        "boxes": 2 * C["hbm_trip"] + boxes,
-        "codes": 2 * C["hbm_trip"]
-        + _half_hidden(_memory(cell, 1024 * leaves), leaves * leaf / C["issue"]),
-    }
-
-
-def touched(rows: int) -> float:
-    """Return which part of N codes a query is expected to touch under boxes."""
-    base = rows // gpu_cells.ALIASED.get(rows, 1)
-    known = sorted(TOUCHED)
-    low = max([n for n in known if n <= base], default=known[0])
-    high = min([n for n in known if n >= base], default=known[-1])
-    share = 0.0 if low == high else math.log(base / low) / math.log(high / low)
-    found = TOUCHED[low] ** (1 - share) * TOUCHED[high] ** share
-    return min(1.0, found)
-
-
-def _cuda_codes(cell: Cell) -> dict[str, float]:
-    nodes = C["memset"] + C["node"] + C["early_node"]
-    deciding = {"deciding": C["ticket"] + C["decide"]}
-    return {"nodes": nodes} | _encoding(cell) | _scanning(cell, CUDA_CODES_LEAF) | deciding
-
-
-def _triton_codes(cell: Cell) -> dict[str, float]:
-    """Encode, collect, decide, and two dense nodes for what is in doubt, which always run."""
-    deciding = {"deciding": C["decide"] + 3 * C["hbm_trip"]}
-    nodes = {"nodes": 5 * C["node"]}
-    return nodes | _encoding(cell) | _scanning(cell, TRITON_CODES_LEAF) | deciding
-
-
-def _tiles(cell: Cell) -> dict[str, float]:
-    """Tiles of 64 queries and 128 keys, which the second-level cache has to deliver."""
-    groups = math.ceil(cell.B / 64)
-    delivered = groups * cell.N / 128 * (64 + 128) * cell.D * 2 / C["l2_bandwidth"]
-    multiplied = 2 * 64 * groups * cell.N * cell.D / C["tensor"]
-    return {
-        "nodes": 5 * C["node"],
-        "tiles": max(delivered, multiplied, _memory(cell, cell.key_bytes)),
-        "deciding": 2 * C["decide"],
-        "one NaN": _doubtful(cell),
-    }
-
-
-def _code_tiles(cell: Cell) -> dict[str, float]:
-    scanned = 410.0 * cell.B / 4096 * cell.N / 1e6  # the epilogue of the tiles, by its instructions
-    return {
-        "nodes": 5 * C["node"],
-        **_encoding(cell),
-        "tiles": max(scanned, _memory(cell, 36 * cell.N)),
-        "deciding": 2 * C["decide"],
-        "one NaN": _doubtful(cell),
-    }
-
-
-def _doubtful(cell: Cell) -> float:
-    """Return what one query takes that a single program looks up among all keys."""
-    return 55_000.0 * cell.N / 1e5 if cell.asks == NAN else 0.0
-
-
-def _auto(cell: Cell) -> dict[str, float]:
-    """Triton by codes through the public call, which has S summed and torch make the mask."""
-    hits = cell.asks == WRITTEN
-    extra = {"mask": 2 * C["node"], "S": C["canonical"] * cell.D} if hits else {}
-    return _triton_codes(Cell(cell.stage, BOXES[1], cell.N, cell.D, cell.B, cell.dtype)) | extra
-
-
-def _answering(cell: Cell) -> dict[str, float]:
-    if cell.asks == SUMS:
-        return {"S": C["canonical"] * cell.D}
-    if cell.asks == WRITTEN:
-        is_one_node = cell.path.startswith("cuda")
-        return {"writing": C["hbm_trip"] if is_one_node else C["node"] + C["hbm_trip"]}
-    return {}
-
-
-def _after(cell: Cell) -> float:
-    """Return what our path is expected to take once it is mended."""
-    if cell.asks == BESIDE:
-        return 2.0 + (cell.key_bytes / C["bandwidth"] if "dense" in cell.path else 0.0)
-    queries, deciding = 2 * C["l2_trip"] + C["hbm_trip"], C["ticket"] / 2 + C["decide"] / 2
-    answering = C["canonical"] * cell.D if cell.asks == SUMS else 0.0
-    answering += C["hbm_trip"] if cell.asks == WRITTEN else 0.0
-    if "dense" in cell.path:
-        return C["node"] + queries + _memory(cell, cell.key_bytes) + deciding + answering
-    if cell.path == gpu_cells.TILES:
-        tensor = 2 * max(64, cell.B) * cell.N * cell.D / C["tensor"] * 1.2
-        return 2 * C["node"] + queries + max(tensor, _memory(cell, cell.key_bytes)) + deciding
-    fixed = C["node"] + C["early_node"] + queries + 2 * C["hbm_trip"] + deciding + answering
-    if cell.path == gpu_cells.CODE_TILES:
-        return fixed + max(300.0 * cell.B / 4096 * cell.N / 1e6, _memory(cell, 36 * cell.N))
-    if cell.path in LINEAR:
-        return fixed + _memory(cell, 18 * cell.N)
-    leaves = cell.B * touched(cell.N) * cell.N / 64
-    return fixed + C["hbm_trip"] + leaves * CUDA_CODES_LEAF / 2 / C["issue"]
-
-
-_OURS = {
-    gpu_cells.CUDA_DENSE: _cuda_dense,
-    gpu_cells.TRITON_DENSE: _triton_dense,
-    **{path: _cuda_codes if "cuda" in path else _triton_codes for path in (*LINEAR, *BOXES)},
-    gpu_cells.TILES: _tiles,
-    gpu_cells.CODE_TILES: _code_tiles,
-    gpu_cells.AUTO: _auto,
-}
-
-
-# Peers and the machine.
-
-
-def _product(cell: Cell) -> dict[str, float]:
-    multiplied = 2 * max(16, cell.B) * cell.N * cell.D / C["tensor"]
-    table = 2 * 2 * cell.B * cell.N / C["bandwidth"]  # [B, N] in the keys' type, there and back
-    keys = max(multiplied, _memory(cell, cell.key_bytes))
-    return {"nodes": 4 * C["node"], "product": keys, "minimum": table}
-
-
-def _fused(cell: Cell) -> dict[str, float]:
-    block = min(128, max(16, 1 << (cell.B - 1).bit_length()))
-    groups = math.ceil(cell.B / block)
-    delivered = groups * cell.N / 128 * (block + 128) * cell.D * 2 / C["l2_bandwidth"]
-    multiplied = 2 * block * groups * cell.N * cell.D / (0.7 * C["tensor"])
-    keys = max(delivered, multiplied, _memory(cell, cell.key_bytes) / 0.85)
-    return {"nodes": 6 * C["node"], "tiles": keys}
-
-
-def _float32(cell: Cell) -> dict[str, float]:
-    """A library's float32 product and its selection of the nearest."""
-    multiplied = 2 * cell.B * cell.N * cell.D / C["float32"]
-    keys = max(multiplied, cell.N * cell.D * 4 / C["bandwidth"])
-    return {
-        "host": C["host_call"],
-        "product": keys,
-        "selection": 8 * cell.B * cell.N / C["bandwidth"],
-    }
-
-
-_PEERS = {
-    gpu_cells.PRODUCT: _product,
-    gpu_cells.FUSED: _fused,
-    gpu_cells.CUVS: _float32,
-    gpu_cells.FAISS: _float32,
-}
-
-
-def _machine(cell: Cell) -> dict[str, float]:
-    alone = {
-        "bytes read": {"bytes": (4 << 30) / C["bandwidth"]},
-        "graph of one node": {"node": C["node"], "start": 3.0},
-        "one node": {"node": C["node"]},
-        "two nodes": {"nodes": 2 * C["node"]},
-        "memset node": {"node": C["memset"]},
-        "product of 8192 x 8192": {"product": 2 * 8192**3 / C["tensor"]},
-        "layer alone": {"node": C["node"], "weights": 11008 * cell.D * 2 / C["bandwidth"]},
-    }
-    return alone[cell.path]
-
-
-def _beside(cell: Cell) -> dict[str, float]:
-    """What a look-up adds to a layer: bytes that compete, and blocks that wait for their place."""
-    reads = cell.key_bytes / C["bandwidth"] if "dense" in cell.path else 0.0
-    return {"waiting": 8.0 if cell.path.startswith("cuda") else 16.0, "bytes": reads}
 
 
 def table() -> list[dict[str, Any]]:
@@ -345,9 +84,9 @@ def known() -> dict[str, dict[str, Any]]:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the predictions as a page."""
-    from benchmarks import runner
-
-    constants = [[name, f"{value:.4g}", source] for name, (value, source) in CONSTANTS.items()]
+    constants = [
+        [name, f"{value:.4g}", source] for name, (value, source) in gpu_model.CONSTANTS.items()
+    ]
     cells = [
         [
             row["path"],
@@ -361,9 +100,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     heads = ["path", "N", "D", "B", "dtype", "asks", "caches", "predicted us", "mended", "goal"]
+    command, about = (__doc__ or "").split("\n\n    ")[0], (__doc__ or "").split("\n\n")[2:]
+    said = " ".join("\n".join([command, *about]).split())
     return (
-        f"# Predictions for an H200\n\n{(__doc__ or '').split('    python')[0].strip()} Written by "
-        "`python -m benchmarks.gpu_prediction`. `predicted us` is `us`, `mended` is `after_us`.\n\n"
+        f"# Predictions for an H200\n\n{said} Written by `python -m benchmarks.gpu_prediction`: "
+        "`predicted us` is `us`, `mended` is `after_us`.\n\n"
         f"{runner.table(['constant', 'value', 'source'], constants)}\n\n"
         f"{runner.table([*heads, 'parts, us'], cells)}\n"
     )
@@ -377,7 +118,8 @@ def main() -> int:
     """Write both files."""
     rows = table()
     constants = {
-        name: {"value": value, "source": source} for name, (value, source) in CONSTANTS.items()
+        name: {"value": value, "source": source}
+        for name, (value, source) in gpu_model.CONSTANTS.items()
     }
     found = {"what": "estimates, not measured", "constants": constants, "predictions": rows}
     RESULTS.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 import grace_fast as gf
 from benchmarks.gpu_cells import ALIASED, NAN, SUMS, WRITTEN, Cell
+from benchmarks.gpu_law import Decision, Expected, decision
 from benchmarks.workloads import median_spacing
-from grace_fast import semantics
 from grace_fast.codebook.labels import Labels
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import maintained, segments
@@ -33,7 +33,6 @@ EPSILON_RATIO = 0.1
 CHECKED = 16  # queries of a batch that are held against the law
 MOST_HITS = 64  # queries that hit
 _CHUNK = 1 << 16  # rows made at a time
-_PASS = 1 << 26  # elements of keys that are in float64 at a time
 _MOST_QUERIES = 4096
 
 
@@ -122,59 +121,6 @@ class Book:
             torch.tensor(row, device=device),
             torch.tensor(squared, dtype=torch.float64, device=device),
         )
-
-
-class Decision(NamedTuple):
-    """The law's decision of one query."""
-
-    hit: bool
-    row: int  # -1 for a miss; the first of the rows that share a key
-    squared: float  # inf for a miss
-
-
-def decision(query: Tensor, snapshot: Snapshot) -> Decision:
-    """Return the law's decision of one query [D].
-
-    A float64 pass where the keys are brackets every S; what is within the bracket of the smallest
-    is summed in the canonical order on the host.
-    """
-    wide, keys, width = query.double(), snapshot.keys, snapshot.key_dim
-    parts = keys.split(max(1, _PASS // width))
-    rough = torch.cat([(wide - part.double()).square_().sum(dim=1) for part in parts])
-    rough = rough.masked_fill(~(snapshot.live & rough.isfinite()), math.inf)
-    slack = 1 + 4 * (width + 2) * 2.0**-53  # each S is within (D + 2) roundings of the exact sum
-    near = (rough <= rough.amin() * slack).logical_and(rough.isfinite()).nonzero()[:, 0]
-    if not len(near):
-        return Decision(False, -1, math.inf)
-    exact = semantics.pair_squared_distances(query.expand(len(near), -1), keys[near])
-    squared = exact.min()
-    row = near[int((exact == squared).int().argmax())].cpu()
-    if not bool(semantics.in_ball(squared, snapshot.radii_of(row[None]).cpu()[0])):
-        return Decision(False, -1, math.inf)
-    return Decision(True, int(row), float(squared))
-
-
-@dataclass(frozen=True)
-class Expected:
-    """The law's decisions of some queries of a batch."""
-
-    at: Tensor  # [n] int64, which queries
-    hit: Tensor  # [n] bool
-    row: Tensor  # [n] int64
-    squared: Tensor  # [n] float64
-
-    def wrong(self, hit: Tensor, row: Tensor, squared: Tensor | None = None) -> int:
-        """Return how many of these were decided otherwise: hit [B], row [B], S [B] if it was asked.
-
-        The row and its S count where both hit.
-        """
-        hit, row = hit[self.at], row[self.at]
-        bad = hit != self.hit
-        both = hit & self.hit
-        bad |= both & (row != self.row)
-        if squared is not None:
-            bad |= both & (squared[self.at] != self.squared)
-        return int(bad.sum())
 
 
 class Books:

@@ -1,9 +1,9 @@
 """What `make gpu-test`, `gpu-sanitize` and `gpu-bench` run on a GPU machine, step by step.
 
 Each step has a limit, and all of a target end well inside nine minutes, the build with them. What a
-step prints goes to the terminal and to OUT/<step>.log as it comes; a step that fails does not keep
-the next from being run. Nothing is installed and nothing is fetched: the Python that runs this runs
-all of it.
+target prints goes to the terminal and to OUT/<target>.log as it comes, in few files, and how each
+step ended to OUT/steps.txt; a step that fails does not keep the next from being run. Nothing is
+installed and nothing is fetched: the Python that runs this runs all of it.
 """
 
 from __future__ import annotations
@@ -66,21 +66,20 @@ def sanitize_steps(out: Path) -> list[Step]:
         for tool in TOOLS:
             name = f"{tool}-{paths}"
             checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
-            asked = ["--paths", paths, "--out", str(out / f"{name}.jsonl")]
             # So that every tensor is an allocation of its own.
             own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            steps.append(Step(name, limit, [*checked, *probe, *asked], own))
+            steps.append(Step(name, limit, [*checked, *probe, "--paths", paths], own))
     sections = [word for section in SECTIONS for word in ("--section", section)]
     profiled = ["ncu", "--clock-control", "none", "--csv", "--page", "details", *sections]
     profiled += ["--kernel-name", f"regex:{KERNELS}", "--launch-count", "60"]
     profiled += ["--log-file", str(out / "ncu.csv")]
-    few = ["--few", "--rows", "20000", "--out", str(out / "ncu.jsonl")]
+    few = ["--few", "--rows", "20000"]
     # First, since it says most; the sanitizers of CUDA's paths, then those of Triton's.
     return [steps[0], Step("ncu", 75, [*profiled, *probe, *few]), *steps[1:]]
 
 
-def run(steps: Sequence[Step], out: Path, until: float) -> dict[str, str]:
-    """Run steps one after the other until a moment of `time.time`.
+def run(steps: Sequence[Step], out: Path, target: str, until: float) -> dict[str, str]:
+    """Run steps of a target one after the other until a moment of `time.time`.
 
     Return how each ended: "ok", or in words.
     """
@@ -88,22 +87,30 @@ def run(steps: Sequence[Step], out: Path, until: float) -> dict[str, str]:
     ended: dict[str, str] = {}
     for step in steps:
         start = time.monotonic()
-        ended[step.name] = _ended(step, out, min(step.limit_s, until - time.time()))
-        said = f"{step.name}: {ended[step.name]}, {time.monotonic() - start:.0f} s"
-        print(f"== {said}", flush=True)
+        with (out / f"{target}.log").open("ab") as log:
+            ended[step.name] = _ended(step, log, min(step.limit_s, until - time.time()))
+            said = f"{step.name}: {ended[step.name]}, {time.monotonic() - start:.0f} s"
+            _tell(f"== {said}\n".encode(), log)
         with (out / "steps.txt").open("a") as file:
             file.write(f"{said}\n")
     return ended
 
 
-def _ended(step: Step, out: Path, limit_s: float) -> str:
+def _tell(line: bytes, log: IO[bytes]) -> None:
+    """Write a line to the log and the terminal."""
+    log.write(line)
+    log.flush()
+    sys.stdout.write(line.decode(errors="replace"))
+    sys.stdout.flush()
+
+
+def _ended(step: Step, log: IO[bytes], limit_s: float) -> str:
     if limit_s < 5:
         return "not run: the time is over"
     if shutil.which(step.command[0]) is None:
         return f"{step.command[0]} is not on this machine"
-    print(f"== {step.name}: {' '.join(step.command)}", flush=True)
-    with (out / f"{step.name}.log").open("wb") as log:
-        code = limited(step.command, limit_s, log, os.environ | step.environment)
+    _tell(f"== {step.name}: {' '.join(step.command)}\n".encode(), log)
+    code = limited(step.command, limit_s, log, os.environ | step.environment)
     if code is None:
         return f"stopped after {limit_s:.0f} s"
     return "ok" if code == 0 else f"exit code {code}"
@@ -135,10 +142,7 @@ def limited(
         assert process.stdout is not None
         with process.stdout as printed:
             for line in printed:
-                log.write(line)
-                log.flush()
-                sys.stdout.write(line.decode(errors="replace"))
-                sys.stdout.flush()
+                _tell(line, log)
         code = process.wait()
     finally:
         timer.cancel()
@@ -153,20 +157,21 @@ def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def bench(out: Path, until: float, only: str = "") -> int:
-    """Run the benchmark until a moment of `time.time`, again where it asks for it.
+    """Run the benchmark until a moment of `time.time`, again where it asks for it or crashed.
 
-    What was measured has its page, also where it was stopped.
+    It goes on behind the cell that it ended in. What was measured has its page, also where it was
+    stopped.
     """
     while (left := until - time.time()) > 10:
         command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out)]
         command += ["--budget", f"{left:.0f}", "--only", only]
-        ended = run([Step("bench", left + 5, command)], out, until + 5)["bench"]
-        if ended != f"exit code {AGAIN}":
+        ended = run([Step("bench", left + 5, command)], out, "bench", until + 5)["bench"]
+        if ended != f"exit code {AGAIN}" and not ended.startswith("exit code -"):
             break
     else:
         ended = "out of time"
     page = [sys.executable, "-m", "benchmarks.gpu_page", str(out)]
-    written = run([Step("page", 15, page)], out, until + 20)["page"]
+    written = run([Step("page", 15, page)], out, "bench", until + 20)["page"]
     return int(ended != "ok" or written != "ok")
 
 
@@ -183,7 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.what == "bench":
         return bench(given.out, began + given.seconds - 25, given.only)
     steps = {"test": test_steps, "sanitize": sanitize_steps}[given.what](given.out)
-    ended = run(steps, given.out, began + LONGEST_S)
+    ended = run(steps, given.out, given.what, began + LONGEST_S)
     for name, how in ended.items():
         print(f"{name}: {how}")
     return int(any(how != "ok" for how in ended.values()))

@@ -1,5 +1,6 @@
 """On a GPU: every look-up against the law, in graphs and compiled, while the codebook is edited."""
 
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,9 +17,12 @@ from benchmarks import gpu_calls, gpu_cells, gpu_clock
 from benchmarks.gpu_cells import MISSES, SUMS, WRITTEN, Cell
 from benchmarks.gpu_problems import Books
 from grace_fast import semantics
+from grace_fast.index import maintained
 from grace_fast.lookup import dispatch, lookup
 from grace_fast.lookup.backends.workload import Workload
 
+# Without it torch warns of every product while `poisoned`, also in the thread that makes an index.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -97,7 +101,9 @@ def test_random_codebooks(backend, shape, dtype):
     queries = queries_of(book, batch)
     with poisoned():
         assert_lawful(gf.find(queries, book, backend=backend), queries, book)
-        gf.prepare(book)
+    gf.prepare(book)
+    assert maintained.of(book.snapshot()).current.covered == rows  # codes were made
+    with poisoned():
         assert_lawful(gf.find(queries, book, backend=backend), queries, book)
 
 
@@ -127,7 +133,8 @@ def test_each_path_is_forced_and_decides_as_the_law(books, path, shape, asks):
     cell = Cell("test", path, FORCED_ROWS, width, batch, dtype, asks)
     call, book = call_of(cell, books)
     with poisoned():
-        checked, wrong = gpu_calls.wrong(cell, book, call())
+        answer = call()
+    checked, wrong = gpu_calls.wrong(cell, book, answer)
     assert checked > 0
     assert wrong == 0
 

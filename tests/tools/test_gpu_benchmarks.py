@@ -298,6 +298,18 @@ def test_every_cell_has_a_prediction_and_they_are_what_was_written_down():
     assert written == gpu_prediction.markdown(made)
 
 
+def test_every_goal_is_held_against_a_cell_of_both_engines():
+    goals = [cell for cell in gpu_cells.cells() if gpu_prediction.goal_of(cell) is not None]
+    found = {(cell.path, cell.N, cell.B) for cell in goals}
+    dense = (CUDA_DENSE, gpu_cells.TRITON_DENSE)
+    assert {(path, rows, 4) for path in dense for rows in gpu_prediction.DENSE_GOALS} <= found
+    assert {(path, rows, 8) for path in BOXES for rows in gpu_prediction.BOXES_GOALS} <= found
+    linear = ((path, rows, 8) for path in gpu_cells.LINEAR for rows in gpu_prediction.LINEAR_GOALS)
+    assert set(linear) <= found
+    assert (gpu_cells.TILES, 100_000, 4096) in found
+    assert gpu_cells.BESIDE in {cell.asks for cell in goals}
+
+
 def test_mended_look_ups_are_predicted_to_be_no_slower_and_near_their_goals():
     for row in gpu_prediction.table():
         if row["after_us"] is not None:

@@ -47,6 +47,15 @@ def test_a_target_uses_the_python_it_is_given_and_installs_nothing(target):
     assert "/somewhere" in words
 
 
+def test_all_of_them_one_after_the_other_have_nine_minutes_each():
+    lines = make("-n", "gpu").stdout.splitlines()
+    started = [line for line in lines if "benchmarks.gpu_steps" in line]
+    assert [line.split("gpu_steps ")[1].split()[0] for line in started] == [
+        *("test", "sanitize", "bench")
+    ]
+    assert all("--began 1" in line for line in started)
+
+
 def test_the_benchmark_has_nine_minutes_unless_it_is_told_otherwise():
     assert "--seconds 540" in make("-n", "gpu-bench").stdout
     assert "--seconds 77" in make("-n", "gpu-bench", "SECONDS=77").stdout
@@ -87,16 +96,17 @@ def test_each_step_is_run_and_what_it_prints_is_kept(tmp_path, capfd):
         Step("absent", 20, ["no-such-program"]),
         Step("works", 20, [python, "-c", "import os; print(os.environ['X'])"], {"X": "three"}),
     ]
-    ended = gpu_steps.run(steps, tmp_path, time.time() + 100)
+    ended = gpu_steps.run(steps, tmp_path, "test", time.time() + 100)
     assert ended == {
         "fails": "exit code 3",
         "hangs": "stopped after 6 s",
         "absent": "no-such-program is not on this machine",
         "works": "ok",
     }
-    assert (tmp_path / "fails.log").read_text() == "one\n"
-    assert (tmp_path / "hangs.log").read_text().startswith("two\n")
-    assert (tmp_path / "works.log").read_text() == "three\n"
+    log = (tmp_path / "test.log").read_text()
+    assert [word for word in log.split() if word in ("one", "two", "three")] == [
+        *("one", "two", "three")
+    ]
     assert len((tmp_path / "steps.txt").read_text().splitlines()) == 4
     shown = capfd.readouterr().out
     assert "one\n" in shown
@@ -105,17 +115,18 @@ def test_each_step_is_run_and_what_it_prints_is_kept(tmp_path, capfd):
 
 def test_a_step_has_no_more_time_than_is_left(tmp_path):
     step = Step("late", 50, [sys.executable, "-c", ""])
-    assert gpu_steps.run([step], tmp_path, time.time() + 4) == {"late": "not run: the time is over"}
+    assert gpu_steps.run([step], tmp_path, "test", time.time() + 4) == {
+        "late": "not run: the time is over"
+    }
 
 
 def test_the_benchmark_is_run_again_where_it_asks_for_it(tmp_path, monkeypatch):
     asked = []
 
-    def run(steps, out, until):
+    def run(steps, out, target, until):
         [step] = steps
         asked.append(step)
-        again = step.name == "bench" and len(asked) < 3
-        return {step.name: "exit code 75" if again else "ok"}
+        return {step.name: ("exit code 75", "exit code -11", "ok", "ok")[len(asked) - 1]}
 
     monkeypatch.setattr(gpu_steps, "run", run)
     arguments = ["bench", "--out", str(tmp_path), "--seconds", "400", "--only", "dense"]
@@ -123,6 +134,7 @@ def test_the_benchmark_is_run_again_where_it_asks_for_it(tmp_path, monkeypatch):
     assert [step.name for step in asked] == ["bench", "bench", "bench", "page"]
     budgets = [float(step.command[step.command.index("--budget") + 1]) for step in asked[:3]]
     assert all(300 < budget <= 375 for budget in budgets)
+    monkeypatch.setattr(gpu_steps, "run", lambda steps, *_: asked.extend(steps) or {"page": "ok"})
     late = ["bench", "--out", str(tmp_path), "--began", "1000"]
     assert gpu_steps.main(late) == 1  # nothing was measured: only the page is tried
     assert asked[-1].name == "page"
