@@ -91,7 +91,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record no more."""
         if self._is_on:
             self._is_on = False
-            _pop_mode()  # type: ignore[no-untyped-call]
+            _pop_mode()
             self._leaving.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def read(self, value: Any) -> None:
