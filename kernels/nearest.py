@@ -98,7 +98,7 @@ def nearest_in_share(
     first = share * share_blocks
     last = tl.minimum(first + share_blocks, tl.cdiv(rows, BLOCK_N).to(tl.int32))
     for block in range(first, last):
-        row = block.to(tl.int64) * BLOCK_N + lane
+        row = (tl.zeros((BLOCK_N,), dtype=tl.int64) + block) * BLOCK_N + lane
         slot = row
         if key_slot is not None:
             slot = tl.load(key_slot + row, mask=row < rows, other=0)
