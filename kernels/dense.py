@@ -53,8 +53,8 @@ from torch import Tensor
 # 8 of them, so that it holds as many sums as 128 registers leave room for. Not measured.
 TILE, TILE_TOGETHER = 2048, 1024
 WIDEST, NARROWEST = 256, 64  # columns of it
-# Rows and columns that `decide` reads together: so many of a row that they are read 8 bytes a lane.
-_LANES, _CHUNK = tl.constexpr(16), tl.constexpr(128)
+# Rows that `decide` reads together at least, and elements: a lane reads 8 bytes of a row at once.
+_LANES, _ELEMENTS = tl.constexpr(16), tl.constexpr(2048)
 WARPS = 4
 STAGES = tl.constexpr(6)  # chunks in flight; not measured
 PROGRAMS_PER_PROCESSOR = 4  # what 128 registers a lane leave room for
@@ -150,6 +150,8 @@ def decide_by_pairs(
     SUMS: tl.constexpr,
 ) -> None:
     """Write the verdict on one query, given the best two rows of each program."""
+    LANES: tl.constexpr = _LANES if ROWS < _LANES else ROWS
+    CHUNK: tl.constexpr = _ELEMENTS // LANES
     lane, width = tl.arange(0, PROGRAMS), keys.width
     at = first_pair.to(tl.int64) + lane * TOGETHER
     firsts = tl.load(pairs.best + at, mask=lane < programs, other=NONE)
@@ -162,7 +164,7 @@ def decide_by_pairs(
     nearest_squared = nearest.to(tl.float64)
     vector = queries + query * width
     # False for NONE, which is a NaN.
-    if distance_of(least) <= limit and is_finite(vector, width, _CHUNK):
+    if distance_of(least) <= limit and is_finite(vector, width, CHUNK):
         nearest = least & 0xFFFFFFFF
         nearest_squared = distance_of(least).to(tl.float64)
         sure, is_hit = sure_of(distance_of(least), radius_of(keys, nearest), width, SUMS)
@@ -171,7 +173,7 @@ def decide_by_pairs(
         alone = alone & (not any_of(seconds <= within))
         if not (alone & sure):
             rows = tl.load(keys.rows)
-            blocks, offset = tl.arange(0, _LANES) // ROWS, tl.arange(0, _LANES) % ROWS
+            blocks, offset = tl.arange(0, LANES) // ROWS, tl.arange(0, LANES) % ROWS
             nearest = query - query - 1
             nearest_squared = float("inf") - nearest.to(tl.float64)
             while any_of(open_):
@@ -184,13 +186,13 @@ def decide_by_pairs(
                 first = tl.where(whole, program * ROWS, taken & 0xFFFFFFFF)
                 last = tl.where(whole, rows, first + 1)
                 step = programs.to(tl.int64) * ROWS  # from one block of a program to its next
-                for start in range(first, last, step * (_LANES // ROWS)):
+                for start in range(first, last, step * (LANES // ROWS)):
                     row = start + blocks * step + offset
                     here = is_live(keys, row, row < last)
                     slot = slots_of(keys, row, here)
-                    here = here & (float_sums(vector, keys, slot, here, _LANES, _CHUNK) <= limit)
+                    here = here & (float_sums(vector, keys, slot, here, LANES, CHUNK) <= limit)
                     if any_of(here):
-                        exact, exact_row = nearest_of_rows(vector, keys, row, slot, here, _LANES)
+                        exact, exact_row = nearest_of_rows(vector, keys, row, slot, here, LANES)
                         nearest_squared, nearest = nearer_of(
                             nearest_squared, nearest, exact, exact_row
                         )

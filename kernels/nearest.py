@@ -72,7 +72,7 @@ def lowest(squared, row) -> tuple[tl.tensor, tl.tensor]:
     return best, best_row
 
 
-@triton.jit(do_not_specialize=["batch", "rows", "shares", "share_rows"])
+@triton.jit(do_not_specialize=["batch", "rows", "shares", "share_blocks"])
 def nearest_in_share(
     queries,  # [B, D] fp32
     keys,  # [slots, D] fp32, bf16 or fp16
@@ -84,7 +84,7 @@ def nearest_in_share(
     rows,  # N
     width,  # D
     shares,
-    share_rows,  # rows of a share, a multiple of BLOCK_N
+    share_blocks,  # blocks of BLOCK_N rows that a share has
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
@@ -92,11 +92,13 @@ def nearest_in_share(
     # Queries run fastest: the programs that read the same keys are close in time.
     share = tl.program_id(0) // batch
     query = (tl.program_id(0) % batch).to(tl.int64)
+    lane = tl.arange(0, BLOCK_N)
     best = tl.full((BLOCK_N,), float("inf"), dtype=tl.float64)
-    best_row = tl.full((BLOCK_N,), -1, dtype=tl.int64)
-    start = share.to(tl.int64) * share_rows
-    for first in range(start, tl.minimum(start + share_rows, rows), BLOCK_N):
-        row = first + tl.arange(0, BLOCK_N)
+    best_block = tl.full((BLOCK_N,), -1, dtype=tl.int32)
+    first = share * share_blocks
+    last = tl.minimum(first + share_blocks, tl.cdiv(rows, BLOCK_N).to(tl.int32))
+    for block in range(first, last):
+        row = (tl.zeros((BLOCK_N,), dtype=tl.int64) + block) * BLOCK_N + lane
         slot = row
         if key_slot is not None:
             slot = tl.load(key_slot + row, mask=row < rows, other=0)
@@ -104,10 +106,10 @@ def nearest_in_share(
         squared = canonical_sums(
             queries + query * width, keys, slot, is_live, width, BLOCK_N=BLOCK_N, CHUNK=CHUNK
         )
-        # Later rows do not take over at an equal S. NaN < S is false, so this takes NaN out too.
+        # Later blocks do not take over at an equal S. NaN < S is false, so this takes NaN out too.
         nearer = is_live & (squared < best)
-        best, best_row = tl.where(nearer, squared, best), tl.where(nearer, row, best_row)
-    least, least_row = lowest(best, best_row)
+        best, best_block = tl.where(nearer, squared, best), tl.where(nearer, block, best_block)
+    least, least_row = lowest(best, best_block.to(tl.int64) * BLOCK_N + lane)
     tl.store(share_squared + query * shares + share, least)
     tl.store(share_row + query * shares + share, least_row)
 
@@ -139,10 +141,10 @@ def nearest_of_shares(
 
 
 def shares_of(rows: int, batch: int, processors: int) -> tuple[int, int]:
-    """Return in how many shares the rows of a query are read, and how many rows each has."""
+    """Return in how many shares the rows of a query are read, and how many blocks each has."""
     blocks = triton.cdiv(rows, BLOCK_N)
     share_blocks = triton.cdiv(blocks, triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, batch))
-    return int(triton.cdiv(blocks, share_blocks)), int(share_blocks * BLOCK_N)
+    return int(triton.cdiv(blocks, share_blocks)), int(share_blocks)
 
 
 def nearest(
@@ -155,7 +157,7 @@ def nearest(
     """
     queries = launch.aligned(queries)
     batch, width = queries.shape
-    shares, share_rows = shares_of(len(live), batch, launch.processors(queries.device))
+    shares, share_blocks = shares_of(len(live), batch, launch.processors(queries.device))
     share_squared = queries.new_empty(batch, shares, dtype=torch.float64)
     share_row = queries.new_empty(batch, shares, dtype=torch.int64)
     squared = queries.new_empty(batch, dtype=torch.float64)
@@ -172,7 +174,7 @@ def nearest(
             len(live),
             width,
             shares,
-            share_rows,
+            share_blocks,
             BLOCK_N=BLOCK_N,
             CHUNK=CHUNK_BYTES // keys.element_size(),
             num_warps=BLOCK_N // (64 if torch.version.hip else 32),

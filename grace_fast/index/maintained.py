@@ -42,6 +42,7 @@ import torch
 
 from grace_fast import _native
 from grace_fast.codebook import forks
+from grace_fast.codebook.buffers import memory_errors
 from grace_fast.codebook.caches import Cache
 from grace_fast.codebook.pages import PAGE_ROWS, Page
 from grace_fast.codebook.snapshot import Snapshot
@@ -112,6 +113,7 @@ class Index:
         self._wait: Callable[[], None] | None = None  # for what is being built
         self._cancelled = False
         self._hopeless_rows = 0  # no projection could be fitted at this size
+        self.failure: Exception | None = None  # that nobody expects, of the build that ended last
         self._was_forked = False  # while something was made, by a thread that is not here
         self._handed: weakref.ref[NativeView] | None = None  # the view that was made last
         _builders.add(self)
@@ -293,15 +295,19 @@ class Index:
 
     def _steps(self, build: Build) -> Iterator[str]:
         """Make a segment and publish it; give the name of each step before it is done."""
-        made = None
+        made, self.failure = None, None
         try:
-            steps = build.steps()
-            while not self._cancelled:
-                yield next(steps)
+            with memory_errors():
+                steps = build.steps()
+                while not self._cancelled:
+                    yield next(steps)
         except StopIteration as done:
             made = done.value
-        except Exception:
+        except MemoryError as error:
+            _log.warning("the index was not built: %s; look-ups read all keys", error)
+        except Exception as error:  # a fault of the package: look-ups serve, who prepares is told
             _log.exception("the index was not built; look-ups read all keys")
+            self.failure = error
         yield "publish"
         with self._lock:  # whoever began this holds it until there is something to wait for
             self._wait = None

@@ -83,11 +83,19 @@ class Prepared:
         return view
 
     def settle(self) -> None:
-        """Wait for what is computed from the keys that are there."""
+        """Wait for what is computed from the keys that are there.
+
+        Raises: RuntimeError where that failed, but for want of memory.
+        """
         self._renew()
         snapshot, _, known = self._made
         if known is not None and snapshot is not None:
             known.build(snapshot)
+            if known.failure is not None:
+                raise RuntimeError(
+                    f"the index of {len(snapshot)} keys was not built: {known.failure!r}; look-ups "
+                    "read all keys. prepare(codebook, build_index=False) goes on without it"
+                ) from known.failure
 
 
 def prepare(
@@ -108,8 +116,9 @@ def prepare(
         within `codebook.locked()`.
     wait, graphs: the former names of these two.
 
-    Raises: TypeError for no codebook; with `cuda_graphs` BackendUnavailable, or MemoryError where
-    the GPU cannot keep it so.
+    Raises: TypeError for no codebook; RuntimeError where the index could not be built, but for want
+    of memory: look-ups read all keys then; with `cuda_graphs` BackendUnavailable, or MemoryError
+    where the GPU cannot keep it so.
     """
     if isinstance(codebook, Distributed):
         raise TypeError(

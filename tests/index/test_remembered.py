@@ -10,6 +10,7 @@ from stepped import builder
 import grace_fast as gf
 from grace_fast.codebook.snapshot import Snapshot
 from grace_fast.index import maintained, segments
+from grace_fast.index.builder import Build
 from grace_fast.lookup.backends import cpu
 
 pytestmark = pytest.mark.skipif(cpu._cpu is None, reason="grace_fast._cpu was not built")
@@ -245,6 +246,40 @@ def test_a_version_that_could_not_be_taken_in_is_taken_in_at_the_next_look_up(mo
         gf.find(moved[None], book)
     monkeypatch.setattr(Snapshot, "keys_at", usual)
     assert decides(moved[None], book) == [5]
+
+
+def test_who_prepares_is_told_that_the_index_failed_and_look_ups_go_on(monkeypatch, caplog):
+    book = book_with(300)
+
+    def fails(self, segment):
+        raise ValueError("a fault of the package")
+
+    monkeypatch.setattr(Build, "_predict", fails)
+    with pytest.raises(
+        RuntimeError, match=r"index of 300 keys was not built: ValueError\('a fault"
+    ):
+        gf.prepare(book)
+    assert decides(book.keys[:2], book) == [0, 1]
+    logged = [record for record in caplog.records if "index was not built" in record.message]
+    assert len(logged) == 1  # and not at every look-up
+    assert logged[0].exc_info is not None
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_without_memory_for_an_index_look_ups_read_all_keys(monkeypatch, caplog, error):
+    book = book_with(300)
+
+    def fails(self, segment):
+        raise error
+
+    monkeypatch.setattr(Build, "_predict", fails)
+    gf.prepare(book)
+    assert decides(book.keys[:2], book) == [0, 1]
+    logged = [record for record in caplog.records if "index was not built" in record.message]
+    assert len(logged) == 1
+    assert logged[0].exc_info is None
 
 
 def test_what_followers_saw_of_a_version_that_was_refused_is_forgotten():

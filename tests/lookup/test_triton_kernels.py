@@ -268,8 +268,8 @@ def test_shares_cover_the_rows_by_no_more_programs_than_can_be_launched(rows):
     from grace_fast.kernels import nearest as kernel
 
     for batch in (1, 2, 31, 4096, 100_000):
-        shares, share_rows = kernel.shares_of(rows, batch, processors=132)
-        assert share_rows % BLOCK_N == 0
+        shares, share_blocks = kernel.shares_of(rows, batch, processors=132)
+        share_rows = share_blocks * BLOCK_N
         assert (shares - 1) * share_rows < rows <= shares * share_rows
         assert batch * shares <= kernel.PROGRAMS_PER_PROCESSOR * 132 + batch
         assert batch * shares < 1 << 31
@@ -340,7 +340,7 @@ def compiled_in_share(target, variant: str, **options):
         "live": "*i1",
         "share_squared": "*fp64",
         "share_row": "*i64",
-        **dict.fromkeys(("batch", "rows", "shares", "share_rows"), "i32"),
+        **dict.fromkeys(("batch", "rows", "shares", "share_blocks"), "i32"),
         "width": "i32 aligned" if aligned else "i32",
         "BLOCK_N": kernel.BLOCK_N,
         "CHUNK": kernel.CHUNK_BYTES // (4 if key == "fp32" else 2),
