@@ -138,15 +138,18 @@ struct Lookup {
   bool indexed;
   Device device{};
 
-  Lookup(Address book, Address workspace, int blocks_, int width, int dtype, int value_width,
-         bool indexed_, int device_index)
-      : blocks(blocks_), indexed(indexed_) {
-    if (blocks < 1 || width < 1) throw std::invalid_argument("blocks and width must be positive");
+  Lookup(Address book, Address workspace, int most_blocks, int width, int dtype, int value_width,
+         bool indexed_, int64_t expected_rows, int device_index)
+      : blocks(indexed_ ? most_blocks : dense_blocks(expected_rows, most_blocks)),
+        indexed(indexed_) {
+    if (most_blocks < 1 || width < 1) {
+      throw std::invalid_argument("blocks and width must be positive");
+    }
     call.book = pointer<const Book>(book);
     call.key_dtype = static_cast<Dtype>(dtype);
     call.width = width;
     call.value_width = value_width;
-    lay_out(workspace, width, blocks, &call.workspace);
+    lay_out(workspace, width, most_blocks, &call.workspace);
     check(describe_device(device_index, &device));
   }
 
@@ -210,9 +213,9 @@ PYBIND11_MODULE(GRACE_FAST_MODULE, module) {
              arg("widest"), arg("min_radius"), arg("projection").none(true), arg("segments"),
              "The bytes of a Book, to be copied to the device.");
   py::class_<Lookup>(module, "Lookup", "Look-ups in one book with one workspace.")
-      .def(py::init<Address, Address, int, int, int, int, bool, int>(), py::kw_only(), arg("book"),
-           arg("workspace"), arg("blocks"), arg("width"), arg("dtype"), arg("value_width"),
-           arg("indexed"), arg("device"))
+      .def(py::init<Address, Address, int, int, int, int, bool, int64_t, int>(), py::kw_only(),
+           arg("book"), arg("workspace"), arg("blocks"), arg("width"), arg("dtype"),
+           arg("value_width"), arg("indexed"), arg("expected_rows"), arg("device"))
       .def("find", &Lookup::find, "queries, stride, dtype, batch, hit, row, squared, stream")
       .def("replace", &Lookup::replace,
            "queries, stride, dtype, batch, output, output_dtype, output_stride, token_stride, "

@@ -3,8 +3,6 @@
 // A look-up that reads every key is one node of a graph, whatever it writes. One by the index is
 // two nodes, `encode` and `indexed`; from sm_90 on the second is started while the first still
 // runs, and waits where it first needs it.
-#include <algorithm>
-
 #include "dense.cuh"
 #include "indexed.cuh"
 #include "launch.h"
@@ -41,9 +39,6 @@ int launch(Kernel kernel, const Call& call, dim3 blocks, int threads, int64_t sh
   return cudaLaunchKernelEx(&config, kernel, call);
 }
 
-// Fewer blocks than multiprocessors are asked for where there are few rows. Blocks are small then:
-// they find a place beside another kernel's.
-constexpr int kFewWarps = 4;
 constexpr int kManyWarps = kThreads / kWarp;
 constexpr int kEnoughWarps = kManyWarps / 2;  // else fewer queries at a time are faster
 constexpr int kLeastWarps = 2;
@@ -96,6 +91,7 @@ int device_count(int* count) {
 }
 
 int describe_device(int index, Device* device) {
+  device->index = index;
   const struct {
     cudaDeviceAttr attribute;
     int* value;
@@ -121,6 +117,13 @@ const char* error_text(int error) {
 }
 
 int launch_look_up(const Call& call, bool indexed, int blocks, const Device& device, void* stream) {
+  // This library is linked with a runtime of its own, whose kernels are loaded for the device that
+  // is current to it. Nobody else asks this runtime, and the caller has made the same device
+  // current to torch's: there is nothing to put back.
+  if (const cudaError_t error = cudaSetDevice(device.index); error != cudaSuccess) {
+    cudaGetLastError();
+    return error;
+  }
   return with_key(call.key_dtype, [&](auto key) {
     return indexed ? launch_indexed_of<decltype(key)>(call, blocks, device, stream)
                    : launch_dense_of<decltype(key)>(call, blocks, device, stream);

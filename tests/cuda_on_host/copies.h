@@ -23,7 +23,7 @@ struct Copy {  // of 16 bytes; from nowhere: zeros
   }
 };
 
-struct Copies {                          // of a thread
+struct Copies {  // of a thread
   std::vector<Copy> open;                // of the group that has not ended
   std::deque<std::vector<Copy>> groups;  // under way
 };

@@ -48,7 +48,7 @@ def test_the_scan_takes_two_instructions_for_four_code_bytes():
         assert differences == products, name
 
 
-def runs_without(kernel.code, kind):
+def runs_without(code, kind):
     """Return the names of instructions between those of a kind, in lists."""
     runs = [[]]
     for each in code:
@@ -64,11 +64,11 @@ def wide_loads(names):
 
 
 def test_a_leaf_that_holds_nothing_takes_few_instructions_a_query():
-    """16 of them compare 64 codes; 4 leaves share what is once a query. Rare paths are counted."""
+    """16 of them compare 64 codes; 4 leaves share what is once a query."""
     for kernel in kernels("indexed_kernel"):
         scans = []
         for loop in kernel.innermost():
-            names = [kernel.code[place].name for place in loop]
+            names = [kernel.code[place].name for place in sass.stretch(loop)]
             if names.count("VABSDIFF4.U8") == 4 * 8:
                 scans.append(names)
                 assert not any(op.startswith(("LDL", "STL")) for op in names), kernel.name
@@ -79,7 +79,8 @@ def test_a_leaf_that_holds_nothing_takes_few_instructions_a_query():
 def test_four_leaves_are_in_flight_before_the_first_is_compared():
     for kernel in kernels("indexed_kernel"):
         runs = runs_without(kernel.code, "VABSDIFF4")
-        assert sum(wide_loads(names) >= 4 * 2 for names in runs) >= 2, kernel.name  # listed, and in order
+        # Once for leaves that are listed, once for leaves in order.
+        assert sum(wide_loads(names) >= 4 * 2 for names in runs) >= 2, kernel.name
 
 
 def test_encode_asks_for_two_groups_of_elements_before_it_multiplies():
@@ -88,7 +89,8 @@ def test_encode_asks_for_two_groups_of_elements_before_it_multiplies():
         runs = runs_without(kernel.code, "FFMA")
         assert max(wide_loads(names) for names in runs) >= 2 * (1 + 4 + 2), kernel.name
         widest = max(runs, key=wide_loads)
-        assert sum(op.startswith("LDG.E.U16") for op in widest) <= 2 * 8, kernel.name  # odd addresses
+        at_odd_addresses = sum(op.startswith("LDG.E.U16") for op in widest)
+        assert at_odd_addresses <= 2 * 8, kernel.name
 
 
 def test_boxes_are_tested_two_slots_at_a_time():
@@ -111,14 +113,24 @@ def test_what_is_counted_in_shared_memory_is_known_to_be_there():
         assert not any(op.startswith("ATOM.E.ADD") for op in count), name
 
 
-def test_a_ticket_is_one_atomic_with_one_fence():
-    """A release before it, an acquire after it; none waits for all of the device's order."""
+def test_what_blocks_tell_each_other_takes_no_order_of_the_whole_device():
+    """A ticket is one atomic that releases before and acquires after it; so are the fences."""
     for kind in ("dense_kernel", "indexed_kernel", "encode_kernel"):
         for name, count in of_kind(counts("90a"), kind):
-            fences = {op: n for op, n in count.items() if op.startswith("MEMBAR")}
-            assert fences == {"MEMBAR.ALL.GPU": 1}, name
-            assert count["ATOMG.E.INC.STRONG.GPU"] == 1, name
-            assert count["CCTL.IVALL"] == 1, name
+            fences = {op for op in count if op.startswith("MEMBAR")}
+            assert fences == {"MEMBAR.ALL.GPU"}, name
+            assert count["ATOMG.E.INC.STRONG.GPU"], name
+            assert count["CCTL.IVALL"], name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_keys_of_the_dense_look_up_are_copied_ahead(architecture):
+    """Four pieces a lane and stage, for few rows and for many, before the loop and in it."""
+    for name, count in of_kind(counts(architecture), "dense_kernel"):
+        copies = sum(n for op, n in count.items() if op.startswith("LDGSTS.E.BYPASS.128"))
+        assert copies == 2 * 2 * 4, name
+        assert count["LDGDEPBAR"] == 2 * 2, name
+        assert count["DEPBAR.LE"] >= 2, name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -154,17 +166,18 @@ def test_the_first_node_lets_the_second_start_before_it_works():
 @pytest.mark.parametrize("kind", ["dense_kernel", "indexed_kernel", "encode_kernel"])
 def test_a_ticket_releases_what_was_written_and_acquires_what_is_read(kind, architecture):
     for kernel in kernels(kind, architecture):
-        (ticket,) = kernel.places(r"ATOM.*INC")
-        before, after = range(ticket - 16, ticket), range(ticket + 1, ticket + 24)
-        assert kernel.count(r"MEMBAR.*GPU", before), kernel.name
-        assert kernel.count("CCTL.IVALL", after), kernel.name
+        tickets = kernel.places(r"ATOM.*INC")
+        assert tickets
+        for ticket in tickets:
+            before, after = range(ticket - 16, ticket), range(ticket + 1, ticket + 24)
+            assert kernel.count(r"MEMBAR.*GPU", before), kernel.name
+            assert kernel.count("CCTL.IVALL", after), kernel.name
 
 
 # A query's elements are loaded by these; `at` takes 16 bytes where they lie so.
 OF_QUERIES = ("element", "bits_at", "at")
 
 
-@pytest.mark.xfail(strict=True, reason="queries are loaded one element at a time")
 @pytest.mark.parametrize("kind", ["dense_kernel", "encode_kernel"])
 def test_queries_that_lie_at_16_bytes_are_read_in_loops_without_smaller_loads(kind):
     """One loop for each type of queries."""

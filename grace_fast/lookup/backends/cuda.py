@@ -40,6 +40,7 @@ MOST_QUERIES = 32  # layout.h, kMostQueries
 OLDEST = (8, 0)  # compute capability that setup.py builds for
 _OF_BLOCK = 16384  # bytes of a block's shared memory that are not a query
 SPARES = 2  # workspaces that are there before a capture asks for one
+GROWTH = 8  # times the rows at its capture that a graph is made for; it answers for any number
 MODES = {"replace_all": 0, "replace_last": 1, "replace_prompt": 2}  # layout.h, Replacement
 
 
@@ -363,7 +364,11 @@ class Table:
             tensor.record_stream(stream)
 
     def lookup_in(self, book: Tensor, workspace: Tensor) -> Any:
-        """Return what launches look-ups of a description like this table's."""
+        """Return what launches look-ups of a description like this table's.
+
+        Few blocks read few rows. Another description than this table's may come to have more.
+        """
+        growth = 1 if book is self.book else GROWTH
         return self.module.Lookup(
             book=book.data_ptr(),
             workspace=workspace.data_ptr(),
@@ -372,6 +377,7 @@ class Table:
             dtype=DTYPE_NUMBERS[self.snapshot.dtype],
             value_width=self.snapshot.value_dim,
             indexed=self.indexed,
+            expected_rows=growth * self.snapshot.rows,
             device=self._index,
         )
 
