@@ -29,8 +29,9 @@ HEADER = f"""\
 By `python -m benchmarks.gpu_machine_code`, with {{nvcc}}. Counts of instructions
 in the code of each kernel, not of those that run; *shared* is the fixed part of a block's shared
 memory in bytes, to which the dense kernel adds queries and keys by their width. The hottest loop is
-the innermost one with most multiply-adds, or most products of code bytes: its instructions, of
-these the work, the loads of 16 bytes (global / shared / copied) and the shuffles.
+the innermost one with most multiply-adds, or most products of code bytes: the instructions that
+lie in one piece, of these the work, the loads of 16 bytes (global / shared), the copies of 16 bytes
+to shared memory, and the shuffles.
 """
 
 
@@ -59,10 +60,12 @@ def hottest(kernel: sass.Kernel) -> tuple[int | str, ...]:
     """Describe the innermost loop with most work."""
     (kind,) = re.findall(r"\d([a-z]+)_kernel", kernel.name)
     pattern = WORK.get(kind, OF_OTHERS)
-    loops = [loop for loop in kernel.innermost() if kernel.count(pattern, loop)]
+    inner = map(sass.stretch, kernel.innermost())
+    loops = [loop for loop in inner if kernel.count(pattern, loop)]
     if not loops:
         return "", "", "", ""
-    loop = max(loops, key=lambda each: (kernel.count(pattern, each), -len(each)))
+    # Of two with as much work, the one that reads shared memory: queries are staged there before.
+    loop = max(loops, key=lambda each: [kernel.count(of, each) for of in (pattern, "LDS")])
     wide = [kernel.count(rf"{load}\b.*128", loop) for load in ("LDG", "LDS", "LDGSTS")]
     work, shuffles = kernel.count(pattern, loop), kernel.count("SHFL", loop)
     return len(loop), work, " / ".join(map(str, wide)), shuffles

@@ -38,7 +38,7 @@ class Kernel:
     def __init__(self, name: str, code: list[Instruction]) -> None:
         self.name, self.code = name, code
 
-    def count(self, pattern: str, places: Places) -> int:
+    def count(self, pattern: str, places: Iterable[int]) -> int:
         """Return how many of some instructions match."""
         return sum(bool(re.match(pattern, self.code[place].name)) for place in places)
 
@@ -73,6 +73,14 @@ class Kernel:
         """Return the loops that hold no other."""
         found = self.loops()
         return [loop for loop in found if not any(other < loop for other in found)]
+
+
+def stretch(loop: Places) -> Places:
+    """Return what of a loop lies in one piece from its head: rare paths lie elsewhere."""
+    place = min(loop)
+    while place in loop:
+        place += 1
+    return frozenset(range(min(loop), place))
 
 
 class _Blocks:

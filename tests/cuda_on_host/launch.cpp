@@ -97,6 +97,8 @@ int launch_look_up(const Call& call, bool indexed, int blocks, const Device&, vo
     return indexed ? launch_indexed_of<decltype(key)>(call, blocks)
                    : launch_dense_of<decltype(key)>(call, blocks);
   });
+  const on_host::Grid& last = launched().back();
+  on_host::loads().assign(static_cast<size_t>(last.blocks * last.groups), 0);
   on_host::run(std::move(launched()), written(call, blocks), order().seed++);
   return error;
 }
