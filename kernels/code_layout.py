@@ -19,7 +19,7 @@ from torch import Tensor
 NEAR, NODE, SLOTS = layout.NEAR, layout.NODE, 64
 FOLDED = 32  # slots that are multiplied, the least that int8 tensor cores take
 PLACED = ("near", "far", "row", "leaf_boxes", "node_boxes")  # what every engine reads
-PADDING = 64  # positions past the last one: a tile may begin with the last leaf
+PADDING = 192  # positions past the last one: a tile may begin with the last leaf
 NEVER = tl.constexpr(1 << 30 | 1 << 20)  # half a norm so large that no threshold reaches it
 
 
@@ -34,8 +34,8 @@ class Codes(NamedTuple):
     near: Tensor  # [positions, 4] int32, four code bytes each
     far: Tensor  # [positions, 12] int32
     row: Tensor  # [positions] int32
-    folded: Tensor  # [positions + 64, 32] int8, what `code_tiles` multiplies
-    half_norm: Tensor  # [positions + 64] int32, half the squares of their norms
+    folded: Tensor  # [positions + 192, 32] int8, what `code_tiles` multiplies
+    half_norm: Tensor  # [positions + 192] int32, half the squares of their norms
     leaf_max_radius: Tensor  # [leaves] float32
     node_max_radius: Tensor  # [nodes] float32
     leaf_boxes: Tensor  # [leaves in order, 2, 16] int16, low and -high

@@ -41,10 +41,10 @@ from grace_fast.kernels.ring import Ring, append, of_query
 POSITION_BYTES = FOLDED + 4  # read for a position
 TILED = 32  # queries from which on the codes are multiplied. Not measured.
 # Queries and positions of a tile, and the chunks of positions in flight. Not measured.
-TILE = {"BLOCK_B": 64, "BLOCK_N": 128, "STAGES": 3}
+TILE = {"BLOCK_B": 64, "BLOCK_N": 256, "STAGES": 3}
 WARPS = 4
 STEPS = 32  # tiles of a group at most: a bit of an int32 each, and within one level-2 node
-PROGRAMS_PER_PROCESSOR = 3  # what the registers of sm_90 leave room for; not measured
+PROGRAMS_PER_PROCESSOR = 2  # what the registers of sm_90 leave room for; not measured
 _SLOTS = tl.constexpr(FOLDED)
 _FRESH = tl.constexpr(16)  # rows without a code that are appended together
 
@@ -153,14 +153,14 @@ def filter_codes(
     if share == 0:
         append_fresh(ring, query, asks, tl.load(codes.counts), tl.load(keys.rows))
     folded = folded_queries(asked, query, asks, codes)
-    own = query_threshold(asked, query, codes)
     start = tl.load(codes.counts + 1) * 4096
     stop = start + tl.load(codes.counts + 2)
     leaves = stop // 64
-    every = tl.arange(0, 64) >= 0
+    every, nowhere = tl.arange(0, 64) >= 0, query.to(tl.int32) * 0 - 1
     for group in range(share, tl.cdiv(stop, steps * BLOCK_N), shares):
         origin = group * steps * BLOCK_N
-        threshold = threshold_of(own, codes, tl.where(origin < start, 0, 2))
+        kind = tl.where(origin < start, 0, 2)
+        threshold = threshold_of(query_threshold(asked, query, codes), codes, kind)
         inside = asks
         if origin < start:
             inside = asks & in_box(
@@ -179,30 +179,33 @@ def filter_codes(
             for leaf in range(0, here):
                 if ((some >> (leaf // (BLOCK_N // 64))) & 1) != 0:
                     first = origin + leaf * 64
-                    may = inside
-                    if origin < start:
-                        may = inside & in_box(
-                            asked,
-                            query,
-                            codes.leaf_boxes,
-                            codes.leaf_max_radius,
-                            first // 64,
-                            threshold,
-                        )
-                    # A ring that was asked for more than it holds needs no more.
-                    may = may & (tl.load(ring.entries + query) <= ring.size)
-                    lower, bound = bounded_tile(folded, may, first, leaves, codes, threshold, 64)
-                    # Those of each query from left to right, one a query at a time: they are few.
-                    column = first_candidate(lower, bound, may, every, query.to(tl.int32) * 0 - 1)
-                    radius = tl.load(codes.leaf_max_radius + first // 64).to(tl.float64)
-                    while any_of(column < 64):
-                        position = first + column
-                        words = asked.words + query[:, None] * 16
-                        keep = within_thresholds(
-                            position, column < 64, radius, threshold, codes, words
-                        )
-                        append(of_query(ring, query), position.to(tl.int32), keep)
-                        column = first_candidate(lower, bound, may, every, column)
+                    lower, bound = bounded_tile(folded, inside, first, leaves, codes, threshold, 64)
+                    may = inside & (tl.min(lower, axis=1) <= bound)
+                    if any_of(may):
+                        # Made again: held through the products they would take registers there.
+                        fine = threshold_of(query_threshold(asked, query, codes), codes, kind)
+                        if origin < start:
+                            may = may & in_box(
+                                asked,
+                                query,
+                                codes.leaf_boxes,
+                                codes.leaf_max_radius,
+                                first // 64,
+                                fine,
+                            )
+                        # A ring that was asked for more than it holds needs no more.
+                        may = may & (tl.load(ring.entries + query) <= ring.size)
+                        # Each query's from left to right, one a query at a time: they are few.
+                        column = first_candidate(lower, bound, may, every, nowhere)
+                        radius = tl.load(codes.leaf_max_radius + first // 64).to(tl.float64)
+                        while any_of(column < 64):
+                            position = first + column
+                            words = asked.words + query[:, None] * 16
+                            keep = within_thresholds(
+                                position, column < 64, radius, fine, codes, words
+                            )
+                            append(of_query(ring, query), position.to(tl.int32), keep)
+                            column = first_candidate(lower, bound, may, every, column)
 
 
 def collect(asked: Query, codes: Codes, keys: Keys, ring: Ring, processors: int) -> None:

@@ -168,7 +168,7 @@ def kernels(native: bool = True) -> dict[str, Kernel]:
             "code_tiles",
             "filter_codes",
             {**scanned, "shares": "i32", "steps": "i32", **code_tiles.TILE},
-            registers=168,
+            registers=255,  # two programs of 128 threads to a multiprocessor
             warps=code_tiles.WARPS,
             holds=("IGMMA", *bytes_apart),
         ),
