@@ -20,6 +20,17 @@ SEEN_BY = {
     "encode is_last: take_ticket 1 releases nothing": "few codes",
     "encode is_last: sync_block 2": "few codes: every thread waits",
     "indexed read: wait_for_the_kernel_before 1": "few codes",
+    "settle is_last_block: sync_block 1": "a dense look-up",
+    "settle is_last_block: sync_block 2": "a dense look-up: every thread waits",
+    "settle is_last_block: take_ticket 1 releases nothing": "a dense look-up",
+    "settle join_warps: sync_block 1": "a dense look-up: an invalid access",
+    "settle run: sync_block 1": "a dense look-up: every thread waits",
+    "settle run: sync_block 2": "a dense look-up of near ties",
+    "settle best_of_block: sync_block 1": "a dense look-up of near ties",
+    "settle best_of_block: sync_block 2": "a dense look-up of near ties: an invalid access",
+    "write take_parts: sync_block 1": "many tokens written",
+    "write take_parts: sync_block 2": "many tokens written: every thread waits",
+    "write hand_out: sync_block 1": "many tokens written: an invalid access",
 }
 OUT_OF_REACH = {
     "encode run: let_the_next_kernel_start 1": "takes time only; its place is asserted in SASS",
