@@ -3,16 +3,16 @@
 A time is a sum of parts: launches by the cost of a node, dependent round trips by their
 latency, and the larger of bytes over bandwidth and instructions over the rate they are issued at.
 Where a loop does not fetch ahead, the two overlap only in part: half way between the larger and the
-sum. Every
-constant says where it is from; nothing in here was measured by this benchmark.
+sum. Every constant says where it is from; nothing in here was measured by this benchmark.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from benchmarks import gpu_cells
-from benchmarks.gpu_cells import BESIDE, BOXES, LINEAR, NAN, SUMS, WRITTEN, Cell
+from benchmarks.gpu_cells import BESIDE, BOXES, LINEAR, SUMS, WRITTEN, Cell
 
 # name: (value, where it is from)
 CONSTANTS: dict[str, tuple[float, str]] = {
@@ -27,7 +27,7 @@ CONSTANTS: dict[str, tuple[float, str]] = {
     "node": (1.6, "us of a kernel node after another in a graph, an estimate"),
     "early_node": (0.8, "us of one that is started while the node before it still runs"),
     "memset": (1.3, "us of a memset node, an estimate"),
-    "ticket": (1.4, "us of two fences, a ticket and the last block's read of the others' bests"),
+    "ticket": (1.0, "us of a fence, a ticket and the last block's read of the others' bests"),
     "decide": (1.1, "us: eight trips to the second-level cache"),
     "canonical": (
         19 / 1980,
@@ -36,11 +36,12 @@ CONSTANTS: dict[str, tuple[float, str]] = {
     "host_call": (30.0, "us of launching from Python, for what cannot be captured"),
 }
 C = {name: value for name, (value, _) in CONSTANTS.items()}
+Overlapped = Callable[[float, float], float]  # what memory and instructions take together
 
 # Warp instructions of the loops on sm_90a, as nvcc 13.0 and Triton made them.
-CUDA_DENSE_LOOP = (97, 64)  # for four 16-byte loads of a lane: 97, and 64 a query (353 for four)
-CUDA_CODES_LEAF = 46  # a leaf of 64 codes and one query
-TRITON_DENSE_CHUNK = {1: 111, 4: 218}  # of each of 4 warps, for 32 rows of 64 columns
+CUDA_DENSE_STEP = {1: 174, 4: 343, 8: 634}  # for 2 KB of keys, by queries that share them
+CUDA_CODES_LEAF = {"linear": 21.3, "boxes": 33.0}  # a leaf of 64 codes and one query
+TRITON_DENSE_CHUNK = {1: 124, 4: 300}  # of each of 4 warps for 2 048 elements, by queries
 TRITON_CODES_LEAF = 88  # 350 for 256 positions, without the cold part of the loop
 BOX = 32  # a box to a lane
 
@@ -80,15 +81,14 @@ def _cuda_dense(cell: Cell) -> dict[str, float]:
     together = 1 if cell.B == 1 else 4 if cell.B <= 4 else 8
     passes = math.ceil(cell.B / together)
     row = cell.key_bytes / cell.N
-    shared, own = CUDA_DENSE_LOOP
-    steps = row / 2048  # of a warp, four loads of 16 bytes a lane
-    issued = passes * cell.N * steps * (shared + own * together) / C["issue"]
-    in_turn = math.ceil(cell.N / (132 * 16)) * math.ceil(steps) * passes * C["hbm_trip"]
+    steps = row / 2048  # of a warp: a stage of its ring, three of which are in flight
+    issued = passes * cell.N * steps * CUDA_DENSE_STEP[together] / C["issue"]
+    in_turn = math.ceil(cell.N / (132 * 16)) * math.ceil(steps / 3) * passes * C["hbm_trip"]
     return {
-        "nodes": C["memset"] + C["node"],
-        "queries": math.ceil(together * cell.D / 512) * C["l2_trip"],
+        "node": C["node"],
+        "queries": math.ceil(together * cell.D / (8 * 4 * 512)) * 2 * C["l2_trip"],
         "first key": C["hbm_trip"],
-        "keys": max(_half_hidden(passes * _memory(cell, cell.key_bytes), issued), in_turn),
+        "keys": max(passes * _memory(cell, cell.key_bytes), issued, in_turn),
         "deciding": C["ticket"] + C["decide"],
     }
 
@@ -96,13 +96,13 @@ def _cuda_dense(cell: Cell) -> dict[str, float]:
 def _triton_dense(cell: Cell) -> dict[str, float]:
     together = 1 if cell.B == 1 else 4
     passes = math.ceil(cell.B / together)
-    chunks = cell.N / 32 * math.ceil(cell.D / 64)
+    chunks = cell.N * cell.D / 2048
     wide = 2 if cell.dtype == "float32" else 1
     issued = passes * chunks * 4 * TRITON_DENSE_CHUNK[together] * wide / C["issue"]
     return {
         "nodes": 2 * C["node"],
         "first key": 2 * C["hbm_trip"],
-        "keys": _half_hidden(passes * _memory(cell, cell.key_bytes), issued),
+        "keys": max(passes * _memory(cell, cell.key_bytes), issued),  # six chunks in flight
         "deciding": C["decide"] + 4 * C["l2_trip"],
     }
 
@@ -113,17 +113,17 @@ def _encoding(cell: Cell) -> dict[str, float]:
     return {"encoding": trips * C["l2_trip"] + C["hbm_trip"] + C["ticket"]}
 
 
-def _scanning(cell: Cell, leaf: float) -> dict[str, float]:
+def _scanning(cell: Cell, leaf: float, overlapped: Overlapped) -> dict[str, float]:
     """Return what the codes take: every one, or what the boxes leave of them."""
     if cell.path in LINEAR:
         issued = cell.B * cell.N / 64 * leaf / C["issue"]
-        return {"codes": C["hbm_trip"] + _half_hidden(_memory(cell, 16 * cell.N), issued)}
+        return {"codes": C["hbm_trip"] + overlapped(_memory(cell, 16 * cell.N), issued)}
     leaves = cell.B * touched(cell.N) * cell.N / 64
     boxes = cell.B * (cell.N / 4096 + 2 * leaves) / 32 * BOX / C["issue"]
     return {
         "boxes": 2 * C["hbm_trip"] + boxes,
         "codes": 2 * C["hbm_trip"]
-        + _half_hidden(_memory(cell, 1024 * leaves), leaves * leaf / C["issue"]),
+        + overlapped(_memory(cell, 1024 * leaves), leaves * leaf / C["issue"]),
     }
 
 
@@ -139,52 +139,51 @@ def touched(rows: int) -> float:
 
 
 def _cuda_codes(cell: Cell) -> dict[str, float]:
-    nodes = C["memset"] + C["node"] + C["early_node"]
-    deciding = {"deciding": C["ticket"] + C["decide"]}
-    return {"nodes": nodes} | _encoding(cell) | _scanning(cell, CUDA_CODES_LEAF) | deciding
+    leaf = CUDA_CODES_LEAF["linear" if cell.path in LINEAR else "boxes"]
+    # The book, the query beside the rows, the ticket; then the sums, the turn, and four for it.
+    encoding = 2 * C["hbm_trip"] + C["ticket"] + 6 * C["l2_trip"]
+    return {
+        "nodes": C["node"] + C["early_node"],
+        "encoding": encoding,
+        **_scanning(cell, leaf, max),  # four leaves are in flight
+        "deciding": C["ticket"] + C["decide"],
+    }
 
 
 def _triton_codes(cell: Cell) -> dict[str, float]:
-    """Encode, collect, decide, and two dense nodes for what is in doubt, which always run."""
+    """Encode, collect, decide, and a node for what is in doubt, which ends at once."""
     deciding = {"deciding": C["decide"] + 3 * C["hbm_trip"]}
-    nodes = {"nodes": 5 * C["node"]}
-    return nodes | _encoding(cell) | _scanning(cell, TRITON_CODES_LEAF) | deciding
+    nodes = {"nodes": 4 * C["node"]}
+    return nodes | _encoding(cell) | _scanning(cell, TRITON_CODES_LEAF, _half_hidden) | deciding
 
 
 def _tiles(cell: Cell) -> dict[str, float]:
-    """Tiles of 64 queries and 128 keys, which the second-level cache has to deliver."""
-    groups = math.ceil(cell.B / 64)
-    delivered = groups * cell.N / 128 * (64 + 128) * cell.D * 2 / C["l2_bandwidth"]
-    multiplied = 2 * 64 * groups * cell.N * cell.D / C["tensor"]
+    """Tiles of queries and keys, which the second-level cache has to deliver."""
+    queries, keys = (128, 256) if cell.B >= 128 else (64, 128)
+    groups = math.ceil(cell.B / queries)
+    delivered = groups * cell.N / keys * (queries + keys) * cell.D * 2 / C["l2_bandwidth"]
+    multiplied = 2 * queries * groups * cell.N * cell.D / C["tensor"]
     return {
-        "nodes": 5 * C["node"],
+        "nodes": 4 * C["node"],
         "tiles": max(delivered, multiplied, _memory(cell, cell.key_bytes)),
         "deciding": 2 * C["decide"],
-        "one NaN": _doubtful(cell),
     }
 
 
 def _code_tiles(cell: Cell) -> dict[str, float]:
-    scanned = 410.0 * cell.B / 4096 * cell.N / 1e6  # the epilogue of the tiles, by its instructions
+    scanned = 340.0 * cell.B / 4096 * cell.N / 1e6  # 156 instructions for 8 192 products
     return {
-        "nodes": 5 * C["node"],
+        "nodes": 4 * C["node"],
         **_encoding(cell),
         "tiles": max(scanned, _memory(cell, 36 * cell.N)),
         "deciding": 2 * C["decide"],
-        "one NaN": _doubtful(cell),
     }
 
 
-def _doubtful(cell: Cell) -> float:
-    """Return what one query takes that a single program looks up among all keys."""
-    return 55_000.0 * cell.N / 1e5 if cell.asks == NAN else 0.0
-
-
 def _auto(cell: Cell) -> dict[str, float]:
-    """Triton by codes through the public call, which has S summed and torch make the mask."""
-    hits = cell.asks == WRITTEN
-    extra = {"mask": 2 * C["node"], "S": C["canonical"] * cell.D} if hits else {}
-    return _triton_codes(Cell(cell.stage, BOXES[1], cell.N, cell.D, cell.B, cell.dtype)) | extra
+    """CUDA by codes through the public call; torch makes the mask and writes."""
+    extra = {"mask": 2 * C["node"]} if cell.asks == WRITTEN else {}
+    return _cuda_codes(Cell(cell.stage, BOXES[0], cell.N, cell.D, cell.B, cell.dtype)) | extra
 
 
 def _answering(cell: Cell) -> dict[str, float]:
@@ -196,25 +195,16 @@ def _answering(cell: Cell) -> dict[str, float]:
     return {}
 
 
-def mended(cell: Cell) -> float:
-    """Return what a path of ours takes that fetches ahead, in one node or two by codes."""
-    if cell.asks == BESIDE:
-        return 2.0 + (cell.key_bytes / C["bandwidth"] if "dense" in cell.path else 0.0)
-    queries, deciding = 2 * C["l2_trip"] + C["hbm_trip"], C["ticket"] / 2 + C["decide"] / 2
-    answering = C["canonical"] * cell.D if cell.asks == SUMS else 0.0
-    answering += C["hbm_trip"] if cell.asks == WRITTEN else 0.0
+def limit(cell: Cell) -> float:
+    """Return what a path of ours takes at least: its bytes by the bandwidth, or its products."""
     if "dense" in cell.path:
-        return C["node"] + queries + _memory(cell, cell.key_bytes) + deciding + answering
+        return _memory(cell, cell.key_bytes)
     if cell.path == gpu_cells.TILES:
-        tensor = 2 * max(64, cell.B) * cell.N * cell.D / C["tensor"] * 1.2
-        return 2 * C["node"] + queries + max(tensor, _memory(cell, cell.key_bytes)) + deciding
-    fixed = C["node"] + C["early_node"] + queries + 2 * C["hbm_trip"] + deciding + answering
-    if cell.path == gpu_cells.CODE_TILES:
-        return fixed + max(300.0 * cell.B / 4096 * cell.N / 1e6, _memory(cell, 36 * cell.N))
-    if cell.path in LINEAR:
-        return fixed + _memory(cell, 18 * cell.N)
-    leaves = cell.B * touched(cell.N) * cell.N / 64
-    return fixed + C["hbm_trip"] + leaves * CUDA_CODES_LEAF / 2 / C["issue"]
+        products = 2 * cell.B * cell.N * cell.D / C["tensor"]
+        return max(products, _memory(cell, cell.key_bytes))
+    if cell.path == gpu_cells.CODE_TILES or cell.path in LINEAR:
+        return _memory(cell, (16 if cell.path in LINEAR else 36) * cell.N)
+    return _memory(cell, 1024 * cell.B * touched(cell.N) * cell.N / 64)
 
 
 _OURS = {
@@ -281,4 +271,4 @@ def _machine(cell: Cell) -> dict[str, float]:
 def _beside(cell: Cell) -> dict[str, float]:
     """What a look-up adds to a layer: bytes that compete, and blocks that wait for their place."""
     reads = cell.key_bytes / C["bandwidth"] if "dense" in cell.path else 0.0
-    return {"waiting": 8.0 if cell.path.startswith("cuda") else 16.0, "bytes": reads}
+    return {"waiting": 8.0 if cell.path.startswith("cuda") else 13.0, "bytes": reads}

@@ -5,9 +5,9 @@
 A prediction is a sum of parts: launches by the cost of a node, dependent round trips by their
 latency, and the larger of bytes over bandwidth and instructions over the rate they are issued at.
 Where a loop does not fetch ahead, the two overlap only in part: half way between the larger and the
-sum. `us` is of the kernels whose machine code was counted, `after_us` of kernels that fetch ahead,
-start with one round trip and take one or two nodes. All of it is an estimate, none of it measured
-on a GPU: it is kept so that the first measurement can be held against it.
+sum. `us` is of the kernels as their machine code was counted, `limit_us` what their bytes or
+products take alone. All of it is an estimate, none of it measured on a GPU: it is kept so that the
+first measurement can be held against it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ BESIDE_GOAL = 2.0  # more than the layer alone
 class Prediction:
     """What a cell is expected to take."""
 
-    us: float  # of the kernels that were counted
-    after_us: float | None  # of ours, mended; None where nothing is to change
+    us: float
+    limit_us: float | None  # of ours: bytes over bandwidth, or products; None beside a layer
     goal_us: float | None
     parts: dict[str, float]  # that `us` is the sum of
 
@@ -48,9 +48,10 @@ def predicted(cell: Cell) -> Prediction:
     Raises: KeyError for a path that is not known.
     """
     parts = gpu_model.parts_of(cell)
-    after = round(gpu_model.mended(cell), 2) if cell.is_ours else None
+    is_bound = cell.is_ours and cell.asks != BESIDE
+    limit = round(gpu_model.limit(cell), 2) if is_bound else None
     kept = {name: round(us, 2) for name, us in parts.items() if us}
-    return Prediction(round(sum(parts.values()), 2), after, goal_of(cell), kept)
+    return Prediction(round(sum(parts.values()), 2), limit, goal_of(cell), kept)
 
 
 def goal_of(cell: Cell) -> float | None:
@@ -95,16 +96,16 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             row["asks"],
             row["caches"],
         ]
-        + [_number(row[name]) for name in ("us", "after_us", "goal_us")]
+        + [_number(row[name]) for name in ("us", "limit_us", "goal_us")]
         + ["; ".join(f"{name} {us:.4g}" for name, us in row["parts"].items())]
         for row in rows
     ]
-    heads = ["path", "N", "D", "B", "dtype", "asks", "caches", "predicted us", "mended", "goal"]
+    heads = ["path", "N", "D", "B", "dtype", "asks", "caches", "predicted us", "limit", "goal"]
     command, about = (__doc__ or "").split("\n\n    ")[0], (__doc__ or "").split("\n\n")[2:]
     said = " ".join("\n".join([command, *about]).split())
     return (
         f"# Predictions for an H200\n\n{said} Written by `python -m benchmarks.gpu_prediction`: "
-        "`predicted us` is `us`, `mended` is `after_us`.\n\n"
+        "`predicted us` is `us`, `limit` is `limit_us`.\n\n"
         f"{runner.table(['constant', 'value', 'source'], constants)}\n\n"
         f"{runner.table([*heads, 'parts, us'], cells)}\n"
     )

@@ -20,8 +20,8 @@ NODES = {"dense": ["dense_kernel"], "codes": ["encode_kernel", "indexed_kernel"]
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    return host_module(tmp_path_factory.mktemp("cuda"))
+def module():
+    return host_module()
 
 
 @pytest.fixture(autouse=True)

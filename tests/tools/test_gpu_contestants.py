@@ -42,8 +42,8 @@ class FewBlocks:
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory):
-    module = host_module(tmp_path_factory.mktemp("cuda"))
+def on_host():
+    module = host_module()
     module.forget()
     module.set_order(1, 64)
     return FewBlocks(module)
