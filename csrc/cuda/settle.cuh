@@ -165,7 +165,7 @@ class Settle : Place {
   }
 
   // The best two that blocks have seen of a query, by a warp.
-  GRACE_FAST_DEVICE BestTwo best_of_blocks(int b) const {
+  GRACE_FAST_COLD BestTwo best_of_blocks(int b) const {
     BestTwo best{kNone, kNone};
     for (int i = lane_; i < block_count(); i += kWarp) {
       const BestTwo two = seen(lookup_.first() + b, i);
