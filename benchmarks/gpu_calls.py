@@ -103,15 +103,14 @@ def _public(cell: Cell, book: Book, queries: Tensor) -> Call:
 def _cuda_call(cell: Cell, book: Book, queries: Tensor) -> Call:
     table = _kept(book, cell.path, partial(_cuda_table, cell.path, book))
     if cell.asks == WRITTEN:
-        output, _ = _room(book, queries)
-        mask = torch.ones(len(queries), TOKENS, dtype=torch.bool, device=queries.device)
-        return lambda: Answer(*table.replace_(output, queries, mask), None, output)
+        output, positions = _room(book, queries)
 
-    def found() -> Answer:
-        hit, row, squared = table.find(queries)
-        return Answer(hit, row, squared if cell.asks == SUMS else None)
+        def written() -> Answer:
+            table.replace_(output, queries, positions, MODE)
+            return Answer(None, None, None, output)
 
-    return found
+        return written
+    return lambda: Answer(*table.find(queries, sums=cell.asks == SUMS))
 
 
 def _cuda_table(path: str, book: Book) -> Any:

@@ -181,17 +181,16 @@ def _code_tiles(cell: Cell) -> dict[str, float]:
 
 
 def _auto(cell: Cell) -> dict[str, float]:
-    """CUDA by codes through the public call; torch makes the mask and writes."""
-    extra = {"mask": 2 * C["node"]} if cell.asks == WRITTEN else {}
-    return _cuda_codes(Cell(cell.stage, BOXES[0], cell.N, cell.D, cell.B, cell.dtype)) | extra
+    """CUDA by codes, through the public call."""
+    return _cuda_codes(Cell(cell.stage, BOXES[0], cell.N, cell.D, cell.B, cell.dtype))
 
 
 def _answering(cell: Cell) -> dict[str, float]:
     if cell.asks == SUMS:
         return {"S": C["canonical"] * cell.D}
     if cell.asks == WRITTEN:
-        is_one_node = cell.path.startswith("cuda")
-        return {"writing": C["hbm_trip"] if is_one_node else C["node"] + C["hbm_trip"]}
+        has_own_node = cell.path.startswith("triton")
+        return {"writing": C["hbm_trip"] + (C["node"] if has_own_node else 0.0)}
     return {}
 
 
