@@ -1,6 +1,8 @@
 """Synchronisation of the GPU look-up, left out one call at a time, and what a host sees of it.
 
-    python -m cuda_mutants [WORDS]     with tests on the path; prints what becomes of each mutant
+    python -m cuda_mutants [WORDS ...]     with tests on the path; prints what becomes of each
+
+Words choose the mutants whose names hold some of them; all are tried without.
 
 Every call of a function of csrc/cuda/device.cuh that returns nothing, and every fresh load, is a
 mutant; a few more put one elsewhere. All are in one build: a switch says which is chosen.
@@ -185,8 +187,8 @@ def outcome(choose: Callable[[], object], works: dict[str, Callable[[int], None]
         return f"it ends with {process.exitcode}"
 
 
-def main(words: str = "") -> None:
-    """Print a JSON object: what becomes of every mutant, and of the sources without one."""
+def main(*words: str) -> None:
+    """Print a JSON object: what becomes of the mutants, and of the sources without one."""
     torch.set_num_threads(1)
     module, choose, names = build()
     works = workloads(module)
@@ -196,9 +198,9 @@ def main(words: str = "") -> None:
         for both in BOTH
         if chosen.keys() >= set(both)
     }
-    found = {}
+    found = dict.fromkeys(chosen, "not tried")
     for name, numbers in chosen.items():
-        if words in name:
+        if not words or any(word in name for word in words):
             found[name] = outcome(partial(choose, *numbers), works)
             print(f"{name} -> {found[name]}", file=sys.stderr, flush=True)
     print(json.dumps(found))
