@@ -4,8 +4,8 @@
     row = argmin S_i                        the lowest row among equal S
 
 `nearest_in_share`: one program takes one query and a share of the rows, BLOCK_N together, one row
-to a lane. It reads CHUNK columns at a time, three chunks in flight, and halves a chunk until single
-columns are left, so that they are added in ascending order whatever the layout.
+to a lane. It reads CHUNK columns at a time, STAGES chunks in flight, and halves a chunk until
+single columns are left, so that they are added in ascending order whatever the layout.
 `nearest_of_shares`: one program takes one query and the winners of all its shares.
 
 The order is the law, so a product and a sum may not be contracted: every launch passes `OPTIONS`.
@@ -29,6 +29,8 @@ BLOCK_N = 64
 CHUNK_BYTES = 64  # of one row: whole 32-byte sectors; 48 registers a lane on sm_90 (triton 3.9)
 PROGRAMS_PER_PROCESSOR = 64  # four times what its registers hold, so that none is the last long
 SHARES = 256  # winners read together
+WARP = {"cuda": 32, "hip": 64}
+STAGES = {"cuda": 3, "hip": 2}  # AMD's scalar registers hold no third one
 
 
 @triton.jit
@@ -46,11 +48,18 @@ def add_in_order(total, square, BLOCK_N: tl.constexpr, WIDTH: tl.constexpr) -> t
 
 @triton.jit
 def canonical_sums(
-    query, keys, slot, here, width, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr
+    query,
+    keys,
+    slot,
+    here,
+    width,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STAGES: tl.constexpr = 3,
 ) -> tl.tensor:
     """Return S [BLOCK_N] float64 of one query [D] and the keys in slots, where `here` is set."""
     squared = tl.zeros((BLOCK_N,), dtype=tl.float64)
-    for first in tl.range(0, width, CHUNK, num_stages=3):
+    for first in tl.range(0, width, CHUNK, num_stages=STAGES):
         j = first + tl.arange(0, CHUNK)
         q = tl.load(query + j, mask=j < width, other=0)
         k = tl.load(
@@ -87,6 +96,7 @@ def nearest_in_share(
     share_blocks,  # blocks of BLOCK_N rows that a share has
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
 ) -> None:
     """Write the nearest live row of one query among a share of the rows, and its S."""
     # Queries run fastest: the programs that read the same keys are close in time.
@@ -97,14 +107,14 @@ def nearest_in_share(
     best_block = tl.full((BLOCK_N,), -1, dtype=tl.int32)
     first = share * share_blocks
     last = tl.minimum(first + share_blocks, tl.cdiv(rows, BLOCK_N).to(tl.int32))
-    for block in range(first, last):
+    for block in tl.range(first, last, disable_licm=True):  # what is lifted out takes registers
         row = (tl.zeros((BLOCK_N,), dtype=tl.int64) + block) * BLOCK_N + lane
         slot = row
         if key_slot is not None:
             slot = tl.load(key_slot + row, mask=row < rows, other=0)
         is_live = tl.load(live + row, mask=row < rows, other=0) != 0
         squared = canonical_sums(
-            queries + query * width, keys, slot, is_live, width, BLOCK_N=BLOCK_N, CHUNK=CHUNK
+            queries + query * width, keys, slot, is_live, width, BLOCK_N, CHUNK, STAGES
         )
         # Later blocks do not take over at an equal S. NaN < S is false, so this takes NaN out too.
         nearer = is_live & (squared < best)
@@ -162,6 +172,7 @@ def nearest(
     share_row = queries.new_empty(batch, shares, dtype=torch.int64)
     squared = queries.new_empty(batch, dtype=torch.float64)
     row = queries.new_empty(batch, dtype=torch.int64)
+    backend = "hip" if torch.version.hip else "cuda"
     with torch.cuda.device_of(queries):
         nearest_in_share[(batch * shares,)](
             queries,
@@ -177,7 +188,8 @@ def nearest(
             share_blocks,
             BLOCK_N=BLOCK_N,
             CHUNK=CHUNK_BYTES // keys.element_size(),
-            num_warps=BLOCK_N // (64 if torch.version.hip else 32),
+            STAGES=STAGES[backend],
+            num_warps=BLOCK_N // WARP[backend],
             **OPTIONS,
         )
         nearest_of_shares[(batch,)](

@@ -379,9 +379,11 @@ MUTANTS = (
     Mutant(
         "CUDA's table keeps old reaches",
         cuda.Table,
-        "_segment",
-        "known.get(segment, {}) | placed",
-        "placed | known.get(segment, {})",
+        "_segments",
+        "changing = changing_arrays(segment).items()",
+        "old = {name: array.copy() for name, array in changing_arrays(segment).items()}\n"
+        "        kept = old if is_delta else vars(placed).setdefault('old', {})\n"
+        "        changing = (old if is_delta else kept.setdefault(segment, old)).items()",
         "cuda",
     ),
     Mutant(

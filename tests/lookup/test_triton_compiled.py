@@ -326,7 +326,7 @@ def look_ups():
         ),
         "tiles": (
             lambda queries, keys=keys: tiles.find(queries, keys, multiplied),
-            ["tiles.round_queries", "tiles.filter_tiles", "tiles.decide", given_up],
+            ["tiles.round_queries", "tile_filter.filter_tiles", "tiles.decide", given_up],
         ),
         "codes": (
             lambda queries, keys=keys: codes.find(queries, keys, made, tiled=False),

@@ -344,6 +344,7 @@ def compiled_in_share(target, variant: str, **options):
         "width": "i32 aligned" if aligned else "i32",
         "BLOCK_N": kernel.BLOCK_N,
         "CHUNK": kernel.CHUNK_BYTES // (4 if key == "fp32" else 2),
+        "STAGES": kernel.STAGES[target.backend],
     }
     warps = kernel.BLOCK_N // target.warp_size
     return compiled(kernel.nearest_in_share, target, arguments, num_warps=warps, **options)
