@@ -29,6 +29,7 @@ ON_A_GPU = (
     "lookup/test_gpu",
     "lookup/test_triton_find",
     "lookup/test_triton_kernels",
+    "lookup/test_triton_tiles",
 )
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 KERNELS = "dense|indexed|encode|write|scan_keys|decide|collect|filter|round_queries|nearest"

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton_cases
+import triton_interpreted
 from cases import INF, oracle
 
 from grace_fast import semantics
 from grace_fast.lookup.backends import triton as backend
-from grace_fast.lookup.backends.workload import Workload
 
 
-def skip_unless_importable() -> None:
-    reason = backend.why_not(Workload("cuda", torch.float32, 1, 1, 1))
-    if reason is not None:
-        pytest.skip(f"triton: {reason}")
-
-
-def skip_where_nothing_is_interpreted(device: str) -> None:
-    if device == "cuda":
-        return
-    if torch.cuda.is_available():
-        pytest.skip("the same cases run on the GPU")
-    numpy_version = tuple(int(part) for part in version("numpy").split(".")[:2])
-    if version("triton").startswith("3.6.") and numpy_version >= (2, 4):
-        pytest.skip("triton 3.6 cannot interpret with numpy 2.4 or later")
-
-
-@pytest.fixture(scope="module", params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=triton_interpreted.PLACES)
 def found(request, tmp_path_factory):
-    skip_unless_importable()
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        return triton_cases.answers("cuda")
-    skip_where_nothing_is_interpreted("cpu")
-    path = tmp_path_factory.mktemp("triton") / "answers.pt"
-    run = subprocess.run(
-        [sys.executable, str(Path(triton_cases.__file__)), str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return torch.load(path)
+    folder = tmp_path_factory.mktemp("triton")
+    return triton_interpreted.answers_on(request.param, triton_cases, folder)
 
 
 @pytest.mark.parametrize("path", triton_cases.PATHS)
@@ -126,7 +92,7 @@ def test_a_hit_beyond_the_floor_needs_its_second_look(found):
 
 
 def test_many_queries_read_codes_until_survivors_cost_more_than_keys_that_are_shared():
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     rows = 1_000_000
 
     def reads_codes(batch: int, width: int, survivors: int) -> bool:
@@ -141,7 +107,7 @@ def test_many_queries_read_codes_until_survivors_cost_more_than_keys_that_are_sh
 
 
 def test_folded_codes_are_no_farther_apart_than_codes():
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     from grace_fast.kernels.code_layout import fold
 
     byte = torch.arange(256, dtype=torch.uint8)
@@ -181,15 +147,11 @@ def test_values_are_written_where_the_mask_is_set(found):
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_look_ups_between_edits_decide_as_the_law(device):
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    skip_where_nothing_is_interpreted(device)
-    run = subprocess.run(
-        [sys.executable, str(Path(triton_cases.__file__).with_name("triton_edits.py")), device],
-        env={**os.environ, "TRITON_INTERPRET": "1" if device == "cpu" else "0"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
+    if device == "cpu":
+        triton_interpreted.skip_where_a_gpu_runs_the_same()
+        triton_interpreted.skip_unless_interpreted()
+    program = Path(triton_cases.__file__).with_name("triton_edits.py")
+    triton_interpreted.run(program, device, interprets=device == "cpu")

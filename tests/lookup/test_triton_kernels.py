@@ -8,15 +8,12 @@ With a GPU they run on it.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 import torch
+import triton_interpreted
 from torch import Tensor
 from triton_compile import NVIDIA, compiled, dumped, instructions, resources, target_of
 
@@ -217,39 +214,10 @@ def expected(name: str) -> tuple[Tensor, Tensor]:
     return CASES[name].expected()
 
 
-def interpreted_answers(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    path = folder / "answers.pt"
-    run = subprocess.run(
-        [sys.executable, __file__, str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    answered: dict[str, tuple[Tensor, Tensor]] = torch.load(path)
-    return answered
-
-
-def skip_unless_importable() -> None:
-    reason = backend.why_not(Workload("cuda", torch.float32, 1, 1, 1))
-    if reason is not None:
-        pytest.skip(f"triton: {reason}")
-
-
-@pytest.fixture(scope="module", params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=triton_interpreted.PLACES)
 def found(request, tmp_path_factory):
-    skip_unless_importable()
-    if request.param == "interpreted":
-        if torch.cuda.is_available():
-            pytest.skip("the same cases run on the GPU")
-        numpy_version = tuple(int(part) for part in version("numpy").split(".")[:2])
-        if version("triton").startswith("3.6.") and numpy_version >= (2, 4):
-            pytest.skip("triton 3.6 cannot interpret with numpy 2.4 or later")
-        return interpreted_answers(tmp_path_factory.mktemp("triton"))
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
-    return answers("cuda")
+    folder = tmp_path_factory.mktemp("triton")
+    return triton_interpreted.answers_on(request.param, sys.modules[__name__], folder)
 
 
 @pytest.mark.parametrize("name", [*CASES, "winners of 2 500 shares", "a codebook"])
@@ -264,7 +232,7 @@ def test_the_kernel_equals_the_law_bit_for_bit(found, name):
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 100_000, 10**8, 3 * 10**9])
 def test_shares_cover_the_rows_by_no_more_programs_than_can_be_launched(rows):
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     from grace_fast.kernels import nearest as kernel
 
     for batch in (1, 2, 31, 4096, 100_000):
@@ -282,12 +250,12 @@ def test_keys_on_the_host_are_never_given_to_triton_unasked():
 
 
 def test_keys_on_a_gpu_are_given_to_triton():
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     assert dispatch.choose(Workload("cuda", torch.bfloat16, 64, 1000, 4096)) is backend
 
 
 def test_a_refusal_names_the_device_and_the_way_out():
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     book = gf.Codebook(4, 4)
     book.append(torch.zeros(1, 4), torch.zeros(1, 4), torch.ones(1))
     with pytest.raises(
@@ -366,7 +334,7 @@ def compiled_of_shares(target):
 
 @pytest.fixture
 def target(request):
-    skip_unless_importable()
+    triton_interpreted.skip_unless_importable()
     return target_of(request.param)
 
 

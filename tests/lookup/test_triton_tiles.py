@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import triton_interpreted
 import triton_tile_cases
 from triton_compile import compiled, dumped, resources, target_of
 
@@ -19,24 +16,10 @@ pytest.importorskip("triton")
 SHARED = 227 << 10  # bytes that a program may have on sm_90
 
 
-@pytest.fixture(scope="module", params=["interpreted", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module", params=triton_interpreted.PLACES)
 def found(request, tmp_path_factory):
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        return triton_tile_cases.answers("cuda")
-    if torch.cuda.is_available():
-        pytest.skip("the same cases run on the GPU")
-    path = tmp_path_factory.mktemp("tiles") / "answers.pt"
-    run = subprocess.run(
-        [sys.executable, str(Path(triton_tile_cases.__file__)), str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout + run.stderr
-    return torch.load(path)
+    folder = tmp_path_factory.mktemp("tiles")
+    return triton_interpreted.answers_on(request.param, triton_tile_cases, folder)
 
 
 @pytest.mark.parametrize("tile", ["small", "large"])

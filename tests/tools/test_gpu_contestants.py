@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +14,7 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import gpu_on_host
+import triton_interpreted
 from cuda_build import host_module
 from gpu_on_host import SmallBooks
 from triton_compile import compiled, dumped, resources, target_of
@@ -110,14 +109,7 @@ def test_triton_paths_and_peers_are_held_against_the_law(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("the benchmark itself does so on the GPU")
     path = tmp_path / "found.json"
-    run = subprocess.run(
-        [sys.executable, gpu_on_host.__file__, str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
+    triton_interpreted.run(gpu_on_host.__file__, path)
     found = json.loads(path.read_text())
     assert found.pop("reads every key") == [gpu_cells.TRITON_DENSE]
     summed, wanted = found.pop("words")
