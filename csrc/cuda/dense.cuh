@@ -83,9 +83,9 @@ class Dense : Place {
     return left < kQueries ? left : kQueries;
   }
   GRACE_FAST_DEVICE Staged query(int b) const { return {staged() + b * Staged::kChunk}; }
-  GRACE_FAST_DEVICE int state(int b) const {
+  GRACE_FAST_DEVICE bool may_hit(int b) const {
     const uint32_t odd = lane_ < warps_ ? shared()->not_finite[lane_] : 0;
-    return ballot((odd >> b & 1) != 0) ? kNotFinite : kEncoded;
+    return ballot((odd >> b & 1) != 0) == 0;
   }
   GRACE_FAST_DEVICE double min_radius() const { return 0; }
   GRACE_FAST_DEVICE int owner(const Exact&) const { return -1; }

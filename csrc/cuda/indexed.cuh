@@ -115,9 +115,8 @@ class Indexed : Place {
   GRACE_FAST_DEVICE const float* query(int b) const {
     return call_.workspace.wide + static_cast<int64_t>(b) * padded_;
   }
-  GRACE_FAST_DEVICE int state(int b) const {
-    const int state = book_.widest >= 0 ? shared()->query[b].state : kNotFinite;
-    return state == kTooLarge ? kEncoded : state;  // all its keys have been read
+  GRACE_FAST_DEVICE bool may_hit(int b) const {
+    return book_.widest >= 0 && shared()->query[b].state != kNotFinite;
   }
   GRACE_FAST_DEVICE double min_radius() const { return book_.min_radius; }
 

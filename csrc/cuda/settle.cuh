@@ -7,7 +7,7 @@
 // A look-up is a class with
 //   batch()          queries that this block decides, the first of which is query first()
 //   query(b)         the query as float32
-//   state(b)         whether it can be answered from the slots
+//   may_hit(b)       false where no key can hold the query, whatever the slots say
 //   min_radius()          a hit nearer than this needs no second look
 //   read_again(b, limit, skip, look)   call look(row, alone) by whole warps for every row whose S
 //                    in float32 may be within `limit`, but for those of segment `skip`
@@ -112,7 +112,7 @@ class Settle : Place {
   // By one warp: false where it takes more than one canonical sum.
   GRACE_FAST_DEVICE bool decide_alone(int b) {
     if (lane_ == 0) settle_shared()->answer[b] = no_row();
-    if (lookup_.state(b) != kEncoded) return lookup_.state(b) == kNotFinite;
+    if (!lookup_.may_hit(b)) return true;
     const BestTwo best = best_of_blocks(b);
     const uint64_t nearest = best.first;
     if (nearest == kNone) return true;
@@ -137,19 +137,14 @@ class Settle : Place {
   GRACE_FAST_COLD void decide_together(int b) {
     Exact best = no_row();  // of this warp
     int crowded = 0;
-    float limit = infinity();
-    if (lookup_.state(b) == kEncoded) {
-      limit = error_bound_.above(squared_of(best_of_blocks(b).first));
-      for (int i = warp_; i < block_count(); i += warps_) {
-        const BestTwo two = seen(lookup_.first() + b, i);
-        if (is_within(two.first, limit)) look(b, tag_of(two.first), &best);
-        if (is_within(two.second, limit)) look(b, tag_of(two.second), &best);
-      }
-      for (int i = lane_; i < block_count(); i += kWarp) {
-        crowded |= is_within(seen(lookup_.first() + b, i).second, limit);
-      }
-    } else {
-      crowded = 1;  // no slots: read all
+    const float limit = error_bound_.above(squared_of(best_of_blocks(b).first));
+    for (int i = warp_; i < block_count(); i += warps_) {
+      const BestTwo two = seen(lookup_.first() + b, i);
+      if (is_within(two.first, limit)) look(b, tag_of(two.first), &best);
+      if (is_within(two.second, limit)) look(b, tag_of(two.second), &best);
+    }
+    for (int i = lane_; i < block_count(); i += kWarp) {
+      crowded |= is_within(seen(lookup_.first() + b, i).second, limit);
     }
     best = best_of_block(best);
     const bool again = ballot(crowded != 0) != 0;
