@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from grace_fast.codebook import forks
-from grace_fast.hook import calls
+from grace_fast.hook import calls, compile
 
 WATCHED = 3  # calls at most, until two in a row agree
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout)
@@ -366,7 +366,7 @@ def _is_used_by_others(module: nn.Module, hooks_at: Sequence[str] = _HOOKS) -> b
 def _is_in_mode() -> bool:
     """Tell whether operations are looked on, changed or recorded by a mode of torch."""
     return (
-        calls.modes_here() > 0
+        compile.modes_here() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._is_tracing()

@@ -130,7 +130,7 @@ class Adapter:
             )
         hidden = args[0] if args else next(iter(kwargs.values()))
         if (torch.compiler.is_compiling() and compile.is_in_progress()) or (
-            calls.modes_here() > 0 and calls.is_recorded()
+            compile.modes_here() > 0 and calls.is_recorded()
         ):
             return self.graphs.adapted(hidden, output)
         if torch._C._is_tracing() and not self._modes.disabled:

@@ -71,11 +71,6 @@ class _InProgress(threading.local):
 in_progress = _InProgress()
 
 
-# In how many dispatch modes of torch's this thread is. `is_in_torch_dispatch_mode` goes by a flag
-# of the process, which two threads whose modes overlap leave set for good.
-modes_here = torch._C._len_torch_dispatch_stack
-
-
 def is_recorded() -> bool:
     """Tell whether what runs is being made into a graph, by a compiler or op by op.
 
@@ -83,7 +78,7 @@ def is_recorded() -> bool:
     """
     if compile.is_in_progress():
         return True
-    if not modes_here():
+    if not compile.modes_here():
         return False
     return any(mode.is_infra_mode() for mode in _get_current_dispatch_mode_stack())
 
@@ -226,7 +221,7 @@ def _announcing(forward: Method, listeners: _Listeners) -> Method:
     def otherwise(*args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(listeners.names, args, strict=False)), **kwargs} if args else kwargs
         if (torch.compiler.is_compiling() and compile.is_in_progress()) or (
-            modes_here() > 0 and is_recorded()
+            compile.modes_here() > 0 and is_recorded()
         ):
             return _traced(forward, args, kwargs, arguments, listeners)
         if not compile.sees_hooks and "torch._dynamo" in sys.modules:

@@ -19,6 +19,11 @@ _stance: Any = None
 sees_hooks = False  # whether torch tells blocks apart by their hooks already
 
 
+# In how many dispatch modes of torch's this thread is. `is_in_torch_dispatch_mode` goes by a flag
+# of the process, which two threads whose modes overlap leave set for good.
+modes_here: Any = torch._C._len_torch_dispatch_stack
+
+
 def see_hooks() -> None:
     """Let torch tell blocks apart by their hooks, once it compiles at all.
 

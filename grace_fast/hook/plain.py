@@ -25,7 +25,7 @@ from grace_fast.lookup.prepared import Prepared
 
 _C: Any = torch._C
 _TORCH = {
-    "modes": _C._len_torch_dispatch_stack,  # of this thread; torch's own flag is of the process
+    "modes": compile.modes_here,
     "compiler": vars(torch.compiler),
     "tracing": _C._get_tracing_state,
     "transform": _C._functorch.peek_interpreter_stack,

@@ -452,50 +452,44 @@ def test_another_codebook_of_the_adaptor_answers_from_then_on():
     assert not torch.equal(first, torch.full((1, 2, VALUE), 7.0))
 
 
-def test_a_mode_of_another_thread_leaves_this_ones_calls_alone():
-    model, adaptor = made()
-    ids = torch.tensor([[12, 1]])
+@contextlib.contextmanager
+def in_another_thread(mode):
+    """Another thread is in a mode meanwhile."""
     inside, done = threading.Event(), threading.Event()
 
     def watch():
-        with adaptor.observing():
+        with mode:
             inside.set()
             done.wait()
 
+    thread = threading.Thread(target=watch)
+    thread.start()
+    inside.wait()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_mode_of_another_thread_leaves_this_ones_calls_alone():
+    model, adaptor = made()
+    ids = torch.tensor([[12, 1]])
     with torch.no_grad():
         both(model, adaptor, ids)
-        thread = threading.Thread(target=watch)
-        thread.start()
-        inside.wait()
-        try:
+        with in_another_thread(adaptor.observing()):
             assert both(model, adaptor, ids)[1] == 1
-        finally:
-            done.set()
-            thread.join()
 
 
 def test_a_mode_of_torchs_in_another_thread_leaves_this_ones_calls_alone():
     """Torch's own flag is of the process; it may stay set where two threads were in modes."""
     model, adaptor = made()
     ids = torch.tensor([[12, 1]])
-    inside, done = threading.Event(), threading.Event()
-
-    def watch():
-        with TorchDispatchMode():
-            inside.set()
-            done.wait()
-
     with torch.no_grad():
         both(model, adaptor, ids)
-        thread = threading.Thread(target=watch)
-        thread.start()
-        inside.wait()
-        try:
+        with in_another_thread(TorchDispatchMode()):
             assert is_in_torch_dispatch_mode()
             assert both(model, adaptor, ids)[1] == 1
-        finally:
-            done.set()
-            thread.join()
 
 
 @pytest.mark.parametrize("name", list(models.FAMILIES))

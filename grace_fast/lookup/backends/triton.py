@@ -162,6 +162,26 @@ def way_of(state: IndexState | None, snapshot: Snapshot, batch: int) -> Way:
     return "dense" if batch < TILED else "tiles"
 
 
+def _look_up(
+    way: Way,
+    queries: Tensor,
+    keys: Keys,
+    made: Codes | None,
+    multiplied: FilterKeys | None,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return hit, row and S of queries by one of the ways, which has what it reads."""
+    from grace_fast.kernels import codes, dense, tiles
+
+    if way == "codes":
+        assert made is not None
+        return codes.find(queries, keys, made, sums)
+    if way == "dense":
+        return dense.find(queries, keys, sums)
+    assert multiplied is not None
+    return tiles.find(queries, keys, multiplied, sums)
+
+
 def codes_pay(state: IndexState, snapshot: Snapshot, batch: int) -> bool:
     """Tell whether codes are predicted to read less for a query than all keys would.
 
@@ -232,18 +252,12 @@ class Table:
 
     def find(self, queries: Tensor, sums: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
-        from grace_fast.kernels import codes, dense, tiles
-
         if self._index is not None and self._index.current is not self._state:
             self._take_codes_in()
         way = self._way(len(queries))
-        if way == "codes":
-            assert self._codes is not None
-            return codes.find(queries, self.keys, self._codes, sums)
-        if way == "dense":
-            return dense.find(queries, self.keys, sums=sums)
-        self._filter = _filter_of(self._snapshot, self._filter)
-        return tiles.find(queries, self.keys, self._filter, sums)
+        if way == "tiles":
+            self._filter = _filter_of(self._snapshot, self._filter)
+        return _look_up(way, queries, self.keys, self._codes, self._filter, sums)
 
     def _way(self, batch: int) -> Way:
         captured, snapshot = self.captured, self._snapshot
@@ -310,17 +324,9 @@ class Captured:
 
     def find(self, queries: Tensor, sums: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """Return hit [B] bool, the row that hit [B] int64 and its S [B] float64."""
-        from grace_fast.kernels import codes, dense, tiles
-
         assert self._keys is not None
         way = self.way(len(queries))
-        if way == "codes":
-            assert self._codes is not None
-            return codes.find(queries, self._keys, self._codes, sums)
-        if way == "dense":
-            return dense.find(queries, self._keys, sums=sums)
-        assert self._filter is not None
-        return tiles.find(queries, self._keys, self._filter, sums)
+        return _look_up(way, queries, self._keys, self._codes, self._filter, sums)
 
     def on_publish(self, snapshot: Snapshot) -> None:
         """Bring a version to the device.
